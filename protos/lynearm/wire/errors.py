@@ -1,0 +1,238 @@
+"""Everything that lynearm raises on purpose, in one tree.
+
+    LynearmError                            gRPC status
+    ├── InvalidInputError (ValueError)      INVALID_ARGUMENT
+    │   ├── ConfigError                     INVALID_ARGUMENT
+    │   ├── PromptFileError                 INVALID_ARGUMENT
+    │   └── PromptTooLongError              INVALID_ARGUMENT
+    ├── CodecError (ValueError)             INVALID_ARGUMENT
+    │   ├── CorruptBlockError               DATA_LOSS
+    │   └── UnsupportedFormatError          UNIMPLEMENTED
+    ├── StreamNotFoundError (LookupError)   NOT_FOUND
+    ├── OffsetNotFoundError (LookupError)   OUT_OF_RANGE
+    ├── StreamExistsError                   ALREADY_EXISTS
+    ├── SequenceConflictError               ALREADY_EXISTS
+    ├── PreconditionError                   FAILED_PRECONDITION
+    │   ├── StreamSealedError               FAILED_PRECONDITION
+    │   ├── ProducerFencedError             FAILED_PRECONDITION
+    │   ├── SequenceGapError                FAILED_PRECONDITION
+    │   ├── PromptFinishedError             FAILED_PRECONDITION
+    │   └── MisalignmentError               FAILED_PRECONDITION
+    ├── StorageFullError (OSError)          RESOURCE_EXHAUSTED
+    ├── StorageError (OSError)              INTERNAL
+    ├── ServiceUnavailableError (ConnectionError)  UNAVAILABLE
+    ├── DeadlineError (TimeoutError)        DEADLINE_EXCEEDED
+    ├── MissingDependencyError (ImportError)  (local only)
+    ├── CheckpointError (ValueError)        (local only)
+    ├── ParityError (ValueError)            (local only)
+    ├── TeacherError (RuntimeError)         (local only)
+    └── InternalError (RuntimeError)        INTERNAL
+
+Each error carries the message (what is wrong, with the value), and a remedy (what to do about it).
+The status of a class is its `status_code`; `error_from_status` is the inverse. Errors cross Ray and
+process borders by pickle, and gRPC by status, message and the class's name in trailing metadata.
+"""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+ERROR_NAME_METADATA_KEY = "lynearm-error"
+"""Trailing metadata key under which a server names the class that it raised."""
+
+REMEDY_METADATA_KEY = "lynearm-remedy-bin"
+"""Trailing metadata key of the remedy, UTF-8; `-bin` since metadata text must be ASCII."""
+
+
+class LynearmError(Exception):
+    """Root of every error that lynearm raises on purpose.
+
+    Args:
+        message: What is wrong, with the value and what was expected; no final full stop.
+        remedy: What the reader can do about it; empty where nothing can be said.
+    """
+
+    status_code: ClassVar[str] = "INTERNAL"
+
+    def __init__(self, message: str, remedy: str = "") -> None:
+        super().__init__(message, remedy)
+        self.message = message
+        self.remedy = remedy
+
+    def __str__(self) -> str:
+        return f"{self.message}: {self.remedy}" if self.remedy else self.message
+
+
+class InvalidInputError(LynearmError, ValueError):
+    """A value that the caller gave is outside what is allowed."""
+
+    status_code = "INVALID_ARGUMENT"
+
+
+class ConfigError(InvalidInputError):
+    """A configuration file or flag holds something that no role understands."""
+
+
+class PromptFileError(InvalidInputError):
+    """A line of a prompt file is not a prompt; the message names file and line."""
+
+
+class PromptTooLongError(InvalidInputError):
+    """A prompt leaves no room for a completion in the teacher's context."""
+
+
+class CodecError(LynearmError, ValueError):
+    """A trace cannot be encoded, or bytes are not a block."""
+
+    status_code = "INVALID_ARGUMENT"
+
+
+class CorruptBlockError(CodecError):
+    """Bytes were a block once: a checksum, a size or a count does not hold."""
+
+    status_code = "DATA_LOSS"
+
+
+class UnsupportedFormatError(CodecError):
+    """The block was written in a format version or codec mode that this reader does not know."""
+
+    status_code = "UNIMPLEMENTED"
+
+
+class StreamNotFoundError(LynearmError, LookupError):
+    """No stream of that name."""
+
+    status_code = "NOT_FOUND"
+
+
+class OffsetNotFoundError(LynearmError, LookupError):
+    """The stream has no block at that offset."""
+
+    status_code = "OUT_OF_RANGE"
+
+
+class StreamExistsError(LynearmError):
+    """A stream of that name exists with another spec."""
+
+    status_code = "ALREADY_EXISTS"
+
+
+class SequenceConflictError(LynearmError):
+    """A publish reuses a sequence number for other bytes."""
+
+    status_code = "ALREADY_EXISTS"
+
+
+class PreconditionError(LynearmError):
+    """The request is well formed but the state of the system forbids it."""
+
+    status_code = "FAILED_PRECONDITION"
+
+
+class StreamSealedError(PreconditionError):
+    """The stream was sealed: it takes no more blocks."""
+
+
+class ProducerFencedError(PreconditionError):
+    """A newer epoch of the same producer has taken over."""
+
+
+class SequenceGapError(PreconditionError):
+    """A publish skips sequence numbers: a block before it was lost on the way."""
+
+
+class PromptFinishedError(PreconditionError):
+    """A publish finishes a prompt whose traces are in the stream already."""
+
+
+class MisalignmentError(PreconditionError):
+    """Teacher and student do not share tokenizer, template, vocabulary or logprob conventions."""
+
+
+class StorageFullError(LynearmError, OSError):
+    """The block store has no room left; nothing of the refused block was kept."""
+
+    status_code = "RESOURCE_EXHAUSTED"
+
+
+class StorageError(LynearmError, OSError):
+    """The block store or the catalog failed; nothing of the refused block was kept."""
+
+    status_code = "INTERNAL"
+
+
+class ServiceUnavailableError(LynearmError, ConnectionError):
+    """No trace service answers at the address, or it went away."""
+
+    status_code = "UNAVAILABLE"
+
+
+class DeadlineError(LynearmError, TimeoutError):
+    """The service did not answer in time."""
+
+    status_code = "DEADLINE_EXCEEDED"
+
+
+class MissingDependencyError(LynearmError, ImportError):
+    """An optional part is not installed; the remedy names the extra."""
+
+
+class CheckpointError(LynearmError, ValueError):
+    """A directory is not a checkpoint that can be loaded, resumed or exported."""
+
+
+class ParityError(LynearmError, ValueError):
+    """An exported package does not compute what the checkpoint computes."""
+
+
+class TeacherError(LynearmError, RuntimeError):
+    """The teacher's engine or its Ray actor failed."""
+
+
+class InternalError(LynearmError, RuntimeError):
+    """A fault of lynearm's own; please report it."""
+
+
+def error_from_status(status_code: str, message: str, name: str = "", remedy: str = "") -> LynearmError:
+    """The typed error behind a gRPC status.
+
+    Args:
+        status_code: Name of the gRPC status code, for example "NOT_FOUND".
+        message: The status message.
+        name: Class name from `ERROR_NAME_METADATA_KEY`; empty when the peer named none.
+        remedy: Text from `REMEDY_METADATA_KEY`.
+
+    Returns:
+        An instance of the named class; else of the most general class with that status.
+    """
+    classes = _classes_by_name()
+    if name in classes:
+        return classes[name](message, remedy)
+    for general in _GENERAL_BY_STATUS:
+        if general.status_code == status_code:
+            return general(message, remedy)
+    return InternalError(f"{status_code}: {message}", remedy)
+
+
+_GENERAL_BY_STATUS: tuple[type[LynearmError], ...] = (
+    InvalidInputError,
+    CorruptBlockError,
+    UnsupportedFormatError,
+    StreamNotFoundError,
+    OffsetNotFoundError,
+    StreamExistsError,
+    PreconditionError,
+    StorageFullError,
+    ServiceUnavailableError,
+    DeadlineError,
+)
+
+
+def _classes_by_name() -> dict[str, type[LynearmError]]:
+    found: dict[str, type[LynearmError]] = {}
+    pending: list[type[LynearmError]] = [LynearmError]
+    while pending:
+        cls = pending.pop()
+        found[cls.__name__] = cls
+        pending.extend(cls.__subclasses__())
+    return found
