@@ -1,0 +1,1 @@
+"""The wire contract, version 1: protobuf messages and the gRPC service, generated from the .proto files."""

@@ -1,0 +1,142 @@
+"""The trace, and what it is made of, as every part of lynearm holds it in memory.
+
+Shape legend: P = prompt tokens, T = completion positions, K = entries kept per position.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Literal, TypeAlias, get_args
+
+import numpy as np
+import numpy.typing as npt
+
+from lynearm.wire.errors import CodecError
+
+Int32Array: TypeAlias = npt.NDArray[np.int32]
+Float32Array: TypeAlias = npt.NDArray[np.float32]
+
+FinishReason: TypeAlias = Literal["stop", "length", "abort"]
+FINISH_REASONS: tuple[FinishReason, ...] = get_args(FinishReason)
+
+SpanKind: TypeAlias = Literal["reasoning", "answer", "truncated_reasoning"]
+SPAN_KINDS: tuple[SpanKind, ...] = get_args(SpanKind)
+
+
+@dataclass(frozen=True, slots=True)
+class TopK:
+    """The teacher's distribution at each completion position: the kept entries and the rest's mass.
+
+    Row t is the distribution from which completion token t was, or would be, drawn. Entries are
+    sorted by logprob, descending. An entry at -inf is padding: a position that keeps fewer than K.
+    """
+
+    token_ids: Int32Array
+    """Shape [T, K]; 0 where padded."""
+    logprobs: Float32Array
+    """Natural log probabilities, shape [T, K]; -inf where padded."""
+    tail_mass: Float32Array
+    """Probability outside the kept entries, shape [T], in [0, 1]."""
+
+    @property
+    def positions(self) -> int:
+        """T."""
+        return int(self.token_ids.shape[0])
+
+    @property
+    def k(self) -> int:
+        """K."""
+        return int(self.token_ids.shape[1])
+
+
+@dataclass(frozen=True, slots=True)
+class TokenSpan:
+    """A run of completion tokens of one kind."""
+
+    kind: SpanKind
+    start: int
+    """First completion position of the span."""
+    end: int
+    """One past its last position."""
+
+
+@dataclass(frozen=True, slots=True)
+class SamplingParams:
+    """How the completion was drawn."""
+
+    temperature: float = 1.0
+    """0 is greedy."""
+    top_p: float = 1.0
+    top_k: int = 0
+    """0 keeps the whole vocabulary."""
+    min_p: float = 0.0
+    max_tokens: int = 0
+    """Bound on the completion, tokens; 0 when unknown."""
+    seed: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Trace:
+    """One prompt, one completion, and the teacher's distribution at each completion position."""
+
+    prompt_id: str
+    """Names the prompt in its job; at most 256 bytes of UTF-8."""
+    prompt_token_ids: Int32Array
+    """Shape [P]."""
+    completion_token_ids: Int32Array
+    """Shape [T]; includes the end token where the model wrote one."""
+    sampled_logprobs: Float32Array
+    """Logprob of each completion token under the same distribution as `top_k`, shape [T]."""
+    top_k: TopK
+    """T positions; K may be 0."""
+    finish_reason: FinishReason
+    sample_index: int = 0
+    """Which of the completions asked for one prompt."""
+    spans: tuple[TokenSpan, ...] = ()
+    """Ascending, without overlap; empty where the model marks nothing."""
+    sampling: SamplingParams = field(default_factory=SamplingParams)
+    tags: Mapping[str, str] = field(default_factory=dict[str, str])
+    completion_text: str = ""
+    """The completion as text, for readers without the tokenizer; empty when not recorded."""
+
+    def __post_init__(self) -> None:
+        """Refuse shapes that contradict each other, NaN, and spans out of place.
+
+        Raises:
+            CodecError: naming the prompt and the field.
+        """
+        positions = self.completion_token_ids.shape[0]
+        shapes = {
+            "prompt_token_ids": (self.prompt_token_ids, (self.prompt_token_ids.size,)),
+            "completion_token_ids": (self.completion_token_ids, (positions,)),
+            "sampled_logprobs": (self.sampled_logprobs, (positions,)),
+            "top_k.token_ids": (self.top_k.token_ids, (positions, self.top_k.k)),
+            "top_k.logprobs": (self.top_k.logprobs, (positions, self.top_k.k)),
+            "top_k.tail_mass": (self.top_k.tail_mass, (positions,)),
+        }
+        for name, (array, expected) in shapes.items():
+            if array.shape != expected:
+                raise self._error(f"{name} has shape {array.shape}, expected {expected}")
+            if array.dtype != (np.int32 if "ids" in name else np.float32):
+                raise self._error(f"{name} has dtype {array.dtype}")
+            if array.dtype == np.float32 and np.isnan(array).any():
+                raise self._error(f"{name} holds NaN")
+        if self.finish_reason not in FINISH_REASONS:
+            raise self._error(f"finish_reason {self.finish_reason!r} is none of {FINISH_REASONS}")
+        last = 0
+        for span in self.spans:
+            if not last <= span.start < span.end <= positions or span.kind not in SPAN_KINDS:
+                raise self._error(f"span {span} overlaps its neighbour or leaves 0..{positions}")
+            last = span.end
+
+    def _error(self, what: str) -> CodecError:
+        return CodecError(f"trace of prompt {self.prompt_id!r}: {what}")
+
+
+@dataclass(frozen=True, slots=True, order=True)
+class Cursor:
+    """Position in a stream: the next trace to use is number `trace_index` of block `offset`."""
+
+    offset: int = 0
+    trace_index: int = 0
