@@ -1,0 +1,209 @@
+"""What is known about streams, blocks, producers and finished prompts, and the one place where it changes.
+
+Invariants of every catalog:
+
+- `commit` is the only commit point: in one transaction it adds a group's index rows, producers' sequence
+  numbers and finished prompts, and hands out the offsets. Durable on return.
+- Offsets of a stream are 0, 1, 2, … without gaps, and never change.
+- A row never points at an object that was not durable when the row was committed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol, TypeAlias
+
+from lynearm.traces.store import Span, StoredObject
+from lynearm.wire.errors import LynearmError, StreamNotFoundError
+from lynearm.wire.specs import StreamSpec
+
+
+@dataclass(frozen=True, slots=True)
+class StreamRecord:
+    """A stream and how far it is."""
+
+    stream_id: int
+    """Never used again, unlike the name of a deleted stream."""
+    spec: StreamSpec
+    sealed: bool
+    created_unix_nano: int
+    next_offset: int
+    trace_count: int
+    prompt_token_count: int
+    completion_token_count: int
+    size_bytes: int
+    finished_prompt_count: int
+
+    @property
+    def name(self) -> str:
+        """The stream's name."""
+        return self.spec.name
+
+
+@dataclass(frozen=True, slots=True)
+class Producer:
+    """One epoch of a producer of a stream, as it was opened."""
+
+    key: int
+    stream_id: int
+    stream_name: str
+    producer_id: str
+    epoch: int
+    next_sequence: int
+
+
+@dataclass(frozen=True, slots=True)
+class BlockFacts:
+    """What the index says about a block."""
+
+    size_bytes: int
+    """Of the encoded block, header included."""
+    checksum: int
+    """XXH3-64 of the encoded block, header included: the block's own checksum leaves the header out."""
+    trace_count: int
+    prompt_token_count: int
+    completion_token_count: int
+
+
+@dataclass(frozen=True, slots=True)
+class NewBlock:
+    """A block that asks for an offset."""
+
+    producer: Producer
+    sequence: int
+    """From 1, without gaps in one epoch."""
+    facts: BlockFacts
+    finished_prompt_ids: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class CommittedBlock:
+    """A block that has its offset."""
+
+    offset: int
+    is_new: bool
+    """False when an earlier publish of the same block had committed it."""
+
+
+CommitOutcome: TypeAlias = CommittedBlock | LynearmError
+
+
+@dataclass(frozen=True, slots=True)
+class BlockLocation:
+    """Where a committed block lies."""
+
+    offset: int
+    object_key: str
+    span: Span
+    checksum: int
+
+
+@dataclass(frozen=True, slots=True)
+class DeletedStream:
+    """What a deletion leaves to be done."""
+
+    stream_id: int
+    object_keys: tuple[str, ...]
+    """Objects that no block refers to any more."""
+
+
+@dataclass(frozen=True, slots=True)
+class FinishedPrompt:
+    """A finished prompt; positions ascend in the order of the commits."""
+
+    position: int
+    prompt_id: str
+
+
+class Catalog(Protocol):
+    """Streams, block index, producers and finished prompts, in a transactional database.
+
+    Every method raises StorageFullError or StorageError where the database fails.
+    """
+
+    async def create_stream(self, spec: StreamSpec, *, allow_existing: bool) -> StreamRecord:
+        """Add a stream.
+
+        Raises:
+            StreamExistsError: the name is taken, and not (with `allow_existing`) by an equal spec.
+        """
+        ...
+
+    async def get_stream(self, name: str) -> StreamRecord:
+        """Describe a stream.
+
+        Raises:
+            StreamNotFoundError: there is none.
+        """
+        ...
+
+    async def list_streams(self) -> list[StreamRecord]:
+        """Every stream, ascending by name."""
+        ...
+
+    async def seal_stream(self, name: str) -> StreamRecord:
+        """Let a stream take no more blocks; idempotent.
+
+        Raises:
+            StreamNotFoundError: there is none.
+        """
+        ...
+
+    async def delete_stream(self, name: str) -> DeletedStream:
+        """Remove a stream with all its rows.
+
+        Raises:
+            StreamNotFoundError: there is none.
+        """
+        ...
+
+    async def open_producer(self, stream_name: str, producer_id: str, epoch: int) -> Producer:
+        """Let a producer start (`epoch` 0: the next epoch; earlier ones are fenced) or come back.
+
+        Raises:
+            StreamNotFoundError: there is no such stream.
+            StreamSealedError: the stream takes no more blocks, and the producer starts.
+            ProducerFencedError: a newer epoch has taken over.
+            PreconditionError: the epoch was never handed out.
+        """
+        ...
+
+    async def commit(self, stored: StoredObject, blocks: Sequence[NewBlock]) -> list[CommitOutcome]:
+        """Commit a group, in order. A block that must be refused does not fail the others.
+
+        Args:
+            stored: The durable object; its spans are those of `blocks`.
+            blocks: Any number of streams and producers.
+
+        Returns:
+            One outcome per block. An error is StreamNotFoundError, StreamSealedError, ProducerFencedError,
+            SequenceGapError, SequenceConflictError or PromptFinishedError. When no block is new, the
+            object is not referred to.
+
+        Raises:
+            StorageFullError: nothing was committed.
+            StorageError: it is not known whether anything was committed; the object must stay.
+        """
+        ...
+
+    async def find_blocks(self, stream_id: int, offset: int, count: int) -> list[BlockLocation]:
+        """Locations of up to `count` blocks from `offset` on; fewer at the end."""
+        ...
+
+    async def list_finished_prompts(self, stream_id: int, after: int, count: int) -> list[FinishedPrompt]:
+        """Up to `count` prompts with positions above `after`, ascending."""
+        ...
+
+    async def find_unreferenced(self, object_keys: Sequence[str]) -> list[str]:
+        """Those of the given objects that no block refers to."""
+        ...
+
+    async def close(self) -> None:
+        """Wait for operations under way, then release threads and connections."""
+        ...
+
+
+def stream_not_found(name: str) -> StreamNotFoundError:
+    """The error of every catalog for a name that it does not know."""
+    return StreamNotFoundError(f"there is no stream {name[:140]!r}", "create it, or look at the list of streams")

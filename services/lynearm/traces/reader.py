@@ -1,0 +1,100 @@
+"""Reads committed blocks: from memory when they are recent, else from the store, checked."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import groupby
+
+import xxhash
+
+from lynearm.traces.cache import BlockCache
+from lynearm.traces.catalog import BlockLocation, Catalog, StreamRecord
+from lynearm.traces.store import BlockStore
+from lynearm.wire.errors import CorruptBlockError, OffsetNotFoundError
+
+READ_BYTES = 4 << 20
+"""Most bytes that one read holds in memory, plus one block. Enough to pay for the hop to a thread."""
+
+READ_COUNT = 64
+"""Most blocks looked up in one query."""
+
+
+class BlockReader:
+    """Random access to the blocks of every stream."""
+
+    def __init__(self, catalog: Catalog, store: BlockStore, cache: BlockCache) -> None:
+        self._catalog = catalog
+        self._store = store
+        self._cache = cache
+
+    async def read(
+        self, stream: StreamRecord, offset: int, *, end: int, max_bytes: int = READ_BYTES
+    ) -> list[bytes | memoryview]:
+        """Consecutive blocks from `offset` on.
+
+        Args:
+            stream: The stream; only its id and name are used.
+            offset: First block; below `end`.
+            end: Stop before this offset; blocks below it are committed.
+            max_bytes: Stop with the block that reaches this sum; at least one block is returned.
+
+        Raises:
+            CorruptBlockError: the first block read is not what was committed. A corrupt block further on
+                only ends the list: what precedes it stays readable.
+            OffsetNotFoundError: the catalog has no such block; the stream was deleted meanwhile.
+            StorageError: the store failed.
+        """
+        max_bytes = min(max_bytes, READ_BYTES)
+        cached = self._read_cache(stream.stream_id, offset, end, max_bytes)
+        if cached:
+            return cached
+        count = min(end - offset, READ_COUNT)
+        locations = await self._catalog.find_blocks(stream.stream_id, offset, count)
+        if not locations or locations[0].offset != offset:
+            raise OffsetNotFoundError(f"stream {stream.name!r} has no block at offset {offset}")
+        return await self._read_store(stream, _first_bytes(locations, max_bytes))
+
+    def _read_cache(self, stream_id: int, offset: int, end: int, max_bytes: int) -> list[bytes | memoryview]:
+        found: list[bytes | memoryview] = []
+        while offset < end and max_bytes > 0:
+            block = self._cache.get(stream_id, offset)
+            if block is None:
+                break
+            found.append(block)
+            offset += 1
+            max_bytes -= len(block)
+        return found
+
+    async def _read_store(
+        self, stream: StreamRecord, locations: Sequence[BlockLocation]
+    ) -> list[bytes | memoryview]:
+        found: list[bytes | memoryview] = []
+        for key, group in groupby(locations, key=lambda location: location.object_key):
+            of_object = list(group)
+            blocks = await self._store.read(key, [location.span for location in of_object])
+            for location, block in zip(of_object, blocks, strict=True):
+                if len(block) != location.span.length or xxhash.xxh3_64_intdigest(block) != location.checksum:
+                    if found:
+                        return found
+                    raise _corrupt(stream.name, location)
+                self._cache.put(stream.stream_id, location.offset, block)
+                found.append(block)
+        return found
+
+
+def _first_bytes(locations: Sequence[BlockLocation], max_bytes: int) -> list[BlockLocation]:
+    taken: list[BlockLocation] = []
+    for location in locations:
+        if max_bytes <= 0:
+            break
+        taken.append(location)
+        max_bytes -= location.span.length
+    return taken
+
+
+def _corrupt(stream_name: str, location: BlockLocation) -> CorruptBlockError:
+    return CorruptBlockError(
+        f"block {location.offset} of stream {stream_name!r} is damaged on disk "
+        f"(object {location.object_key}, {location.span.length} bytes at {location.span.position})",
+        f"restore the object from a copy, or continue from offset {location.offset + 1}",
+    )

@@ -1,0 +1,95 @@
+"""Tables of the SQL catalogs, in SQLAlchemy Core: one definition for every database."""
+
+from __future__ import annotations
+
+from sqlalchemy import (
+    BigInteger,
+    Boolean,
+    Column,
+    ForeignKey,
+    Index,
+    Integer,
+    LargeBinary,
+    MetaData,
+    Table,
+    Text,
+    UniqueConstraint,
+)
+
+SCHEMA_VERSION = 1
+
+# SQLite makes rowid aliases, and so generated keys, of INTEGER columns only.
+_Key = BigInteger().with_variant(Integer(), "sqlite")
+
+metadata = MetaData()
+
+schema_version = Table("schema_version", metadata, Column("version", Integer, nullable=False))
+
+streams = Table(
+    "streams",
+    metadata,
+    Column("id", _Key, primary_key=True),
+    Column("name", Text, nullable=False, unique=True),
+    Column("spec", LargeBinary, nullable=False),  # lynearm.v1.StreamSpec
+    Column("sealed", Boolean, nullable=False),
+    Column("created_unix_nano", BigInteger, nullable=False),
+    Column("next_offset", BigInteger, nullable=False),
+    Column("trace_count", BigInteger, nullable=False),
+    Column("prompt_token_count", BigInteger, nullable=False),
+    Column("completion_token_count", BigInteger, nullable=False),
+    Column("size_bytes", BigInteger, nullable=False),
+    Column("finished_prompt_count", BigInteger, nullable=False),
+    # Ids are never used again: memory of a deleted stream must not match its successor.
+    sqlite_autoincrement=True,
+)
+
+producers = Table(
+    "producers",
+    metadata,
+    Column("id", _Key, primary_key=True),
+    Column("stream_id", _Key, ForeignKey("streams.id"), nullable=False),
+    Column("producer_id", Text, nullable=False),
+    Column("epoch", BigInteger, nullable=False),
+    Column("last_sequence", BigInteger, nullable=False),
+    UniqueConstraint("stream_id", "producer_id"),
+    sqlite_autoincrement=True,
+)
+
+objects = Table(
+    "objects",
+    metadata,
+    Column("id", _Key, primary_key=True),
+    Column("key", Text, nullable=False, unique=True),
+)
+
+blocks = Table(
+    "blocks",
+    metadata,
+    Column("stream_id", _Key, ForeignKey("streams.id"), primary_key=True),
+    Column("offset", BigInteger, primary_key=True),
+    Column("object_id", _Key, ForeignKey("objects.id"), nullable=False),
+    Column("position", BigInteger, nullable=False),
+    Column("size_bytes", BigInteger, nullable=False),
+    Column("checksum", LargeBinary, nullable=False),  # 8 bytes, big endian: SQL integers are signed
+    Column("trace_count", BigInteger, nullable=False),
+    Column("prompt_token_count", BigInteger, nullable=False),
+    Column("completion_token_count", BigInteger, nullable=False),
+    Column("producer_key", _Key, ForeignKey("producers.id"), nullable=False),
+    Column("epoch", BigInteger, nullable=False),
+    Column("sequence", BigInteger, nullable=False),
+    UniqueConstraint("producer_key", "epoch", "sequence"),
+    Index("blocks_by_object", "object_id"),
+    sqlite_with_rowid=False,
+)
+
+finished_prompts = Table(
+    "finished_prompts",
+    metadata,
+    Column("position", _Key, primary_key=True),
+    Column("stream_id", _Key, ForeignKey("streams.id"), nullable=False),
+    Column("prompt_id", Text, nullable=False),
+    Column("offset", BigInteger, nullable=False),
+    UniqueConstraint("stream_id", "prompt_id"),
+    Index("finished_prompts_by_position", "stream_id", "position"),
+    sqlite_autoincrement=True,
+)

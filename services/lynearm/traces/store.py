@@ -1,0 +1,205 @@
+"""Where the bytes of blocks are kept: immutable objects, each the blocks of one group.
+
+Invariants:
+
+- An object is durable when `write` returns, and never changes afterwards.
+- An object means nothing until the catalog has rows that point into it; without rows it is garbage.
+- Object keys are made here, never from what a caller sent.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import errno
+import fcntl
+import os
+import secrets
+import sys
+from collections.abc import AsyncIterator, Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol, TypeVar
+
+from lynearm.wire.errors import StorageError, StorageFullError
+
+READ_THREADS = 2
+"""Reads come from the page cache or an SSD; more threads only queue for the interpreter lock."""
+
+_FULL = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
+_MAX_BUFFERS_PER_WRITE = 1024
+"""IOV_MAX on Linux and macOS."""
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, slots=True)
+class Span:
+    """A range of bytes in an object."""
+
+    position: int
+    length: int
+
+
+@dataclass(frozen=True, slots=True)
+class StoredObject:
+    """A group of blocks, durable."""
+
+    key: str
+    spans: tuple[Span, ...]
+    """Where each block lies, in the order given."""
+
+
+class BlockStore(Protocol):
+    """Immutable objects that hold blocks."""
+
+    async def write(self, blocks: Sequence[bytes | memoryview]) -> StoredObject:
+        """Keep blocks as one object; durable on return.
+
+        Raises:
+            StorageFullError: there is no room; nothing is kept.
+            StorageError: anything else; what was written is abandoned, and the object does not exist.
+        """
+        ...
+
+    async def read(self, key: str, spans: Sequence[Span]) -> list[bytes]:
+        """The bytes of each span; shorter than asked where the object ends before.
+
+        Raises:
+            StorageError: the object is missing or cannot be read.
+        """
+        ...
+
+    async def delete(self, key: str) -> None:
+        """Remove an object; success when there is none."""
+        ...
+
+    def list_keys(self) -> AsyncIterator[list[str]]:
+        """Every object, in batches."""
+        ...
+
+    async def close(self) -> None:
+        """Wait for operations under way, then release threads and connections."""
+        ...
+
+
+class LocalBlockStore:
+    """A `BlockStore` in a local directory: one file per object, in 256 subdirectories.
+
+    A new file under a unique name needs no rename, since only the catalog's commit makes it visible. File
+    and directory are synced before `write` returns. A sync that fails is never retried: the kernel may have
+    dropped the dirty pages, and a second sync would then report success for lost bytes.
+    """
+
+    def __init__(self, root: Path) -> None:
+        self._root = root
+        self._writer = ThreadPoolExecutor(1, "block-writer")
+        self._readers = ThreadPoolExecutor(READ_THREADS, "block-reader")
+        root.mkdir(parents=True, exist_ok=True)
+        _sync_directory(root.parent)
+
+    async def write(self, blocks: Sequence[bytes | memoryview]) -> StoredObject:
+        """See `BlockStore.write`."""
+        return await self._run(self._writer, lambda: self._write(blocks))
+
+    async def read(self, key: str, spans: Sequence[Span]) -> list[bytes]:
+        """See `BlockStore.read`."""
+        return await self._run(self._readers, lambda: self._read(key, spans))
+
+    async def delete(self, key: str) -> None:
+        """See `BlockStore.delete`."""
+        await self._run(self._readers, lambda: self._path(key).unlink(missing_ok=True))
+
+    async def list_keys(self) -> AsyncIterator[list[str]]:
+        """See `BlockStore.list_keys`; one batch per subdirectory."""
+        for directory in await self._run(self._readers, lambda: sorted(self._root.iterdir())):
+            yield await self._run(self._readers, lambda directory=directory: sorted(os.listdir(directory)))
+
+    async def close(self) -> None:
+        """See `BlockStore.close`."""
+        for executor in (self._writer, self._readers):
+            await asyncio.to_thread(executor.shutdown)
+
+    async def _run(self, executor: ThreadPoolExecutor, work: Callable[[], T]) -> T:
+        try:
+            return await asyncio.get_running_loop().run_in_executor(executor, work)
+        except OSError as error:
+            raise _storage_error(error, self._root) from error
+
+    def _path(self, key: str) -> Path:
+        return self._root / key[:2] / key
+
+    def _write(self, blocks: Sequence[bytes | memoryview]) -> StoredObject:
+        key = secrets.token_hex(16)
+        path = self._path(key)
+        if not path.parent.is_dir():
+            path.parent.mkdir(exist_ok=True)
+            _sync_directory(self._root)
+        descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o640)
+        try:
+            _write_all(descriptor, blocks)
+            _sync_file(descriptor)
+        except OSError as error:
+            # Room comes back at once; whatever else went wrong, the start-up sweep takes the file.
+            if error.errno in _FULL:
+                with suppress(OSError):
+                    path.unlink()
+            raise
+        finally:
+            os.close(descriptor)
+        _sync_directory(path.parent)
+        return StoredObject(key, _spans(blocks))
+
+    def _read(self, key: str, spans: Sequence[Span]) -> list[bytes]:
+        descriptor = os.open(self._path(key), os.O_RDONLY | os.O_CLOEXEC)
+        try:
+            return [os.pread(descriptor, span.length, span.position) for span in spans]
+        finally:
+            os.close(descriptor)
+
+
+def _spans(blocks: Sequence[bytes | memoryview]) -> tuple[Span, ...]:
+    spans: list[Span] = []
+    position = 0
+    for block in blocks:
+        spans.append(Span(position, len(block)))
+        position += len(block)
+    return tuple(spans)
+
+
+def _write_all(descriptor: int, blocks: Sequence[bytes | memoryview]) -> None:
+    for start in range(0, len(blocks), _MAX_BUFFERS_PER_WRITE):
+        part = blocks[start : start + _MAX_BUFFERS_PER_WRITE]
+        expected = sum(map(len, part))
+        written = os.writev(descriptor, part)
+        # At a quota, a file-size limit or the end of the disk the kernel writes what fits and raises nothing.
+        if written != expected:
+            raise OSError(errno.ENOSPC, f"wrote {written} of {expected} bytes")
+
+
+def _sync_file(descriptor: int) -> None:
+    if sys.platform == "darwin":
+        # fsync on macOS leaves the bytes in the drive's cache.
+        fcntl.fcntl(descriptor, fcntl.F_FULLFSYNC)
+    else:
+        os.fdatasync(descriptor)
+
+
+def _sync_directory(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _storage_error(error: OSError, root: Path) -> StorageFullError | StorageError:
+    if isinstance(error, StorageFullError | StorageError):
+        return error
+    if error.errno in _FULL:
+        return StorageFullError(
+            f"no room left in the block store {root} ({error.strerror})",
+            "free space or delete streams, then publish again",
+        )
+    return StorageError(f"block store {root}: {error}", "look at the server's disk and log")

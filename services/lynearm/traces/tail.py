@@ -1,0 +1,85 @@
+"""The live end of each stream, as this process knows it, and the waking of those who wait for more.
+
+Invariants: a tail never runs ahead of the catalog, only ever advances, and is never polled. Whoever wants
+to wait registers the tail first and reads the catalog second; then no commit in between is missed.
+All of it lives on the event loop's thread.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from weakref import WeakValueDictionary
+
+from lynearm.wire.errors import LynearmError
+
+
+class StreamTail:
+    """How far one stream is. Readers and publishers of the stream hold it; then it may go."""
+
+    def __init__(self) -> None:
+        self.next_offset = 0
+        """Blocks below it are committed."""
+        self.sealed = False
+        """No block will be added beyond next_offset."""
+        self._advanced = asyncio.Event()
+        self._ended = asyncio.Event()
+        self._end_reason: LynearmError | None = None
+
+    def advance(self, next_offset: int, *, sealed: bool = False) -> None:
+        """Take note of a newer state and wake who waits. Older news changes nothing."""
+        self.next_offset = max(self.next_offset, next_offset)
+        self.sealed = self.sealed or sealed
+        self._advanced.set()
+        self._advanced = asyncio.Event()
+
+    async def wait_beyond(self, offset: int) -> int:
+        """Wait until the block at `offset` is there or never will be; returns next_offset."""
+        while self.next_offset <= offset and not self.sealed:
+            await self._advanced.wait()
+        return self.next_offset
+
+    def end(self, reason: LynearmError) -> None:
+        """Ask every call on the stream to end with `reason`; the first reason counts."""
+        self._end_reason = self._end_reason or reason
+        self._ended.set()
+
+    async def wait_end(self) -> LynearmError:
+        """Wait until calls on the stream must end; returns why."""
+        await self._ended.wait()
+        assert self._end_reason is not None  # `end` sets it before the event
+        return self._end_reason
+
+
+class Tails:
+    """The tails that somebody in this process holds."""
+
+    def __init__(self) -> None:
+        self._tails: WeakValueDictionary[int, StreamTail] = WeakValueDictionary()
+        self._draining: LynearmError | None = None
+
+    def register(self, stream_id: int) -> StreamTail:
+        """The stream's tail; new ones know nothing until the caller advances them from the catalog."""
+        tail = self._tails.get(stream_id)
+        if tail is None:
+            tail = self._tails[stream_id] = StreamTail()
+            if self._draining is not None:
+                tail.end(self._draining)
+        return tail
+
+    def advance(self, stream_id: int, next_offset: int, *, sealed: bool = False) -> None:
+        """Pass on that a stream got further."""
+        tail = self._tails.get(stream_id)
+        if tail is not None:
+            tail.advance(next_offset, sealed=sealed)
+
+    def end(self, stream_id: int, reason: LynearmError) -> None:
+        """Ask every call on one stream to end."""
+        tail = self._tails.get(stream_id)
+        if tail is not None:
+            tail.end(reason)
+
+    def drain(self, reason: LynearmError) -> None:
+        """Ask every call on every stream to end, present and future."""
+        self._draining = reason
+        for tail in list(self._tails.values()):
+            tail.end(reason)

@@ -1,0 +1,166 @@
+"""Everything a student trainer can be told."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from lynearm.wire.errors import ConfigError, InvalidInputError
+from lynearm.wire.specs import check_name
+
+SCHEDULES = ("constant", "cosine")
+DTYPES = ("auto", "float32", "bfloat16")
+
+
+@dataclass(frozen=True, slots=True)
+class TrainConfig:
+    """Configuration of one training run.
+
+    Raises:
+        ConfigError: naming the field that is out of range.
+    """
+
+    student: Path = Path("student")
+    """Directory of a transformers causal LM with its tokenizer: where training begins."""
+
+    stream: str = "default"
+    """Stream of traces to train on."""
+
+    service: str = "127.0.0.1:7411"
+    """host:port of the trace service."""
+
+    service_timeout_seconds: float = 30.0
+    """How long one call to the service may take, and how long it may stay away before the run gives up."""
+
+    out: Path = Path("runs/student")
+    """Directory that receives the checkpoints."""
+
+    resume: bool = False
+    """Go on from the latest checkpoint in `out` instead of from `student`."""
+
+    learning_rate: float = 5e-4
+    """Peak rate. Students that lost a third of their layers heal fastest between 4e-4 and 1e-3."""
+
+    schedule: str = "constant"
+    """"constant", since an online run does not know its end; or "cosine", down to a tenth at `max_steps`."""
+
+    warmup_steps: int = 10
+    """Steps from 0 to the peak rate; AdamW's second moments are noise before."""
+
+    weight_decay: float = 0.0
+    """Decay of matrices per step, times the rate; none, since one pass over fresh data does not overfit."""
+
+    beta1: float = 0.9
+    """AdamW's memory of the gradient."""
+
+    beta2: float = 0.95
+    """AdamW's memory of the squared gradient; shorter than the usual 0.999, since runs are short."""
+
+    grad_clip: float = 1.0
+    """Largest global norm of a step's gradient; 0 does not clip."""
+
+    kd_weight: float = 1.0
+    """Weight of the forward KL to the teacher's top-k and tail."""
+
+    ce_weight: float = 0.1
+    """Weight of the cross-entropy on the tokens that the teacher drew."""
+
+    batch_sequences: int = 8
+    """Traces per optimizer step."""
+
+    micro_batch_tokens: int = 1024
+    """Padded tokens computed at once; a batch is cut by length into such pieces. Bounds memory, not the result."""
+
+    max_sequence_tokens: int = 2048
+    """Prompt and completion that are trained on; longer completions are cut, longer prompts skipped."""
+
+    max_steps: int = 0
+    """Optimizer steps of the whole run, resumed ones included; 0 goes on until the stream has ended."""
+
+    max_seconds: float = 0.0
+    """Wall time of training in this process; 0 sets no bound. A run that it ends can be resumed."""
+
+    epochs: int = 1
+    """Passes over the stream; the later ones replay it from its start once it is sealed."""
+
+    held_out_traces: int = 32
+    """Traces kept back to measure the KL to the teacher; 0 measures none."""
+
+    held_out_fraction: float = 0.1
+    """Part of the prompts that is never trained on, chosen by a hash of the prompt id. A trace tagged
+    `split=train` or `split=held_out` follows its tag instead."""
+
+    held_out_window: int = 256
+    """Training traces that may go by before the first step while held-out ones are still too few. Bounds
+    the memory and the wait; after it, those that were found are the held-out set."""
+
+    eval_every_steps: int = 50
+    """Steps between measurements of the held-out KL; 0 measures only before and after."""
+
+    checkpoint_every_steps: int = 200
+    """Steps between checkpoints; 0 saves only at the end and when interrupted."""
+
+    keep_checkpoints: int = 2
+    """Newest checkpoints that stay. Two, so that a disk fault in the newest costs one interval."""
+
+    freeze_embeddings: bool = False
+    """Leave token embeddings and output head as they are: saves a third of the head's cost and its optimizer
+    state. Right for a student cut from its teacher, whose embeddings are the teacher's."""
+
+    seed: int = 0
+    """Of the held-out hash and of dropout."""
+
+    threads: int = 0
+    """CPU threads while the stream is live; 0 takes torch's own choice."""
+
+    replay_threads: int = 0
+    """CPU threads in the later epochs, when the teacher has left its cores; 0 as `threads`."""
+
+    prefetch_blocks: int = 8
+    """Decoded blocks that wait for the trainer; the service holds back what comes after."""
+
+    device: str = "auto"
+    """A torch device; "auto" is CUDA where there is one, else the CPU."""
+
+    dtype: str = "auto"
+    """Type to compute in; weights stay float32. "auto" is bfloat16 on CUDA, float32 on a CPU."""
+
+    allow_misaligned: bool = False
+    """Train although tokenizer, template, vocabulary or logprobs differ. The loss compares token ids: only
+    for those who know that the differences do not touch them."""
+
+    def __post_init__(self) -> None:
+        """Check every field."""
+        try:
+            check_name(self.stream)
+        except InvalidInputError as error:
+            raise ConfigError(error.message, error.remedy) from error
+        for problem, holds in self._checks().items():
+            if not holds:
+                raise ConfigError(problem)
+
+    def _checks(self) -> dict[str, bool]:
+        counts_from_zero = (
+            "warmup_steps max_steps held_out_traces held_out_window eval_every_steps checkpoint_every_steps "
+            "threads replay_threads seed"
+        )
+        counts_from_one = "batch_sequences micro_batch_tokens epochs keep_checkpoints prefetch_blocks"
+        not_negative = "weight_decay grad_clip kd_weight ce_weight max_seconds"
+        checks = {f"{name} is {getattr(self, name)}, expected 0 or more": getattr(self, name) >= 0
+                  for name in f"{counts_from_zero} {not_negative}".split()}  # fmt: skip
+        checks |= {f"{name} is {getattr(self, name)}, expected 1 or more": getattr(self, name) >= 1
+                   for name in counts_from_one.split()}  # fmt: skip
+        return checks | {
+            f"learning_rate is {self.learning_rate}, expected above 0 and at most 1": 0 < self.learning_rate <= 1,
+            f"beta1 is {self.beta1}, expected 0 to below 1": 0 <= self.beta1 < 1,
+            f"beta2 is {self.beta2}, expected 0 to below 1": 0 <= self.beta2 < 1,
+            "kd_weight and ce_weight are both 0": self.kd_weight + self.ce_weight > 0,
+            f"max_sequence_tokens is {self.max_sequence_tokens}, expected 2 or more": self.max_sequence_tokens >= 2,
+            f"held_out_fraction is {self.held_out_fraction}, expected 0 to 0.9": 0 <= self.held_out_fraction <= 0.9,
+            f"service_timeout_seconds is {self.service_timeout_seconds}, expected above 0": (
+                self.service_timeout_seconds > 0
+            ),
+            f"schedule is {self.schedule!r}, expected one of {SCHEDULES}": self.schedule in SCHEDULES,
+            f"dtype is {self.dtype!r}, expected one of {DTYPES}": self.dtype in DTYPES,
+            "schedule 'cosine' needs max_steps": self.schedule != "cosine" or self.max_steps > 0,
+        }
