@@ -150,7 +150,10 @@ def alignment_differences(teacher: TokenizerSpec, student: TokenizerSpec) -> lis
             f"({student.vocab_sha256.hex()[:12]})"
         )
     if teacher.chat_template_sha256 != student.chat_template_sha256:
-        shown = [digest.hex()[:12] or "none" for digest in (teacher.chat_template_sha256, student.chat_template_sha256)]
+        shown = [
+            digest.hex()[:12] or "none"
+            for digest in (teacher.chat_template_sha256, student.chat_template_sha256)
+        ]
         differences.append(f"chat template: teacher {shown[0]}, student {shown[1]}")
     if set(teacher.eos_token_ids) != set(student.eos_token_ids):
         differences.append(

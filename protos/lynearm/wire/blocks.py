@@ -1,0 +1,171 @@
+"""The block: a header that anyone can read, and a payload that only the codec looks into.
+
+A block travels, and is stored, as one serialised `lynearm.v1.Block`. Whoever accepts blocks calls
+`verify_block`: it proves that the bytes are whole and within bounds without decoding them.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import xxhash
+from google.protobuf.message import DecodeError
+
+from lynearm.v1 import trace_pb2
+from lynearm.wire.errors import CodecError, CorruptBlockError, InvalidInputError, UnsupportedFormatError
+from lynearm.wire.fields import bytes_prefix, expect_bytes, read_fields
+from lynearm.wire.specs import CODEC_MODES, CodecMode
+
+FORMAT_VERSION = 1
+"""Version of the payload's layout that this package writes, and the newest that it reads."""
+
+MAX_PAYLOAD_BYTES = 3 << 20
+"""Leaves room for framing under gRPC's default of 4 MiB a message."""
+
+MAX_BLOCK_BYTES = MAX_PAYLOAD_BYTES + 128
+"""Payload, header and framing."""
+
+MAX_UNCOMPRESSED_BYTES = 64 << 20
+"""What a reader must be ready to hold for one block."""
+
+MAX_TRACES = 1 << 16
+
+_HEADER_FIELD = 1
+_PAYLOAD_FIELD = 2
+
+
+@dataclass(frozen=True, slots=True)
+class BlockHeader:
+    """What can be known about a block without decoding it."""
+
+    format_version: int
+    codec_mode: CodecMode
+    trace_count: int
+    prompt_token_count: int
+    completion_token_count: int
+    uncompressed_size_bytes: int
+    payload_xxh3: int
+    """XXH3-64, seed 0, of the payload's bytes as they travel."""
+
+
+def checksum(payload: bytes | memoryview) -> int:
+    """XXH3-64, seed 0, of a payload (https://github.com/Cyan4973/xxHash)."""
+    return xxhash.xxh3_64_intdigest(payload)
+
+
+def join_block(header: BlockHeader, payload: bytes) -> bytes:
+    """A serialised `lynearm.v1.Block`.
+
+    Raises:
+        CodecError: if the payload is larger than `MAX_PAYLOAD_BYTES`.
+    """
+    if len(payload) > MAX_PAYLOAD_BYTES:
+        raise CodecError(
+            f"a payload of {len(payload)} bytes exceeds the {MAX_PAYLOAD_BYTES} of a block",
+            "put fewer traces into one block",
+        )
+    message = trace_pb2.BlockHeader(
+        format_version=header.format_version,
+        codec_mode=_MODE_TO_PROTO[header.codec_mode],
+        trace_count=header.trace_count,
+        prompt_token_count=header.prompt_token_count,
+        completion_token_count=header.completion_token_count,
+        uncompressed_size_bytes=header.uncompressed_size_bytes,
+        payload_xxh3=header.payload_xxh3,
+    ).SerializeToString()
+    return b"".join(
+        (
+            bytes_prefix(_HEADER_FIELD, len(message)),
+            message,
+            bytes_prefix(_PAYLOAD_FIELD, len(payload)),
+            payload,
+        )
+    )
+
+
+def split_block(data: bytes | memoryview) -> tuple[BlockHeader, memoryview]:
+    """Header and payload of a block; the payload is a view into `data`.
+
+    Reads the header but does not hash the payload: for blocks that were verified before.
+
+    Raises:
+        InvalidInputError: if the bytes are not a `lynearm.v1.Block` with both parts, once each.
+        UnsupportedFormatError: if the format version or codec mode is not known here.
+        CorruptBlockError: if a count or a size is out of bounds.
+    """
+    parts: dict[int, memoryview] = {}
+    for number, value in read_fields(data):
+        if number not in (_HEADER_FIELD, _PAYLOAD_FIELD):
+            continue
+        if number in parts:
+            raise InvalidInputError(f"not a block: field {number} is there twice")
+        parts[number] = expect_bytes(number, value)
+    if len(parts) != 2:
+        raise InvalidInputError("not a block: it lacks its header or its payload")
+    header = _parse_header(parts[_HEADER_FIELD])
+    _check_bounds(header, len(parts[_PAYLOAD_FIELD]))
+    return header, parts[_PAYLOAD_FIELD]
+
+
+def verify_block(data: bytes | memoryview) -> BlockHeader:
+    """The header of a block whose payload matches its checksum.
+
+    Raises:
+        InvalidInputError: as for `split_block`.
+        UnsupportedFormatError: as for `split_block`.
+        CorruptBlockError: if a count or size is out of bounds, or the checksum does not match.
+    """
+    header, payload = split_block(data)
+    found = checksum(payload)
+    if found != header.payload_xxh3:
+        raise CorruptBlockError(
+            f"the payload's XXH3-64 is {found:016x}, the header says {header.payload_xxh3:016x}",
+            "send or fetch the block again",
+        )
+    return header
+
+
+_MODE_TO_PROTO = {
+    "exact": trace_pb2.CODEC_MODE_EXACT,
+    "standard": trace_pb2.CODEC_MODE_STANDARD,
+}
+_MODE_FROM_PROTO: dict[int, CodecMode] = {int(_MODE_TO_PROTO[mode]): mode for mode in CODEC_MODES}
+
+
+def _parse_header(data: memoryview) -> BlockHeader:
+    try:
+        message = trace_pb2.BlockHeader.FromString(bytes(data))
+    except DecodeError as error:
+        raise InvalidInputError("not a block: its header is not a lynearm.v1.BlockHeader") from error
+    if message.format_version == 0:
+        raise InvalidInputError("not a block: its header names no format version")
+    if message.format_version > FORMAT_VERSION or message.codec_mode not in _MODE_FROM_PROTO:
+        raise UnsupportedFormatError(
+            f"block of format version {message.format_version}, codec mode {message.codec_mode}; "
+            f"this package reads versions up to {FORMAT_VERSION} and modes {', '.join(CODEC_MODES)}",
+            "upgrade lynearm",
+        )
+    return BlockHeader(
+        format_version=message.format_version,
+        codec_mode=_MODE_FROM_PROTO[message.codec_mode],
+        trace_count=message.trace_count,
+        prompt_token_count=message.prompt_token_count,
+        completion_token_count=message.completion_token_count,
+        uncompressed_size_bytes=message.uncompressed_size_bytes,
+        payload_xxh3=message.payload_xxh3,
+    )
+
+
+def _check_bounds(header: BlockHeader, payload_bytes: int) -> None:
+    checks = {
+        f"{header.trace_count} traces, expected 1 to {MAX_TRACES}": 0 < header.trace_count <= MAX_TRACES,
+        f"a payload of {payload_bytes} bytes, expected 1 to {MAX_PAYLOAD_BYTES}": (
+            0 < payload_bytes <= MAX_PAYLOAD_BYTES
+        ),
+        f"{header.uncompressed_size_bytes} bytes uncompressed, expected 1 to {MAX_UNCOMPRESSED_BYTES}": (
+            0 < header.uncompressed_size_bytes <= MAX_UNCOMPRESSED_BYTES
+        ),
+    }
+    for problem, holds in checks.items():
+        if not holds:
+            raise CorruptBlockError(f"block with {problem}")

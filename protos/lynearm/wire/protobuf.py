@@ -1,0 +1,151 @@
+"""Stream specs and stream states between protobuf messages and dataclasses."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TypeVar
+
+from lynearm.v1 import trace_pb2, trace_service_pb2
+from lynearm.wire.errors import InvalidInputError, UnsupportedFormatError
+from lynearm.wire.specs import CodecMode, CodecSpec, LogprobsMode, StreamSpec, TeacherSpec, TokenizerSpec
+
+_Name = TypeVar("_Name")
+
+
+@dataclass(frozen=True, slots=True)
+class StreamInfo:
+    """A stream and how far it is."""
+
+    spec: StreamSpec
+    sealed: bool
+    """Takes no more blocks."""
+    created_unix_nano: int
+    next_offset: int
+    """Offset that the next block will get; equals the number of blocks."""
+    trace_count: int = 0
+    prompt_token_count: int = 0
+    completion_token_count: int = 0
+    size_bytes: int = 0
+    """Encoded blocks."""
+    finished_prompt_count: int = 0
+
+
+def spec_to_proto(spec: StreamSpec) -> trace_pb2.StreamSpec:
+    """The message of a spec."""
+    teacher, tokenizer = spec.teacher, spec.tokenizer
+    return trace_pb2.StreamSpec(
+        name=spec.name,
+        teacher=trace_pb2.TeacherSpec(
+            model=teacher.model,
+            revision=teacher.revision,
+            engine=teacher.engine,
+            dtype=teacher.dtype,
+            vocab_size=teacher.vocab_size,
+            max_model_len=teacher.max_model_len,
+            logprobs_mode=_LOGPROBS_TO_PROTO[teacher.logprobs_mode],
+            logprobs_temperature=teacher.logprobs_temperature,
+        ),
+        tokenizer=trace_pb2.TokenizerSpec(
+            name=tokenizer.name,
+            vocab_sha256=tokenizer.vocab_sha256,
+            chat_template_sha256=tokenizer.chat_template_sha256,
+            vocab_size=tokenizer.vocab_size,
+            eos_token_ids=tokenizer.eos_token_ids,
+        ),
+        codec=trace_pb2.CodecSpec(mode=_CODEC_TO_PROTO[spec.codec.mode], top_k=spec.codec.top_k),
+        license=spec.license,
+        labels=dict(spec.labels),
+    )
+
+
+def spec_from_proto(message: trace_pb2.StreamSpec) -> StreamSpec:
+    """The spec in a message.
+
+    Raises:
+        InvalidInputError: naming the field that is missing or out of range.
+        UnsupportedFormatError: if a mode is newer than this package.
+    """
+    teacher, tokenizer = message.teacher, message.tokenizer
+    return StreamSpec(
+        name=message.name,
+        teacher=TeacherSpec(
+            model=teacher.model,
+            revision=teacher.revision,
+            engine=teacher.engine,
+            dtype=teacher.dtype,
+            vocab_size=teacher.vocab_size,
+            max_model_len=teacher.max_model_len,
+            logprobs_mode=_known(_LOGPROBS_FROM_PROTO, teacher.logprobs_mode, "teacher.logprobs_mode"),
+            logprobs_temperature=teacher.logprobs_temperature,
+        ),
+        tokenizer=TokenizerSpec(
+            name=tokenizer.name,
+            vocab_sha256=tokenizer.vocab_sha256,
+            chat_template_sha256=tokenizer.chat_template_sha256,
+            vocab_size=tokenizer.vocab_size,
+            eos_token_ids=tuple(tokenizer.eos_token_ids),
+        ),
+        codec=CodecSpec(
+            mode=_known(_CODEC_FROM_PROTO, message.codec.mode, "codec.mode"), top_k=message.codec.top_k
+        ),
+        license=message.license,
+        labels=dict(message.labels),
+    )
+
+
+def stream_to_proto(info: StreamInfo) -> trace_service_pb2.Stream:
+    """The message of a stream."""
+    return trace_service_pb2.Stream(
+        spec=spec_to_proto(info.spec),
+        state=trace_service_pb2.STREAM_STATE_SEALED if info.sealed else trace_service_pb2.STREAM_STATE_OPEN,
+        created_unix_nano=info.created_unix_nano,
+        next_offset=info.next_offset,
+        trace_count=info.trace_count,
+        prompt_token_count=info.prompt_token_count,
+        completion_token_count=info.completion_token_count,
+        size_bytes=info.size_bytes,
+        finished_prompt_count=info.finished_prompt_count,
+    )
+
+
+def stream_from_proto(message: trace_service_pb2.Stream) -> StreamInfo:
+    """The stream in a message.
+
+    Raises:
+        InvalidInputError: as for `spec_from_proto`.
+        UnsupportedFormatError: as for `spec_from_proto`.
+    """
+    return StreamInfo(
+        spec=spec_from_proto(message.spec),
+        sealed=message.state == trace_service_pb2.STREAM_STATE_SEALED,
+        created_unix_nano=message.created_unix_nano,
+        next_offset=message.next_offset,
+        trace_count=message.trace_count,
+        prompt_token_count=message.prompt_token_count,
+        completion_token_count=message.completion_token_count,
+        size_bytes=message.size_bytes,
+        finished_prompt_count=message.finished_prompt_count,
+    )
+
+
+_LOGPROBS_TO_PROTO = {
+    "raw": trace_pb2.LOGPROBS_MODE_RAW,
+    "processed": trace_pb2.LOGPROBS_MODE_PROCESSED,
+}
+_LOGPROBS_FROM_PROTO: dict[int, LogprobsMode] = {
+    int(trace_pb2.LOGPROBS_MODE_RAW): "raw",
+    int(trace_pb2.LOGPROBS_MODE_PROCESSED): "processed",
+}
+_CODEC_TO_PROTO = {"exact": trace_pb2.CODEC_MODE_EXACT, "standard": trace_pb2.CODEC_MODE_STANDARD}
+_CODEC_FROM_PROTO: dict[int, CodecMode] = {
+    int(trace_pb2.CODEC_MODE_EXACT): "exact",
+    int(trace_pb2.CODEC_MODE_STANDARD): "standard",
+}
+
+
+def _known(names: dict[int, _Name], value: int, field: str) -> _Name:
+    if value == 0:
+        raise InvalidInputError(f"stream spec: {field} is not said")
+    if value not in names:
+        raise UnsupportedFormatError(f"stream spec: {field} {value} is not known here", "upgrade lynearm")
+    return names[value]
