@@ -1,0 +1,229 @@
+"""The synchronous client: what trainers, teachers, notebooks and the command line use."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Iterator
+from types import TracebackType
+from typing import Literal, Self, TypeVar
+
+import grpc
+
+from lynearm.client.connection import Backoff, Connection, is_transient
+from lynearm.client.publisher import DEFAULT_IN_FLIGHT_BYTES, Publisher
+from lynearm.client.subscription import DEFAULT_CREDIT_BYTES, ReceivedBlock, Subscription
+from lynearm.v1 import trace_service_pb2 as pb
+from lynearm.wire.errors import InvalidInputError, ServiceUnavailableError
+from lynearm.wire.frames import parse_fetch_response
+from lynearm.wire.protobuf import StreamInfo, spec_to_proto, stream_from_proto
+from lynearm.wire.specs import StreamSpec, check_name
+
+DEFAULT_TARGET = "127.0.0.1:7411"
+
+_SHORT_PATIENCE_SECONDS = 1.0
+"""How long a single call bridges a hiccup; a person at a keyboard waits no longer for bad news."""
+
+_Request = TypeVar("_Request")
+_Response = TypeVar("_Response")
+
+
+class TraceClient:
+    """A client of one trace service. Threads may share it; the channel opens at the first call.
+
+    Single calls raise `ServiceUnavailableError` after about a second without a service. Publishers
+    and subscriptions wait for it, and go on where they were.
+
+    Args:
+        target: host:port of the service.
+        timeout_seconds: Deadline of each single call.
+        patience_seconds: How long publishers and subscriptions wait for a service that went away.
+
+    Raises:
+        InvalidInputError: if the target is not host:port.
+    """
+
+    def __init__(
+        self,
+        target: str = DEFAULT_TARGET,
+        *,
+        timeout_seconds: float = 30.0,
+        patience_seconds: float = math.inf,
+    ) -> None:
+        host, _, port = target.rpartition(":")
+        if not host or not port.isdigit() or not 0 < int(port) < 1 << 16:
+            raise InvalidInputError(f"service {target!r} is not host:port", f"for example {DEFAULT_TARGET}")
+        self.target = target
+        self._timeout_seconds = timeout_seconds
+        self._patience_seconds = patience_seconds
+        self._connection = Connection(target)
+
+    def __enter__(self) -> Self:
+        """The client itself."""
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """Close the channel."""
+        self.close()
+
+    def close(self) -> None:
+        """Close the channel; publishers and subscriptions on it end."""
+        self._connection.close()
+
+    def wait_until_ready(
+        self, timeout_seconds: float = math.inf, on_wait: Callable[[], None] | None = None
+    ) -> None:
+        """Return once the service says that it is serving.
+
+        Args:
+            timeout_seconds: How long to wait.
+            on_wait: Called once, when the first try found no service.
+
+        Raises:
+            ServiceUnavailableError: if it did not come up in time.
+        """
+        backoff = Backoff(timeout_seconds)
+        while not self._connection.is_serving(min(5.0, self._timeout_seconds)):
+            pause_seconds = backoff.failed()
+            if backoff.spent:
+                raise ServiceUnavailableError(
+                    f"no trace service answers at {self.target} after {timeout_seconds:g} s",
+                    "start one with `lynearm serve`, or name another with --service",
+                )
+            if on_wait is not None:
+                on_wait()
+                on_wait = None
+            time.sleep(min(pause_seconds, 1.0))
+
+    def create_stream(self, spec: StreamSpec, *, allow_existing: bool = False) -> StreamInfo:
+        """Create a stream.
+
+        Args:
+            spec: What the stream is.
+            allow_existing: Return the stream of that name if its spec equals `spec`.
+
+        Raises:
+            StreamExistsError: if the name is taken (by another spec, with `allow_existing`).
+        """
+        request = pb.CreateStreamRequest(spec=spec_to_proto(spec), allow_existing=allow_existing)
+        return stream_from_proto(self._call(self._connection.stub.CreateStream, request).stream)
+
+    def get_stream(self, name: str) -> StreamInfo:
+        """The stream as it is now.
+
+        Raises:
+            StreamNotFoundError: if there is none of that name.
+        """
+        request = pb.GetStreamRequest(name=check_name(name))
+        return stream_from_proto(self._call(self._connection.stub.GetStream, request).stream)
+
+    def list_streams(self) -> list[StreamInfo]:
+        """Every stream, by name."""
+        response = self._call(self._connection.stub.ListStreams, pb.ListStreamsRequest())
+        return [stream_from_proto(stream) for stream in response.streams]
+
+    def delete_stream(self, name: str) -> None:
+        """Delete a stream with all its blocks.
+
+        Raises:
+            StreamNotFoundError: if there is none of that name.
+        """
+        self._call(self._connection.stub.DeleteStream, pb.DeleteStreamRequest(name=check_name(name)))
+
+    def seal_stream(self, name: str) -> StreamInfo:
+        """End a stream: it takes no more blocks, and subscriptions that follow it finish.
+
+        Raises:
+            StreamNotFoundError: if there is none of that name.
+        """
+        request = pb.SealStreamRequest(name=check_name(name))
+        return stream_from_proto(self._call(self._connection.stub.SealStream, request).stream)
+
+    def finished_prompts(self, stream: str) -> set[str]:
+        """Ids of the prompts that committed blocks have finished.
+
+        Raises:
+            StreamNotFoundError: if there is no such stream.
+        """
+        request = pb.ListFinishedPromptsRequest(stream=check_name(stream))
+        try:
+            responses = self._connection.stub.ListFinishedPrompts(request, timeout=self._timeout_seconds)
+            return {prompt_id for response in responses for prompt_id in response.prompt_ids}
+        except grpc.RpcError as failure:
+            raise self._connection.error(failure) from failure
+
+    def publisher(
+        self, stream: str, producer_id: str, *, max_in_flight_bytes: int = DEFAULT_IN_FLIGHT_BYTES
+    ) -> Publisher:
+        """A publisher of blocks to a stream, under a new epoch that fences all earlier ones.
+
+        Args:
+            stream: Name of the stream.
+            producer_id: Stable name of whoever publishes.
+            max_in_flight_bytes: Blocks sent but not yet durable, after which `publish` waits.
+        """
+        return Publisher(
+            self._connection,
+            check_name(stream),
+            check_name(producer_id, what="producer id"),
+            max_in_flight_bytes=max_in_flight_bytes,
+            patience_seconds=self._patience_seconds,
+        )
+
+    def subscribe(
+        self,
+        stream: str,
+        *,
+        start: int | Literal["live"] = 0,
+        follow: bool = True,
+        credit_bytes: int = DEFAULT_CREDIT_BYTES,
+    ) -> Subscription:
+        """The blocks of a stream in offset order.
+
+        Args:
+            stream: Name of the stream.
+            start: Offset of the first block; "live" for those committed from now on.
+            follow: Wait for more until the stream is sealed; otherwise end where it ends now.
+            credit_bytes: Blocks that the service may send ahead of the reader.
+
+        Raises:
+            StreamNotFoundError: if `start` is "live" and there is no such stream. With a number, the
+                first iteration raises it.
+        """
+        first = self.get_stream(stream).next_offset if start == "live" else start
+        return Subscription(
+            self._connection,
+            check_name(stream),
+            start=first,
+            follow=follow,
+            credit_bytes=credit_bytes,
+            patience_seconds=self._patience_seconds,
+        )
+
+    def fetch(self, stream: str, offset: int, count: int = 1) -> Iterator[ReceivedBlock]:
+        """A range of blocks; fewer than `count` where the stream ends before.
+
+        Raises:
+            StreamNotFoundError: if there is no such stream.
+            OffsetNotFoundError: if there is no block at `offset`.
+        """
+        request = pb.FetchBlocksRequest(stream=check_name(stream), offset=offset, count=count)
+        try:
+            for data in self._connection.fetch(request, self._timeout_seconds):
+                fetched = parse_fetch_response(data)
+                yield ReceivedBlock(fetched.offset, fetched.block, fetched.next_offset)
+        except grpc.RpcError as failure:
+            raise self._connection.error(failure) from failure
+
+    def _call(self, method: Callable[..., _Response], request: object) -> _Response:
+        backoff = Backoff(min(_SHORT_PATIENCE_SECONDS, self._patience_seconds))
+        while True:
+            try:
+                return method(request, timeout=self._timeout_seconds)
+            except grpc.RpcError as failure:
+                pause_seconds = backoff.failed()
+                if not is_transient(failure) or backoff.spent:
+                    raise self._connection.error(failure) from failure
+            time.sleep(pause_seconds)
