@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from lynearm.traces.catalog import CommittedBlock, CommitOutcome, NewBlock, stream_not_found
+from lynearm.traces.catalog import CommitOutcome, CommittedBlock, NewBlock, stream_not_found
 from lynearm.wire.errors import (
     LynearmError,
     ProducerFencedError,
@@ -97,8 +97,8 @@ def _admit(index: int, block: NewBlock, state: GroupState) -> CommitOutcome:
 
 def _seen_again(block: NewBlock, state: GroupState) -> CommitOutcome:
     first = state.published.get((block.producer.key, block.sequence))
-    same = first is not None and (first.size_bytes, first.checksum) == (block.facts.size_bytes, block.facts.checksum)
-    if first is not None and same:
+    facts = block.facts
+    if first is not None and (first.size_bytes, first.checksum) == (facts.size_bytes, facts.checksum):
         return CommittedBlock(first.offset, is_new=False)
     return SequenceConflictError(
         f"producer {block.producer.producer_id!r} used sequence {block.sequence} for another block already",
@@ -117,6 +117,8 @@ def _refusal(
             f"expected {producer.last_sequence + 1}",
             "reconnect and resend from the next_sequence that the server names",
         )
+    if len(set(block.finished_prompt_ids)) < len(block.finished_prompt_ids):
+        return PromptFinishedError("a block finishes the same prompt twice", "name each prompt once")
     for prompt_id in block.finished_prompt_ids:
         if (block.producer.stream_id, prompt_id) in state.finished:
             return PromptFinishedError(

@@ -16,29 +16,22 @@ from typing import Protocol, TypeAlias
 
 from lynearm.traces.store import Span, StoredObject
 from lynearm.wire.errors import LynearmError, StreamNotFoundError
-from lynearm.wire.specs import StreamSpec
+from lynearm.wire.protobuf import StreamInfo
+from lynearm.wire.specs import CodecMode, StreamSpec
 
 
 @dataclass(frozen=True, slots=True)
 class StreamRecord:
-    """A stream and how far it is."""
+    """A stream as the catalog knows it."""
 
     stream_id: int
     """Never used again, unlike the name of a deleted stream."""
-    spec: StreamSpec
-    sealed: bool
-    created_unix_nano: int
-    next_offset: int
-    trace_count: int
-    prompt_token_count: int
-    completion_token_count: int
-    size_bytes: int
-    finished_prompt_count: int
+    info: StreamInfo
 
     @property
     def name(self) -> str:
         """The stream's name."""
-        return self.spec.name
+        return self.info.spec.name
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,6 +44,8 @@ class Producer:
     producer_id: str
     epoch: int
     next_sequence: int
+    codec_mode: CodecMode
+    """Of the stream."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -206,4 +201,6 @@ class Catalog(Protocol):
 
 def stream_not_found(name: str) -> StreamNotFoundError:
     """The error of every catalog for a name that it does not know."""
-    return StreamNotFoundError(f"there is no stream {name[:140]!r}", "create it, or look at the list of streams")
+    return StreamNotFoundError(
+        f"there is no stream {name[:140]!r}", "create it, or choose one from `lynearm streams list`"
+    )

@@ -15,11 +15,13 @@ import asyncio
 import logging
 from collections import deque
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
-from typing import TypeAlias
+from types import TracebackType
+from typing import Self, TypeAlias
 
-from lynearm.traces.cache import BlockCache
 from lynearm.traces.catalog import Catalog, CommitOutcome, CommittedBlock, NewBlock
+from lynearm.traces.reader import BlockCache
 from lynearm.traces.store import BlockStore, StoredObject
 from lynearm.traces.tail import Tails
 from lynearm.wire.errors import InternalError, LynearmError, ServiceUnavailableError, StorageFullError
@@ -29,8 +31,12 @@ logger = logging.getLogger(__name__)
 BLOCK_OVERHEAD_BYTES = 4096
 """What a queued block is charged beyond its size, so that tiny blocks cannot queue without bound."""
 
+PROMPT_OVERHEAD_BYTES = 64
+"""The same for each prompt id that comes with it."""
+
 PendingOffset: TypeAlias = asyncio.Future[int | LynearmError]
-"""The offset of a submitted block, or why it has none; a value, since nobody may be left to fetch an exception."""
+"""The offset of a submitted block, or why it has none: a value, since nobody may be left to fetch an
+exception."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,8 +46,10 @@ class _Submission:
     outcome: PendingOffset = field(default_factory=lambda: asyncio.get_running_loop().create_future())
 
     @property
-    def charge(self) -> int:
-        return len(self.data) + BLOCK_OVERHEAD_BYTES
+    def charge_bytes(self) -> int:
+        prompt_ids = self.block.finished_prompt_ids
+        prompts = sum(map(len, prompt_ids)) + PROMPT_OVERHEAD_BYTES * len(prompt_ids)
+        return len(self.data) + prompts + BLOCK_OVERHEAD_BYTES
 
     def resolve(self, outcome: int | LynearmError) -> None:
         if not self.outcome.done():
@@ -55,7 +63,17 @@ class _WrittenGroup:
 
 
 class GroupCommitter:
-    """Writes and commits blocks in groups. Use as an async context manager; leaving it flushes."""
+    """Writes and commits blocks in groups. Use it as an async context manager; leaving it flushes.
+
+    Args:
+        catalog: Where index rows go.
+        store: Where blocks go.
+        cache: Receives each block when it is committed.
+        tails: Learn how far each stream is, after the cache has the blocks.
+        group_seconds: Longest wait for more blocks once there is one.
+        group_bytes: Size at which a group is full.
+        queue_bytes: Bound on what is submitted and not yet committed.
+    """
 
     def __init__(
         self,
@@ -76,18 +94,21 @@ class GroupCommitter:
         self._group_bytes = group_bytes
         self._queue = _BoundedQueue(queue_bytes)
         self._written: asyncio.Queue[_WrittenGroup | None] = asyncio.Queue(maxsize=1)
-        self._tasks: list[asyncio.Task[None]] = []
+        self._tasks = asyncio.TaskGroup()
 
-    async def __aenter__(self) -> GroupCommitter:
-        self._tasks = [
-            asyncio.create_task(self._write_groups(), name="write-groups"),
-            asyncio.create_task(self._commit_groups(), name="commit-groups"),
-        ]
+    async def __aenter__(self) -> Self:
+        """Start; a fault in here cancels the caller rather than leaving publishers to wait for ever."""
+        await self._tasks.__aenter__()
+        self._tasks.create_task(self._write_groups(), name="write-groups")
+        self._tasks.create_task(self._commit_groups(), name="commit-groups")
         return self
 
-    async def __aexit__(self, *_: object) -> None:
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """Commit what is queued, take no more, and stop."""
         self._queue.close()
-        await asyncio.gather(*self._tasks)
+        await self._tasks.__aexit__(kind, error, trace)
 
     async def submit(self, block: NewBlock, data: bytes | memoryview) -> PendingOffset:
         """Queue a block; waits for room in the queue.
@@ -107,16 +128,14 @@ class GroupCommitter:
         return submission.outcome
 
     async def _write_groups(self) -> None:
-        try:
-            while group := await self._queue.take_group(self._group_bytes, self._group_seconds):
-                try:
-                    stored = await self._store.write([submission.data for submission in group])
-                except Exception as error:
-                    self._fail(group, error)
-                else:
-                    await self._written.put(_WrittenGroup(stored, group))
-        finally:
-            await self._written.put(None)
+        while group := await self._queue.take_group(self._group_bytes, self._group_seconds):
+            try:
+                stored = await self._store.write([submission.data for submission in group])
+            except Exception as error:
+                self._fail(group, error)
+            else:
+                await self._written.put(_WrittenGroup(stored, group))
+        await self._written.put(None)
 
     async def _commit_groups(self) -> None:
         while (group := await self._written.get()) is not None:
@@ -130,7 +149,9 @@ class GroupCommitter:
                 delete = isinstance(error, StorageFullError)
             else:
                 self._publish(group.submissions, outcomes)
-                delete = not any(isinstance(outcome, CommittedBlock) and outcome.is_new for outcome in outcomes)
+                delete = not any(
+                    isinstance(outcome, CommittedBlock) and outcome.is_new for outcome in outcomes
+                )
             if delete:
                 await self._delete_object(group.stored.key)
 
@@ -168,7 +189,7 @@ class GroupCommitter:
 
 
 class _BoundedQueue:
-    """Submissions in order, bounded in bytes from `put` to `release`. Single event loop, one taker."""
+    """Submissions in order, bounded in bytes from `put` to `release`. One event loop, one taker."""
 
     def __init__(self, capacity_bytes: int) -> None:
         self._capacity_bytes = capacity_bytes
@@ -176,31 +197,57 @@ class _BoundedQueue:
         self._queued: deque[_Submission] = deque()
         self._queued_bytes = 0
         self._closed = False
-        self._room = asyncio.Condition()
+        # Replaced and set whenever room or submissions appear, or the queue closes.
+        self._freed = asyncio.Event()
         self._arrived = asyncio.Event()
 
     async def put(self, submission: _Submission) -> None:
-        async with self._room:
-            # An empty queue takes any block, whatever its size.
-            await self._room.wait_for(
-                lambda: not self._held_bytes or self._held_bytes + submission.charge <= self._capacity_bytes
-            )
+        while not self._closed and not self._has_room(submission.charge_bytes):
+            await self._freed.wait()
         if self._closed:
             raise stopping()
-        self._held_bytes += submission.charge
+        self._held_bytes += submission.charge_bytes
         self._queued.append(submission)
         self._queued_bytes += len(submission.data)
-        self._arrived.set()
+        self._arrived = _wake(self._arrived)
 
     def release(self, submissions: Sequence[_Submission]) -> None:
-        self._held_bytes -= sum(submission.charge for submission in submissions)
-        raise NotImplementedError
+        """Give back the room of submissions that are answered."""
+        self._held_bytes -= sum(submission.charge_bytes for submission in submissions)
+        self._freed = _wake(self._freed)
 
     async def take_group(self, group_bytes: int, group_seconds: float) -> list[_Submission]:
-        raise NotImplementedError
+        """The next submissions, up to `group_bytes` and at least one; none once closed and empty."""
+        while not self._queued and not self._closed:
+            await self._arrived.wait()
+        with suppress(TimeoutError):
+            async with asyncio.timeout(group_seconds):
+                while self._queued_bytes < group_bytes and not self._closed:
+                    await self._arrived.wait()
+        group: list[_Submission] = []
+        size_bytes = 0
+        while self._queued and size_bytes < group_bytes:
+            submission = self._queued.popleft()
+            size_bytes += len(submission.data)
+            group.append(submission)
+        self._queued_bytes -= size_bytes
+        return group
 
     def close(self) -> None:
-        raise NotImplementedError
+        """Refuse further submissions; those queued can still be taken."""
+        self._closed = True
+        self._freed = _wake(self._freed)
+        self._arrived = _wake(self._arrived)
+
+    def _has_room(self, charge_bytes: int) -> bool:
+        # An empty queue takes any block, whatever its size.
+        return not self._held_bytes or self._held_bytes + charge_bytes <= self._capacity_bytes
+
+
+def _wake(event: asyncio.Event) -> asyncio.Event:
+    """Wake who waits on `event`; returns its successor."""
+    event.set()
+    return asyncio.Event()
 
 
 def stopping() -> ServiceUnavailableError:

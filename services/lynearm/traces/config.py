@@ -45,6 +45,10 @@ class ServeConfig:
     cache_bytes: int = 256 * MIB
     """Recent blocks kept in memory for readers. 256 to 1,024 blocks: seconds of a busy fleet's output."""
 
+    max_calls: int = 1024
+    """Calls at the same time; more are refused at once, as unavailable, rather than queued. A call costs
+    little memory beyond the blocks on their way to a reader, at most about 8 MiB."""
+
     drain_seconds: float = 10.0
     """Time that running calls get to end when the server is asked to stop."""
 
@@ -55,9 +59,12 @@ class ServeConfig:
             f"group_milliseconds is {self.group_milliseconds}, expected 0 to 10000": (
                 0 <= self.group_milliseconds <= 10_000
             ),
-            f"group_bytes is {self.group_bytes}, expected 1 to {256 * MIB}": 1 <= self.group_bytes <= 256 * MIB,
+            f"group_bytes is {self.group_bytes}, expected 1 to {256 * MIB}": (
+                1 <= self.group_bytes <= 256 * MIB
+            ),
             f"queue_bytes is {self.queue_bytes}, expected at least {4 * MIB}": self.queue_bytes >= 4 * MIB,
             f"cache_bytes is {self.cache_bytes}, expected 0 or more": self.cache_bytes >= 0,
+            f"max_calls is {self.max_calls}, expected at least 1": self.max_calls >= 1,
             f"drain_seconds is {self.drain_seconds}, expected 0 or more": self.drain_seconds >= 0,
         }
         for problem, holds in checks.items():

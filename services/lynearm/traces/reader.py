@@ -1,13 +1,13 @@
-"""Reads committed blocks: from memory when they are recent, else from the store, checked."""
+"""Reads committed blocks: from memory while they are recent, else from the store, checked."""
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Sequence
 from itertools import groupby
 
 import xxhash
 
-from lynearm.traces.cache import BlockCache
 from lynearm.traces.catalog import BlockLocation, Catalog, StreamRecord
 from lynearm.traces.store import BlockStore
 from lynearm.wire.errors import CorruptBlockError, OffsetNotFoundError
@@ -19,8 +19,51 @@ READ_COUNT = 64
 """Most blocks looked up in one query."""
 
 
+class BlockCache:
+    """The blocks committed last, over all streams, bounded in bytes; the oldest leave first.
+
+    A replay reads from the store and leaves nothing here, so that it cannot push out the live tails.
+
+    Args:
+        capacity_bytes: Bound on the sum of the blocks' sizes; 0 keeps none.
+    """
+
+    def __init__(self, capacity_bytes: int) -> None:
+        self._capacity_bytes = capacity_bytes
+        self._size_bytes = 0
+        self._blocks: OrderedDict[tuple[int, int], bytes | memoryview] = OrderedDict()
+
+    @property
+    def size_bytes(self) -> int:
+        """Sum of the sizes of the blocks held."""
+        return self._size_bytes
+
+    def get(self, stream_id: int, offset: int) -> bytes | memoryview | None:
+        """The block, or None when it is not held."""
+        return self._blocks.get((stream_id, offset))
+
+    def put(self, stream_id: int, offset: int, block: bytes | memoryview) -> None:
+        """Hold a block that was committed just now, at the cost of older ones."""
+        self._blocks[stream_id, offset] = block
+        self._size_bytes += len(block)
+        while self._size_bytes > self._capacity_bytes:
+            _, evicted = self._blocks.popitem(last=False)
+            self._size_bytes -= len(evicted)
+
+    def drop_stream(self, stream_id: int) -> None:
+        """Forget every block of a deleted stream."""
+        for key in [key for key in self._blocks if key[0] == stream_id]:
+            self._size_bytes -= len(self._blocks.pop(key))
+
+
 class BlockReader:
-    """Random access to the blocks of every stream."""
+    """Random access to the blocks of every stream.
+
+    Args:
+        catalog: Knows where blocks lie.
+        store: Holds them.
+        cache: Holds the recent ones.
+    """
 
     def __init__(self, catalog: Catalog, store: BlockStore, cache: BlockCache) -> None:
         self._catalog = catalog
@@ -77,7 +120,6 @@ class BlockReader:
                     if found:
                         return found
                     raise _corrupt(stream.name, location)
-                self._cache.put(stream.stream_id, location.offset, block)
                 found.append(block)
         return found
 

@@ -19,6 +19,7 @@ from collections.abc import AsyncIterator, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Protocol, TypeVar
 
@@ -27,6 +28,7 @@ from lynearm.wire.errors import StorageError, StorageFullError
 READ_THREADS = 2
 """Reads come from the page cache or an SSD; more threads only queue for the interpreter lock."""
 
+_SUBDIRECTORIES = tuple(f"{number:02x}" for number in range(256))
 _FULL = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
 _MAX_BUFFERS_PER_WRITE = 1024
 """IOV_MAX on Linux and macOS."""
@@ -90,14 +92,22 @@ class LocalBlockStore:
     A new file under a unique name needs no rename, since only the catalog's commit makes it visible. File
     and directory are synced before `write` returns. A sync that fails is never retried: the kernel may have
     dropped the dirty pages, and a second sync would then report success for lost bytes.
+
+    Args:
+        root: The directory, created when missing; its parent exists.
+
+    Raises:
+        StorageError: the directory cannot be used.
     """
 
     def __init__(self, root: Path) -> None:
         self._root = root
         self._writer = ThreadPoolExecutor(1, "block-writer")
         self._readers = ThreadPoolExecutor(READ_THREADS, "block-reader")
-        root.mkdir(parents=True, exist_ok=True)
-        _sync_directory(root.parent)
+        try:
+            _make_directories(root)
+        except OSError as error:
+            raise _storage_error(error, root) from error
 
     async def write(self, blocks: Sequence[bytes | memoryview]) -> StoredObject:
         """See `BlockStore.write`."""
@@ -113,8 +123,8 @@ class LocalBlockStore:
 
     async def list_keys(self) -> AsyncIterator[list[str]]:
         """See `BlockStore.list_keys`; one batch per subdirectory."""
-        for directory in await self._run(self._readers, lambda: sorted(self._root.iterdir())):
-            yield await self._run(self._readers, lambda directory=directory: sorted(os.listdir(directory)))
+        for name in _SUBDIRECTORIES:
+            yield await self._run(self._readers, partial(os.listdir, self._root / name))
 
     async def close(self) -> None:
         """See `BlockStore.close`."""
@@ -133,9 +143,6 @@ class LocalBlockStore:
     def _write(self, blocks: Sequence[bytes | memoryview]) -> StoredObject:
         key = secrets.token_hex(16)
         path = self._path(key)
-        if not path.parent.is_dir():
-            path.parent.mkdir(exist_ok=True)
-            _sync_directory(self._root)
         descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o640)
         try:
             _write_all(descriptor, blocks)
@@ -157,6 +164,15 @@ class LocalBlockStore:
             return [os.pread(descriptor, span.length, span.position) for span in spans]
         finally:
             os.close(descriptor)
+
+
+def _make_directories(root: Path) -> None:
+    root.mkdir(exist_ok=True)
+    for name in _SUBDIRECTORIES:
+        (root / name).mkdir(exist_ok=True)
+    # Even where nothing is new: a server that was killed here may have left the names unsynced.
+    _sync_directory(root)
+    _sync_directory(root.parent)
 
 
 def _spans(blocks: Sequence[bytes | memoryview]) -> tuple[Span, ...]:

@@ -8,6 +8,8 @@ All of it lives on the event loop's thread.
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Coroutine
+from typing import cast
 from weakref import WeakValueDictionary
 
 from lynearm.wire.errors import LynearmError
@@ -46,8 +48,27 @@ class StreamTail:
     async def wait_end(self) -> LynearmError:
         """Wait until calls on the stream must end; returns why."""
         await self._ended.wait()
-        assert self._end_reason is not None  # `end` sets it before the event
-        return self._end_reason
+        return cast("LynearmError", self._end_reason)  # `end` sets it before the event
+
+
+async def run_until_end(tail: StreamTail, work: Coroutine[object, object, None]) -> None:
+    """Run `work` to its end, unless calls on the stream must end before; then it is cancelled.
+
+    Raises:
+        LynearmError: why calls must end; else whatever `work` raises.
+    """
+    working = asyncio.create_task(work)
+    ending = asyncio.create_task(tail.wait_end())
+    try:
+        await asyncio.wait((working, ending), return_when=asyncio.FIRST_COMPLETED)
+        if not working.done():
+            raise ending.result()
+        working.result()
+    finally:
+        for task in (working, ending):
+            task.cancel()
+        # Nothing of the call may run on after its end.
+        await asyncio.gather(working, ending, return_exceptions=True)
 
 
 class Tails:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -30,7 +31,10 @@ class TrainConfig:
     """host:port of the trace service."""
 
     service_timeout_seconds: float = 30.0
-    """How long one call to the service may take, and how long it may stay away before the run gives up."""
+    """How long one call to the service may take."""
+
+    patience_seconds: float = math.inf
+    """How long the service may stay away in the middle of a run before the run saves and gives up."""
 
     out: Path = Path("runs/student")
     """Directory that receives the checkpoints."""
@@ -151,15 +155,21 @@ class TrainConfig:
         checks |= {f"{name} is {getattr(self, name)}, expected 1 or more": getattr(self, name) >= 1
                    for name in counts_from_one.split()}  # fmt: skip
         return checks | {
-            f"learning_rate is {self.learning_rate}, expected above 0 and at most 1": 0 < self.learning_rate <= 1,
+            f"learning_rate is {self.learning_rate}, expected above 0 and at most 1": 0
+            < self.learning_rate
+            <= 1,
             f"beta1 is {self.beta1}, expected 0 to below 1": 0 <= self.beta1 < 1,
             f"beta2 is {self.beta2}, expected 0 to below 1": 0 <= self.beta2 < 1,
             "kd_weight and ce_weight are both 0": self.kd_weight + self.ce_weight > 0,
-            f"max_sequence_tokens is {self.max_sequence_tokens}, expected 2 or more": self.max_sequence_tokens >= 2,
-            f"held_out_fraction is {self.held_out_fraction}, expected 0 to 0.9": 0 <= self.held_out_fraction <= 0.9,
+            f"max_sequence_tokens is {self.max_sequence_tokens}, expected 2 or more": self.max_sequence_tokens
+            >= 2,
+            f"held_out_fraction is {self.held_out_fraction}, expected 0 to 0.9": 0
+            <= self.held_out_fraction
+            <= 0.9,
             f"service_timeout_seconds is {self.service_timeout_seconds}, expected above 0": (
                 self.service_timeout_seconds > 0
             ),
+            f"patience_seconds is {self.patience_seconds}, expected 0 or more": self.patience_seconds >= 0,
             f"schedule is {self.schedule!r}, expected one of {SCHEDULES}": self.schedule in SCHEDULES,
             f"dtype is {self.dtype!r}, expected one of {DTYPES}": self.dtype in DTYPES,
             "schedule 'cosine' needs max_steps": self.schedule != "cosine" or self.max_steps > 0,

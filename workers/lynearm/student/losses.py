@@ -210,14 +210,18 @@ def _losses_in_place(
     smallest = torch.finfo(exp_CV.dtype).tiny
     student_log_tail_C = tail_exp_C.clamp_min(smallest).log() - total_C.log()
     gap_CK = torch.where(is_kept_CK, log_kept_CK - (kept_logits_CK - log_total_C[:, None]), 0.0)
-    kl_C = (kept_CK * gap_CK).sum(1) + torch.where(tail_C > 0, tail_C * (log_tail_C - student_log_tail_C), 0.0)
+    kl_C = (kept_CK * gap_CK).sum(1) + torch.where(
+        tail_C > 0, tail_C * (log_tail_C - student_log_tail_C), 0.0
+    )
     cross_entropy_C = log_total_C - sampled_logit_C
     if weights is not None:
-        tail_scale_C = (weights.kd + weights.cross_entropy) / total_C - weights.kd * tail_C / tail_exp_C.clamp_min(
-            smallest
-        )
+        tail_scale_C = (
+            weights.kd + weights.cross_entropy
+        ) / total_C - weights.kd * tail_C / tail_exp_C.clamp_min(smallest)
         exp_CV *= tail_scale_C[:, None]
-        kept_grad_CK = (weights.kd + weights.cross_entropy) * kept_exp_CK / total_C[:, None] - weights.kd * kept_CK
+        kept_grad_CK = (weights.kd + weights.cross_entropy) * kept_exp_CK / total_C[
+            :, None
+        ] - weights.kd * kept_CK
         exp_CV.scatter_add_(1, ids_CK, kept_grad_CK)
         exp_CV.scatter_add_(1, sampled_C1, torch.full_like(total_C, -weights.cross_entropy)[:, None])
     return kl_C, cross_entropy_C

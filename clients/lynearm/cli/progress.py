@@ -1,0 +1,189 @@
+"""Shows where a long step is: live bars on a terminal, lines elsewhere, JSON for programs.
+
+Roles report by calling a function with frozen dataclasses of their own. A `Reporter` is that function: it
+asks the command's `describe` what an event means to a person, and draws it. Progress goes to standard
+error, so that standard output stays free for results; with `json`, each event goes there instead, as
+{"role": "teach", "event": "teach_progress", …its fields}.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import re
+import sys
+import threading
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Generic, Self, TypeVar, cast
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, ProgressColumn, SpinnerColumn, Task, TextColumn
+from rich.table import Column
+from rich.text import Text
+
+from lynearm.cli.options import ProgressMode
+
+LINE_INTERVAL_SECONDS = 5.0
+"""Between two lines of one stage where there is no terminal to redraw."""
+
+_NARROW_COLUMNS = 90
+"""Below this width the bar gives its place to the text."""
+
+_Event_contra = TypeVar("_Event_contra", contravariant=True)
+
+
+@dataclass(frozen=True, slots=True)
+class Status:
+    """What an event means to a person."""
+
+    stage: str
+    """One or two words, for example "training"."""
+    text: str = ""
+    """Counts and rates."""
+    completed: float = 0.0
+    total: float | None = None
+    """None where the end cannot be known."""
+
+
+class Reporter(Generic[_Event_contra]):
+    """Takes a role's events and shows them. Threads may share it; use it as a context manager.
+
+    Args:
+        role: The command's verb.
+        mode: How to show.
+        describe: What an event means; None shows nothing for it to people.
+    """
+
+    def __init__(
+        self, role: str, mode: ProgressMode, describe: Callable[[_Event_contra], Status | None]
+    ) -> None:
+        self._role = role
+        self._describe = describe
+        self._console = Console(stderr=True)
+        if mode is ProgressMode.auto:
+            mode = ProgressMode.rich if self._console.is_terminal else ProgressMode.plain
+        self.mode = mode
+        self._lock = threading.Lock()
+        self._bars = _bars(self._console) if mode is ProgressMode.rich else None
+        self._shown: Status | None = None
+        self._printed_at = -math.inf
+
+    def __enter__(self) -> Self:
+        """Start drawing."""
+        if self._bars is not None:
+            self._bars.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """Leave the last picture standing."""
+        if self._bars is not None:
+            self._bars.stop()
+
+    def __call__(self, event: _Event_contra) -> None:
+        """Show an event."""
+        with self._lock:
+            if self.mode is ProgressMode.json:
+                print(event_line(self._role, event), flush=True)
+                return
+            status = self._describe(event) if self.mode is not ProgressMode.none else None
+            if status is None:
+                return
+            if self._bars is not None:
+                self._draw(self._bars, status)
+            else:
+                self._print(status)
+            self._shown = status
+
+    def _draw(self, bars: Progress, status: Status) -> None:
+        new_stage = self._shown is None or self._shown.stage != status.stage
+        if not bars.tasks or new_stage:
+            for task in bars.tasks:
+                bars.remove_task(task.id)
+            bars.add_task(status.stage, total=status.total, completed=status.completed, text=status.text)  # pyright: ignore[reportArgumentType]
+            return
+        bars.update(
+            bars.tasks[0].id, total=status.total, completed=status.completed, text=status.text
+        )
+
+    def _print(self, status: Status) -> None:
+        new_stage = self._shown is None or self._shown.stage != status.stage
+        now = time.monotonic()
+        if not new_stage and (status == self._shown or now - self._printed_at < LINE_INTERVAL_SECONDS):
+            return
+        self._printed_at = now
+        done = f" {status.completed / status.total:.0%}" if status.total else ""
+        print(f"{self._role}: {status.stage}{done}" + (f": {status.text}" if status.text else ""), file=sys.stderr)
+
+
+def event_line(role: str, event: object) -> str:
+    """An event as one line of JSON: role, the class's name in snake case, and its fields."""
+    if not dataclasses.is_dataclass(event) or isinstance(event, type):
+        raise TypeError(f"{event!r} is no dataclass instance")
+    name = re.sub(r"(?<!^)(?=[A-Z])", "_", type(event).__name__).lower()
+    fields = cast("dict[str, object]", _plain(dataclasses.asdict(event)))
+    return json.dumps({"role": role, "event": name, **fields}, ensure_ascii=False, allow_nan=False)
+
+
+def count(number: float) -> str:
+    """A count in at most five characters: 912, 3.4k, 12M."""
+    for limit, unit in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
+        if number >= limit:
+            shown = number / limit
+            return f"{shown:.1f}{unit}" if shown < 10 else f"{shown:.0f}{unit}"
+    return f"{number:.0f}"
+
+
+def size(size_bytes: float) -> str:
+    """A size with a unit: 912 B, 3.4 MB."""
+    return count(size_bytes) + " B" if size_bytes < 1000 else f"{count(size_bytes)[:-1]} {count(size_bytes)[-1]}B"
+
+
+def duration(seconds: float) -> str:
+    """A duration: 4.2 s, 3 min 05 s, 2 h 10 min."""
+    if seconds < 60:
+        return f"{seconds:.1f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    return f"{minutes} min {rest:02d} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60:02d} min"
+
+
+class _Elapsed(ProgressColumn):
+    """Time since the stage began, and the time that is left where that can be told."""
+
+    def render(self, task: Task) -> Text:
+        elapsed = duration(task.elapsed or 0.0)
+        left = task.time_remaining
+        return Text(f"{elapsed}, {duration(left)} left" if left else elapsed, style="dim")
+
+
+def _bars(console: Console) -> Progress:
+    columns: list[ProgressColumn] = [SpinnerColumn(), TextColumn("{task.description}")]
+    if console.width >= _NARROW_COLUMNS:
+        columns.append(BarColumn(bar_width=24))
+    text_column = Column(ratio=1, no_wrap=True, overflow="ellipsis")
+    columns += [
+        TextColumn("{task.fields[text]}", markup=False, table_column=text_column),
+        _Elapsed(table_column=Column(no_wrap=True)),
+    ]
+    return Progress(*columns, console=console, expand=True)
+
+
+def _plain(value: Any) -> object:  # Any: fields of other roles' dataclasses
+    """The value in the types of JSON, which has neither NaN nor bytes."""
+    if isinstance(value, Mapping):
+        return {str(key): _plain(one) for key, one in cast("Mapping[object, Any]", value).items()}
+    if isinstance(value, list | tuple | set | frozenset):
+        return [_plain(one) for one in cast("list[Any]", value)]
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, bytes):
+        return value.hex()
+    if isinstance(value, Path):
+        return str(value)
+    return value

@@ -1,0 +1,102 @@
+"""What every call of one server works on: the catalog, the blocks, and what is kept of both in memory."""
+
+from __future__ import annotations
+
+import fcntl
+import logging
+import os
+from collections.abc import AsyncIterator, Iterator
+from contextlib import aclosing, asynccontextmanager, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from lynearm.traces.catalog import Catalog, StreamRecord, stream_not_found
+from lynearm.traces.commit import GroupCommitter
+from lynearm.traces.config import ServeConfig
+from lynearm.traces.reader import BlockCache, BlockReader
+from lynearm.traces.sqlite_catalog import SqliteCatalog
+from lynearm.traces.store import BlockStore, LocalBlockStore, sync_directory
+from lynearm.traces.tail import StreamTail, Tails
+from lynearm.wire.errors import LynearmError, PreconditionError, StorageError
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class Backend:
+    """The parts of a server behind its calls. Made by `open_backend`."""
+
+    catalog: Catalog
+    store: BlockStore
+    cache: BlockCache
+    tails: Tails
+    reader: BlockReader
+    committer: GroupCommitter
+
+    async def watch_stream(self, name: str) -> tuple[StreamRecord, StreamTail]:
+        """A stream as it is, and the tail that tells of every commit from then on.
+
+        Raises:
+            StreamNotFoundError: there is no such stream.
+        """
+        record = await self.catalog.get_stream(name)
+        while True:
+            tail = self.tails.register(record.stream_id)
+            # Read again: a commit between the first look and the registration woke nobody.
+            latest = await self.catalog.get_stream(name)
+            if latest.stream_id == record.stream_id:
+                tail.advance(latest.info.next_offset, sealed=latest.info.sealed)
+                return latest, tail
+            record = latest
+
+    async def seal_stream(self, name: str) -> StreamRecord:
+        """Let a stream take no more blocks, and those who follow it finish.
+
+        Raises:
+            StreamNotFoundError: there is no such stream.
+        """
+        record = await self.catalog.seal_stream(name)
+        self.tails.advance(record.stream_id, record.info.next_offset, sealed=True)
+        return record
+
+    async def delete_stream(self, name: str) -> None:
+        """Remove a stream with its blocks, and end the calls that use it.
+
+        Raises:
+            StreamNotFoundError: there is no such stream.
+        """
+        deleted = await self.catalog.delete_stream(name)
+        self.tails.end(deleted.stream_id, stream_not_found(name))
+        self.cache.drop_stream(deleted.stream_id)
+        for key in deleted.object_keys:
+            try:
+                await self.store.delete(key)
+            except LynearmError as error:
+                logger.warning("object %s stays until the next start: %s", key, error)
+
+
+@asynccontextmanager
+async def open_backend(config: ServeConfig) -> AsyncIterator[Backend]:
+    """Take the data directory, with nothing in it but what was committed; on leaving, commit and let go.
+
+    Raises:
+        PreconditionError: another server uses the directory.
+        ConfigError: another version of lynearm wrote it.
+        StorageError: it cannot be used.
+    """
+    with _locked_directory(config.data_dir):
+        catalog = await SqliteCatalog.open(config.data_dir / "catalog.sqlite3")
+        async with aclosing_part(catalog), aclosing_part(LocalBlockStore(config.data_dir / "blocks")) as store:
+            await _sweep(catalog, store)
+            cache, tails = BlockCache(config.cache_bytes), Tails()
+            async with GroupCommitter(
+                catalog,
+                store,
+                cache,
+                tails,
+                group_seconds=config.group_milliseconds / 1000,
+                group_bytes=config.group_bytes,
+                queue_bytes=config.queue_bytes,
+            ) as committer:
+                reader = BlockReader(catalog, store, cache)
+                yield Backend(catalog, store, cache, tails, reader, committer)

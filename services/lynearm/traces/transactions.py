@@ -1,0 +1,362 @@
+"""The catalog's transactions in SQL: what each does with a connection inside its transaction.
+
+Nothing here knows a database by name, a thread or an event loop; the caller begins and commits.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any, TypeVar
+
+from sqlalchemy import Connection, RowMapping, delete, insert, inspect, select, update
+
+from lynearm.traces.admission import (
+    GroupState,
+    ProducerProgress,
+    PublishedBlock,
+    StreamProgress,
+    admit,
+    fenced,
+    sealed,
+)
+from lynearm.traces.catalog import (
+    BlockLocation,
+    CommitOutcome,
+    DeletedStream,
+    FinishedPrompt,
+    NewBlock,
+    Producer,
+    StreamRecord,
+    stream_not_found,
+)
+from lynearm.traces.schema import (
+    SCHEMA_VERSION,
+    blocks,
+    finished_prompts,
+    metadata,
+    objects,
+    producers,
+    schema_version,
+    streams,
+)
+from lynearm.traces.store import Span, StoredObject
+from lynearm.v1 import trace_pb2
+from lynearm.wire.errors import ConfigError, PreconditionError, StreamExistsError
+from lynearm.wire.protobuf import StreamInfo, spec_from_proto, spec_to_proto
+from lynearm.wire.specs import StreamSpec
+
+_MAX_VARIABLES = 500
+"""Values per IN list: SQLite compiles a statement for each length, and old builds stop at 999."""
+
+_PROGRESS = (
+    "next_offset",
+    "trace_count",
+    "prompt_token_count",
+    "completion_token_count",
+    "size_bytes",
+    "finished_prompt_count",
+)
+
+T = TypeVar("T")
+
+
+def prepare_schema(connection: Connection, where: str) -> None:
+    """Create the tables in an empty database; else check that they are the ones known here.
+
+    Args:
+        connection: A connection in a transaction.
+        where: The database, for people.
+
+    Raises:
+        ConfigError: another version wrote them.
+    """
+    if not inspect(connection).has_table(schema_version.name):
+        metadata.create_all(connection)
+        connection.execute(insert(schema_version).values(version=SCHEMA_VERSION))
+    found = connection.scalar(select(schema_version.c.version))
+    if found != SCHEMA_VERSION:
+        raise ConfigError(
+            f"catalog {where} has schema version {found}, expected {SCHEMA_VERSION}",
+            "use the lynearm that wrote it, or another data directory",
+        )
+
+
+def get_stream(connection: Connection, name: str) -> StreamRecord:
+    """See `Catalog.get_stream`."""
+    row = connection.execute(select(streams).where(streams.c.name == name)).mappings().one_or_none()
+    if row is None:
+        raise stream_not_found(name)
+    return _record(row)
+
+
+def list_streams(connection: Connection) -> list[StreamRecord]:
+    """See `Catalog.list_streams`."""
+    return [_record(row) for row in connection.execute(select(streams).order_by(streams.c.name)).mappings()]
+
+
+def seal_stream(connection: Connection, name: str) -> StreamRecord:
+    """See `Catalog.seal_stream`."""
+    connection.execute(update(streams).where(streams.c.name == name).values(sealed=True))
+    return get_stream(connection, name)
+
+
+def create_stream(connection: Connection, spec: StreamSpec, allow_existing: bool) -> StreamRecord:
+    """See `Catalog.create_stream`."""
+    row = connection.execute(select(streams).where(streams.c.name == spec.name)).mappings().one_or_none()
+    if row is not None:
+        existing = _record(row)
+        same = existing.info.spec == spec
+        if allow_existing and same:
+            return existing
+        raise StreamExistsError(
+            f"stream {spec.name!r} exists {'already' if same else 'with another spec'}",
+            "choose another name, or delete it",
+        )
+    connection.execute(
+        insert(streams).values(
+            name=spec.name,
+            spec=spec_to_proto(spec).SerializeToString(deterministic=True),
+            sealed=False,
+            created_unix_nano=time.time_ns(),
+            **dict.fromkeys(_PROGRESS, 0),
+        )
+    )
+    return get_stream(connection, spec.name)
+
+
+def delete_stream(connection: Connection, name: str) -> DeletedStream:
+    """See `Catalog.delete_stream`."""
+    stream_id = get_stream(connection, name).stream_id
+    of_stream = select(blocks.c.object_id).where(blocks.c.stream_id == stream_id).distinct()
+    touched = list(connection.scalars(of_stream))
+    for table in (finished_prompts, blocks, producers):
+        connection.execute(delete(table).where(table.c.stream_id == stream_id))
+    connection.execute(delete(streams).where(streams.c.id == stream_id))
+    keys: list[str] = []
+    for chunk in _chunks(touched):
+        in_use = select(blocks.c.object_id).where(blocks.c.object_id == objects.c.id).exists()
+        unused = objects.c.id.in_(chunk) & ~in_use
+        keys += connection.scalars(select(objects.c.key).where(unused))
+        connection.execute(delete(objects).where(unused))
+    return DeletedStream(stream_id, tuple(keys))
+
+
+def open_producer(connection: Connection, stream_name: str, producer_id: str, epoch: int) -> Producer:
+    """See `Catalog.open_producer`."""
+    stream = get_stream(connection, stream_name)
+    identity = (producers.c.stream_id == stream.stream_id) & (producers.c.producer_id == producer_id)
+    row = connection.execute(select(producers).where(identity)).mappings().one_or_none()
+    if epoch:
+        newest = row["epoch"] if row is not None else 0
+        if epoch < newest:
+            raise fenced(producer_id, epoch, newest)
+        if row is None or epoch > newest:
+            raise PreconditionError(
+                f"producer {producer_id!r} of stream {stream_name!r} never had epoch {epoch}",
+                "the stream was created anew: open with epoch 0",
+            )
+        key, last_sequence = row["id"], row["last_sequence"]
+    else:
+        if stream.info.sealed:
+            raise sealed(stream_name)
+        key, epoch = _take_next_epoch(connection, stream.stream_id, producer_id, row)
+        last_sequence = 0
+    return Producer(
+        key=key,
+        stream_id=stream.stream_id,
+        stream_name=stream_name,
+        producer_id=producer_id,
+        epoch=epoch,
+        next_sequence=last_sequence + 1,
+        codec_mode=stream.info.spec.codec.mode,
+    )
+
+
+def commit(connection: Connection, stored: StoredObject, group: Sequence[NewBlock]) -> list[CommitOutcome]:
+    """See `Catalog.commit`."""
+    state = _load_state(connection, group)
+    outcomes = admit(group, state)
+    if state.admitted:
+        _store_state(connection, group, state)
+        _insert_blocks(connection, stored, group, state.admitted)
+    return outcomes
+
+
+def find_blocks(connection: Connection, stream_id: int, offset: int, count: int) -> list[BlockLocation]:
+    """See `Catalog.find_blocks`."""
+    query = (
+        select(blocks.c.offset, objects.c.key, blocks.c.position, blocks.c.size_bytes, blocks.c.checksum)
+        .join(objects, objects.c.id == blocks.c.object_id)
+        .where(blocks.c.stream_id == stream_id, blocks.c.offset >= offset)
+        .order_by(blocks.c.offset)
+        .limit(count)
+    )
+    return [
+        BlockLocation(row.offset, row.key, Span(row.position, row.size_bytes), int.from_bytes(row.checksum))
+        for row in connection.execute(query)
+    ]
+
+
+def list_finished_prompts(
+    connection: Connection, stream_id: int, after: int, count: int
+) -> list[FinishedPrompt]:
+    """See `Catalog.list_finished_prompts`."""
+    query = (
+        select(finished_prompts.c.position, finished_prompts.c.prompt_id)
+        .where(finished_prompts.c.stream_id == stream_id, finished_prompts.c.position > after)
+        .order_by(finished_prompts.c.position)
+        .limit(count)
+    )
+    return [FinishedPrompt(row.position, row.prompt_id) for row in connection.execute(query)]
+
+
+def find_unreferenced(connection: Connection, object_keys: Sequence[str]) -> list[str]:
+    """See `Catalog.find_unreferenced`."""
+    known: set[str] = set()
+    for chunk in _chunks(object_keys):
+        known.update(connection.scalars(select(objects.c.key).where(objects.c.key.in_(chunk))))
+    return [key for key in object_keys if key not in known]
+
+
+def _record(row: RowMapping) -> StreamRecord:
+    info = StreamInfo(
+        spec=spec_from_proto(trace_pb2.StreamSpec.FromString(row["spec"])),
+        sealed=row["sealed"],
+        created_unix_nano=row["created_unix_nano"],
+        **{column: row[column] for column in _PROGRESS},
+    )
+    return StreamRecord(row["id"], info)
+
+
+def _take_next_epoch(
+    connection: Connection, stream_id: int, producer_id: str, row: RowMapping | None
+) -> tuple[int, int]:
+    if row is not None:
+        epoch = row["epoch"] + 1
+        connection.execute(
+            update(producers).where(producers.c.id == row["id"]).values(epoch=epoch, last_sequence=0)
+        )
+        return row["id"], epoch
+    values = {"stream_id": stream_id, "producer_id": producer_id, "epoch": 1, "last_sequence": 0}
+    return _inserted_key(connection, insert(producers).values(values).returning(producers.c.id)), 1
+
+
+def _load_state(connection: Connection, group: Sequence[NewBlock]) -> GroupState:
+    state = GroupState(
+        streams=_load_streams(connection, {block.producer.stream_id for block in group}),
+        producers=_load_producers(connection, {block.producer.key for block in group}),
+        published={},
+        finished=set(),
+    )
+    _load_published(connection, group, state)
+    _load_finished(connection, group, state)
+    return state
+
+
+def _load_streams(connection: Connection, stream_ids: Iterable[int]) -> dict[int, StreamProgress]:
+    columns = (streams.c.id, streams.c.sealed, *(streams.c[name] for name in _PROGRESS))
+    return {
+        key: StreamProgress(*rest)
+        for chunk in _chunks(stream_ids)
+        for key, *rest in connection.execute(select(*columns).where(streams.c.id.in_(chunk)))
+    }
+
+
+def _load_producers(connection: Connection, keys: Iterable[int]) -> dict[int, ProducerProgress]:
+    columns = (producers.c.id, producers.c.epoch, producers.c.last_sequence)
+    return {
+        key: ProducerProgress(epoch, last_sequence)
+        for chunk in _chunks(keys)
+        for key, epoch, last_sequence in connection.execute(select(*columns).where(producers.c.id.in_(chunk)))
+    }
+
+
+def _load_published(connection: Connection, group: Sequence[NewBlock], state: GroupState) -> None:
+    for block in group:
+        producer = state.producers.get(block.producer.key)
+        if producer is None or block.producer.epoch != producer.epoch:
+            continue
+        if block.sequence > producer.last_sequence:
+            continue
+        row = connection.execute(
+            select(blocks.c.offset, blocks.c.size_bytes, blocks.c.checksum).where(
+                blocks.c.producer_key == block.producer.key,
+                blocks.c.epoch == producer.epoch,
+                blocks.c.sequence == block.sequence,
+            )
+        ).one_or_none()
+        if row is not None:
+            known = PublishedBlock(row.offset, row.size_bytes, int.from_bytes(row.checksum))
+            state.published[block.producer.key, block.sequence] = known
+
+
+def _load_finished(connection: Connection, group: Sequence[NewBlock], state: GroupState) -> None:
+    prompts_by_stream: dict[int, set[str]] = {}
+    for block in group:
+        prompts_by_stream.setdefault(block.producer.stream_id, set()).update(block.finished_prompt_ids)
+    for stream_id, prompt_ids in prompts_by_stream.items():
+        for chunk in _chunks(prompt_ids):
+            found = connection.scalars(
+                select(finished_prompts.c.prompt_id).where(
+                    finished_prompts.c.stream_id == stream_id, finished_prompts.c.prompt_id.in_(chunk)
+                )
+            )
+            state.finished.update((stream_id, prompt_id) for prompt_id in found)
+
+
+def _store_state(connection: Connection, group: Sequence[NewBlock], state: GroupState) -> None:
+    admitted = [group[index] for index, _ in state.admitted]
+    for stream_id in {block.producer.stream_id for block in admitted}:
+        progress = state.streams[stream_id]
+        values = {column: getattr(progress, column) for column in _PROGRESS}
+        connection.execute(update(streams).where(streams.c.id == stream_id).values(values))
+    for key in {block.producer.key for block in admitted}:
+        last = state.producers[key].last_sequence
+        connection.execute(update(producers).where(producers.c.id == key).values(last_sequence=last))
+
+
+def _insert_blocks(
+    connection: Connection,
+    stored: StoredObject,
+    group: Sequence[NewBlock],
+    admitted: Sequence[tuple[int, int]],
+) -> None:
+    object_id = _inserted_key(connection, insert(objects).values(key=stored.key).returning(objects.c.id))
+    rows = [_block_row(group[index], offset, object_id, stored.spans[index]) for index, offset in admitted]
+    connection.execute(insert(blocks), rows)
+    finished: list[dict[str, Any]] = [
+        {"stream_id": group[index].producer.stream_id, "prompt_id": prompt_id, "offset": offset}
+        for index, offset in admitted
+        for prompt_id in group[index].finished_prompt_ids
+    ]
+    if finished:
+        connection.execute(insert(finished_prompts), finished)
+
+
+def _block_row(block: NewBlock, offset: int, object_id: int, span: Span) -> dict[str, Any]:
+    return {
+        "stream_id": block.producer.stream_id,
+        "offset": offset,
+        "object_id": object_id,
+        "position": span.position,
+        "size_bytes": block.facts.size_bytes,
+        "checksum": block.facts.checksum.to_bytes(8),
+        "trace_count": block.facts.trace_count,
+        "prompt_token_count": block.facts.prompt_token_count,
+        "completion_token_count": block.facts.completion_token_count,
+        "producer_key": block.producer.key,
+        "epoch": block.producer.epoch,
+        "sequence": block.sequence,
+    }
+
+
+def _inserted_key(connection: Connection, statement: Any) -> int:
+    # Any: SQLAlchemy's type of INSERT … RETURNING names private generics.
+    return int(connection.execute(statement).scalar_one())
+
+
+def _chunks(values: Iterable[T]) -> Iterator[list[T]]:
+    remaining = list(values)
+    for start in range(0, len(remaining), _MAX_VARIABLES):
+        yield remaining[start : start + _MAX_VARIABLES]

@@ -1,0 +1,188 @@
+"""Batches in stream order, and the tensors of a batch.
+
+Invariant: which traces make up which batch depends on the order of traces in the stream and on the
+configuration alone: not on time, not on how traces were packed into blocks, not on where a run was
+interrupted. Shape legend: B = sequences, L = padded length, N = completion positions, K = kept entries.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from lynearm.student.losses import Targets
+from lynearm.student.reader import PositionedTrace
+from lynearm.wire.errors import MisalignmentError
+from lynearm.wire.traces import Cursor, Trace
+
+SPLIT_TAG = "split"
+"""Tag by which a trace says whether it is trained on: "train" or "held_out"."""
+
+
+@dataclass(frozen=True, slots=True)
+class SplitRule:
+    """Which prompts are never trained on."""
+
+    fraction: float
+    """Of the prompts, for traces without a tag."""
+    seed: int = 0
+
+    def holds_out(self, trace: Trace) -> bool:
+        """Whether the trace is for measuring. All traces of one prompt get the same answer."""
+        tag = trace.tags.get(SPLIT_TAG, "")
+        if tag in ("train", "held_out"):
+            return tag == "held_out"
+        digest = hashlib.blake2b(f"{self.seed}/{trace.prompt_id}".encode(), digest_size=8).digest()
+        return int.from_bytes(digest, "big") < self.fraction * 2**64
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """The traces of one optimizer step."""
+
+    traces: tuple[Trace, ...]
+    after: Cursor
+    """Where a run that has done this step goes on."""
+
+    @property
+    def tokens(self) -> int:
+        """Completion tokens, before any are cut."""
+        return sum(len(trace.completion_token_ids) for trace in self.traces)
+
+
+class Batcher:
+    """Groups traces into batches, in their order.
+
+    Args:
+        batch_sequences: Traces of a batch; the last of a pass may hold fewer.
+        max_sequence_tokens: Traces whose prompt leaves no room for a completion token are skipped.
+        rule: Traces that it holds out are skipped.
+    """
+
+    def __init__(self, *, batch_sequences: int, max_sequence_tokens: int, rule: SplitRule) -> None:
+        self._batch_sequences = batch_sequences
+        self._max_sequence_tokens = max_sequence_tokens
+        self._rule = rule
+        self._traces: list[Trace] = []
+        self._after = Cursor()
+        self.skipped_traces = 0
+
+    def add(self, positioned: PositionedTrace) -> Batch | None:
+        """Take the next trace; the batch that it completes, if it does."""
+        trace = positioned.trace
+        if self._rule.holds_out(trace):
+            return None
+        if not is_usable(trace, self._max_sequence_tokens):
+            self.skipped_traces += 1
+            return None
+        self._traces.append(trace)
+        self._after = positioned.after
+        return self.rest() if len(self._traces) == self._batch_sequences else None
+
+    def rest(self) -> Batch | None:
+        """The traces that did not fill a batch; None without any."""
+        if not self._traces:
+            return None
+        batch = Batch(tuple(self._traces), self._after)
+        self._traces = []
+        return batch
+
+
+def is_usable(trace: Trace, max_sequence_tokens: int) -> bool:
+    """Whether there is a completion token to learn from, with a token before it, within the length."""
+    prompt_tokens = len(trace.prompt_token_ids)
+    return len(trace.completion_token_ids) > 0 and 0 < prompt_tokens < max_sequence_tokens
+
+
+@dataclass(frozen=True, slots=True)
+class MicroBatch:
+    """Traces that are computed at once, as tensors."""
+
+    input_ids_BL: Tensor
+    """int64, padded with 0 at the end; the last completion token, which predicts nothing, is left out."""
+    positions_N: Tensor
+    """int64: where the rows of `targets` are in [B, L] laid flat."""
+    targets: Targets
+
+    def to(self, device: torch.device) -> MicroBatch:
+        """The same on another device."""
+        return MicroBatch(self.input_ids_BL.to(device), self.positions_N.to(device), self.targets.to(device))
+
+
+def collate(
+    traces: Sequence[Trace], *, micro_batch_tokens: int, max_sequence_tokens: int, vocab_size: int
+) -> list[MicroBatch]:
+    """The traces as tensors, cut into pieces of similar lengths.
+
+    Args:
+        traces: All usable by `is_usable`.
+        micro_batch_tokens: Bound on B × L of a piece, unless one trace alone exceeds it.
+        max_sequence_tokens: Completions are cut there.
+        vocab_size: Of the student.
+
+    Raises:
+        MisalignmentError: if a token id is not in the student's vocabulary.
+    """
+    ordered = sorted(traces, key=lambda trace: _length(trace, max_sequence_tokens), reverse=True)
+    pieces: list[list[Trace]] = []
+    for trace in ordered:
+        longest = _length(pieces[-1][0], max_sequence_tokens) if pieces else 0
+        if pieces and longest * (len(pieces[-1]) + 1) <= micro_batch_tokens:
+            pieces[-1].append(trace)
+        else:
+            pieces.append([trace])
+    return [_collate_piece(piece, max_sequence_tokens, vocab_size) for piece in pieces]
+
+
+def _length(trace: Trace, max_sequence_tokens: int) -> int:
+    return min(len(trace.prompt_token_ids) + len(trace.completion_token_ids), max_sequence_tokens) - 1
+
+
+def _collate_piece(traces: Sequence[Trace], max_sequence_tokens: int, vocab_size: int) -> MicroBatch:
+    lengths = [_length(trace, max_sequence_tokens) for trace in traces]
+    longest = max(lengths)
+    input_ids_BL = np.zeros((len(traces), longest), np.int64)
+    positions: list[np.ndarray] = []
+    for row, (trace, length) in enumerate(zip(traces, lengths, strict=True)):
+        token_ids = np.concatenate((trace.prompt_token_ids, trace.completion_token_ids))[: length + 1]
+        input_ids_BL[row, :length] = token_ids[:-1]
+        positions.append(row * longest + np.arange(len(trace.prompt_token_ids) - 1, length))
+    targets = _targets(traces, [len(rows) for rows in positions])
+    _check_ids(input_ids_BL, targets, vocab_size)
+    return MicroBatch(torch.from_numpy(input_ids_BL), torch.from_numpy(np.concatenate(positions)), targets)
+
+
+def _targets(traces: Sequence[Trace], counts: Sequence[int]) -> Targets:
+    k = max(trace.top_k.k for trace in traces)
+    token_ids_NK = np.zeros((sum(counts), k), np.int64)
+    logprobs_NK = np.full((sum(counts), k), -np.inf, np.float32)
+    start = 0
+    for trace, count in zip(traces, counts, strict=True):
+        rows = slice(start, start + count)
+        token_ids_NK[rows, : trace.top_k.k] = trace.top_k.token_ids[:count]
+        logprobs_NK[rows, : trace.top_k.k] = trace.top_k.logprobs[:count]
+        start += count
+    pairs = list(zip(traces, counts, strict=True))
+    tail_mass_N = np.concatenate([trace.top_k.tail_mass[:count] for trace, count in pairs])
+    sampled_N = np.concatenate([trace.completion_token_ids[:count] for trace, count in pairs])
+    return Targets(
+        torch.from_numpy(token_ids_NK),
+        torch.from_numpy(logprobs_NK),
+        torch.from_numpy(tail_mass_N),
+        torch.from_numpy(sampled_N.astype(np.int64)),
+    )
+
+
+def _check_ids(input_ids_BL: np.ndarray, targets: Targets, vocab_size: int) -> None:
+    kept_top = int(targets.token_ids_NK.max()) if targets.token_ids_NK.numel() else 0
+    top = max(int(input_ids_BL.max()), kept_top, int(targets.sampled_ids_N.max()))
+    if top >= vocab_size or int(input_ids_BL.min()) < 0:
+        raise MisalignmentError(
+            f"the stream has token id {top}, the student's vocabulary ends at {vocab_size - 1}",
+            "start from a student with the teacher's vocabulary",
+        )

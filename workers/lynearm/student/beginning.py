@@ -1,0 +1,98 @@
+"""Where a run begins: from a student's directory, or from a run's latest checkpoint."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from lynearm.student.alignment import check_alignment
+from lynearm.student.checkpoint import TrainState, latest_checkpoint, load_checkpoint
+from lynearm.student.config import TrainConfig
+from lynearm.student.lineage import JsonObject, read_lineage
+from lynearm.student.model import StudentModel, load_student
+from lynearm.student.optimization import Optimization
+from lynearm.wire.errors import CheckpointError, ConfigError
+from lynearm.wire.protobuf import StreamInfo
+from lynearm.wire.traces import Trace
+
+logger = logging.getLogger(__name__)
+
+_FIXED_FIELDS = ("batch_sequences", "max_sequence_tokens", "held_out_fraction", "seed")
+"""What decides which traces a step trains on: a resumed run must go on with it."""
+
+
+@dataclass(frozen=True, slots=True)
+class Beginning:
+    """All that a run needs before its next step."""
+
+    student: StudentModel
+    optimization: Optimization
+    state: TrainState
+    held_out: tuple[Trace, ...]
+    base_lineage: JsonObject
+    """Manifest of the model that the run began with, before any resumption."""
+
+
+def begin(config: TrainConfig, stream: StreamInfo) -> Beginning:
+    """Load what `config` names, and check that it belongs to the stream.
+
+    Raises:
+        CheckpointError: if the student or the checkpoint cannot be loaded, or is of another stream.
+        ConfigError: if `out` holds a run and `resume` is not set, or the configuration changes what a
+            resumed run depends on.
+        MisalignmentError: if student and stream are not aligned.
+    """
+    checkpoint_dir = latest_checkpoint(config.out)
+    if config.resume:
+        return _resume(config, stream, checkpoint_dir)
+    if checkpoint_dir is not None:
+        raise ConfigError(
+            f"{config.out} already holds {checkpoint_dir.name}",
+            "go on from it with --resume, or name another directory with --out",
+        )
+    torch.manual_seed(config.seed)  # pyright: ignore[reportUnknownMemberType]  # torch leaves it half typed
+    student = _load_aligned(config, stream, config.student)
+    state = TrainState(stream.spec.name, stream.created_unix_nano)
+    return Beginning(student, Optimization(student, config), state, (), read_lineage(config.student))
+
+
+def _resume(config: TrainConfig, stream: StreamInfo, directory: Path | None) -> Beginning:
+    if directory is None:
+        raise CheckpointError(
+            f"{config.out} has no checkpoint to resume from",
+            "begin without --resume, or name the run with --out",
+        )
+    checkpoint = load_checkpoint(directory)
+    state = checkpoint.state
+    if (state.stream, state.stream_created_unix_nano) != (stream.spec.name, stream.created_unix_nano):
+        raise CheckpointError(
+            f"{directory} was trained on stream {state.stream!r} made at {state.stream_created_unix_nano}, not on "
+            f"{stream.spec.name!r} made at {stream.created_unix_nano}",
+            "its cursor means nothing there: begin a new run with this checkpoint as its student",
+        )
+    changed = [
+        f"{name} was {checkpoint.written_by.get(name)} and is {getattr(config, name)}"
+        for name in _FIXED_FIELDS
+        if checkpoint.written_by.get(name) != getattr(config, name)
+    ]
+    if changed:
+        raise ConfigError(
+            f"the run in {config.out} cannot go on: {'; '.join(changed)}", "resume with the earlier values"
+        )
+    student = _load_aligned(config, stream, directory)
+    optimization = Optimization(student, config)
+    optimization.restore(checkpoint.optimizer, state.step)
+    logger.info("resumed from %s at %s of pass %d", directory, state.cursor, state.epoch + 1)
+    return Beginning(student, optimization, state, checkpoint.held_out, checkpoint.base_lineage)
+
+
+def _load_aligned(config: TrainConfig, stream: StreamInfo, directory: Path) -> StudentModel:
+    student = load_student(directory, device=config.device, dtype=config.dtype)
+    check_alignment(stream.spec, student, allow_misaligned=config.allow_misaligned)
+    if config.freeze_embeddings:
+        student.freeze_embeddings()
+    student.train(True)
+    return student

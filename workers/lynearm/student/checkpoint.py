@@ -1,0 +1,330 @@
+"""Checkpoints: weights, optimizer and stream position, saved as one.
+
+    OUT/LATEST                      name of the newest checkpoint
+    OUT/step-00000120/              model in Hugging Face layout, loadable by transformers, and
+        optimizer.safetensors       AdamW's moments and the random generators
+        trainer.json                step, cursor, curve, configuration
+        held_out.block              held-out traces, if any; held_out.1.block and so on for many
+        lynearm.json                lineage
+
+Invariants: a directory named `step-*` is complete, since it is written under another name, synced and
+renamed; LATEST is replaced only after that. Nothing is a pickle.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import re
+import shutil
+import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, fields, replace
+from pathlib import Path
+from typing import Any, TypeVar, cast
+
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from lynearm.student.config import TrainConfig
+from lynearm.student.evaluation import load_held_out, save_held_out
+from lynearm.student.lineage import JsonObject, read_lineage, write_lineage
+from lynearm.student.model import StudentModel
+from lynearm.student.progress import EvaluationRecord, StepRecord
+from lynearm.wire.errors import CheckpointError
+from lynearm.wire.traces import Cursor, Trace
+
+LATEST_FILE = "LATEST"
+TRAINER_FILE = "trainer.json"
+OPTIMIZER_FILE = "optimizer.safetensors"
+TRAINER_FORMAT = 1
+
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "chat_template.jinja",
+    "vocab.json",
+    "merges.txt",
+    "tokenizer.model",
+    "spiece.model",
+    "generation_config.json",
+)
+"""Copied as they are: a tokenizer that is loaded and saved again comes out under another class name."""
+
+_STEP_NAME = re.compile(r"step-(\d{8,})")
+_UNFINISHED_PREFIX = ".unfinished-"
+
+_Record = TypeVar("_Record", StepRecord, EvaluationRecord)
+
+
+@dataclass(frozen=True, slots=True)
+class TrainState:
+    """Where a run is. With the weights and the optimizer, all that the rest of it depends on."""
+
+    stream: str
+    stream_created_unix_nano: int
+    """Tells a stream from a later one of the same name."""
+    step: int = 0
+    """Done so far."""
+    epoch: int = 0
+    """Pass in progress, from 0."""
+    cursor: Cursor = Cursor()
+    """Next trace of this pass."""
+    traces: int = 0
+    """Trained on, repetitions included."""
+    tokens: int = 0
+    """Completion tokens trained on, repetitions included."""
+    furthest: Cursor = Cursor()
+    """End of what was trained on, over all passes."""
+    held_out_chosen: bool = False
+    """Whether the held-out set is settled, as it is before the first step."""
+    curve: tuple[StepRecord, ...] = ()
+    evaluations: tuple[EvaluationRecord, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Checkpoint:
+    """What a resumed run begins with, but for the weights, which `model.load_student` loads."""
+
+    directory: Path
+    state: TrainState
+    optimizer: dict[str, Tensor]
+    held_out: tuple[Trace, ...]
+    base_lineage: JsonObject
+    """Manifest of the model that the run began with."""
+    written_by: Mapping[str, Any] = field(default_factory=dict[str, Any])
+    """Fields of the `TrainConfig` that wrote it, as JSON; empty before it is written."""
+
+
+def step_name(step: int) -> str:
+    """Name of a checkpoint's directory."""
+    return f"step-{step:08d}"
+
+
+def save_checkpoint(
+    student: StudentModel, checkpoint: Checkpoint, *, config: TrainConfig, lineage: JsonObject
+) -> None:
+    """Write a checkpoint, make it the latest, and remove the oldest beyond `config.keep_checkpoints`.
+
+    Args:
+        student: The weights.
+        checkpoint: Everything else, and the directory: named by `step_name`, in the run's own.
+        config: What the run was told.
+        lineage: The manifest.
+
+    Raises:
+        CheckpointError: if it could not be written; earlier checkpoints are as they were.
+    """
+    final, out = checkpoint.directory, checkpoint.directory.parent
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        unfinished = Path(tempfile.mkdtemp(prefix=_UNFINISHED_PREFIX, dir=out))
+    except OSError as error:
+        raise CheckpointError(
+            f"{out} cannot be written to: {error}", "name another directory with --out"
+        ) from error
+    try:
+        unfinished.chmod(0o755)  # mkdtemp makes it private; a model is not
+        save_model(student.model, unfinished, tokenizer_from=student.directory)
+        save_file(checkpoint.optimizer, unfinished / OPTIMIZER_FILE)
+        if checkpoint.held_out:
+            save_held_out(unfinished, checkpoint.held_out, student.vocab_size)
+        write_lineage(unfinished, lineage)
+        _write_trainer(unfinished / TRAINER_FILE, checkpoint, config)
+        for path in sorted(unfinished.iterdir()):
+            _sync(path)
+        _sync(unfinished)
+        _put_in_place(unfinished, final)
+        _write_latest(out, final.name)
+    except OSError as error:
+        raise CheckpointError(
+            f"checkpoint {final} could not be written: {error}",
+            "make room, or name another directory with --out",
+        ) from error
+    finally:
+        shutil.rmtree(unfinished, ignore_errors=True)
+    _remove_old(out, config.keep_checkpoints)
+
+
+def refresh_checkpoint(checkpoint: Checkpoint, *, config: TrainConfig, lineage: JsonObject) -> None:
+    """Bring the records of a saved checkpoint up to date; weights, optimizer and held-out traces stay.
+
+    For a run that measures, or ends, without a step since it last saved.
+
+    Raises:
+        CheckpointError: if they could not be written; each file is as it was, or new.
+    """
+    directory = checkpoint.directory
+    try:
+        with tempfile.TemporaryDirectory(prefix=_UNFINISHED_PREFIX, dir=directory.parent) as unfinished:
+            write_lineage(Path(unfinished), lineage)
+            _write_trainer(Path(unfinished, TRAINER_FILE), checkpoint, config)
+            for path in sorted(Path(unfinished).iterdir()):
+                _sync(path)
+                path.replace(directory / path.name)
+        _sync(directory)
+    except OSError as error:
+        raise CheckpointError(f"{directory} could not be brought up to date: {error}") from error
+
+
+def save_model(model: Any, directory: Path, *, tokenizer_from: Path) -> None:
+    """Write a transformers model and a tokenizer as one directory that any reader understands.
+
+    Args:
+        model: A transformers model; untyped as in `StudentModel`.
+        directory: An existing one.
+        tokenizer_from: Directory whose tokenizer files are copied as they are.
+    """
+    model.save_pretrained(str(directory), max_shard_size="1TB")
+    for name in TOKENIZER_FILES:
+        if (tokenizer_from / name).is_file():
+            shutil.copyfile(tokenizer_from / name, directory / name)
+    path = directory / "config.json"
+    config = cast(JsonObject, json.loads(path.read_text(encoding="utf-8")))
+    path.write_text(json.dumps(_with_older_names(config), indent=2) + "\n", encoding="utf-8")
+
+
+def latest_checkpoint(out: Path) -> Path | None:
+    """The newest complete checkpoint of a run; None if there is none.
+
+    Raises:
+        CheckpointError: if LATEST names a directory that is not there.
+    """
+    pointer = out / LATEST_FILE
+    if not pointer.is_file():
+        return None
+    name = pointer.read_text(encoding="utf-8").strip()
+    if _STEP_NAME.fullmatch(name) is None or not (out / name).is_dir():
+        raise CheckpointError(
+            f"{pointer} names {name!r}, which is not a checkpoint in {out}",
+            "write the name of a step-* directory into it",
+        )
+    return out / name
+
+
+def load_checkpoint(directory: Path) -> Checkpoint:
+    """Everything of a checkpoint but the model's weights.
+
+    Raises:
+        CheckpointError: if a part is missing or cannot be read.
+    """
+    for name in (TRAINER_FILE, OPTIMIZER_FILE):
+        if not (directory / name).is_file():
+            raise CheckpointError(
+                f"{directory} is not a training checkpoint: it has no {name}",
+                "resume from a step-* directory that lynearm train wrote",
+            )
+    trainer = _read_trainer(directory / TRAINER_FILE)
+    try:
+        state = _parse_state(cast(JsonObject, trainer["state"]))
+        base_lineage, config = cast(JsonObject, trainer["base_lineage"]), cast(JsonObject, trainer["config"])
+    except (KeyError, TypeError, ValueError) as error:
+        raise CheckpointError(
+            f"{directory / TRAINER_FILE} lacks or misstates {error}", "resume from an earlier checkpoint"
+        ) from error
+    try:
+        optimizer = load_file(directory / OPTIMIZER_FILE)
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(
+            f"{directory / OPTIMIZER_FILE} cannot be read: {error}", "resume from an earlier checkpoint"
+        ) from error
+    read_lineage(directory)
+    return Checkpoint(directory, state, optimizer, load_held_out(directory), base_lineage, config)
+
+
+def _with_older_names(config: JsonObject) -> JsonObject:
+    # transformers 5 nests rope_theta and says dtype; mlx-lm and older readers look for the flat names only,
+    # and fall back to a wrong base frequency without a word.
+    rope = cast(JsonObject, config.get("rope_parameters") or {})
+    older = dict(config)
+    if "rope_theta" in rope:
+        older.setdefault("rope_theta", rope["rope_theta"])
+        older.setdefault("rope_scaling", None if rope.get("rope_type", "default") == "default" else rope)
+    if "dtype" in config:
+        older.setdefault("torch_dtype", config["dtype"])
+    return older
+
+
+def _write_trainer(path: Path, checkpoint: Checkpoint, config: TrainConfig) -> None:
+    settings = {name: _json_value(value) for name, value in asdict(config).items()}
+    state = asdict(checkpoint.state)
+    trainer = {
+        "format": TRAINER_FORMAT,
+        "state": state,
+        "config": settings,
+        "base_lineage": checkpoint.base_lineage,
+    }
+    path.write_text(json.dumps(trainer, indent=1) + "\n", encoding="utf-8")
+
+
+def _json_value(value: object) -> object:
+    unwritable = isinstance(value, Path) or (isinstance(value, float) and not math.isfinite(value))
+    return str(value) if unwritable else value
+
+
+def _read_trainer(path: Path) -> JsonObject:
+    try:
+        parsed: object = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise CheckpointError(
+            f"{path} is not readable JSON: {error}", "resume from an earlier checkpoint"
+        ) from error
+    if not isinstance(parsed, dict):
+        raise CheckpointError(f"{path} holds no JSON object", "resume from an earlier checkpoint")
+    trainer = cast(JsonObject, parsed)
+    if trainer.get("format") != TRAINER_FORMAT:
+        raise CheckpointError(
+            f"{path} has format {trainer.get('format')!r}, expected {TRAINER_FORMAT}", "upgrade lynearm"
+        )
+    return trainer
+
+
+def _parse_state(state: JsonObject) -> TrainState:
+    known = {
+        name: value for name, value in state.items() if name in {each.name for each in fields(TrainState)}
+    }
+    return replace(
+        TrainState(**known),
+        cursor=Cursor(**cast("dict[str, int]", state["cursor"])),
+        furthest=Cursor(**cast("dict[str, int]", state["furthest"])),
+        curve=_parse_records(StepRecord, state["curve"]),
+        evaluations=_parse_records(EvaluationRecord, state["evaluations"]),
+    )
+
+
+def _parse_records(kind: type[_Record], records: Sequence[JsonObject]) -> tuple[_Record, ...]:
+    return tuple(kind(**record) for record in records)
+
+
+def _put_in_place(unfinished: Path, final: Path) -> None:
+    if final.exists():
+        # Renamed into place by a run that died before it wrote LATEST, so that nobody refers to it.
+        shutil.rmtree(final)
+    unfinished.rename(final)
+    _sync(final.parent)
+
+
+def _write_latest(out: Path, name: str) -> None:
+    unfinished = out / f"{_UNFINISHED_PREFIX}{LATEST_FILE}"
+    unfinished.write_text(name + "\n", encoding="utf-8")
+    _sync(unfinished)
+    os.replace(unfinished, out / LATEST_FILE)
+    _sync(out)
+
+
+def _remove_old(out: Path, keep: int) -> None:
+    steps = sorted(path for path in out.iterdir() if _STEP_NAME.fullmatch(path.name) and path.is_dir())
+    for path in steps[:-keep]:
+        shutil.rmtree(path, ignore_errors=True)
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

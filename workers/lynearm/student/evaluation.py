@@ -1,0 +1,147 @@
+"""Held-out KL: how far a student is from its teacher on prompts that it never trains on."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from lynearm.student.batches import collate
+from lynearm.student.losses import measure_loss
+from lynearm.student.model import StudentModel
+from lynearm.wire.blocks import MAX_PAYLOAD_BYTES
+from lynearm.wire.codec import decode_block, encode_block
+from lynearm.wire.errors import CheckpointError, LynearmError
+from lynearm.wire.traces import Trace
+
+HELD_OUT_FILE = "held_out.block"
+"""In a checkpoint: the held-out traces, float32 logprobs bit for bit."""
+
+
+@dataclass(frozen=True, slots=True)
+class HeldOutLoss:
+    """Means over the completion positions of the held-out traces."""
+
+    kl: float
+    """Forward KL to the teacher over top-k and tail, nats per completion token."""
+    cross_entropy: float
+    """On the tokens that the teacher drew, nats per completion token."""
+    positions: int
+
+
+def evaluate(
+    student: StudentModel, traces: Sequence[Trace], *, micro_batch_tokens: int, max_sequence_tokens: int
+) -> HeldOutLoss:
+    """Measure a student on traces, without dropout and without changing it.
+
+    Args:
+        student: The student; it is in training mode afterwards.
+        traces: At least one, all usable by `batches.is_usable`.
+        micro_batch_tokens: As for `batches.collate`, like the next.
+        max_sequence_tokens: Completions are cut there.
+    """
+    kl, cross_entropy, positions = 0.0, 0.0, 0
+    student.train(False)
+    for piece in collate(
+        traces,
+        micro_batch_tokens=micro_batch_tokens,
+        max_sequence_tokens=max_sequence_tokens,
+        vocab_size=student.vocab_size,
+    ):
+        on_device = piece.to(student.device)
+        with torch.no_grad():
+            hidden_NH = student.hidden_states(on_device.input_ids_BL).flatten(0, 1)[on_device.positions_N]
+        kl_N, cross_entropy_N = measure_loss(
+            hidden_NH, student.head_weight, on_device.targets, bias_V=student.head_bias
+        )
+        kl += float(kl_N.double().sum())
+        cross_entropy += float(cross_entropy_N.double().sum())
+        positions += len(kl_N)
+    student.train(True)
+    return HeldOutLoss(kl / positions, cross_entropy / positions, positions)
+
+
+def save_held_out(directory: Path, traces: Sequence[Trace], vocab_size: int) -> None:
+    """Write traces as `held_out.block`, in exact mode; what exceeds one block as `held_out.1.block` and so on.
+
+    Raises:
+        CodecError: if a single trace does not fit into a block.
+    """
+    for number, part in enumerate(_block_sized(traces)):
+        (directory / _held_out_name(number)).write_bytes(
+            encode_block(part, mode="exact", vocab_size=vocab_size)
+        )
+
+
+def load_held_out(directory: Path) -> tuple[Trace, ...]:
+    """The held-out traces of a checkpoint, in their order; none if it has none.
+
+    Raises:
+        CheckpointError: if a file is not a block.
+    """
+    traces: list[Trace] = []
+    for number in itertools.count():
+        path = directory / _held_out_name(number)
+        if not path.is_file():
+            return tuple(traces)
+        try:
+            traces += decode_block(path.read_bytes())
+        except LynearmError as error:
+            raise CheckpointError(f"{path}: {error.message}", "resume from an earlier checkpoint") from error
+    raise AssertionError("unreachable")
+
+
+def write_parity_tokens(checkpoint_dir: Path, path: Path) -> int:
+    """Write the held-out token ids as JSON, for exporters, which know nothing of traces.
+
+    The file holds a list of {"token_ids": [...], "completion_start": n}: prompt and completion, and the
+    index of the first completion token.
+
+    Returns:
+        The number of sequences.
+
+    Raises:
+        CheckpointError: if the checkpoint has no held-out traces, or they cannot be read.
+    """
+    sequences = [
+        {
+            "token_ids": [*trace.prompt_token_ids.tolist(), *trace.completion_token_ids.tolist()],
+            "completion_start": len(trace.prompt_token_ids),
+        }
+        for trace in load_held_out(checkpoint_dir)
+    ]
+    if not sequences:
+        raise CheckpointError(
+            f"{checkpoint_dir} has no held-out traces", "train with held_out_traces above 0"
+        )
+    unfinished = path.with_name(f".{path.name}.tmp")
+    unfinished.write_text(json.dumps(sequences), encoding="utf-8")
+    os.replace(unfinished, path)
+    return len(sequences)
+
+
+def _held_out_name(number: int) -> str:
+    return f"held_out.{number}.block" if number else HELD_OUT_FILE
+
+
+def _block_sized(traces: Sequence[Trace]) -> list[list[Trace]]:
+    # Bounded as if nothing were compressed: 8 bytes an entry and some for the position itself.
+    parts: list[list[Trace]] = []
+    size_bytes = MAX_PAYLOAD_BYTES
+    for trace in traces:
+        more = (
+            len(trace.prompt_token_ids) * 4
+            + len(trace.completion_token_ids) * (trace.top_k.k * 8 + 64)
+            + 1024
+        )
+        if size_bytes + more > MAX_PAYLOAD_BYTES:
+            parts.append([])
+            size_bytes = 0
+        parts[-1].append(trace)
+        size_bytes += more
+    return parts

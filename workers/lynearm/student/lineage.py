@@ -1,0 +1,96 @@
+"""The manifest of a checkpoint: what went into it, and under which terms.
+
+`lynearm.json` lies beside the weights and travels with them. It names no path of the machine that wrote it.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeAlias, cast
+
+from lynearm.wire.errors import CheckpointError
+from lynearm.wire.specs import StreamSpec
+from lynearm.wire.traces import Cursor
+
+LINEAGE_FILE = "lynearm.json"
+LINEAGE_FORMAT = 1
+
+JsonObject: TypeAlias = dict[str, Any]
+"""A parsed JSON object: its values are checked where they are used."""
+
+
+@dataclass(frozen=True, slots=True)
+class StreamUse:
+    """What a run has taken from one stream."""
+
+    spec: StreamSpec
+    end: Cursor
+    """Within the pass in progress, the first trace that was not used yet."""
+    passes: int
+    """Complete ones."""
+    traces: int
+    """Trained on, repetitions included."""
+    tokens: int
+    """Completion tokens trained on, repetitions included."""
+
+
+def read_lineage(directory: Path) -> JsonObject:
+    """The manifest of a model; an empty one if it has none.
+
+    Raises:
+        CheckpointError: if the file is not a manifest.
+    """
+    path = directory / LINEAGE_FILE
+    if not path.is_file():
+        return {"format": LINEAGE_FORMAT, "name": directory.resolve().name, "streams": []}
+    try:
+        parsed: object = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{path} is not readable JSON: {error}") from error
+    if not isinstance(parsed, dict) or not isinstance(cast(JsonObject, parsed).get("streams"), list):
+        raise CheckpointError(f"{path} is not a lineage manifest", "remove it, or restore it")
+    return cast(JsonObject, parsed)
+
+
+def extend_lineage(before: Mapping[str, Any], use: StreamUse) -> JsonObject:
+    """The manifest of a model that began with one manifest and was trained on a stream.
+
+    Args:
+        before: Of the model that training began with.
+        use: All that the run has taken so far, so that each checkpoint extends the same `before`.
+    """
+    streams = [*cast("Sequence[JsonObject]", before.get("streams", [])), _stream_entry(use)]
+    return {**before, "format": LINEAGE_FORMAT, "streams": streams}
+
+
+def write_lineage(directory: Path, lineage: Mapping[str, Any]) -> None:
+    """Write the manifest into a model's directory."""
+    text = json.dumps(lineage, indent=2, ensure_ascii=False)
+    (directory / LINEAGE_FILE).write_text(text + "\n", encoding="utf-8")
+
+
+def _stream_entry(use: StreamUse) -> JsonObject:
+    teacher, tokenizer = use.spec.teacher, use.spec.tokenizer
+    return {
+        "stream": use.spec.name,
+        "license": use.spec.license,
+        "first": {"offset": 0, "trace_index": 0},
+        "end": {"offset": use.end.offset, "trace_index": use.end.trace_index},
+        "complete_passes": use.passes,
+        "traces": use.traces,
+        "completion_tokens": use.tokens,
+        "teacher": {
+            "model": teacher.model,
+            "revision": teacher.revision,
+            "engine": teacher.engine,
+            "dtype": teacher.dtype,
+            "logprobs_mode": teacher.logprobs_mode,
+            "logprobs_temperature": teacher.logprobs_temperature,
+        },
+        "tokenizer": {"name": tokenizer.name, "vocab_sha256": tokenizer.vocab_sha256.hex()},
+        "codec": {"mode": use.spec.codec.mode, "top_k": use.spec.codec.top_k},
+        "labels": dict(use.spec.labels),
+    }

@@ -1,0 +1,200 @@
+"""The student as the trainer sees it: states under an output head, and a tokenizer's identity."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from lynearm.wire.errors import CheckpointError
+from lynearm.wire.specs import TokenizerSpec, hash_chat_template, hash_vocab
+
+_PLAIN_HEAD_TOLERANCE = 1e-3
+"""Largest difference of logits that rounding explains; a soft cap or a logit scale is far above."""
+
+
+@dataclass(frozen=True, slots=True)
+class StudentModel:
+    """A transformers causal LM in float32, split into its decoder and its output head."""
+
+    directory: Path
+    """Where it was loaded from; its tokenizer files are there."""
+    model: Any
+    """The transformers model; untyped, since every architecture has its own class."""
+    tokenizer: TokenizerSpec
+    device: torch.device
+    compute_dtype: torch.dtype
+    """Of the decoder's matrix products; weights stay float32."""
+
+    @property
+    def vocab_size(self) -> int:
+        """Width of the logits."""
+        return int(self.head_weight.shape[0])
+
+    @property
+    def head_weight(self) -> Tensor:
+        """Weight of the output head, [V, H]."""
+        return cast(Tensor, self.model.get_output_embeddings().weight)
+
+    @property
+    def head_bias(self) -> Tensor | None:
+        """Bias of the output head, [V]."""
+        return cast("Tensor | None", getattr(self.model.get_output_embeddings(), "bias", None))
+
+    def hidden_states(self, input_ids: Tensor) -> Tensor:
+        """What the output head is applied to, [B, L, H].
+
+        Args:
+            input_ids: [B, L], padded at the end: causal attention keeps padding from what is before it.
+        """
+        with torch.autocast(
+            self.device.type, self.compute_dtype, enabled=self.compute_dtype != torch.float32
+        ):
+            outputs = self.model.base_model(input_ids=input_ids, use_cache=False)
+        return cast(Tensor, outputs.last_hidden_state)
+
+    def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
+        """Name and parameter, each parameter once though it may be tied."""
+        return cast("Iterator[tuple[str, nn.Parameter]]", self.model.named_parameters())
+
+    def trainable_parameters(self) -> dict[str, nn.Parameter]:
+        """What the optimizer changes, by name, in the model's order."""
+        return {name: parameter for name, parameter in self.named_parameters() if parameter.requires_grad}
+
+    def freeze_embeddings(self) -> None:
+        """Leave token embeddings and output head as they are."""
+        for module in (self.model.get_input_embeddings(), self.model.get_output_embeddings()):
+            for parameter in cast("Iterable[nn.Parameter]", module.parameters()):
+                parameter.requires_grad_(False)
+
+    def train(self, training: bool) -> None:
+        """Turn dropout on or off."""
+        self.model.train(training)
+
+
+def load_student(directory: Path, *, device: str = "auto", dtype: str = "auto") -> StudentModel:
+    """Load a causal LM with its tokenizer.
+
+    Args:
+        directory: In the layout of transformers' `save_pretrained`.
+        device: A torch device; "auto" is CUDA where there is one, else the CPU.
+        dtype: "float32", "bfloat16", or "auto": bfloat16 on CUDA.
+
+    Raises:
+        CheckpointError: if there is no such model, or its logits are not a plain head over its states.
+    """
+    if not (directory / "config.json").is_file():
+        raise CheckpointError(
+            f"{directory} is not a model: it has no config.json",
+            "name a directory with config.json, model.safetensors and a tokenizer",
+        )
+    place = (
+        torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        if device == "auto"
+        else torch.device(device)
+    )
+    half = dtype == "bfloat16" or (dtype == "auto" and place.type == "cuda")
+    tokenizer = read_tokenizer_spec(directory)
+    model = load_causal_lm(directory).to(place)
+    student = StudentModel(directory, model, tokenizer, place, torch.bfloat16 if half else torch.float32)
+    _check_plain_head(student)
+    return student
+
+
+def load_causal_lm(directory: Path) -> Any:
+    """The transformers model of a directory, float32, on the CPU; untyped as in `StudentModel`.
+
+    Raises:
+        CheckpointError: if transformers cannot load it, or has to invent weights that are missing.
+    """
+    from transformers import AutoModelForCausalLM
+    from transformers.utils import logging as transformers_logging
+
+    transformers_logging.disable_progress_bar()
+    try:
+        model, info = cast(
+            "tuple[Any, dict[str, Any]]",
+            AutoModelForCausalLM.from_pretrained(
+                str(directory), dtype=torch.float32, local_files_only=True, output_loading_info=True
+            ),
+        )
+    except Exception as error:
+        # transformers, safetensors and json raise a dozen unrelated classes for a broken directory.
+        raise CheckpointError(
+            f"{directory} cannot be loaded as a causal LM: {error}",
+            "save the model again with save_pretrained",
+        ) from error
+    missing = sorted(info.get("missing_keys", ()))
+    if missing:
+        raise CheckpointError(
+            f"the weights of {directory} lack {', '.join(missing[:3])}{' …' if len(missing) > 3 else ''}",
+            "save the model again with save_pretrained",
+        )
+    return model
+
+
+def read_tokenizer_spec(directory: Path) -> TokenizerSpec:
+    """Identity of the tokenizer in a model's directory.
+
+    End tokens are the tokenizer's and those of the generation configuration, which are what ends a
+    completion when the model generates.
+
+    Raises:
+        CheckpointError: if there is no tokenizer that transformers can load.
+    """
+    from transformers import AutoTokenizer
+
+    try:
+        tokenizer: Any = AutoTokenizer.from_pretrained(str(directory), local_files_only=True)
+    except Exception as error:
+        # As for models: many classes of error, one meaning.
+        raise CheckpointError(
+            f"{directory} has no tokenizer that can be loaded: {error}",
+            "copy the teacher's tokenizer files beside the model",
+        ) from error
+    vocab = cast("dict[str, int]", tokenizer.get_vocab())
+    template = cast("str | dict[str, str] | None", tokenizer.chat_template)
+    ends = {tokenizer.eos_token_id, *_generation_ends(directory)} - {None}
+    return TokenizerSpec(
+        name=directory.resolve().name,
+        vocab_sha256=hash_vocab(vocab.items()),
+        chat_template_sha256=hash_chat_template(
+            template
+            if template is None or isinstance(template, str)
+            else json.dumps(template, sort_keys=True)
+        ),
+        vocab_size=len(vocab),
+        eos_token_ids=tuple(sorted(cast("set[int]", ends))),
+    )
+
+
+def _generation_ends(directory: Path) -> list[int]:
+    path = directory / "generation_config.json"
+    if not path.is_file():
+        return []
+    ends = cast("dict[str, Any]", json.loads(path.read_text(encoding="utf-8"))).get("eos_token_id")
+    return [] if ends is None else [int(end) for end in (ends if isinstance(ends, list) else [ends])]
+
+
+def _check_plain_head(student: StudentModel) -> None:
+    # The loss applies the head itself; soft caps, logit scales and the like would be left out in silence.
+    student.train(False)
+    input_ids = torch.arange(4, device=student.device)[None] % student.vocab_size
+    with torch.no_grad():
+        states_H = student.model.base_model(input_ids=input_ids, use_cache=False).last_hidden_state[0, -1]
+        ours_V = states_H @ student.head_weight.T
+        if student.head_bias is not None:
+            ours_V = ours_V + student.head_bias
+        theirs_V = student.model(input_ids=input_ids, use_cache=False).logits[0, -1]
+    if ours_V.shape != theirs_V.shape or float(
+        (ours_V - theirs_V).abs().max()
+    ) > _PLAIN_HEAD_TOLERANCE * float(theirs_V.abs().max().clamp_min(1.0)):
+        raise CheckpointError(
+            f"the logits of {student.directory} are not its output head applied to its last states",
+            "models with soft caps or scaled logits cannot be trained here",
+        )

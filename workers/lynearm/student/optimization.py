@@ -1,0 +1,165 @@
+"""One optimizer step on one batch, and everything that the next step depends on."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import cast
+
+import torch
+from torch import Tensor, nn
+
+from lynearm.student.batches import Batch, MicroBatch, collate
+from lynearm.student.config import TrainConfig
+from lynearm.student.losses import LossWeights, distillation_loss
+from lynearm.student.model import StudentModel
+from lynearm.wire.errors import CheckpointError, InvalidInputError
+
+FINAL_RATE = 0.1
+"""Where a falling schedule ends, as a part of the peak rate."""
+
+_MOMENTS = ("exp_avg", "exp_avg_sq")
+
+
+@dataclass(frozen=True, slots=True)
+class StepResult:
+    """Means over the batch's completion positions, before the step."""
+
+    loss: float
+    kl: float
+    cross_entropy: float
+    tokens: int
+    """Completion positions."""
+    learning_rate: float
+    gradient_norm: float
+    """Before clipping."""
+
+
+class Optimization:
+    """AdamW on a student, with a schedule that depends on the step alone.
+
+    Args:
+        student: Its parameters that require a gradient are trained.
+        config: Rates, weights and sizes.
+    """
+
+    def __init__(self, student: StudentModel, config: TrainConfig) -> None:
+        self._student = student
+        self._config = config
+        self._parameters = student.trainable_parameters()
+        matrices = [parameter for parameter in self._parameters.values() if parameter.ndim > 1]
+        vectors = [parameter for parameter in self._parameters.values() if parameter.ndim <= 1]
+        self._optimizer = torch.optim.AdamW(
+            [
+                {"params": matrices, "weight_decay": config.weight_decay},
+                {"params": vectors, "weight_decay": 0.0},
+            ],
+            lr=config.learning_rate,
+            betas=(config.beta1, config.beta2),
+        )
+
+    def step(self, batch: Batch, step: int) -> StepResult:
+        """Train on a batch; `step` counts from 1.
+
+        Raises:
+            MisalignmentError: if a token id is not in the student's vocabulary; nothing was changed.
+            InvalidInputError: if the gradient is not finite; no weight was changed.
+        """
+        config = self._config
+        pieces = collate(
+            batch.traces,
+            micro_batch_tokens=config.micro_batch_tokens,
+            max_sequence_tokens=config.max_sequence_tokens,
+            vocab_size=self._student.vocab_size,
+        )
+        tokens = sum(len(piece.targets) for piece in pieces)
+        rate = learning_rate(config, step)
+        for group in self._optimizer.param_groups:
+            group["lr"] = rate
+        kl, cross_entropy = 0.0, 0.0
+        for piece in pieces:
+            piece_kl, piece_cross_entropy = self._backward(piece.to(self._student.device), tokens)
+            kl, cross_entropy = kl + piece_kl, cross_entropy + piece_cross_entropy
+        norm = self._clip()
+        if not math.isfinite(norm):
+            self._optimizer.zero_grad(set_to_none=True)
+            raise InvalidInputError(
+                f"the gradient of step {step} is not finite (KL {kl / tokens:.3g})",
+                "lower learning_rate and resume; if it stays, look at the traces of this step",
+            )
+        self._optimizer.step()
+        self._optimizer.zero_grad(set_to_none=True)
+        kl, cross_entropy = kl / tokens, cross_entropy / tokens
+        loss = config.kd_weight * kl + config.ce_weight * cross_entropy
+        return StepResult(loss, kl, cross_entropy, tokens, rate, norm)
+
+    def state(self) -> dict[str, Tensor]:
+        """Moments by parameter name, and the state of the random generators."""
+        tensors: dict[str, Tensor] = {"rng.cpu": torch.get_rng_state()}
+        if self._student.device.type == "cuda":
+            tensors["rng.cuda"] = torch.cuda.get_rng_state(self._student.device)
+        for name, parameter in self._parameters.items():
+            moments = cast("dict[str, Tensor]", self._optimizer.state.get(parameter, {}))
+            for moment in _MOMENTS:
+                if moment in moments:
+                    tensors[f"{moment}.{name}"] = moments[moment]
+        return tensors
+
+    def restore(self, tensors: dict[str, Tensor], step: int) -> None:
+        """Take over a `state` that was saved after `step` steps.
+
+        Raises:
+            CheckpointError: if it is of other parameters.
+        """
+        expected = (
+            {f"{moment}.{name}" for name in self._parameters for moment in _MOMENTS} if step else set[str]()
+        )
+        found = {name for name in tensors if not name.startswith("rng.")}
+        if expected != found:
+            different = sorted(expected ^ found)
+            raise CheckpointError(
+                f"the optimizer state is of other parameters: {different[0]} and {len(different) - 1} more differ",
+                "resume with the freeze_embeddings that the run began with",
+            )
+        for name, parameter in self._parameters.items():
+            if step:
+                self._optimizer.state[parameter] = self._parameter_state(name, parameter, tensors, step)
+        torch.set_rng_state(tensors["rng.cpu"].cpu())
+        if self._student.device.type == "cuda" and "rng.cuda" in tensors:
+            torch.cuda.set_rng_state(tensors["rng.cuda"].cpu(), self._student.device)
+
+    def _backward(self, piece: MicroBatch, tokens: int) -> tuple[float, float]:
+        student, config = self._student, self._config
+        hidden_NH = student.hidden_states(piece.input_ids_BL).flatten(0, 1)[piece.positions_N]
+        result = distillation_loss(
+            hidden_NH,
+            student.head_weight,
+            piece.targets,
+            bias_V=student.head_bias,
+            weights=LossWeights(config.kd_weight, config.ce_weight),
+            divisor=float(tokens),
+        )
+        result.loss.backward()  # pyright: ignore[reportUnknownMemberType]  # torch leaves it half typed
+        return float(result.kl_N.double().sum()), float(result.cross_entropy_N.double().sum())
+
+    def _clip(self) -> float:
+        limit = self._config.grad_clip or math.inf
+        return float(nn.utils.clip_grad_norm_(self._parameters.values(), limit))
+
+    def _parameter_state(
+        self, name: str, parameter: nn.Parameter, tensors: dict[str, Tensor], step: int
+    ) -> dict[str, Tensor]:
+        moments = {moment: tensors[f"{moment}.{name}"].to(parameter.device) for moment in _MOMENTS}
+        if any(moment.shape != parameter.shape for moment in moments.values()):
+            raise CheckpointError(f"the optimizer state of {name} has another shape than the parameter")
+        return {"step": torch.tensor(float(step)), **moments}
+
+
+def learning_rate(config: TrainConfig, step: int) -> float:
+    """The rate of a step, from 1: a line up over the warmup, then as the schedule says."""
+    warm = min(1.0, step / (config.warmup_steps + 1))
+    if config.schedule == "constant":
+        return config.learning_rate * warm
+    done = min(1.0, max(0.0, (step - config.warmup_steps) / max(1, config.max_steps - config.warmup_steps)))
+    fall = FINAL_RATE + (1.0 - FINAL_RATE) * 0.5 * (1.0 + math.cos(math.pi * done))
+    return config.learning_rate * warm * fall

@@ -1,0 +1,109 @@
+"""What a training run says while it works, and at its end."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal, TypeAlias
+
+Stage: TypeAlias = Literal["loading", "collecting", "evaluating", "training", "waiting", "saving", "done"]
+StopReason: TypeAlias = Literal["stream_end", "max_steps", "max_seconds", "interrupted"]
+
+
+@dataclass(frozen=True, slots=True)
+class StepRecord:
+    """One optimizer step."""
+
+    step: int
+    """From 1, over the whole run, resumed parts included."""
+    epoch: int
+    """From 0."""
+    loss: float
+    """Weighted sum of the two below, mean over the batch's completion positions."""
+    kl: float
+    """Forward KL to the teacher over top-k and tail, nats per completion token."""
+    cross_entropy: float
+    """On the tokens that the teacher drew, nats per completion token."""
+    tokens: int
+    """Completion tokens trained on so far, this step included."""
+    learning_rate: float
+    gradient_norm: float
+    """Before clipping."""
+
+
+@dataclass(frozen=True, slots=True)
+class EvaluationRecord:
+    """One measurement on the held-out traces."""
+
+    step: int
+    """Steps done when it was taken."""
+    tokens: int
+    """Completion tokens trained on until then."""
+    kl: float
+    """Forward KL to the teacher over top-k and tail, nats per completion token."""
+    cross_entropy: float
+    positions: int
+    """Completion tokens measured on."""
+
+
+@dataclass(frozen=True, slots=True)
+class TrainProgress:
+    """The state of a run at one instant; sent at every change of stage and after every step."""
+
+    stage: Stage
+    message: str = ""
+    """For people: what a stage waits for or works on."""
+    record: StepRecord | None = None
+    """The latest step."""
+    tokens_per_second: float = 0.0
+    """Completion tokens, over the latest steps, waiting not counted."""
+    lag_blocks: int = 0
+    """Blocks of the stream that are known to be there and were not trained on yet."""
+    held_out: EvaluationRecord | None = None
+    """The latest measurement."""
+
+
+OnProgress: TypeAlias = Callable[[TrainProgress], None]
+
+
+def ignore_progress(_: TrainProgress) -> None:
+    """For runs that nobody watches."""
+
+
+@dataclass(frozen=True, slots=True)
+class TrainReport:
+    """What a run came to."""
+
+    checkpoint: Path
+    """Directory of the last checkpoint."""
+    stop_reason: StopReason
+    steps: int
+    """Of the whole run, resumed parts included; the same for the counts below."""
+    epochs: int
+    """Complete passes over the stream."""
+    traces: int
+    """Trained on, repetitions included."""
+    tokens: int
+    """Completion tokens trained on, repetitions included."""
+    seconds: float
+    """Wall time of this process's part."""
+    waiting_seconds: float
+    """Of these, without a trace to train on."""
+    skipped_traces: int
+    """Of this process's part: without a completion, or with a prompt over `max_sequence_tokens`."""
+    curve: tuple[StepRecord, ...]
+    evaluations: tuple[EvaluationRecord, ...]
+    """The first is from before the first step; empty without held-out traces."""
+    how_to_go_on: str = ""
+    """What to type to go on; empty when the stream has been used up."""
+
+    @property
+    def held_out_before(self) -> float | None:
+        """Held-out KL before the first step, nats per completion token."""
+        return self.evaluations[0].kl if self.evaluations else None
+
+    @property
+    def held_out_after(self) -> float | None:
+        """Held-out KL of the last measurement, nats per completion token."""
+        return self.evaluations[-1].kl if self.evaluations else None

@@ -1,0 +1,63 @@
+"""Turns what the loop does into progress events and, at the end, the report."""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+
+from lynearm.student.progress import EvaluationRecord, OnProgress, Stage, StepRecord, TrainProgress
+
+_RATE_STEPS = 16
+"""Steps over which the shown rate is averaged: some seconds to a minute."""
+
+
+class Reporter:
+    """Keeps the rate, the waiting time and the latest figures of a run.
+
+    Args:
+        on_progress: Called on the training thread: it should return soon.
+    """
+
+    def __init__(self, on_progress: OnProgress) -> None:
+        self._on_progress = on_progress
+        self._steps: deque[tuple[int, float]] = deque(maxlen=_RATE_STEPS)
+        self._started = time.monotonic()
+        self._record: StepRecord | None = None
+        self._held_out: EvaluationRecord | None = None
+        self._lag_blocks = 0
+        self.waiting_seconds = 0.0
+
+    @property
+    def seconds(self) -> float:
+        """Wall time since the run began."""
+        return time.monotonic() - self._started
+
+    @property
+    def tokens_per_second(self) -> float:
+        """Completion tokens, over the latest steps, waiting not counted."""
+        seconds = sum(seconds for _, seconds in self._steps)
+        return sum(tokens for tokens, _ in self._steps) / seconds if seconds > 0 else 0.0
+
+    def stage(self, stage: Stage, message: str = "") -> None:
+        """Announce what the run turns to."""
+        self._on_progress(
+            TrainProgress(
+                stage=stage,
+                message=message,
+                record=self._record,
+                tokens_per_second=self.tokens_per_second,
+                lag_blocks=self._lag_blocks,
+                held_out=self._held_out,
+            )
+        )
+
+    def stepped(self, record: StepRecord, *, tokens: int, seconds: float, lag_blocks: int) -> None:
+        """Announce a step that trained on `tokens` completion tokens in `seconds`."""
+        self._record = record
+        self._lag_blocks = lag_blocks
+        self._steps.append((tokens, seconds))
+        self.stage("training")
+
+    def evaluated(self, record: EvaluationRecord) -> None:
+        """Take note of a measurement; the next announcement shows it."""
+        self._held_out = record

@@ -1,0 +1,303 @@
+"""The training loop: follows a stream while it is written, measures, saves, and stops where it can go on.
+
+Invariants: every trace that the split rule gives to training is trained on once a pass, in stream order;
+the cursor in a checkpoint is exactly after what its weights have seen. The teacher is never waited for with
+traces at hand. A service that goes away is waited for; nothing is lost by it.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+from lynearm.client import TraceClient
+from lynearm.student.batches import Batch, Batcher, SplitRule, is_usable
+from lynearm.student.beginning import Beginning, begin
+from lynearm.student.checkpoint import Checkpoint, refresh_checkpoint, save_checkpoint, step_name
+from lynearm.student.config import TrainConfig
+from lynearm.student.evaluation import evaluate
+from lynearm.student.interrupts import stop_on_interrupt
+from lynearm.student.lineage import StreamUse, extend_lineage
+from lynearm.student.progress import (
+    EvaluationRecord,
+    OnProgress,
+    StepRecord,
+    StopReason,
+    TrainReport,
+    ignore_progress,
+)
+from lynearm.student.reader import PositionedTrace, TraceReader
+from lynearm.student.reporting import Reporter
+from lynearm.student.source import WatchedSource
+from lynearm.wire.errors import LynearmError
+from lynearm.wire.protobuf import StreamInfo
+from lynearm.wire.traces import Cursor, Trace
+
+logger = logging.getLogger(__name__)
+
+
+def run_train(
+    config: TrainConfig, on_progress: OnProgress = ignore_progress, *, stop: threading.Event | None = None
+) -> TrainReport:
+    """Train a student on a stream until the stream, or a bound in the configuration, ends.
+
+    Ctrl-C ends it after the step that runs, with a checkpoint to resume from; a second one ends it at once.
+
+    Args:
+        config: What to do.
+        on_progress: Called at every change of stage and after every step, on this thread.
+        stop: Set it, from any thread, for what Ctrl-C does.
+
+    Raises:
+        StreamNotFoundError: if there is no such stream.
+        ServiceUnavailableError: if no service answers, or it stayed away for `patience_seconds`.
+        MisalignmentError: if student and stream are not aligned.
+        CheckpointError: if the student or checkpoint cannot be loaded, or a checkpoint not be saved.
+        ConfigError: as for `beginning.begin`.
+        InvalidInputError: if the gradient stops being finite; the weights before it are saved.
+    """
+    reporter = Reporter(on_progress)
+    client = TraceClient(
+        config.service,
+        timeout_seconds=config.service_timeout_seconds,
+        patience_seconds=config.patience_seconds,
+    )
+    with client, stop_on_interrupt(stop) as event, _keep_threads():
+        stream = client.get_stream(config.stream)
+        reporter.stage("loading", str(config.out if config.resume else config.student))
+        if config.threads:
+            torch.set_num_threads(config.threads)
+        return _Run(config, client, begin(config, stream), stream, event, reporter).go()
+
+
+class _Run:
+    """One run in one process."""
+
+    def __init__(
+        self,
+        config: TrainConfig,
+        client: TraceClient,
+        beginning: Beginning,
+        stream: StreamInfo,
+        stop: threading.Event,
+        reporter: Reporter,
+    ) -> None:
+        self._config = config
+        self._client = client
+        self._student = beginning.student
+        self._optimization = beginning.optimization
+        self._state = beginning.state
+        self._held_out: tuple[Trace, ...] = beginning.held_out
+        self._base_lineage = beginning.base_lineage
+        self._spec = stream.spec
+        self._stop = stop
+        self._reporter = reporter
+        self._rule = SplitRule(config.held_out_fraction, config.seed)
+        self._saved_step: int | None = self._state.step if config.resume else None
+        self._skipped_traces = 0
+
+    def go(self) -> TrainReport:
+        """Train, measure, save; see `run_train`."""
+        reason: StopReason | None = None
+        try:
+            while reason is None and self._state.epoch < self._config.epochs:
+                reason = self._pass()
+        except LynearmError:
+            self._save()
+            logger.warning("the run was saved; go on with: %s", self._how_to_go_on())
+            raise
+        if reason != "interrupted":
+            self._measure()
+        checkpoint = self._save()
+        self._reporter.stage("done")
+        return self._report(reason or "stream_end", checkpoint)
+
+    def _pass(self) -> StopReason | None:
+        """Train on the rest of one pass; why the run should stop, or None when the pass is complete."""
+        start, client = self._state.cursor, self._client
+        with (
+            client.subscribe(self._config.stream, start=start.offset) as subscription,
+            TraceReader(
+                subscription,
+                start=start,
+                prefetch_blocks=self._config.prefetch_blocks,
+                on_close=subscription.close,
+            ) as reader,
+        ):
+            source = WatchedSource(
+                reader,
+                waiting_reason=lambda: subscription.waiting_reason,
+                should_stop=lambda: self._why_stop() is not None,
+                reporter=self._reporter,
+            )
+            if not self._state.held_out_chosen and not self._choose_held_out(source):
+                return self._why_stop()
+            for batch in self._batches(source):
+                self._use_threads(live=self._state.epoch == 0 and not reader.received_all)
+                self._step(batch, reader)
+                if reason := self._why_stop():
+                    return reason
+            if not source.exhausted:
+                return self._why_stop()
+        self._state = replace(self._state, epoch=self._state.epoch + 1, cursor=Cursor())
+        return None
+
+    def _choose_held_out(self, source: WatchedSource) -> bool:
+        """Settle the held-out set and measure on it; False if the run should stop first."""
+        wanted, passed, held_out = self._config.held_out_traces, list[PositionedTrace](), list[Trace]()
+        self._reporter.stage("collecting", f"{wanted} held-out traces")
+        while len(held_out) < wanted and len(passed) < self._config.held_out_window:
+            positioned = source.take()
+            if positioned is None:
+                break
+            if not self._rule.holds_out(positioned.trace):
+                passed.append(positioned)
+            elif is_usable(positioned.trace, self._config.max_sequence_tokens):
+                held_out.append(positioned.trace)
+        if self._why_stop():
+            return False
+        source.give_back(passed)
+        self._held_out = tuple(held_out)
+        self._state = replace(self._state, held_out_chosen=True)
+        self._measure()
+        return True
+
+    def _batches(self, source: WatchedSource) -> Iterator[Batch]:
+        batcher = Batcher(
+            batch_sequences=self._config.batch_sequences,
+            max_sequence_tokens=self._config.max_sequence_tokens,
+            rule=self._rule,
+        )
+        while (positioned := source.take()) is not None:
+            if batch := batcher.add(positioned):
+                yield batch
+        self._skipped_traces += batcher.skipped_traces
+        if source.exhausted and (batch := batcher.rest()):
+            yield batch
+
+    def _step(self, batch: Batch, reader: TraceReader) -> None:
+        started = time.monotonic()
+        step = self._state.step + 1
+        result = self._optimization.step(batch, step)
+        record = StepRecord(
+            step=step,
+            epoch=self._state.epoch,
+            loss=result.loss,
+            kl=result.kl,
+            cross_entropy=result.cross_entropy,
+            tokens=self._state.tokens + result.tokens,
+            learning_rate=result.learning_rate,
+            gradient_norm=result.gradient_norm,
+        )
+        self._state = replace(
+            self._state,
+            step=step,
+            cursor=batch.after,
+            furthest=max(self._state.furthest, batch.after),
+            traces=self._state.traces + len(batch.traces),
+            tokens=record.tokens,
+            curve=(*self._state.curve, record),
+        )
+        self._reporter.stepped(
+            record,
+            tokens=result.tokens,
+            seconds=time.monotonic() - started,
+            lag_blocks=max(0, reader.next_offset - batch.after.offset) if self._state.epoch == 0 else 0,
+        )
+        if self._config.eval_every_steps and step % self._config.eval_every_steps == 0:
+            self._measure()
+        if self._config.checkpoint_every_steps and step % self._config.checkpoint_every_steps == 0:
+            self._save()
+
+    def _measure(self) -> None:
+        """Measure on the held-out traces, unless that was done at this very step."""
+        evaluations = self._state.evaluations
+        if not self._held_out or (evaluations and evaluations[-1].step == self._state.step):
+            return
+        self._reporter.stage("evaluating", f"{len(self._held_out)} held-out traces")
+        loss = evaluate(
+            self._student,
+            self._held_out,
+            micro_batch_tokens=self._config.micro_batch_tokens,
+            max_sequence_tokens=self._config.max_sequence_tokens,
+        )
+        record = EvaluationRecord(
+            self._state.step, self._state.tokens, loss.kl, loss.cross_entropy, loss.positions
+        )
+        self._state = replace(self._state, evaluations=(*evaluations, record))
+        self._reporter.evaluated(record)
+
+    def _save(self) -> Path:
+        self._reporter.stage("saving", f"step {self._state.step}")
+        state = self._state
+        use = StreamUse(self._spec, state.furthest, state.epoch, state.traces, state.tokens)
+        checkpoint = Checkpoint(
+            self._config.out / step_name(state.step),
+            state,
+            self._optimization.state(),
+            self._held_out,
+            self._base_lineage,
+        )
+        lineage = extend_lineage(self._base_lineage, use)
+        if self._saved_step == state.step:
+            refresh_checkpoint(checkpoint, config=self._config, lineage=lineage)
+        else:
+            save_checkpoint(self._student, checkpoint, config=self._config, lineage=lineage)
+        self._saved_step = state.step
+        return checkpoint.directory
+
+    def _why_stop(self) -> StopReason | None:
+        if self._stop.is_set():
+            return "interrupted"
+        if self._config.max_steps and self._state.step >= self._config.max_steps:
+            return "max_steps"
+        return "max_seconds" if self._seconds_left() <= 0 else None
+
+    def _seconds_left(self) -> float:
+        return self._config.max_seconds - self._reporter.seconds if self._config.max_seconds else math.inf
+
+    def _use_threads(self, *, live: bool) -> None:
+        threads = self._config.threads if live else self._config.replay_threads or self._config.threads
+        if threads and threads != torch.get_num_threads():
+            torch.set_num_threads(threads)
+
+    def _how_to_go_on(self) -> str:
+        config = self._config
+        return (
+            f"lynearm train --resume --out {config.out} --stream {config.stream} --service {config.service}"
+        )
+
+    def _report(self, reason: StopReason, checkpoint: Path) -> TrainReport:
+        state = self._state
+        return TrainReport(
+            checkpoint=checkpoint,
+            stop_reason=reason,
+            steps=state.step,
+            epochs=state.epoch,
+            traces=state.traces,
+            tokens=state.tokens,
+            seconds=self._reporter.seconds,
+            waiting_seconds=self._reporter.waiting_seconds,
+            skipped_traces=self._skipped_traces,
+            curve=state.curve,
+            evaluations=state.evaluations,
+            how_to_go_on="" if reason == "stream_end" else self._how_to_go_on(),
+        )
+
+
+@contextmanager
+def _keep_threads() -> Iterator[None]:
+    """Puts back torch's number of threads, which is the process's, not the run's."""
+    threads = torch.get_num_threads()
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)

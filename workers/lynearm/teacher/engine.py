@@ -1,0 +1,272 @@
+"""A vLLM engine in this process: token ids in, completions with their distributions out.
+
+Everything here runs on one thread. Completions come out whole, in the order in which they finish.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeAlias, cast
+
+import numpy as np
+
+from lynearm.teacher.config import TeachConfig
+from lynearm.teacher.logprob_arrays import LogprobRows, collect_as_arrays, top_k_from_rows
+from lynearm.teacher.tokenizer import PromptTokenizer, describe_tokenizer, end_tokens
+from lynearm.wire.errors import ConfigError, MissingDependencyError, TeacherError
+from lynearm.wire.specs import TeacherSpec, TokenizerSpec
+from lynearm.wire.traces import (
+    FINISH_REASONS,
+    FinishReason,
+    Float32Array,
+    Int32Array,
+    SamplingParams,
+    TopK,
+)
+
+logger = logging.getLogger(__name__)
+
+Untyped: TypeAlias = Any
+"""An object of vLLM or transformers, which ship no types that a strict checker accepts."""
+
+_MAX_CPU_CACHE_BYTES = 1 << 30
+_MIN_CPU_CACHE_BYTES = 64 << 20
+_CPU_BATCHED_TOKENS = 2048
+"""Bounds a prefill step on a CPU, and so how long it holds the running completions up."""
+
+
+@dataclass(frozen=True, slots=True)
+class Completion:
+    """A finished request."""
+
+    request_id: str
+    token_ids: Int32Array
+    """Shape [T]; includes the end token where the model wrote one."""
+    sampled_logprobs: Float32Array
+    """Shape [T]."""
+    top_k: TopK
+    finish_reason: FinishReason
+
+
+class TeacherEngine:
+    """One loaded model. Make at most one per process: vLLM gives memory back only at exit.
+
+    Args:
+        config: What to load and how to sample.
+        arrays: Take logprobs out of vLLM as arrays where it allows; False reads its flat lists.
+
+    Raises:
+        MissingDependencyError: without vLLM.
+        ConfigError: if the model cannot be loaded with this config.
+    """
+
+    def __init__(self, config: TeachConfig, *, arrays: bool = True) -> None:
+        set_engine_environment(config)
+        engine_args, llm_engine, self._vllm_version = _import_vllm()
+        self._config = config
+        self._restore = collect_as_arrays() if arrays else None
+        try:
+            arguments = _engine_arguments(config)
+            self._engine: Untyped = llm_engine.from_engine_args(engine_args(**arguments))
+        except (ValueError, OSError, RuntimeError) as error:
+            self.close()
+            raise ConfigError(f"cannot load teacher {config.model!r}: {_first_line(error)}") from error
+        model_config: Untyped = self._engine.model_config
+        self.vocab_size = int(model_config.get_vocab_size())
+        self.max_model_len = int(model_config.max_model_len)
+        self.top_k = min(config.top_k, self.vocab_size)
+        self._dtype = str(model_config.dtype).removeprefix("torch.")
+        self._raw_tokenizer: Untyped = self._engine.get_tokenizer()
+        self.tokenizer = PromptTokenizer(self._raw_tokenizer, config, max_model_len=self.max_model_len)
+        directory = Path(config.model) if Path(config.model).is_dir() else None
+        generation = None if directory is not None else model_config.try_get_generation_config()
+        self.eos_token_ids = end_tokens(directory, self._raw_tokenizer, generation)
+        self._finished_tokens = 0
+        self._rows_before = LogprobRows.rows_seen
+
+    @property
+    def unfinished(self) -> int:
+        """Requests that are queued or running."""
+        return int(self._engine.get_num_unfinished_requests())
+
+    @property
+    def generated_tokens(self) -> int:
+        """Tokens generated so far; without arrays, those of finished requests."""
+        return max(self._finished_tokens, LogprobRows.rows_seen - self._rows_before)
+
+    def describe(self) -> tuple[TeacherSpec, TokenizerSpec]:
+        """Who the teacher is, and whose tokenizer it uses. Reads the weight files once, for their digest."""
+        name = self._config.model_name or Path(self._config.model).name
+        teacher = TeacherSpec(
+            model=name,
+            revision=model_revision(self._config.model, self._engine.model_config),
+            engine=f"vllm {self._vllm_version}",
+            dtype=self._dtype,
+            vocab_size=self.vocab_size,
+            max_model_len=self.max_model_len,
+        )
+        return teacher, describe_tokenizer(self._raw_tokenizer, name, self.eos_token_ids)
+
+    def sampling(self, prompt_id: str, sample_index: int, prompt_tokens: int) -> SamplingParams:
+        """How one completion is to be drawn."""
+        config = self._config
+        return SamplingParams(
+            temperature=config.temperature,
+            top_p=config.top_p,
+            max_tokens=min(config.max_tokens, self.max_model_len - prompt_tokens),
+            seed=None if config.seed is None else completion_seed(config.seed, prompt_id, sample_index),
+        )
+
+    def add(self, request_id: str, prompt_token_ids: Sequence[int], sampling: SamplingParams) -> None:
+        """Queue a request.
+
+        Raises:
+            TeacherError: if vLLM refuses it.
+        """
+        from vllm import SamplingParams as EngineSampling
+        from vllm.sampling_params import RequestOutputKind
+
+        # No detokenising: doing so for every candidate would cost four times what collecting them does.
+        parameters: Untyped = EngineSampling(
+            temperature=sampling.temperature,
+            top_p=sampling.top_p,
+            max_tokens=sampling.max_tokens,
+            seed=sampling.seed,
+            logprobs=self.top_k,
+            flat_logprobs=True,
+            detokenize=False,
+            output_kind=RequestOutputKind.FINAL_ONLY,
+        )
+        prompt = {"prompt_token_ids": [int(token_id) for token_id in prompt_token_ids]}
+        try:
+            self._engine.add_request(request_id, prompt, parameters)
+        except ValueError as error:
+            raise TeacherError(f"vLLM refuses request {request_id!r}: {_first_line(error)}") from error
+
+    def step(self) -> list[Completion]:
+        """Generate one token for each running request, and return those that finished."""
+        return [self._completion(output) for output in self._engine.step() if output.finished]
+
+    def abort(self, request_ids: Sequence[str]) -> None:
+        """Drop requests; nothing of them comes out of `step`."""
+        self._engine.abort_request(list(request_ids))
+
+    def close(self) -> None:
+        """Undo the change to vLLM's logprob collection."""
+        if self._restore is not None:
+            self._restore()
+            self._restore = None
+
+    def _completion(self, output: Untyped) -> Completion:
+        made: Untyped = output.outputs[0]
+        token_ids = [int(token_id) for token_id in made.token_ids]
+        self._finished_tokens += len(token_ids)
+        sampled_logprobs, top_k = top_k_from_rows(made.logprobs, token_ids, self.top_k)
+        reason = made.finish_reason
+        return Completion(
+            request_id=str(output.request_id),
+            token_ids=np.asarray(token_ids, np.int32),
+            sampled_logprobs=sampled_logprobs,
+            top_k=top_k,
+            finish_reason=cast("FinishReason", reason) if reason in FINISH_REASONS else "abort",
+        )
+
+
+def set_engine_environment(config: TeachConfig) -> None:
+    """Set what vLLM and its libraries read from the environment; only before they are first imported.
+
+    The one place where the teacher touches the environment. One process (no engine core beside it), threads
+    that do not pin themselves to cores which others use too, no usage reports.
+    """
+    if config.threads:
+        os.environ["OMP_NUM_THREADS"] = str(config.threads)
+    else:
+        # Ray sets it to the CPUs that an actor asks for.
+        os.environ["OMP_NUM_THREADS"] = str(len(os.sched_getaffinity(0)))
+    os.environ["VLLM_CPU_OMP_THREADS_BIND"] = "nobind"
+    os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
+    os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
+
+
+def completion_seed(seed: int, prompt_id: str, sample_index: int) -> int:
+    """The seed of one completion: a digest of the run's seed, the prompt and the sample, below 2^31."""
+    digest = hashlib.sha256(f"{seed}\0{sample_index}\0{prompt_id}".encode()).digest()
+    return int.from_bytes(digest[:4], "little") >> 1
+
+
+def model_revision(model: str, model_config: Untyped) -> str:
+    """Names the exact weights: "sha256:" over a directory's weight files, or the hub's commit."""
+    directory = Path(model)
+    if not directory.is_dir():
+        commit = getattr(model_config.hf_config, "_commit_hash", None)
+        return str(commit or model_config.revision or "unknown")
+    digest = hashlib.sha256()
+    weights = sorted([*directory.glob("*.safetensors"), *directory.glob("*.bin")])
+    for path in weights:
+        with path.open("rb") as file:
+            digest.update(f"{path.name}\n".encode())
+            digest.update(hashlib.file_digest(file, "sha256").digest())
+    return f"sha256:{digest.hexdigest()}"
+
+
+def _import_vllm() -> tuple[Untyped, Untyped, str]:
+    try:
+        import vllm
+        from vllm.engine.arg_utils import EngineArgs
+        from vllm.v1.engine.llm_engine import LLMEngine
+    except ImportError as error:
+        raise MissingDependencyError(
+            f"the teacher needs vLLM: {error}",
+            "pip install 'lynearm[teacher]', or 'lynearm[teacher-cpu]' on a machine without a GPU",
+        ) from error
+    return EngineArgs, LLMEngine, str(vllm.__version__)
+
+
+def _engine_arguments(config: TeachConfig) -> dict[str, object]:
+    from transformers import AutoConfig
+    from vllm.platforms import current_platform
+
+    text_config: Untyped = AutoConfig.from_pretrained(config.model).get_text_config()
+    arguments: dict[str, object] = {
+        "model": config.model,
+        "max_model_len": min(config.max_model_len, int(text_config.max_position_embeddings)),
+        "max_num_seqs": config.max_batch,
+        "max_logprobs": max(config.top_k, 1),
+        "logprobs_mode": "raw_logprobs",
+        "dtype": config.dtype,
+        "distributed_executor_backend": "uni",
+        "disable_log_stats": True,
+    }
+    if config.kv_cache_mib:
+        arguments["kv_cache_memory_bytes"] = config.kv_cache_mib << 20
+    if current_platform.is_cpu():
+        cache_bytes = (config.kv_cache_mib << 20) or _cpu_cache_bytes(config, text_config)
+        arguments["kv_cache_memory_bytes"] = cache_bytes
+        arguments["dtype"] = "float32" if config.dtype == "auto" else config.dtype
+        arguments["enforce_eager"] = True
+        arguments["max_num_batched_tokens"] = max(_CPU_BATCHED_TOKENS, config.max_batch)
+        arguments["gpu_memory_utilization"] = 0.4
+    return arguments
+
+
+def _cpu_cache_bytes(config: TeachConfig, text_config: Untyped) -> int:
+    """What `max_batch` sequences of full length need; one sequence's worth even above the usual cap."""
+    heads = int(getattr(text_config, "num_key_value_heads", None) or text_config.num_attention_heads)
+    width = int(
+        getattr(text_config, "head_dim", None) or text_config.hidden_size // text_config.num_attention_heads
+    )
+    token_bytes = 2 * 4 * int(text_config.num_hidden_layers) * heads * width
+    length = min(config.max_model_len, int(text_config.max_position_embeddings))
+    one_sequence = 2 * token_bytes * length
+    wanted = min(token_bytes * length * config.max_batch, _MAX_CPU_CACHE_BYTES)
+    return max(wanted, one_sequence, _MIN_CPU_CACHE_BYTES)
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().split("\n", 1)[0][:300] or type(error).__name__
