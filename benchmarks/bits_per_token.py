@@ -22,8 +22,9 @@ from typing import TypeVar
 import numpy as np
 import numpy.typing as npt
 import zstandard
+
 from lynearm.wire.codec import decode_block, encode_block
-from lynearm.wire.specs import CODEC_MODES
+from lynearm.wire.specs import CODEC_MODES, CodecMode
 from lynearm.wire.traces import TopK, Trace
 
 VOCAB_SIZE = 49_152
@@ -97,9 +98,9 @@ def count_tokens(traces: Sequence[Trace]) -> int:
     return sum(trace.completion_token_ids.size for trace in traces)
 
 
-def report_codec(blocks: Sequence[list[Trace]], k: int, block_tokens: int, mode: str) -> None:
+def report_codec(blocks: Sequence[list[Trace]], k: int, block_tokens: int, mode: CodecMode) -> None:
     encoded, encode_seconds = best_time(
-        lambda: [encode_block(block, mode=mode, vocab_size=VOCAB_SIZE) for block in blocks]  # type: ignore[arg-type]
+        lambda: [encode_block(block, mode=mode, vocab_size=VOCAB_SIZE) for block in blocks]
     )
     decoded, decode_seconds = best_time(lambda: [decode_block(data) for data in encoded])
     tokens = sum(map(count_tokens, blocks))
@@ -152,16 +153,20 @@ def normalise(top_k: TopK, order: npt.NDArray[np.intp]) -> FloatArray:
     kept = np.exp(np.take_along_axis(top_k.logprobs, order, axis=1).astype(np.float64))
     tail = np.maximum(top_k.tail_mass.astype(np.float64), 1e-12)
     joined: FloatArray = np.c_[kept, tail]
-    return joined / joined.sum(axis=1, keepdims=True)
+    total: FloatArray = joined.sum(axis=1, keepdims=True)
+    return joined / total
 
 
 def best_time(work: Callable[[], _Result]) -> tuple[_Result, float]:
-    seconds: list[float] = []
-    for _ in range(3):
-        start = time.thread_time()
-        result = work()
-        seconds.append(time.thread_time() - start)
-    return result, min(seconds)
+    """What the work returns, and the CPU seconds of the fastest of three runs."""
+    runs = [time_once(work) for _ in range(3)]
+    return runs[0][0], min(seconds for _, seconds in runs)
+
+
+def time_once(work: Callable[[], _Result]) -> tuple[_Result, float]:
+    start = time.thread_time()
+    result = work()
+    return result, time.thread_time() - start
 
 
 if __name__ == "__main__":

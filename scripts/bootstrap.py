@@ -45,7 +45,7 @@ WANTED_GLIBC = (2, 35)
 """MLX's wheels ask for it."""
 
 FREE_GIB = 8.0
-"""What a new environment takes at most: 3.6 GiB installed, and as much in the caches of uv and pip."""
+"""What a new environment takes at most: 3.9 GiB installed, and as much in the caches of uv and pip."""
 
 NETWORK_SIGNS = (
     "connection refused",
@@ -238,7 +238,8 @@ def install(plan: "Plan") -> None:
     UNFINISHED.touch()
     try:
         if not has_uv(uv_version):
-            pip_install = [str(VENV_PYTHON), "-m", "pip", "install", "--retries", "2", "--timeout", "30"]
+            pip_install = [str(VENV_PYTHON), "-m", "pip", "install", "--force-reinstall"]
+            pip_install += ["--retries", "2", "--timeout", "30"]
             step(f"uv {uv_version}", [*pip_install, "uv==" + uv_version])
         install_packages(plan)
     except UnreachableIndexError:

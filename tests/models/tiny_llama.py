@@ -1,4 +1,4 @@
-"""A tiny random Llama with its own tokenizer and chat template: real enough for vLLM, transformers and MLX."""
+"""A tiny random Llama with its own tokenizer and chat template, for vLLM, transformers and MLX."""
 
 from __future__ import annotations
 

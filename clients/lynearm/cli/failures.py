@@ -1,7 +1,7 @@
 """What a person reads when a command fails or is interrupted, and the exit code that a script gets.
 
-    0    done                               2    a flag, a file or a value is wrong
-    1    failed                             130  interrupted with Ctrl-C
+0    done                               2    a flag, a file or a value is wrong
+1    failed                             130  interrupted with Ctrl-C
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import logging
 import os
+import shlex
 import sys
 import traceback
 from collections.abc import Callable
@@ -88,6 +89,12 @@ class Interrupted(KeyboardInterrupt):
         self.how_to_go_on = how_to_go_on
 
 
+def this_command(*more: str) -> str:
+    """The command line that runs, with more arguments unless it has them, ready to be typed again."""
+    arguments = sys.argv[1:]
+    return shlex.join(["lynearm", *arguments, *(one for one in more if one not in arguments)])
+
+
 def explain(error: BaseException, how_to_go_on: str = "") -> tuple[str, int]:
     """The line for a person, and the exit code."""
     from lynearm.wire.errors import ConfigError, LynearmError
@@ -104,7 +111,9 @@ def explain(error: BaseException, how_to_go_on: str = "") -> tuple[str, int]:
         where = f": {error.filename}" if error.filename else ""
         return _line(f"{error.strerror}{where}"), EXIT_FAILED
     return (
-        _line(f"{type(error).__name__}: {error}: lynearm did not expect this; --debug shows where it happened"),
+        _line(
+            f"{type(error).__name__}: {error}: lynearm did not expect this; --debug shows where it happened"
+        ),
         EXIT_FAILED,
     )
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from enum import StrEnum
 from pathlib import Path
@@ -35,7 +36,8 @@ Assignments = Annotated[
 Progress = Annotated[
     ProgressMode,
     typer.Option(
-        help="auto: live bars on a terminal, else lines; json: one object a line on standard output.",
+        metavar="MODE",
+        help="auto, rich, plain, json or none. auto: live bars on a terminal, else lines; json: one object a line on standard output.",
     ),
 ]
 Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error, and a detailed log.")]
@@ -47,7 +49,39 @@ Service = Annotated[
         show_default=False,
     ),
 ]
+SERVICE_VARIABLE = "LYNEARM_SERVICE"
+"""Environment variable with the address of the trace service, host:port: it takes the place of the built-in
+default, so that a file and a flag override it. The only one that the command reads itself."""
+
+DEFAULT_SERVICE = "127.0.0.1:7411"
+
+ServiceOnly = Annotated[
+    str | None,
+    typer.Option(
+        "--service",
+        metavar="HOST:PORT",
+        help="Trace service; else LYNEARM_SERVICE, or 127.0.0.1:7411.",
+        show_default=False,
+    ),
+]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON, for programs.")]
+
+
+def make_app(help_text: str) -> typer.Typer:
+    """A group of commands.
+
+    Args:
+        help_text: What the group is for.
+    """
+    return typer.Typer(
+        help=help_text,
+        no_args_is_help=True,
+        add_completion=False,
+        # Plain text: drawing help with rich takes three times as long as everything else that it needs.
+        rich_markup_mode=None,
+        pretty_exceptions_enable=False,
+        context_settings={"help_option_names": ["-h", "--help"]},
+    )
 
 
 def flags(context: typer.Context) -> Mapping[str, object]:
@@ -57,3 +91,8 @@ def flags(context: typer.Context) -> Mapping[str, object]:
     `settings.load_settings` instead of repeating the names.
     """
     return context.params
+
+
+def service_address(flag: str | None) -> str:
+    """The service of a command without a configuration file: the flag, the environment or the default."""
+    return flag or os.environ.get(SERVICE_VARIABLE) or DEFAULT_SERVICE

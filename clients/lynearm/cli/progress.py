@@ -34,7 +34,7 @@ LINE_INTERVAL_SECONDS = 5.0
 _NARROW_COLUMNS = 90
 """Below this width the bar gives its place to the text."""
 
-_Event_contra = TypeVar("_Event_contra", contravariant=True)
+_Event = TypeVar("_Event")
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,7 +50,7 @@ class Status:
     """None where the end cannot be known."""
 
 
-class Reporter(Generic[_Event_contra]):
+class Reporter(Generic[_Event]):
     """Takes a role's events and shows them. Threads may share it; use it as a context manager.
 
     Args:
@@ -59,9 +59,7 @@ class Reporter(Generic[_Event_contra]):
         describe: What an event means; None shows nothing for it to people.
     """
 
-    def __init__(
-        self, role: str, mode: ProgressMode, describe: Callable[[_Event_contra], Status | None]
-    ) -> None:
+    def __init__(self, role: str, mode: ProgressMode, describe: Callable[[_Event], Status | None]) -> None:
         self._role = role
         self._describe = describe
         self._console = Console(stderr=True)
@@ -86,20 +84,29 @@ class Reporter(Generic[_Event_contra]):
         if self._bars is not None:
             self._bars.stop()
 
-    def __call__(self, event: _Event_contra) -> None:
-        """Show an event."""
+    def __call__(self, event: _Event) -> None:
+        """Show an event of the role."""
+        if self.mode is ProgressMode.json:
+            self.conclude(event)
+        elif (status := self._describe(event)) is not None:
+            self.announce(status)
+
+    def announce(self, status: Status) -> None:
+        """Show to people what no event of the role says, such as a slow import."""
+        if self.mode in (ProgressMode.json, ProgressMode.none):
+            return
         with self._lock:
-            if self.mode is ProgressMode.json:
-                print(event_line(self._role, event), flush=True)
-                return
-            status = self._describe(event) if self.mode is not ProgressMode.none else None
-            if status is None:
-                return
             if self._bars is not None:
                 self._draw(self._bars, status)
             else:
                 self._print(status)
             self._shown = status
+
+    def conclude(self, report: object) -> None:
+        """Hand a dataclass to programs; people get to read its contents elsewhere."""
+        if self.mode is ProgressMode.json:
+            with self._lock:
+                print(event_line(self._role, report), flush=True)
 
     def _draw(self, bars: Progress, status: Status) -> None:
         new_stage = self._shown is None or self._shown.stage != status.stage
@@ -108,9 +115,7 @@ class Reporter(Generic[_Event_contra]):
                 bars.remove_task(task.id)
             bars.add_task(status.stage, total=status.total, completed=status.completed, text=status.text)  # pyright: ignore[reportArgumentType]
             return
-        bars.update(
-            bars.tasks[0].id, total=status.total, completed=status.completed, text=status.text
-        )
+        bars.update(bars.tasks[0].id, total=status.total, completed=status.completed, text=status.text)
 
     def _print(self, status: Status) -> None:
         new_stage = self._shown is None or self._shown.stage != status.stage
@@ -119,7 +124,10 @@ class Reporter(Generic[_Event_contra]):
             return
         self._printed_at = now
         done = f" {status.completed / status.total:.0%}" if status.total else ""
-        print(f"{self._role}: {status.stage}{done}" + (f": {status.text}" if status.text else ""), file=sys.stderr)
+        print(
+            f"{self._role}: {status.stage}{done}" + (f": {status.text}" if status.text else ""),
+            file=sys.stderr,
+        )
 
 
 def event_line(role: str, event: object) -> str:
@@ -127,7 +135,7 @@ def event_line(role: str, event: object) -> str:
     if not dataclasses.is_dataclass(event) or isinstance(event, type):
         raise TypeError(f"{event!r} is no dataclass instance")
     name = re.sub(r"(?<!^)(?=[A-Z])", "_", type(event).__name__).lower()
-    fields = cast("dict[str, object]", _plain(dataclasses.asdict(event)))
+    fields = cast("dict[str, object]", plain_value(dataclasses.asdict(event)))
     return json.dumps({"role": role, "event": name, **fields}, ensure_ascii=False, allow_nan=False)
 
 
@@ -142,7 +150,11 @@ def count(number: float) -> str:
 
 def size(size_bytes: float) -> str:
     """A size with a unit: 912 B, 3.4 MB."""
-    return count(size_bytes) + " B" if size_bytes < 1000 else f"{count(size_bytes)[:-1]} {count(size_bytes)[-1]}B"
+    return (
+        count(size_bytes) + " B"
+        if size_bytes < 1000
+        else f"{count(size_bytes)[:-1]} {count(size_bytes)[-1]}B"
+    )
 
 
 def duration(seconds: float) -> str:
@@ -174,12 +186,12 @@ def _bars(console: Console) -> Progress:
     return Progress(*columns, console=console, expand=True)
 
 
-def _plain(value: Any) -> object:  # Any: fields of other roles' dataclasses
+def plain_value(value: Any) -> object:  # Any: fields of other roles' dataclasses
     """The value in the types of JSON, which has neither NaN nor bytes."""
     if isinstance(value, Mapping):
-        return {str(key): _plain(one) for key, one in cast("Mapping[object, Any]", value).items()}
+        return {str(key): plain_value(one) for key, one in cast("Mapping[object, Any]", value).items()}
     if isinstance(value, list | tuple | set | frozenset):
-        return [_plain(one) for one in cast("list[Any]", value)]
+        return [plain_value(one) for one in cast("list[Any]", value)]
     if isinstance(value, float):
         return value if math.isfinite(value) else None
     if isinstance(value, bytes):

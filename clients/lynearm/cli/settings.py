@@ -15,17 +15,16 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeVar, Union, cast, get_args, get_origin, get_type_hints
 
+from lynearm.cli.options import SERVICE_VARIABLE
 from lynearm.wire.errors import ConfigError
 
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance
 
-SERVICE_VARIABLE = "LYNEARM_SERVICE"
-"""Environment variable with the address of the trace service, host:port: it takes the place of the built-in
-default, so that a file and a flag override it. The only one that the command reads itself."""
-
 TABLES = ("serve", "teach", "train", "export.mlx", "export.coreml", "demo")
 """Tables that a configuration file may hold; a dot is a table inside a table."""
+
+DEFAULT_SERVICE = "127.0.0.1:7411"
 
 _Config = TypeVar("_Config", bound="DataclassInstance")
 
@@ -71,6 +70,11 @@ def load_settings(
     return config_class(**values)
 
 
+def service_address(flag: str | None) -> str:
+    """host:port of the trace service for a command without a configuration: flag, environment, or default."""
+    return flag or os.environ.get(SERVICE_VARIABLE) or DEFAULT_SERVICE
+
+
 def read_table(file: Path, table: str) -> dict[str, object]:
     """One table of a configuration file; empty when the file leaves it out.
 
@@ -80,7 +84,9 @@ def read_table(file: Path, table: str) -> dict[str, object]:
     try:
         document: dict[str, object] = tomllib.loads(file.read_text(encoding="utf-8"))
     except OSError as error:
-        raise ConfigError(f"cannot read {file}: {error.strerror}", "name a TOML file with --config") from error
+        raise ConfigError(
+            f"cannot read {file}: {error.strerror}", "name a TOML file with --config"
+        ) from error
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise ConfigError(f"{file} is not TOML: {error}", "see https://toml.io for the syntax") from error
     _check_tables(document, file)
@@ -95,21 +101,24 @@ def _check_tables(document: Mapping[str, object], file: Path) -> None:
     for name, value in document.items():
         if not isinstance(value, Mapping):
             raise ConfigError(f"{file}: {name!r} stands outside a table", f"put it under one of {_tables()}")
-        inner = [f"{name}.{key}" for key in cast("Mapping[str, object]", value)] if name in parents else [name]
+        inner = (
+            [f"{name}.{key}" for key in cast("Mapping[str, object]", value)] if name in parents else [name]
+        )
         for full_name in inner:
             if full_name not in TABLES:
                 raise ConfigError(
-                    f"{file}: there is no table [{full_name}]", _nearest(full_name, TABLES) or f"use {_tables()}"
+                    f"{file}: there is no table [{full_name}]",
+                    _nearest(full_name, TABLES) or f"use {_tables()}",
                 )
 
 
-def _known_keys(
-    values: Mapping[str, object], fields: Iterable[str], where: str
-) -> dict[str, object]:
+def _known_keys(values: Mapping[str, object], fields: Iterable[str], where: str) -> dict[str, object]:
     known = list(fields)
     for key in values:
         if key not in known:
-            raise ConfigError(f"{where}: there is no key {key!r}", _nearest(key, known) or f"use {_listed(known)}")
+            raise ConfigError(
+                f"{where}: there is no key {key!r}", _nearest(key, known) or f"use {_listed(known)}"
+            )
     return dict(values)
 
 
@@ -122,7 +131,10 @@ def _assign(given: dict[str, object], assignment: str, fields: Iterable[str]) ->
     value = _toml_value(text.strip())
     if entry:
         before = given.get(name, {})
-        value = {**(cast("Mapping[str, object]", before) if isinstance(before, Mapping) else {}), entry: value}
+        value = {
+            **(cast("Mapping[str, object]", before) if isinstance(before, Mapping) else {}),
+            entry: value,
+        }
     given[name] = value
 
 

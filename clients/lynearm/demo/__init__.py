@@ -1,1 +1,1 @@
-"""The demo: a real teacher teaches a real student on one machine, from prompts to packages for Apple devices."""
+"""The demo: a real teacher teaches a real student on one machine, from prompts to Apple packages."""

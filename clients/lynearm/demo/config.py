@@ -46,6 +46,12 @@ class DemoConfig:
     learning_rate: float = 5e-4
     """Peak rate of the student."""
 
+    ce_weight: float = 0.1
+    """Weight of the cross-entropy beside the KL."""
+
+    held_out_traces: int = 30
+    """Traces kept back; as many as the demo's prompts hold."""
+
     epochs: int = 2
     """Passes over the stream: the first follows the teacher, later ones replay it."""
 

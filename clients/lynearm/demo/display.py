@@ -10,6 +10,8 @@ from typing import Self
 from rich.console import Console
 from rich.progress import BarColumn, Progress, SpinnerColumn, TaskID, TextColumn, TimeElapsedColumn
 
+from lynearm.demo.report_data import StageTiming
+
 _PLAIN_INTERVAL_SECONDS = 15.0
 """Between two lines of one stage where there is no terminal to redraw."""
 
@@ -28,10 +30,11 @@ class StageDisplay:
         self._live = console.is_terminal
         self._lock = threading.Lock()
         self._tasks: dict[str, TaskID] = {}
-        self._started: dict[str, float] = {}
+        self._began = time.monotonic()
+        self._starts: dict[str, float] = {}
         self._printed: dict[str, float] = {}
-        self.seconds: dict[str, float] = {}
-        """Wall time of each finished stage, by its name."""
+        self.timings: list[StageTiming] = []
+        """Of the finished stages, in the order in which they finished."""
         self._progress = Progress(
             SpinnerColumn(finished_text="[green]✓"),
             TextColumn("{task.description:<8}"),
@@ -75,14 +78,15 @@ class StageDisplay:
         """Show that a stage is done."""
         with self._lock:
             task = self._task(stage)
-            self.seconds[stage] = time.monotonic() - self._started[stage]
+            timing = StageTiming(stage, self._starts[stage], time.monotonic() - self._began)
+            self.timings.append(timing)
             self._progress.update(task, text=text, total=1.0, completed=1.0)
             if not self._live:
-                self._print(stage, f"done in {self.seconds[stage]:.1f} s: {text}")
+                self._print(stage, f"done in {timing.end_seconds - timing.start_seconds:.1f} s: {text}")
 
     def _task(self, stage: str) -> TaskID:
         if stage not in self._tasks:
-            self._started[stage] = time.monotonic()
+            self._starts[stage] = time.monotonic() - self._began
             self._tasks[stage] = self._progress.add_task(stage, total=None, text="")
         return self._tasks[stage]
 

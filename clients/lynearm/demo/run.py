@@ -1,19 +1,18 @@
 """Runs the whole path on one machine, each role as the process that it is elsewhere.
 
-    prepare ─► serve ─► teach ──────────────┐
-                 └────► cut ─► train ───────┴─► replay ─► export ─► sample, table, report
+    prepare ─► serve ─► teach ────────────────┐
+                 └────► cut ─► train ─────────┴─► mlx, coreml ─► sample, table, report
 
-The teacher has one core and the student the other while both run; whoever is left gets both.
+The teacher has one core and the student the other while both run; whoever is left may use both.
 """
 
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import threading
-import time
 from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -24,34 +23,45 @@ from rich.console import Console
 from lynearm.client import StreamInfo, TraceClient
 from lynearm.demo.config import DemoConfig
 from lynearm.demo.display import StageDisplay
-from lynearm.demo.outcome import DemoOutcome, ExportOutcome, print_outcome
+from lynearm.demo.events import describe_export, describe_teach, describe_train
+from lynearm.demo.findings import Findings, collect_report
 from lynearm.demo.processes import Event, RoleProcess
-from lynearm.wire.errors import InternalError
+from lynearm.demo.report import write_report
+from lynearm.demo.report_data import DemoReport
+from lynearm.demo.summary import print_summary
+from lynearm.wire.codec import decode_block
+from lynearm.wire.errors import ConfigError, InternalError
+from lynearm.wire.traces import Trace
 
 STREAM = "demo"
+
 _READY_SECONDS = 60.0
+_MARKER = ".lynearm-demo"
+"""Says that a directory is a demo's own and may be replaced by the next one."""
+
+
+def run_demo(config: DemoConfig, console: Console) -> DemoReport:
+    """Run the demo, print its table and write `report.html`.
+
+    Raises:
+        ConfigError: if `config.out` holds something that is not an earlier demo.
+        LynearmError: what a stage said when it failed; its log lies under `config.out`/logs.
+    """
+    _claim_directory(config.out)
+    report = _Demo(config, console).run()
+    write_report(config.out / "report.html", report)
+    print_summary(report, console, config.out)
+    return report
 
 
 @dataclass(slots=True)
-class _Seen:
+class _Heard:
     """What the roles said; written by the threads that read them."""
 
     address: str = ""
-    ready: threading.Event = field(default_factory=threading.Event)
+    serving: threading.Event = field(default_factory=threading.Event)
     teaching: threading.Event = field(default_factory=threading.Event)
-    teach_done: bool = False
-    teach_report: Mapping[str, Any] = field(default_factory=dict[str, Any])
-    train_report: Mapping[str, Any] = field(default_factory=dict[str, Any])
-    exports: dict[str, Mapping[str, Any]] = field(default_factory=dict[str, Mapping[str, Any]])
-
-
-def run_demo(config: DemoConfig, console: Console) -> DemoOutcome:
-    """Run the demo, print its table and write its report.
-
-    Raises:
-        LynearmError: what a stage said when it failed; its log lies under `config.out`/logs.
-    """
-    return _Demo(config, console).run()
+    reports: dict[str, Mapping[str, Any]] = field(default_factory=dict[str, Mapping[str, Any]])
 
 
 class _Demo:
@@ -60,29 +70,36 @@ class _Demo:
     def __init__(self, config: DemoConfig, console: Console) -> None:
         self._config = config
         self._display = StageDisplay(console)
-        self._out = config.out
-        self._logs = config.out / "logs"
-        self._seen = _Seen()
-        self._started = time.monotonic()
+        self._out = config.out.absolute()
+        self._heard = _Heard()
 
-    def run(self) -> DemoOutcome:
-        _empty_directory(self._out)
-        self._logs.mkdir(parents=True)
-        with self._display, ExitStack() as roles:
-            teacher = self._prepare()
-            roles.enter_context(self._serve())
-            teach = roles.enter_context(self._teach(teacher))
-            student = self._cut(teacher)
-            self._wait_for_stream(teach)
-            train = roles.enter_context(self._train(student))
-            self._wait_for(teach, train)
-            with TraceClient(self._seen.address) as client:
-                stream = client.get_stream(STREAM)
+    def run(self) -> DemoReport:
         with self._display:
-            self._export()
-        outcome = self._outcome(stream, teacher)
-        print_outcome(outcome, self._display.console)
-        return outcome
+            teacher = self._prepare()
+            with ExitStack() as roles:
+                roles.enter_context(self._serve())
+                teach = roles.enter_context(self._teach(teacher))
+                student = self._cut(teacher)
+                train = roles.enter_context(self._train(student, teach))
+                self._wait(teach, train)
+                stream, sample = self._look_at_stream()
+            checkpoint = Path(self._heard.reports["train"]["checkpoint"])
+            self._export(checkpoint)
+            prompt = self._prompt_text(sample)
+            text = self._speak(prompt)
+        return collect_report(
+            Findings(
+                config=self._config,
+                teacher=teacher,
+                student=checkpoint,
+                stream=stream,
+                reports=self._heard.reports,
+                timings=self._display.timings,
+                sample=sample,
+                sample_prompt=prompt,
+                student_text=text,
+            )
+        )
 
     def _prepare(self) -> Path:
         """The teacher's directory."""
@@ -92,31 +109,28 @@ class _Demo:
             return self._config.teacher
         from lynearm.demo.smollm2 import default_cache_dir, prepare_smollm2
 
-        directory = prepare_smollm2(
-            self._config.cache_dir or default_cache_dir(),
-            lambda message, fraction: self._display.update("prepare", message, fraction),
-        )
-        self._display.finish("prepare", "SmolLM2-135M-Instruct")
+        directory = prepare_smollm2(self._config.cache_dir or default_cache_dir())
+        self._display.finish("prepare", f"teacher in {directory}")
         return directory
 
     def _serve(self) -> RoleProcess:
-        arguments = ["serve", "--data-dir", str(self._out / "traces"), "--port", "0", "--progress", "json"]
+        arguments = ["--data-dir", str(self._out / "traces"), "--port", "0"]
         self._display.update("serve", "starting the trace service")
-        process = self._role("serve", arguments, self._on_serve)
-        if not self._seen.ready.wait(_READY_SECONDS):
+        process = self._role("serve", ["serve", *arguments], self._on_serve)
+        if not self._heard.serving.wait(_READY_SECONDS):
             process.stop()
             process.wait()
-            raise InternalError("the trace service did not start", f"look at {self._logs / 'serve.log'}")
-        self._display.finish("serve", f"trace service on {self._seen.address}")
+            raise InternalError("the trace service did not start", f"look at {self._out / 'logs/serve.log'}")
+        self._display.finish("serve", f"trace service on {self._heard.address}")
         return process
 
     def _teach(self, teacher: Path) -> RoleProcess:
-        config = {
+        settings = {
             "model": str(teacher),
-            "prompts": str(self._config.prompts),
+            "prompts": str(self._config.prompts.absolute()),
             "stream": STREAM,
             "license": "Apache-2.0",
-            "service": self._seen.address,
+            "service": self._heard.address,
             "top_k": self._config.top_k,
             "max_tokens": self._config.max_tokens,
             "max_batch": self._config.max_batch,
@@ -124,7 +138,7 @@ class _Demo:
             "threads": 1,
         }
         self._display.update("teach", "starting Ray and vLLM")
-        return self._configured_role("teach", config, self._on_teach)
+        return self._configured_role("teach", settings, self._on_teach)
 
     def _cut(self, teacher: Path) -> Path:
         from lynearm.student.cutting import cut_student
@@ -132,87 +146,138 @@ class _Demo:
         self._display.update("cut", "cutting the student out of the teacher")
         layers = json.loads((teacher / "config.json").read_text())["num_hidden_layers"]
         kept = tuple(layer for layer in range(layers) if layer not in self._config.dropped_layers)
-        student = self._out / "student-init"
+        student = self._out / "student-start"
         cut_student(teacher, student, layers=kept)
-        self._display.finish("cut", f"kept {len(kept)} of {layers} layers")
+        self._display.finish("cut", f"student of {len(kept)} of the teacher's {layers} layers")
         return student
 
-    def _train(self, student: Path) -> RoleProcess:
-        config = {
+    def _train(self, student: Path, teach: RoleProcess) -> RoleProcess:
+        settings = {
             "student": str(student),
             "stream": STREAM,
-            "service": self._seen.address,
+            "service": self._heard.address,
             "out": str(self._out / "student"),
             "learning_rate": self._config.learning_rate,
+            "ce_weight": self._config.ce_weight,
             "epochs": self._config.epochs,
             "max_seconds": self._config.train_seconds,
             "batch_sequences": self._config.batch_sequences,
             "eval_every_steps": self._config.eval_every_steps,
-            "held_out_traces": 30,
+            "held_out_traces": self._config.held_out_traces,
             "freeze_embeddings": True,
             "threads": 1,
             "replay_threads": 2,
         }
-        self._display.update("train", "loading the student")
-        return self._configured_role("train", config, self._on_train)
+        self._display.update("train", "waiting for the teacher's stream")
+        while not self._heard.teaching.wait(0.5):
+            if not teach.running:
+                teach.wait()
+                break
+        return self._configured_role("train", settings, self._on_train)
 
-    def _export(self) -> None:
-        checkpoint = str(self._out / "student")
-        jobs = [("mlx-16", ["mlx", "--bits", "16"]), ("mlx-4", ["mlx", "--bits", "4"])]
+    def _wait(self, teach: RoleProcess, train: RoleProcess) -> None:
+        # A role that fails ends the demo at once: the other would wait for it.
+        while teach.running or train.running:
+            for role in (teach, train):
+                if not role.running:
+                    role.wait()
+            train.wait(0.2)
+        teach.wait()
+        train.wait()
+
+    def _look_at_stream(self) -> tuple[StreamInfo, Trace]:
+        with TraceClient(self._heard.address) as client:
+            stream = client.get_stream(STREAM)
+            first = next(client.fetch(STREAM, 0))
+            traces = decode_block(first.block)
+        held_out = [trace for trace in traces if trace.tags.get("split") == "held_out"]
+        return stream, (held_out or list(traces))[0]
+
+    def _export(self, checkpoint: Path) -> None:
+        """MLX beside Core ML: each keeps about one core busy."""
+
+        def mlx() -> None:
+            self._export_one("mlx-16", ["mlx", str(checkpoint), "--bits", "16"])
+            self._export_one("mlx-4", ["mlx", str(checkpoint), "--bits", "4"])
+
+        jobs: list[Callable[[], None]] = [mlx]
         if self._config.coreml:
-            jobs.append(("coreml", ["coreml", "--bits", "8"]))
-        for name, arguments in jobs:
-            self._display.update(name, "exporting")
-            out = str(self._out / name)
-            command = ["export", arguments[0], checkpoint, "--out", out, *arguments[1:], "--progress", "json"]
-            with self._role(name, command, self._on_export(name)) as process:
-                process.wait()
-            self._display.finish(name, "exported and checked")
+            jobs.append(lambda: self._export_one("coreml", ["coreml", str(checkpoint), "--bits", "8"]))
+        with ThreadPoolExecutor(len(jobs)) as executor:
+            for future in [executor.submit(job) for job in jobs]:
+                future.result()
+
+    def _export_one(self, name: str, arguments: list[str]) -> None:
+        self._display.update(name, "loading")
+        command = ["export", *arguments, "--out", str(self._out / name)]
+        with self._role(name, command, lambda event: self._on_export(name, event)) as process:
+            process.wait()
+
+    def _speak(self, prompt: str) -> str:
+        """What the 4-bit MLX student answers."""
+        from lynearm.export.speech import generate_text_mlx
+
+        self._display.update("speak", "the 4-bit MLX student answers")
+        text = generate_text_mlx(self._out / "mlx-4", prompt, max_tokens=self._config.max_tokens)
+        self._display.finish("speak", f"{len(text)} characters")
+        return text
+
+    def _prompt_text(self, sample: Trace) -> str:
+        for line in self._config.prompts.read_text().splitlines():
+            entry = json.loads(line)
+            if entry.get("id") == sample.prompt_id:
+                return str(entry.get("prompt") or entry["messages"][-1]["content"])
+        raise InternalError(f"prompt {sample.prompt_id!r} of the stream is not in {self._config.prompts}")
 
     def _configured_role(
-        self, role: str, config: Mapping[str, object], on_event: Callable[[Event], None]
+        self, role: str, settings: Mapping[str, object], on_event: Callable[[Event], None]
     ) -> RoleProcess:
         # A file, and not flags, so that a curious reader can run the same command again.
         path = self._out / f"{role}.toml"
-        path.write_text(f"[{role}]\n" + "".join(f"{key} = {json.dumps(one)}\n" for key, one in config.items()))
-        return self._role(role, [role, "--config", str(path), "--progress", "json"], on_event)
+        lines = [f"{key} = {json.dumps(value)}\n" for key, value in settings.items()]
+        path.write_text(f"[{role}]\n" + "".join(lines))
+        return self._role(role, [role, "--config", str(path)], on_event)
 
-    def _role(self, role: str, arguments: list[str], on_event: Callable[[Event], None]) -> RoleProcess:
-        return RoleProcess(role, arguments, log_path=self._logs / f"{role}.log", on_event=on_event)
-
-    def _wait_for_stream(self, teach: RoleProcess) -> None:
-        while not self._seen.teaching.wait(0.5):
-            if teach.wait(0):
-                return
-
-    def _wait_for(self, teach: RoleProcess, train: RoleProcess) -> None:
-        while not (teach.wait(0.2) and train.wait(0.2)):
-            if not train.running:
-                train.wait()
-                # A trainer that ends early leaves the teacher alone with the rest of its prompts.
-                teach.wait()
+    def _role(self, name: str, arguments: list[str], on_event: Callable[[Event], None]) -> RoleProcess:
+        log_path = self._out / "logs" / f"{name}.log"
+        log_path.parent.mkdir(exist_ok=True)
+        return RoleProcess(name, [*arguments, "--progress", "json"], log_path=log_path, on_event=on_event)
 
     def _on_serve(self, event: Event) -> None:
-        if event.get("event") == "ready":
-            self._seen.address = str(event["address"])
-            self._seen.ready.set()
+        if event["event"] == "ready":
+            self._heard.address = str(event["address"])
+            self._heard.serving.set()
 
     def _on_teach(self, event: Event) -> None:
-        if event.get("event") == "teach_report":
-            self._seen.teach_report = event
-            self._seen.teach_done = True
-            tokens, seconds = event["completion_tokens"], event["generating_seconds"]
-            rate = tokens / max(seconds, 1e-9)
-            self._display.finish("teach", f"{tokens:,} tokens of {event['completed']} prompts, {rate:.0f} tok/s")
-        elif event.get("event") == "teach_progress":
-            if event["stream_ready"]:
-                self._seen.teaching.set()
-            self._display.update("teach", describe_teach(event), event["prompts_done"] / event["prompts_total"])
+        if event["event"] == "teach_report":
+            self._heard.reports["teach"] = event
+            self._display.finish("teach", describe_teach(event))
+        elif event["event"] == "teach_progress":
+            if event["stage"] in ("generating", "sealing", "done"):
+                self._heard.teaching.set()
+            fraction = event["done_prompts"] / event["prompts"] if event["prompts"] else None
+            self._display.update("teach", describe_teach(event), fraction)
 
     def _on_train(self, event: Event) -> None:
-        if event.get("event") == "train_report":
-            self._seen.train_report = event
-            first, last = event["evaluations"][0]["kl"], event["evaluations"][-1]["kl"]
-            self._display.finish("train", f"{event['steps']} steps, held-out KL {first:.3f} → {last:.3f}")
-        elif event.get("event") == "train_progress":
+        if event["event"] == "train_report":
+            self._heard.reports["train"] = event
+            self._display.finish("train", describe_train(event))
+        elif event["event"] == "train_progress":
             self._display.update("train", describe_train(event))
+
+    def _on_export(self, name: str, event: Event) -> None:
+        if event["event"].endswith("_progress"):
+            self._display.update(name, describe_export(event), event["fraction"])
+        else:
+            self._heard.reports[name] = event
+            self._display.finish(name, describe_export(event))
+
+
+def _claim_directory(out: Path) -> None:
+    """Empty a directory that a demo made; refuse any other that is not empty."""
+    if out.exists() and any(out.iterdir()):
+        if not (out / _MARKER).exists():
+            raise ConfigError(f"{out} is not empty and no demo made it", "name another directory with --out")
+        shutil.rmtree(out)
+    out.mkdir(parents=True, exist_ok=True)
+    (out / _MARKER).touch()

@@ -5,9 +5,8 @@ returns every float32 bit for bit; "standard" puts logprobs and tail mass on a g
 (`lynearm.wire.quantise`) that adds about 1e-4 nats of KL divergence. Token ids, text and everything
 else travel unchanged in both. docs/format.md specifies the layout for readers in other languages.
 
-What comes back differs from what was given in two more ways, in both modes the first, in standard mode
-the second: padding always has token id 0, and entries of one level are sorted by the block's
-dictionary, as the order of equal logprobs says nothing.
+Two things are not kept. The token id of a padding entry comes back as 0. In standard mode, entries of
+one level come back in the order of the block's dictionary, since equal logprobs have no order.
 """
 
 from __future__ import annotations

@@ -5,8 +5,8 @@ from __future__ import annotations
 import fcntl
 import logging
 import os
-from collections.abc import AsyncIterator, Iterator
-from contextlib import aclosing, asynccontextmanager, contextmanager
+from collections.abc import AsyncGenerator, Generator
+from contextlib import AsyncExitStack, asynccontextmanager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -76,7 +76,7 @@ class Backend:
 
 
 @asynccontextmanager
-async def open_backend(config: ServeConfig) -> AsyncIterator[Backend]:
+async def open_backend(config: ServeConfig) -> AsyncGenerator[Backend]:
     """Take the data directory, with nothing in it but what was committed; on leaving, commit and let go.
 
     Raises:
@@ -84,19 +84,67 @@ async def open_backend(config: ServeConfig) -> AsyncIterator[Backend]:
         ConfigError: another version of lynearm wrote it.
         StorageError: it cannot be used.
     """
-    with _locked_directory(config.data_dir):
+    async with AsyncExitStack() as stack:
+        stack.enter_context(lock_directory(config.data_dir))
         catalog = await SqliteCatalog.open(config.data_dir / "catalog.sqlite3")
-        async with aclosing_part(catalog), aclosing_part(LocalBlockStore(config.data_dir / "blocks")) as store:
-            await _sweep(catalog, store)
-            cache, tails = BlockCache(config.cache_bytes), Tails()
-            async with GroupCommitter(
-                catalog,
-                store,
-                cache,
-                tails,
-                group_seconds=config.group_milliseconds / 1000,
-                group_bytes=config.group_bytes,
-                queue_bytes=config.queue_bytes,
-            ) as committer:
-                reader = BlockReader(catalog, store, cache)
-                yield Backend(catalog, store, cache, tails, reader, committer)
+        stack.push_async_callback(catalog.close)
+        store = LocalBlockStore(config.data_dir / "blocks")
+        stack.push_async_callback(store.close)
+        await _sweep(catalog, store)
+        cache, tails = BlockCache(config.cache_bytes), Tails()
+        committer = GroupCommitter(
+            catalog,
+            store,
+            cache,
+            tails,
+            group_seconds=config.group_milliseconds / 1000,
+            group_bytes=config.group_bytes,
+            queue_bytes=config.queue_bytes,
+        )
+        await stack.enter_async_context(committer)
+        yield Backend(catalog, store, cache, tails, BlockReader(catalog, store, cache), committer)
+
+
+@contextmanager
+def lock_directory(path: Path) -> Generator[None]:
+    """Own a directory, created when missing, until the context or the process ends.
+
+    Raises:
+        PreconditionError: another process owns it.
+        StorageError: it cannot be created or written.
+    """
+    try:
+        _make_directory(path)
+        descriptor = os.open(path / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o640)
+    except OSError as error:
+        raise StorageError(f"data directory {path}: {error.strerror}", "choose another directory") from error
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise PreconditionError(
+                f"data directory {path} is used by another trace server",
+                "stop that one, or choose another directory",
+            ) from error
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def _make_directory(path: Path) -> None:
+    path = path.absolute()
+    if not path.is_dir():
+        _make_directory(path.parent)
+        path.mkdir(exist_ok=True)
+        sync_directory(path.parent)
+
+
+async def _sweep(catalog: Catalog, store: BlockStore) -> None:
+    """Delete the objects that no row points at: groups whose commit never happened."""
+    count = 0
+    async for keys in store.list_keys():
+        for key in await catalog.find_unreferenced(keys):
+            await store.delete(key)
+            count += 1
+    if count:
+        logger.info("deleted %d objects that were never committed", count)

@@ -81,9 +81,7 @@ async def abort(context: Context, error: LynearmError) -> NoReturn:
         (ERROR_NAME_METADATA_KEY, type(error).__name__),
         (REMEDY_METADATA_KEY, error.remedy[:MAX_TEXT_CHARACTERS].encode()),
     )
-    await context.abort(
-        grpc.StatusCode[error.status_code], error.message[:MAX_TEXT_CHARACTERS], metadata
-    )
+    await context.abort(grpc.StatusCode[error.status_code], error.message[:MAX_TEXT_CHARACTERS], metadata)
 
 
 async def _answer(

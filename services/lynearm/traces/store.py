@@ -155,7 +155,7 @@ class LocalBlockStore:
             raise
         finally:
             os.close(descriptor)
-        _sync_directory(path.parent)
+        sync_directory(path.parent)
         return StoredObject(key, _spans(blocks))
 
     def _read(self, key: str, spans: Sequence[Span]) -> list[bytes]:
@@ -166,13 +166,26 @@ class LocalBlockStore:
             os.close(descriptor)
 
 
+def sync_directory(path: Path) -> None:
+    """Make the names in a directory durable.
+
+    Raises:
+        OSError: the directory cannot be synced.
+    """
+    descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
 def _make_directories(root: Path) -> None:
     root.mkdir(exist_ok=True)
     for name in _SUBDIRECTORIES:
         (root / name).mkdir(exist_ok=True)
     # Even where nothing is new: a server that was killed here may have left the names unsynced.
-    _sync_directory(root)
-    _sync_directory(root.parent)
+    sync_directory(root)
+    sync_directory(root.parent)
 
 
 def _spans(blocks: Sequence[bytes | memoryview]) -> tuple[Span, ...]:
@@ -200,14 +213,6 @@ def _sync_file(descriptor: int) -> None:
         fcntl.fcntl(descriptor, fcntl.F_FULLFSYNC)
     else:
         os.fdatasync(descriptor)
-
-
-def _sync_directory(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _storage_error(error: OSError, root: Path) -> StorageFullError | StorageError:

@@ -5,6 +5,8 @@ configuration alone: not on time, not on how traces were packed into blocks, not
 interrupted. Shape legend: B = sequences, L = padded length, N = completion positions, K = kept entries.
 """
 
+# ruff: noqa: N815  # shape suffixes are part of our names
+
 from __future__ import annotations
 
 import hashlib
@@ -154,7 +156,7 @@ def _collate_piece(traces: Sequence[Trace], max_sequence_tokens: int, vocab_size
         positions.append(row * longest + np.arange(len(trace.prompt_token_ids) - 1, length))
     targets = _targets(traces, [len(rows) for rows in positions])
     _check_ids(input_ids_BL, targets, vocab_size)
-    return MicroBatch(torch.from_numpy(input_ids_BL), torch.from_numpy(np.concatenate(positions)), targets)
+    return MicroBatch(torch.as_tensor(input_ids_BL), torch.from_numpy(np.concatenate(positions)), targets)
 
 
 def _targets(traces: Sequence[Trace], counts: Sequence[int]) -> Targets:
@@ -171,10 +173,10 @@ def _targets(traces: Sequence[Trace], counts: Sequence[int]) -> Targets:
     tail_mass_N = np.concatenate([trace.top_k.tail_mass[:count] for trace, count in pairs])
     sampled_N = np.concatenate([trace.completion_token_ids[:count] for trace, count in pairs])
     return Targets(
-        torch.from_numpy(token_ids_NK),
-        torch.from_numpy(logprobs_NK),
-        torch.from_numpy(tail_mass_N),
-        torch.from_numpy(sampled_N.astype(np.int64)),
+        torch.as_tensor(token_ids_NK),
+        torch.as_tensor(logprobs_NK),
+        torch.as_tensor(tail_mass_N),
+        torch.as_tensor(sampled_N.astype(np.int64)),
     )
 
 

@@ -69,8 +69,8 @@ def _resume(config: TrainConfig, stream: StreamInfo, directory: Path | None) -> 
     state = checkpoint.state
     if (state.stream, state.stream_created_unix_nano) != (stream.spec.name, stream.created_unix_nano):
         raise CheckpointError(
-            f"{directory} was trained on stream {state.stream!r} made at {state.stream_created_unix_nano}, not on "
-            f"{stream.spec.name!r} made at {stream.created_unix_nano}",
+            f"{directory} was trained on stream {state.stream!r} made at {state.stream_created_unix_nano}, "
+            f"not on {stream.spec.name!r} made at {stream.created_unix_nano}",
             "its cursor means nothing there: begin a new run with this checkpoint as its student",
         )
     changed = [

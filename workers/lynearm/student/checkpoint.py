@@ -58,6 +58,8 @@ TOKENIZER_FILES = (
 _STEP_NAME = re.compile(r"step-(\d{8,})")
 _UNFINISHED_PREFIX = ".unfinished-"
 
+_BEGINNING = Cursor()
+
 _Record = TypeVar("_Record", StepRecord, EvaluationRecord)
 
 
@@ -72,13 +74,13 @@ class TrainState:
     """Done so far."""
     epoch: int = 0
     """Pass in progress, from 0."""
-    cursor: Cursor = Cursor()
+    cursor: Cursor = _BEGINNING
     """Next trace of this pass."""
     traces: int = 0
     """Trained on, repetitions included."""
     tokens: int = 0
     """Completion tokens trained on, repetitions included."""
-    furthest: Cursor = Cursor()
+    furthest: Cursor = _BEGINNING
     """End of what was trained on, over all passes."""
     held_out_chosen: bool = False
     """Whether the held-out set is settled, as it is before the first step."""

@@ -73,7 +73,8 @@ class TrainConfig:
     """Traces per optimizer step."""
 
     micro_batch_tokens: int = 1024
-    """Padded tokens computed at once; a batch is cut by length into such pieces. Bounds memory, not the result."""
+    """Padded tokens computed at once; a batch is cut by length into such pieces. Bounds memory;
+    the result does not depend on it."""
 
     max_sequence_tokens: int = 2048
     """Prompt and completion that are trained on; longer completions are cut, longer prompts skipped."""

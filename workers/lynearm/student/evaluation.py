@@ -67,7 +67,7 @@ def evaluate(
 
 
 def save_held_out(directory: Path, traces: Sequence[Trace], vocab_size: int) -> None:
-    """Write traces as `held_out.block`, in exact mode; what exceeds one block as `held_out.1.block` and so on.
+    """Write traces as `held_out.block`, in exact mode; what exceeds a block as `held_out.1.block` and so on.
 
     Raises:
         CodecError: if a single trace does not fit into a block.

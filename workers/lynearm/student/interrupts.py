@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Generator
 from contextlib import contextmanager
 from types import FrameType
 
 
 @contextmanager
-def stop_on_interrupt(stop: threading.Event | None = None) -> Iterator[threading.Event]:
+def stop_on_interrupt(stop: threading.Event | None = None) -> Generator[threading.Event]:
     """An event that the first SIGINT sets; the second raises `KeyboardInterrupt` at once.
 
     Outside the main thread, where Python delivers no signals, only the caller can set the event.

@@ -18,10 +18,13 @@ student is sure. So the whole step is one exponential over [C, V] in place, whos
 numbers per row and patched at K + 1 entries, is also the gradient.
 """
 
+# ruff: noqa: N815  # shape suffixes are part of our names
+
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeAlias, cast
 
 import torch
 from torch import Tensor
@@ -83,7 +86,7 @@ class DistillationLoss:
     kl_N: Tensor
     """KL over kept entries and tail, nats; not differentiable."""
     cross_entropy_N: Tensor
-    """−log q of the sampled token, nats; not differentiable."""
+    """Minus log q of the sampled token, nats; not differentiable."""
 
 
 def distillation_loss(
@@ -92,7 +95,7 @@ def distillation_loss(
     targets: Targets,
     *,
     bias_V: Tensor | None = None,
-    weights: LossWeights = LossWeights(),  # noqa: B008: frozen
+    weights: LossWeights | None = None,
     divisor: float | None = None,
 ) -> DistillationLoss:
     """Weighted KL and cross-entropy of hidden states under an output head.
@@ -105,14 +108,14 @@ def distillation_loss(
         head_VH: Weight of the output head.
         targets: The teacher's rows.
         bias_V: Bias of the output head.
-        weights: How the losses are mixed.
+        weights: How the losses are mixed; KL alone if not given.
         divisor: What the sum is divided by; N if not given. A step of several calls gives its total.
     """
+    mixed = weights or LossWeights()
     scale = 1.0 / (divisor if divisor is not None else max(1, len(targets)))
-    loss, kl_N, cross_entropy_N = _HeadDistillation.apply(
-        hidden_NH, head_VH, bias_V, targets, LossWeights(weights.kd * scale, weights.cross_entropy * scale)
-    )
-    return DistillationLoss(loss, kl_N, cross_entropy_N)
+    scaled = LossWeights(mixed.kd * scale, mixed.cross_entropy * scale)
+    apply = cast(_Apply, _HeadDistillation.apply)  # pyright: ignore[reportUnknownMemberType]  # untyped in torch
+    return DistillationLoss(*apply(hidden_NH, head_VH, bias_V, targets, scaled))
 
 
 def measure_loss(
@@ -129,6 +132,11 @@ def measure_loss(
         return hidden_NH.new_zeros(0), hidden_NH.new_zeros(0)
     kl_N, cross_entropy_N = zip(*parts, strict=True)
     return torch.cat(kl_N), torch.cat(cross_entropy_N)
+
+
+_Apply: TypeAlias = Callable[
+    [Tensor, Tensor, Tensor | None, Targets, LossWeights], tuple[Tensor, Tensor, Tensor]
+]
 
 
 class _HeadDistillation(torch.autograd.Function):

@@ -116,10 +116,11 @@ def load_causal_lm(directory: Path) -> Any:
     from transformers.utils import logging as transformers_logging
 
     transformers_logging.disable_progress_bar()
+    loader: Any = AutoModelForCausalLM  # half typed
     try:
         model, info = cast(
             "tuple[Any, dict[str, Any]]",
-            AutoModelForCausalLM.from_pretrained(
+            loader.from_pretrained(
                 str(directory), dtype=torch.float32, local_files_only=True, output_loading_info=True
             ),
         )
@@ -149,8 +150,9 @@ def read_tokenizer_spec(directory: Path) -> TokenizerSpec:
     """
     from transformers import AutoTokenizer
 
+    loader: Any = AutoTokenizer  # half typed
     try:
-        tokenizer: Any = AutoTokenizer.from_pretrained(str(directory), local_files_only=True)
+        tokenizer: Any = loader.from_pretrained(str(directory), local_files_only=True)
     except Exception as error:
         # As for models: many classes of error, one meaning.
         raise CheckpointError(
@@ -177,8 +179,10 @@ def _generation_ends(directory: Path) -> list[int]:
     path = directory / "generation_config.json"
     if not path.is_file():
         return []
-    ends = cast("dict[str, Any]", json.loads(path.read_text(encoding="utf-8"))).get("eos_token_id")
-    return [] if ends is None else [int(end) for end in (ends if isinstance(ends, list) else [ends])]
+    ends: object = cast("dict[str, object]", json.loads(path.read_text(encoding="utf-8"))).get("eos_token_id")
+    if isinstance(ends, list):
+        return [int(end) for end in cast("list[int]", ends)]
+    return [ends] if isinstance(ends, int) else []
 
 
 def _check_plain_head(student: StudentModel) -> None:

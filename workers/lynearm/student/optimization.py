@@ -87,7 +87,7 @@ class Optimization:
                 f"the gradient of step {step} is not finite (KL {kl / tokens:.3g})",
                 "lower learning_rate and resume; if it stays, look at the traces of this step",
             )
-        self._optimizer.step()
+        self._optimizer.step()  # pyright: ignore[reportUnknownMemberType]  # torch leaves it half typed
         self._optimizer.zero_grad(set_to_none=True)
         kl, cross_entropy = kl / tokens, cross_entropy / tokens
         loss = config.kd_weight * kl + config.ce_weight * cross_entropy
@@ -118,7 +118,8 @@ class Optimization:
         if expected != found:
             different = sorted(expected ^ found)
             raise CheckpointError(
-                f"the optimizer state is of other parameters: {different[0]} and {len(different) - 1} more differ",
+                f"the optimizer state is of other parameters: {different[0]} and "
+                f"{len(different) - 1} more differ",
                 "resume with the freeze_embeddings that the run began with",
             )
         for name, parameter in self._parameters.items():
@@ -139,7 +140,7 @@ class Optimization:
             weights=LossWeights(config.kd_weight, config.ce_weight),
             divisor=float(tokens),
         )
-        result.loss.backward()  # pyright: ignore[reportUnknownMemberType]  # torch leaves it half typed
+        torch.autograd.backward(result.loss)
         return float(result.kl_N.double().sum()), float(result.cross_entropy_N.double().sum())
 
     def _clip(self) -> float:

@@ -11,7 +11,7 @@ import logging
 import math
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -294,7 +294,7 @@ class _Run:
 
 
 @contextmanager
-def _keep_threads() -> Iterator[None]:
+def _keep_threads() -> Generator[None]:
     """Puts back torch's number of threads, which is the process's, not the run's."""
     threads = torch.get_num_threads()
     try:

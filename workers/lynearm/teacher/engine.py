@@ -11,7 +11,7 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeAlias, cast
+from typing import Any, TypeAlias
 
 import numpy as np
 
@@ -173,7 +173,7 @@ class TeacherEngine:
             token_ids=np.asarray(token_ids, np.int32),
             sampled_logprobs=sampled_logprobs,
             top_k=top_k,
-            finish_reason=cast("FinishReason", reason) if reason in FINISH_REASONS else "abort",
+            finish_reason=reason if reason in FINISH_REASONS else "abort",
         )
 
 
@@ -232,7 +232,8 @@ def _engine_arguments(config: TeachConfig) -> dict[str, object]:
     from transformers import AutoConfig
     from vllm.platforms import current_platform
 
-    text_config: Untyped = AutoConfig.from_pretrained(config.model).get_text_config()
+    auto_config: Untyped = AutoConfig
+    text_config: Untyped = auto_config.from_pretrained(config.model).get_text_config()
     arguments: dict[str, object] = {
         "model": config.model,
         "max_model_len": min(config.max_model_len, int(text_config.max_position_embeddings)),

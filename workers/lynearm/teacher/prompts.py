@@ -1,7 +1,7 @@
 """Prompt files: JSON lines, each with a `prompt` or chat `messages`, and maybe `id` and `tags`.
 
     {"prompt": "What is 3 + 4?"}
-    {"id": "sky-1", "messages": [{"role": "user", "content": "Why is the sky blue?"}], "tags": {"topic": "facts"}}
+    {"id": "sky-1", "messages": [{"role": "user", "content": "Why?"}], "tags": {"topic": "facts"}}
 
 A line that is not a prompt is skipped and reported with file and line number; the others are untouched.
 """
@@ -73,7 +73,7 @@ def load_prompts(path: Path, *, strict: bool = False) -> PromptFile:
         strict: Refuse a file with any bad line.
 
     Raises:
-        PromptFileError: if the file cannot be read, holds no prompt at all, or, with `strict`, has a bad line.
+        PromptFileError: if the file cannot be read, holds no prompt, or, with `strict`, has a bad line.
     """
     try:
         lines = path.read_bytes().split(b"\n")

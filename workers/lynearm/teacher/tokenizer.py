@@ -124,7 +124,7 @@ def end_tokens(model_dir: Path | None, tokenizer: Untyped, generation: Untyped =
     path = model_dir / "generation_config.json" if model_dir is not None else None
     if generation is None and path is not None and path.is_file():
         generation = json.loads(path.read_text())
-    listed: object = (generation or {}).get("eos_token_id")
+    listed: object = generation["eos_token_id"] if generation and "eos_token_id" in generation else None
     if isinstance(listed, int):
         found.add(listed)
     elif isinstance(listed, list):

@@ -1,15 +1,14 @@
 """The teacher's worker: a loaded engine that turns prompts into published traces.
 
-It runs inside a Ray actor, but knows nothing of Ray: `load` and `run` block on one thread, while `progress` and
-`stop` may be called from others. A worker holds no state that matters: what is finished is what the stream
-says, so that a new worker under the same producer id goes on where a killed one was.
+It runs inside a Ray actor, but knows nothing of Ray: `load` and `run` block on one thread, while `progress`
+and `stop` may be called from others. A worker holds no state that matters: what is finished is what the
+stream says, so that a new worker under the same producer id goes on where a killed one was.
 """
 
 from __future__ import annotations
 
 import logging
 import threading
-import time
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, replace

@@ -1,0 +1,108 @@
+"""How streams look: as a table, in full, and as JSON."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Mapping, Sequence
+from datetime import UTC, datetime
+
+from rich.table import Table
+from rich.text import Text
+
+from lynearm.cli.progress import count, plain_value, size
+from lynearm.wire.protobuf import StreamInfo
+from lynearm.wire.specs import TokenizerSpec
+
+
+def bits_per_token(info: StreamInfo) -> float | None:
+    """Encoded bits for each completion token, everything included; None without a token."""
+    return info.size_bytes * 8 / info.completion_token_count if info.completion_token_count else None
+
+
+def stream_table(streams: Sequence[StreamInfo]) -> Table:
+    """One row for each stream."""
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    table.add_column("stream", no_wrap=True, overflow="ellipsis", min_width=8)
+    for heading in ("traces", "tokens", "size", "bits/token"):
+        table.add_column(heading, justify="right", no_wrap=True)
+    table.add_column("state", no_wrap=True)
+    table.add_column("teacher", overflow="ellipsis", no_wrap=True)
+    table.add_column("licence", overflow="ellipsis", no_wrap=True)
+    for info in streams:
+        bits = bits_per_token(info)
+        table.add_row(
+            Text(info.spec.name),
+            count(info.trace_count),
+            count(info.completion_token_count),
+            size(info.size_bytes),
+            f"{bits:.0f}" if bits is not None else "-",
+            "sealed" if info.sealed else "open",
+            Text(info.spec.teacher.model),
+            Text(info.spec.license),
+        )
+    return table
+
+
+def stream_details(info: StreamInfo) -> Table:
+    """Everything about one stream, a line for each fact."""
+    table = Table(box=None, pad_edge=False, show_header=False)
+    table.add_column(style="bold", no_wrap=True)
+    table.add_column(overflow="fold")
+    for name, value in _details(info).items():
+        table.add_row(name, Text(value))
+    return table
+
+
+def stream_fields(info: StreamInfo) -> dict[str, object]:
+    """Everything about one stream in the types of JSON; digests are hexadecimal."""
+    spec = dataclasses.asdict(info.spec)
+    name = spec.pop("name")
+    counts = {
+        field.name: getattr(info, field.name) for field in dataclasses.fields(info) if field.name != "spec"
+    }
+    fields = {"name": name, **counts, "bits_per_token": bits_per_token(info), **spec}
+    return {key: plain_value(value) for key, value in fields.items()}
+
+
+def print_json(fields: Mapping[str, object]) -> None:
+    """Print one object on one line of standard output."""
+    print(json.dumps(fields, ensure_ascii=False, allow_nan=False), flush=True)
+
+
+def _details(info: StreamInfo) -> dict[str, str]:
+    teacher, bits = info.spec.teacher, bits_per_token(info)
+    created = datetime.fromtimestamp(info.created_unix_nano / 1e9, UTC)
+    conventions = f"{teacher.logprobs_mode}, temperature {teacher.logprobs_temperature:g}"
+    details = {
+        "stream": info.spec.name,
+        "state": "sealed: takes no more blocks" if info.sealed else "open",
+        "created": f"{created:%Y-%m-%d %H:%M:%S} UTC",
+        "blocks": f"{info.next_offset:,}",
+        "traces": f"{info.trace_count:,}",
+        "finished prompts": f"{info.finished_prompt_count:,}",
+        "prompt tokens": f"{info.prompt_token_count:,}",
+        "completion tokens": f"{info.completion_token_count:,}",
+        "size": f"{size(info.size_bytes)} ({info.size_bytes:,} bytes)",
+        "bits per token": f"{bits:.1f}" if bits is not None else "-",
+        "codec": f"{info.spec.codec.mode}, top-k {info.spec.codec.top_k}",
+        "licence": info.spec.license,
+        "teacher": teacher.model,
+        "  revision": teacher.revision,
+        "  engine": f"{teacher.engine}, {teacher.dtype}",
+        "  logits": f"{teacher.vocab_size:,} wide, context of {teacher.max_model_len:,} tokens",
+        "  logprobs": conventions,
+        **_tokenizer_details(info.spec.tokenizer),
+    }
+    return details | {f"label {key}": value for key, value in sorted(info.spec.labels.items())}
+
+
+def _tokenizer_details(tokenizer: TokenizerSpec) -> dict[str, str]:
+    return {
+        "tokenizer": tokenizer.name,
+        "  vocabulary": f"{tokenizer.vocab_size:,} tokens, sha256 {tokenizer.vocab_sha256.hex()}",
+        "  chat template": f"sha256 {tokenizer.chat_template_sha256.hex()}"
+        if tokenizer.chat_template_sha256
+        else "none",
+        "  end tokens": ", ".join(map(str, tokenizer.eos_token_ids)) or "none",
+    }

@@ -1,0 +1,113 @@
+"""`lynearm streams`: look at what a trace service holds, follow it, delete it."""
+
+from __future__ import annotations
+
+import math
+from typing import Annotated
+
+import typer
+
+from lynearm.cli.failures import EXIT_FAILED, reported
+from lynearm.cli.options import AsJson, Debug, ServiceOnly
+
+streams_app = typer.Typer(help="List, show, follow and delete streams of traces.", no_args_is_help=True)
+
+_Name = Annotated[str, typer.Argument(metavar="STREAM", help="Name of the stream.")]
+
+
+@streams_app.command("list")
+@reported()
+def list_streams(service: ServiceOnly = None, json: AsJson = False, debug: Debug = False) -> None:
+    """List every stream with its size, teacher and licence."""
+    from lynearm.cli.settings import service_address
+    from lynearm.cli.stream_views import print_json, stream_fields, stream_table
+    from lynearm.client import TraceClient
+
+    with TraceClient(service_address(service)) as client:
+        streams = client.list_streams()
+    if json:
+        for stream in streams:
+            print_json(stream_fields(stream))
+    elif streams:
+        from rich.console import Console
+
+        Console().print(stream_table(streams))
+    else:
+        typer.echo(f"no streams at {client.target}; `lynearm teach` makes one", err=True)
+
+
+@streams_app.command("show")
+@reported()
+def show_stream(
+    stream: _Name, service: ServiceOnly = None, json: AsJson = False, debug: Debug = False
+) -> None:
+    """Show everything about one stream."""
+    from lynearm.cli.settings import service_address
+    from lynearm.cli.stream_views import print_json, stream_details, stream_fields
+    from lynearm.client import TraceClient
+
+    with TraceClient(service_address(service)) as client:
+        info = client.get_stream(stream)
+    if json:
+        print_json(stream_fields(info))
+    else:
+        from rich.console import Console
+
+        Console().print(stream_details(info))
+
+
+@streams_app.command("tail")
+@reported()
+def tail_stream(
+    stream: _Name,
+    start: Annotated[
+        str,
+        typer.Option(
+            "--from",
+            metavar="OFFSET|start|live",
+            help="First block: its offset, the start of the stream, or whatever comes from now on.",
+        ),
+    ] = "live",
+    follow: Annotated[
+        bool, typer.Option(help="Wait for more until the stream is sealed, or end where it ends now.")
+    ] = True,
+    count: Annotated[
+        int | None, typer.Option("--count", "-n", min=1, help="End after so many traces.", show_default=False)
+    ] = None,
+    service: ServiceOnly = None,
+    json: AsJson = False,
+    debug: Debug = False,
+) -> None:
+    """Print traces as they arrive: prompt id, tokens, mean logprob and text."""
+    from lynearm.cli.settings import service_address
+    from lynearm.cli.tail import Tail, parse_start
+    from lynearm.client import TraceClient
+
+    first = parse_start(start)
+    with TraceClient(service_address(service)) as client:
+        tail = Tail(client, stream, as_json=json)
+        tail.run(first, follow=follow, limit=count if count is not None else math.inf)
+    typer.echo(tail.summary(), err=True)
+
+
+@streams_app.command("delete")
+@reported()
+def delete_stream(
+    stream: _Name,
+    yes: Annotated[bool, typer.Option("--yes", "-y", help="Do not ask.")] = False,
+    service: ServiceOnly = None,
+    debug: Debug = False,
+) -> None:
+    """Delete a stream with all its traces."""
+    from lynearm.cli.progress import count, size
+    from lynearm.cli.settings import service_address
+    from lynearm.client import TraceClient
+
+    with TraceClient(service_address(service)) as client:
+        info = client.get_stream(stream)
+        what = f"stream {stream}: {count(info.trace_count)} traces, {size(info.size_bytes)}"
+        if not yes and not typer.confirm(f"delete {what}? It cannot be undone."):
+            typer.echo("nothing was deleted", err=True)
+            raise typer.Exit(EXIT_FAILED)
+        client.delete_stream(stream)
+    typer.echo(f"deleted {what}", err=True)

@@ -1,0 +1,132 @@
+"""`lynearm train`: a student learns from a stream."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from lynearm.cli.failures import Interrupted, reported, this_command
+from lynearm.cli.options import Assignments, ConfigFile, Debug, Progress, ProgressMode, Service, flags
+
+if TYPE_CHECKING:
+    from lynearm.cli.progress import Reporter, Status
+    from lynearm.student.config import TrainConfig
+    from lynearm.student.progress import TrainProgress, TrainReport
+
+
+@reported("the same command goes on with --resume if there is a checkpoint, and without it if there is none")
+def train(
+    context: typer.Context,
+    student: Annotated[
+        Path | None, typer.Option(help="Model to begin with, in the transformers layout with tokenizer.")
+    ] = None,
+    stream: Annotated[str | None, typer.Option(help="Stream to learn from.")] = None,
+    out: Annotated[
+        Path | None,
+        typer.Option(help="Directory that receives the checkpoints.", show_default="runs/student"),
+    ] = None,
+    resume: Annotated[
+        bool | None, typer.Option("--resume", help="Go on from the latest checkpoint in --out.")
+    ] = None,
+    service: Service = None,
+    learning_rate: Annotated[float | None, typer.Option(help="Peak rate.", show_default="5e-4")] = None,
+    batch_sequences: Annotated[
+        int | None, typer.Option(help="Traces for each step.", show_default="8")
+    ] = None,
+    epochs: Annotated[int | None, typer.Option(help="Passes over the stream.", show_default="1")] = None,
+    max_steps: Annotated[
+        int | None, typer.Option(help="Steps of the whole run; 0 for all the stream.", show_default="0")
+    ] = None,
+    max_seconds: Annotated[
+        float | None, typer.Option(help="Bound on the time of this run; 0 sets none.", show_default="0")
+    ] = None,
+    held_out_traces: Annotated[
+        int | None, typer.Option(help="Traces kept back to measure on.", show_default="32")
+    ] = None,
+    eval_every_steps: Annotated[
+        int | None, typer.Option(help="Steps between measurements.", show_default="50")
+    ] = None,
+    checkpoint_every_steps: Annotated[
+        int | None, typer.Option(help="Steps between checkpoints.", show_default="200")
+    ] = None,
+    threads: Annotated[int | None, typer.Option(help="CPU threads; 0 for torch's choice.")] = None,
+    device: Annotated[str | None, typer.Option(help="A torch device.", show_default="auto")] = None,
+    seed: Annotated[int | None, typer.Option(help="Of the split and of dropout.", show_default="0")] = None,
+    allow_misaligned: Annotated[
+        bool | None, typer.Option("--allow-misaligned", help="Train although the tokenizers differ.")
+    ] = None,
+    config: ConfigFile = None,
+    assignments: Assignments = None,
+    progress: Progress = ProgressMode.auto,
+    debug: Debug = False,
+) -> None:
+    """Train a student on a teacher's stream, while it is written or afterwards.
+
+    Ctrl-C ends after the running step with a checkpoint; --resume goes on from it.
+    """
+    from lynearm.cli.progress import Reporter
+    from lynearm.cli.settings import load_settings
+    from lynearm.student.config import TrainConfig
+
+    settings = load_settings(
+        TrainConfig, "train", file=config, flags=flags(context), assignments=assignments or ()
+    )
+    with Reporter("train", progress, lambda event: describe(event, settings)) as report:
+        outcome = _run(settings, report)
+        report.result(outcome)
+    if report.shows_people:
+        typer.echo(_summary(outcome))
+    resume_command = this_command("--resume")
+    if outcome.stop_reason == "interrupted":
+        raise Interrupted(f"go on with `{resume_command}`")
+    if outcome.stop_reason == "max_seconds" and report.shows_people:
+        typer.echo(f"time is up; go on with `{resume_command}`", err=True)
+
+
+def describe(event: TrainProgress, settings: TrainConfig) -> Status:
+    """What a moment of a training run means to a person."""
+    from lynearm.cli.progress import Status, count
+
+    record, held_out = event.record, event.held_out
+    # The stages of a run alternate: one line that says "training" throughout is calmer than ten that follow.
+    stage = "training" if record is not None and event.stage != "done" else event.stage
+    facts = [f"{event.stage} {event.message}".strip()] if event.stage not in (stage, "training") else []
+    if record is None and event.message:
+        facts = [event.message]
+    if record is not None:
+        facts += [
+            f"step {record.step}",
+            f"loss {record.loss:.3f}",
+            f"KL {record.kl:.3f}",
+            f"{count(event.tokens_per_second)} tokens/s",
+            f"{count(record.tokens)} tokens",
+        ]
+        if event.lag_blocks:
+            facts.append(f"{event.lag_blocks} blocks behind")
+    if held_out is not None:
+        facts.append(f"held-out KL {held_out.kl:.3f} at step {held_out.step}")
+    return Status(stage, ", ".join(facts), record.step if record else 0, settings.max_steps or None)
+
+
+def _run(settings: TrainConfig, report: Reporter[TrainProgress]) -> TrainReport:
+    from lynearm.cli.progress import Status
+
+    # Importing torch and transformers takes seconds, in which nobody should look at nothing.
+    report.show(Status("starting", "loading torch"))
+    from lynearm.student.trainer import run_train
+
+    return run_train(settings, report)
+
+
+def _summary(report: TrainReport) -> str:
+    from lynearm.cli.progress import duration
+
+    before, after = report.held_out_before, report.held_out_after
+    measured = f"; held-out KL {before:.3f} → {after:.3f}" if before is not None and after is not None else ""
+    skipped = f", {report.skipped_traces} traces skipped" if report.skipped_traces else ""
+    return (
+        f"{report.steps} steps, {report.traces} traces, {report.tokens:,} tokens{skipped} "
+        f"in {duration(report.seconds)}{measured}; checkpoint {report.checkpoint}"
+    )

@@ -1,0 +1,152 @@
+"""One Publish call: takes a producer's blocks as they come, and acknowledges them as they become durable.
+
+Invariants:
+
+- Blocks are committed in the order of their arrival; acknowledgements name them in that order.
+- Everything that was committed before an error is acknowledged before the call ends with it.
+- A block is read only when the commit queue has room for the one before it: that holds a producer back.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from dataclasses import dataclass
+from typing import TypeAlias
+
+import grpc.aio
+import xxhash
+
+from lynearm.traces.backend import Backend
+from lynearm.traces.calls import Context
+from lynearm.traces.catalog import BlockFacts, NewBlock, Producer
+from lynearm.traces.commit import PendingOffset
+from lynearm.traces.tail import StreamTail, run_until_end
+from lynearm.v1 import trace_service_pb2 as pb
+from lynearm.wire.blocks import verify_block
+from lynearm.wire.errors import DeadlineError, InvalidInputError, LynearmError
+from lynearm.wire.frames import PublishBlock, PublishOpen, parse_publish_request
+from lynearm.wire.specs import check_name
+
+OPEN_SECONDS = 30.0
+"""How long a call may take to say what it is."""
+
+MAX_PENDING_BLOCKS = 4096
+"""Blocks of one call that wait for durability or for the peer to read acknowledgements; the commit queue
+bounds their bytes."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Pending:
+    sequence: int
+    offset: PendingOffset
+
+
+_End: TypeAlias = "Exception | None"
+"""Why no more blocks come; None when the producer said that it is done."""
+
+
+class PublishCall:
+    """Serves one producer from its opening to its end.
+
+    Args:
+        backend: What it publishes to.
+        context: The call, whose requests and responses are bytes.
+    """
+
+    def __init__(self, backend: Backend, context: Context) -> None:
+        self._backend = backend
+        self._context = context
+        self._pending: asyncio.Queue[_Pending | _End] = asyncio.Queue(MAX_PENDING_BLOCKS)
+
+    async def run(self) -> None:
+        """Serve the call.
+
+        Raises:
+            LynearmError: why the call ends, unless the producer ended it.
+        """
+        opening = await self._read_opening()
+        producer = await self._backend.catalog.open_producer(
+            opening.stream, check_name(opening.producer_id, what="producer id"), opening.epoch
+        )
+        tail = self._backend.tails.register(producer.stream_id)
+        opened = pb.PublishOpened(epoch=producer.epoch, next_sequence=producer.next_sequence)
+        await self._context.write(pb.PublishResponse(opened=opened))
+        receiving = asyncio.create_task(self._receive(producer, tail))
+        try:
+            await self._acknowledge()
+        finally:
+            receiving.cancel()
+            await asyncio.gather(receiving, return_exceptions=True)
+
+    async def _read_opening(self) -> PublishOpen:
+        try:
+            async with asyncio.timeout(OPEN_SECONDS):
+                message = await self._context.read()
+        except TimeoutError as error:
+            raise DeadlineError(f"Publish was not opened within {OPEN_SECONDS:g} s") from error
+        opening = None if message is grpc.aio.EOF else parse_publish_request(message)
+        if not isinstance(opening, PublishOpen):
+            raise InvalidInputError("Publish must begin with an open", "send PublishRequest.open first")
+        return opening
+
+    async def _receive(self, producer: Producer, tail: StreamTail) -> None:
+        end: _End = None
+        try:
+            await run_until_end(tail, self._submit_blocks(producer))
+        except Exception as error:  # raised by _acknowledge, after what came before it
+            end = error
+        await self._pending.put(end)
+
+    async def _submit_blocks(self, producer: Producer) -> None:
+        while (message := await self._context.read()) is not grpc.aio.EOF:
+            request = parse_publish_request(message)
+            if isinstance(request, PublishOpen):
+                raise InvalidInputError("Publish was opened twice", "use one call for each producer")
+            block = _new_block(producer, request)
+            offset = await self._backend.committer.submit(block, _without_message(request.block, message))
+            await self._pending.put(_Pending(request.sequence, offset))
+
+    async def _acknowledge(self) -> None:
+        ack = pb.PublishAck()
+        while isinstance(pending := await self._pending.get(), _Pending):
+            if not pending.offset.done() or pending.sequence != ack.first_sequence + len(ack.offsets):
+                await self._send(ack)
+                ack = pb.PublishAck(first_sequence=pending.sequence)
+            outcome = await pending.offset
+            if isinstance(outcome, LynearmError):
+                await self._send(ack)
+                raise outcome
+            ack.offsets.append(outcome)
+            if self._pending.empty():
+                await self._send(ack)
+                ack = pb.PublishAck(first_sequence=pending.sequence + 1)
+        await self._send(ack)
+        if pending is not None:
+            raise pending
+
+    async def _send(self, ack: pb.PublishAck) -> None:
+        if ack.offsets:
+            await self._context.write(pb.PublishResponse(ack=ack))
+
+
+def _new_block(producer: Producer, request: PublishBlock) -> NewBlock:
+    header = verify_block(request.block)
+    if header.codec_mode != producer.codec_mode:
+        raise InvalidInputError(
+            f"block {request.sequence} is encoded in mode {header.codec_mode!r}, "
+            f"stream {producer.stream_name!r} is in {producer.codec_mode!r}",
+            "encode in the stream's mode",
+        )
+    facts = BlockFacts(
+        size_bytes=len(request.block),
+        checksum=xxhash.xxh3_64_intdigest(request.block),
+        trace_count=header.trace_count,
+        prompt_token_count=header.prompt_token_count,
+        completion_token_count=header.completion_token_count,
+    )
+    return NewBlock(producer, request.sequence, facts, request.finished_prompt_ids)
+
+
+def _without_message(block: memoryview, message: bytes) -> bytes | memoryview:
+    """The block, not keeping alive a message that is mostly something else."""
+    return block if 2 * len(block) >= len(message) else bytes(block)

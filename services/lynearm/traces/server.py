@@ -1,0 +1,172 @@
+"""The trace server: one process, one data directory, one port."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import signal
+import socket
+from collections.abc import Callable
+from contextlib import AsyncExitStack
+from types import TracebackType
+from typing import Self
+
+import grpc
+import grpc.aio
+from grpc_health.v1 import aio as health
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+
+from lynearm.traces.backend import Backend, open_backend
+from lynearm.traces.calls import CallGate
+from lynearm.traces.commit import stopping
+from lynearm.traces.config import MIB, ServeConfig
+from lynearm.traces.servicer import SERVICE_NAME, TraceServicer, service_handler
+from lynearm.wire.errors import PreconditionError
+
+logger = logging.getLogger(__name__)
+
+MAX_MESSAGE_BYTES = 4 * MIB
+"""gRPC's default, so that any client reads what is sent; a block of 3 MiB with its prompt ids fits."""
+
+_LAST_WORDS_SECONDS = 0.5
+"""For statuses on their way, and for watchers of the health service, who never leave by themselves."""
+
+_OPTIONS: tuple[tuple[str, int], ...] = (
+    # A second server on the port must fail, not share it.
+    ("grpc.so_reuseport", 0),
+    ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
+    # A frozen peer is noticed after 15 s; without both timeouts gRPC waits a minute.
+    ("grpc.keepalive_time_ms", 10_000),
+    ("grpc.keepalive_timeout_ms", 5_000),
+    ("grpc.http2.ping_timeout_ms", 5_000),
+    ("grpc.keepalive_permit_without_calls", 1),
+    ("grpc.http2.max_pings_without_data", 0),
+    # Below the period of any client's keepalive, or the server would hang up on it.
+    ("grpc.http2.min_ping_interval_without_data_ms", 1_000),
+)
+
+
+class TraceServer:
+    """Serves while its context is open: `async with TraceServer(config) as server: …`.
+
+    Leaving drains: health says NOT_SERVING, subscriptions end as unavailable, what publishers have sent is
+    committed and acknowledged, and whatever then still runs after `drain_seconds` is cut off.
+
+    Args:
+        config: Where to keep data and where to listen.
+
+    Raises:
+        PreconditionError: on entering, when the port or the data directory is in use.
+        StorageError: on entering, when the data directory cannot be used.
+    """
+
+    def __init__(self, config: ServeConfig) -> None:
+        self._config = config
+        self._port = 0
+        self._stack = AsyncExitStack()
+
+    @property
+    def port(self) -> int:
+        """TCP port; the one that was found where the configuration says 0."""
+        return self._port
+
+    @property
+    def address(self) -> str:
+        """What clients connect to, host:port."""
+        return _address(self._config.host, self._port)
+
+    async def __aenter__(self) -> Self:
+        """Open the data directory and listen."""
+        async with AsyncExitStack() as stack:
+            _check_port(self._config.host, self._config.port)
+            backend = await stack.enter_async_context(open_backend(self._config))
+            gate = CallGate(self._config.max_calls)
+            server = grpc.aio.server(options=_OPTIONS)
+            server.add_generic_rpc_handlers((service_handler(TraceServicer(backend), gate),))
+            health_servicer = health.aio.HealthServicer()
+            health_pb2_grpc.add_HealthServicer_to_server(health_servicer, server)
+            self._port = _bind(server, self._config)
+            await server.start()
+            stack.push_async_callback(self._drain, server, health_servicer, backend, gate)
+            await health_servicer.set(SERVICE_NAME, health_pb2.HealthCheckResponse.SERVING)
+            self._stack = stack.pop_all()
+        logger.info("serving %s at %s", self._config.data_dir, self.address)
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """Drain, commit and close."""
+        await self._stack.__aexit__(kind, error, trace)
+        logger.info("stopped serving %s", self._config.data_dir)
+
+    async def _drain(
+        self,
+        server: grpc.aio.Server,
+        health_servicer: health.HealthServicer,
+        backend: Backend,
+        gate: CallGate,
+    ) -> None:
+        await health_servicer.enter_graceful_shutdown()
+        backend.tails.drain(stopping())
+        if not await gate.wait_idle(self._config.drain_seconds):
+            logger.warning("some calls did not end within %g s and are cut off", self._config.drain_seconds)
+        await server.stop(_LAST_WORDS_SECONDS)
+
+
+def run_server(config: ServeConfig, on_ready: Callable[[str], None]) -> None:
+    """Serve until SIGINT or SIGTERM, then drain. Blocks; call it in the main thread.
+
+    A second signal ends the process at once, which loses nothing that was acknowledged.
+
+    Args:
+        config: Where to keep data and where to listen.
+        on_ready: Called with host:port once the server answers.
+
+    Raises:
+        LynearmError: as for `TraceServer`.
+    """
+    asyncio.run(_serve(config, on_ready))
+
+
+async def _serve(config: ServeConfig, on_ready: Callable[[str], None]) -> None:
+    stop = asyncio.Event()
+    loop = asyncio.get_running_loop()
+    signals = (signal.SIGINT, signal.SIGTERM)
+    for number in signals:
+        loop.add_signal_handler(number, stop.set)
+    async with TraceServer(config) as server:
+        on_ready(server.address)
+        await stop.wait()
+        for number in signals:
+            loop.remove_signal_handler(number)
+
+
+def _address(host: str, port: int) -> str:
+    return f"[{host.strip('[]')}]:{port}" if ":" in host else f"{host}:{port}"
+
+
+def _check_port(host: str, port: int) -> None:
+    """Bind once with plain sockets, whose errors say what is wrong; gRPC's only say that something is."""
+    try:
+        found = socket.getaddrinfo(host.strip("[]"), port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+        for family, kind, protocol, _, address in found:
+            with socket.socket(family, kind, protocol) as probe:
+                probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+                probe.bind(address)
+    except OSError as error:
+        raise _cannot_listen(host, port, error.strerror or str(error)) from error
+
+
+def _bind(server: grpc.aio.Server, config: ServeConfig) -> int:
+    try:
+        return server.add_insecure_port(_address(config.host, config.port))
+    except RuntimeError as error:
+        raise _cannot_listen(config.host, config.port, str(error)) from error
+
+
+def _cannot_listen(host: str, port: int, reason: str) -> PreconditionError:
+    return PreconditionError(
+        f"cannot listen on {_address(host, port)} ({reason})",
+        "stop the server that uses the port, or choose another with --port",
+    )

@@ -1,0 +1,122 @@
+"""The methods of `lynearm.v1.TraceService`, each bound to what serves it."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Awaitable, Callable
+from typing import Any
+
+import grpc
+from google.protobuf.message import Message
+
+from lynearm.traces.backend import Backend
+from lynearm.traces.calls import CallGate, Context
+from lynearm.traces.publish import PublishCall
+from lynearm.traces.subscribe import SubscribeCall, fetch_blocks
+from lynearm.v1 import trace_service_pb2 as pb
+from lynearm.wire.errors import InvalidInputError
+from lynearm.wire.protobuf import spec_from_proto, stream_to_proto
+
+SERVICE_NAME = pb.DESCRIPTOR.services_by_name["TraceService"].full_name
+
+MAX_SPEC_BYTES = 16 << 10
+"""Of an encoded stream spec. Hundreds of bytes are usual; ListStreams answers with all of them at once."""
+
+PROMPT_IDS_PER_MESSAGE = 10_000
+"""At 256 bytes each, well below the 4 MiB of a message."""
+
+
+class TraceServicer:
+    """Answers calls from a backend.
+
+    Args:
+        backend: What the calls work on.
+    """
+
+    def __init__(self, backend: Backend) -> None:
+        self._backend = backend
+
+    async def create_stream(self, request: pb.CreateStreamRequest, _: Context) -> pb.CreateStreamResponse:
+        """CreateStream."""
+        if request.spec.ByteSize() > MAX_SPEC_BYTES:
+            raise InvalidInputError(
+                f"stream spec of {request.spec.ByteSize()} bytes, expected at most {MAX_SPEC_BYTES}",
+                "put less into the labels",
+            )
+        spec = spec_from_proto(request.spec)
+        record = await self._backend.catalog.create_stream(spec, allow_existing=request.allow_existing)
+        return pb.CreateStreamResponse(stream=stream_to_proto(record.info))
+
+    async def get_stream(self, request: pb.GetStreamRequest, _: Context) -> pb.GetStreamResponse:
+        """GetStream."""
+        record = await self._backend.catalog.get_stream(request.name)
+        return pb.GetStreamResponse(stream=stream_to_proto(record.info))
+
+    async def list_streams(self, _: pb.ListStreamsRequest, __: Context) -> pb.ListStreamsResponse:
+        """ListStreams."""
+        records = await self._backend.catalog.list_streams()
+        return pb.ListStreamsResponse(streams=[stream_to_proto(record.info) for record in records])
+
+    async def delete_stream(self, request: pb.DeleteStreamRequest, _: Context) -> pb.DeleteStreamResponse:
+        """DeleteStream."""
+        await self._backend.delete_stream(request.name)
+        return pb.DeleteStreamResponse()
+
+    async def seal_stream(self, request: pb.SealStreamRequest, _: Context) -> pb.SealStreamResponse:
+        """SealStream."""
+        record = await self._backend.seal_stream(request.name)
+        return pb.SealStreamResponse(stream=stream_to_proto(record.info))
+
+    async def publish(self, _: AsyncIterator[bytes], context: Context) -> None:
+        """Publish; requests are bytes."""
+        await PublishCall(self._backend, context).run()
+
+    async def subscribe(self, _: AsyncIterator[pb.SubscribeRequest], context: Context) -> None:
+        """Subscribe; responses are bytes."""
+        await SubscribeCall(self._backend, context).run()
+
+    async def fetch_blocks(self, request: pb.FetchBlocksRequest, context: Context) -> None:
+        """FetchBlocks; responses are bytes."""
+        await fetch_blocks(self._backend, request, context)
+
+    async def list_finished_prompts(self, request: pb.ListFinishedPromptsRequest, context: Context) -> None:
+        """ListFinishedPrompts."""
+        catalog = self._backend.catalog
+        stream_id = (await catalog.get_stream(request.stream)).stream_id
+        position = 0
+        while page := await catalog.list_finished_prompts(stream_id, position, PROMPT_IDS_PER_MESSAGE):
+            prompt_ids = [prompt.prompt_id for prompt in page]
+            await context.write(pb.ListFinishedPromptsResponse(prompt_ids=prompt_ids))
+            position = page[-1].position
+
+
+def service_handler(servicer: TraceServicer, gate: CallGate) -> grpc.GenericRpcHandler:
+    """What a server registers. Blocks pass through as bytes; everything else is parsed by generated code."""
+
+    def unary(handler: Callable[..., Awaitable[Message]], request: type[Message]) -> Any:
+        # Any, here and below: gRPC types a method handler by serialisers, which these lack or erase.
+        return grpc.unary_unary_rpc_method_handler(gate.guard(handler), request.FromString, _serialize)
+
+    handlers: dict[str, Any] = {
+        "CreateStream": unary(servicer.create_stream, pb.CreateStreamRequest),
+        "GetStream": unary(servicer.get_stream, pb.GetStreamRequest),
+        "ListStreams": unary(servicer.list_streams, pb.ListStreamsRequest),
+        "DeleteStream": unary(servicer.delete_stream, pb.DeleteStreamRequest),
+        "SealStream": unary(servicer.seal_stream, pb.SealStreamRequest),
+        "Publish": grpc.stream_stream_rpc_method_handler(gate.guard(servicer.publish), None, _serialize),
+        "Subscribe": grpc.stream_stream_rpc_method_handler(
+            gate.guard(servicer.subscribe), pb.SubscribeRequest.FromString, None
+        ),
+        "FetchBlocks": grpc.unary_stream_rpc_method_handler(
+            gate.guard(servicer.fetch_blocks), pb.FetchBlocksRequest.FromString, None
+        ),
+        "ListFinishedPrompts": grpc.unary_stream_rpc_method_handler(
+            gate.guard(servicer.list_finished_prompts),
+            pb.ListFinishedPromptsRequest.FromString,
+            _serialize,
+        ),
+    }
+    return grpc.method_handlers_generic_handler(SERVICE_NAME, handlers)
+
+
+def _serialize(message: Message) -> bytes:
+    return message.SerializeToString()

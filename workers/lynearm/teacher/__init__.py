@@ -1,0 +1,19 @@
+"""The teacher: a vLLM engine in a Ray actor that answers prompts and publishes its traces."""
+
+from lynearm.teacher.config import TeachConfig
+from lynearm.teacher.job import TeachProgress, TeachReport, run_teach
+from lynearm.teacher.prompts import BadLine, Prompt, PromptFile, load_prompts
+from lynearm.teacher.worker import TeacherWorker, WorkerProgress
+
+__all__ = [
+    "BadLine",
+    "Prompt",
+    "PromptFile",
+    "TeachConfig",
+    "TeachProgress",
+    "TeachReport",
+    "TeacherWorker",
+    "WorkerProgress",
+    "load_prompts",
+    "run_teach",
+]
