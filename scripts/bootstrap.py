@@ -299,7 +299,7 @@ def install_packages(plan: "Plan") -> None:
     overrides = str(REQUIREMENTS / "overrides.txt")
     pins = ["-r", str(REQUIREMENTS / f"{plan.flavour}.txt"), "--override", overrides]
     pins += torch_options(plan.flavour, settings.get("find-links", "").split())
-    step(f"packages for {plan.flavour}, minutes the first time", [*uv_install, *pins], environment)
+    step(f"the packages of requirements/{plan.flavour}.txt", [*uv_install, *pins], environment)
     uv_install += ["--no-deps"]
     step("the demo's teacher", [*uv_install, "-r", str(REQUIREMENTS / "no-deps.txt")], environment)
     # The build backend is among the pins: without isolation nothing unpinned is fetched.

@@ -185,7 +185,7 @@ def test_a_wrong_file_is_refused_with_what_would_be_right(tmp_path: Path, text: 
 
 
 def test_a_missing_file_is_named(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="cannot read .*absent.toml: No such file"):
+    with pytest.raises(ConfigError, match=r"cannot read .*absent\.toml: No such file"):
         load(tmp_path / "absent.toml")
 
 

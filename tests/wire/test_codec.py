@@ -3,6 +3,7 @@ from __future__ import annotations
 import dataclasses
 import random
 import struct
+import tracemalloc
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ from lynearm.wire.codec import MAX_BLOCK_ENTRIES, decode_block, encode_block
 from lynearm.wire.columns import OPTIONAL_FROM, Column, Encoding
 from lynearm.wire.errors import CodecError, CorruptBlockError, UnsupportedFormatError
 from lynearm.wire.integers import MAX_NUMBER, decode_numbers, encode_numbers
-from lynearm.wire.metadata import FINISH_REASON_CODES, SPAN_KIND_CODES
+from lynearm.wire.metadata import FINISH_REASON_CODES, MAX_BLOCK_ITEMS, SPAN_KIND_CODES
 from lynearm.wire.quantise import MAX_LEVEL, MAX_STEP, STEP_SCALE, from_levels, to_levels
 from lynearm.wire.specs import CODEC_MODES, CodecMode
 from lynearm.wire.traces import (
@@ -591,16 +592,33 @@ def test_a_column_that_lies_is_refused(name: str) -> None:
         decode_block(wrap(header, changed))
 
 
-def test_four_billion_claimed_positions_take_no_memory() -> None:
+@pytest.mark.parametrize("positions", [MAX_NUMBER, MAX_BLOCK_ENTRIES // 2])
+def test_claimed_positions_without_bytes_take_no_memory(positions: int) -> None:
     header, content = unwrap(encode_block([TWO_ROWS], mode="exact", vocab_size=VOCAB_SIZE))
     claims: dict[int, tuple[int, int, bytes]] = {
-        Column.COMPLETION_LENGTHS: numbers(MAX_NUMBER),
-        Column.TOP_K_WIDTHS: numbers(0),
-        Column.KEPT: (Encoding.NUMBERS, MAX_NUMBER, bytes(2)),
+        Column.COMPLETION_LENGTHS: numbers(positions),
+        Column.TOP_K_WIDTHS: numbers(1),
+        Column.KEPT: (Encoding.NUMBERS, positions, bytes(2)),
     }
-    claimed = dataclasses.replace(header, completion_token_count=MAX_NUMBER)
-    with pytest.raises(CorruptBlockError, match="numbers in 2 bytes"):
-        decode_block(wrap(claimed, rebuild(content, claims)))
+    claimed = wrap(dataclasses.replace(header, completion_token_count=positions), rebuild(content, claims))
+    tracemalloc.start()
+    try:
+        with pytest.raises(CorruptBlockError):
+            decode_block(claimed)
+        assert tracemalloc.get_traced_memory()[1] < 1 << 20
+    finally:
+        tracemalloc.stop()
+
+
+def test_more_spans_than_a_block_may_hold_are_refused() -> None:
+    header, content = unwrap(encode_block([TWO_ROWS], mode="exact", vocab_size=VOCAB_SIZE))
+    many = MAX_BLOCK_ITEMS + 1
+    claims: dict[int, tuple[int, int, bytes]] = {
+        Column.SPAN_COUNTS: numbers(many),
+        Column.SPAN_KINDS: (Encoding.UINT8, many, b"\1" * many),
+    }
+    with pytest.raises(CorruptBlockError, match="spans or tags"):
+        decode_block(wrap(header, rebuild(content, claims)))
 
 
 def test_unknown_columns_are_skipped_when_optional_and_refused_otherwise() -> None:

@@ -34,7 +34,10 @@ def demo(
     assignments: Assignments = None,
     debug: Debug = False,
 ) -> None:
-    """Teach, train and export with a real teacher on this machine, in at most eight minutes."""
+    """Teach, train and export on this machine.
+
+    A real teacher, in at most eight minutes on two cores.
+    """
     from lynearm.cli.settings import load_settings
     from lynearm.demo.config import DemoConfig
 

@@ -8,23 +8,31 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from lynearm.cli.failures import reported
-from lynearm.cli.options import Assignments, ConfigFile, Debug, Progress, ProgressMode, flags
+from lynearm.cli.options import Assignments, ConfigFile, Debug, Progress, ProgressMode, flags, make_app
 
 if TYPE_CHECKING:
     from lynearm.cli.progress import Status
-    from lynearm.export.config import ExportProgress
+    from lynearm.export.parity import Parity
+    from lynearm.export.progress import ExportProgress
 
-export_app = typer.Typer(help="Turn a checkpoint into an MLX or Core ML package.", no_args_is_help=True)
+export_app = make_app("Turn a checkpoint into an MLX or Core ML package.")
 
-_HOW_TO_GO_ON = "nothing was left half written; the same command begins again"
+_HOW_TO_GO_ON = "nothing is left half written; the same command begins again"
 
 _Checkpoint = Annotated[
-    Path | None,
-    typer.Argument(metavar="CHECKPOINT", help="Directory of a checkpoint, or a run of `lynearm train`."),
+    Path, typer.Argument(metavar="CHECKPOINT", help="Directory of a checkpoint, or a run of `lynearm train`.")
 ]
-_Out = Annotated[Path | None, typer.Option(help="Directory of the package.")]
+_Out = Annotated[Path, typer.Option(help="Directory of the package; replaced if lynearm wrote it.")]
 _Overwrite = Annotated[
     bool | None, typer.Option("--overwrite", help="Replace a directory that lynearm did not write.")
+]
+_Check = Annotated[
+    bool | None,
+    typer.Option(
+        "--check-parity/--no-check-parity",
+        help="Compare the package with the checkpoint.",
+        show_default="check-parity",
+    ),
 ]
 
 
@@ -32,19 +40,23 @@ _Overwrite = Annotated[
 @reported(_HOW_TO_GO_ON)
 def export_mlx(
     context: typer.Context,
-    checkpoint: _Checkpoint = None,
-    out: _Out = None,
+    checkpoint: _Checkpoint,
+    out: _Out,
     bits: Annotated[int | None, typer.Option(help="4, 8 or 16 a weight.", show_default="8")] = None,
     group_size: Annotated[
         int | None, typer.Option(help="Weights that share a scale; 0 chooses.", show_default="0")
     ] = None,
+    check_parity: _Check = None,
     overwrite: _Overwrite = None,
     config: ConfigFile = None,
     assignments: Assignments = None,
     progress: Progress = ProgressMode.auto,
     debug: Debug = False,
 ) -> None:
-    """Write a directory that stock `mlx_lm.load` reads, and check that it computes the same."""
+    """Write an MLX directory, and check it.
+
+    Stock `mlx_lm.load` reads it. The check: it computes what the checkpoint computes.
+    """
     from lynearm.cli.progress import Reporter
     from lynearm.cli.settings import load_settings
     from lynearm.export.config import MlxExportConfig
@@ -52,32 +64,36 @@ def export_mlx(
     settings = load_settings(
         MlxExportConfig, "export.mlx", file=config, flags=flags(context), assignments=assignments or ()
     )
-    from lynearm.export.run import run_export_mlx
+    from lynearm.export import mlx_export
 
     with Reporter("export", progress, describe) as report:
-        outcome = run_export_mlx(settings, report)
-        report.result(outcome)
-    if report.shows_people:
-        typer.echo(str(outcome))
+        made = mlx_export.export_mlx(checkpoint, out, settings, report)
+        report.conclude(made)
+    if report.for_people:
+        typer.echo(_summary(made.path, made.size_bytes, made.parity))
 
 
 @export_app.command("coreml")
 @reported(_HOW_TO_GO_ON)
 def export_coreml(
     context: typer.Context,
-    checkpoint: _Checkpoint = None,
-    out: _Out = None,
+    checkpoint: _Checkpoint,
+    out: _Out,
     bits: Annotated[int | None, typer.Option(help="4, 8 or 16 a weight.", show_default="16")] = None,
     context_length: Annotated[
         int | None, typer.Option(help="Tokens that the key-value cache holds.", show_default="2048")
     ] = None,
+    check_parity: _Check = None,
     overwrite: _Overwrite = None,
     config: ConfigFile = None,
     assignments: Assignments = None,
     progress: Progress = ProgressMode.auto,
     debug: Debug = False,
 ) -> None:
-    """Write a stateful .mlpackage for iOS 18 and macOS 15, and check that it computes the same."""
+    """Write a Core ML package, and check it.
+
+    A stateful .mlpackage for iOS 18 and macOS 15. The check: it computes what the checkpoint computes.
+    """
     from lynearm.cli.progress import Reporter
     from lynearm.cli.settings import load_settings
     from lynearm.export.config import CoreMlExportConfig
@@ -85,17 +101,24 @@ def export_coreml(
     settings = load_settings(
         CoreMlExportConfig, "export.coreml", file=config, flags=flags(context), assignments=assignments or ()
     )
-    from lynearm.export.run import run_export_coreml
+    from lynearm.export import coreml_export
 
     with Reporter("export", progress, describe) as report:
-        outcome = run_export_coreml(settings, report)
-        report.result(outcome)
-    if report.shows_people:
-        typer.echo(str(outcome))
+        made = coreml_export.export_coreml(checkpoint, out, settings, report)
+        report.conclude(made)
+    if report.for_people:
+        typer.echo(_summary(made.path, made.size_bytes, made.parity))
 
 
 def describe(event: ExportProgress) -> Status:
     """What a moment of an export means to a person."""
     from lynearm.cli.progress import Status
 
-    return Status(event.stage, event.message, event.fraction, 1.0)
+    return Status("exporting", event.stage, event.fraction, 1.0)
+
+
+def _summary(path: Path, size_bytes: int, parity: Parity | None) -> str:
+    from lynearm.cli.progress import size
+
+    checked = parity.summary() if parity is not None else "not compared with the checkpoint"
+    return f"{path}: {size(size_bytes)}; {checked}"

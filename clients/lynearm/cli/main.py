@@ -2,23 +2,15 @@
 
 from __future__ import annotations
 
-import typer
-
 from lynearm.cli.demo import demo
 from lynearm.cli.export import export_app
+from lynearm.cli.options import make_app
 from lynearm.cli.serve import serve
 from lynearm.cli.streams import streams_app
 from lynearm.cli.teach import teach
 from lynearm.cli.train import train
 
-app = typer.Typer(
-    name="lynearm",
-    help="Streams what a teacher model knows to the training loops of small students.",
-    no_args_is_help=True,
-    add_completion=False,
-    pretty_exceptions_enable=False,
-    context_settings={"help_option_names": ["-h", "--help"]},
-)
+app = make_app("Streams what a teacher model knows to the training loops of small students.")
 app.command()(serve)
 app.command()(teach)
 app.command()(train)

@@ -37,7 +37,8 @@ Progress = Annotated[
     ProgressMode,
     typer.Option(
         metavar="MODE",
-        help="auto, rich, plain, json or none. auto: live bars on a terminal, else lines; json: one object a line on standard output.",
+        help="auto, rich, plain, json or none. auto: live bars on a terminal, else lines; "
+        "json: one object a line on standard output.",
     ),
 ]
 Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error, and a detailed log.")]

@@ -23,6 +23,7 @@ from typing import Any, Generic, Self, TypeVar, cast
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, ProgressColumn, SpinnerColumn, Task, TextColumn
+from rich.progress_bar import ProgressBar
 from rich.table import Column
 from rich.text import Text
 
@@ -84,6 +85,11 @@ class Reporter(Generic[_Event]):
         if self._bars is not None:
             self._bars.stop()
 
+    @property
+    def for_people(self) -> bool:
+        """Whether a person reads the results; with JSON, a program reads the events."""
+        return self.mode is not ProgressMode.json
+
     def __call__(self, event: _Event) -> None:
         """Show an event of the role."""
         if self.mode is ProgressMode.json:
@@ -113,7 +119,7 @@ class Reporter(Generic[_Event]):
         if not bars.tasks or new_stage:
             for task in bars.tasks:
                 bars.remove_task(task.id)
-            bars.add_task(status.stage, total=status.total, completed=status.completed, text=status.text)  # pyright: ignore[reportArgumentType]
+            bars.add_task(status.stage, total=status.total, completed=int(status.completed), text=status.text)
             return
         bars.update(bars.tasks[0].id, total=status.total, completed=status.completed, text=status.text)
 
@@ -142,19 +148,17 @@ def event_line(role: str, event: object) -> str:
 def count(number: float) -> str:
     """A count in at most five characters: 912, 3.4k, 12M."""
     for limit, unit in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
-        if number >= limit:
+        # Slightly below each limit the smaller unit would round to 1000.
+        if number >= 0.9995 * limit:
             shown = number / limit
-            return f"{shown:.1f}{unit}" if shown < 10 else f"{shown:.0f}{unit}"
+            return f"{shown:.1f}{unit}" if shown < 9.95 else f"{shown:.0f}{unit}"
     return f"{number:.0f}"
 
 
 def size(size_bytes: float) -> str:
     """A size with a unit: 912 B, 3.4 MB."""
-    return (
-        count(size_bytes) + " B"
-        if size_bytes < 1000
-        else f"{count(size_bytes)[:-1]} {count(size_bytes)[-1]}B"
-    )
+    shown = count(size_bytes)
+    return f"{shown} B" if shown[-1].isdigit() else f"{shown[:-1]} {shown[-1]}B"
 
 
 def duration(seconds: float) -> str:
@@ -163,6 +167,16 @@ def duration(seconds: float) -> str:
         return f"{seconds:.1f} s"
     minutes, rest = divmod(round(seconds), 60)
     return f"{minutes} min {rest:02d} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60:02d} min"
+
+
+class _Bar(BarColumn):
+    """A bar where the end is known; nothing elsewhere, since the spinner moves already."""
+
+    def render(self, task: Task) -> ProgressBar:
+        bar = super().render(task)
+        if task.total is None:
+            bar.width = 0
+        return bar
 
 
 class _Elapsed(ProgressColumn):
@@ -177,7 +191,7 @@ class _Elapsed(ProgressColumn):
 def _bars(console: Console) -> Progress:
     columns: list[ProgressColumn] = [SpinnerColumn(), TextColumn("{task.description}")]
     if console.width >= _NARROW_COLUMNS:
-        columns.append(BarColumn(bar_width=24))
+        columns.append(_Bar(bar_width=24))
     text_column = Column(ratio=1, no_wrap=True, overflow="ellipsis")
     columns += [
         TextColumn("{task.fields[text]}", markup=False, table_column=text_column),

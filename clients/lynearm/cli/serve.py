@@ -45,7 +45,10 @@ def serve(
     progress: Progress = ProgressMode.auto,
     debug: Debug = False,
 ) -> None:
-    """Run a trace service until Ctrl-C: it takes blocks from teachers and gives them to students."""
+    """Run a trace service until Ctrl-C.
+
+    It takes blocks from teachers, keeps them, and gives them to students.
+    """
     from lynearm.cli.progress import Reporter
     from lynearm.cli.settings import load_settings
     from lynearm.cli.traffic import watch_traffic
@@ -61,11 +64,11 @@ def serve(
         def on_ready(address: str) -> None:
             report(Ready(address, settings.data_dir))
             # Programs follow streams, not the service: only people are shown its traffic.
-            if report.shows_people:
+            if report.for_people:
                 watch(address)
 
         run_server(settings, on_ready)
-    if report.shows_people:
+    if report.for_people:
         typer.echo(
             f"stopped; all that was acknowledged is in {settings.data_dir}, "
             "and the same command serves it again",

@@ -24,8 +24,6 @@ if TYPE_CHECKING:
 TABLES = ("serve", "teach", "train", "export.mlx", "export.coreml", "demo")
 """Tables that a configuration file may hold; a dot is a table inside a table."""
 
-DEFAULT_SERVICE = "127.0.0.1:7411"
-
 _Config = TypeVar("_Config", bound="DataclassInstance")
 
 
@@ -68,11 +66,6 @@ def load_settings(
             f"{'it' if len(missing) == 1 else 'them'} in [{table}] of a file named with --config",
         )
     return config_class(**values)
-
-
-def service_address(flag: str | None) -> str:
-    """host:port of the trace service for a command without a configuration: flag, environment, or default."""
-    return flag or os.environ.get(SERVICE_VARIABLE) or DEFAULT_SERVICE
 
 
 def read_table(file: Path, table: str) -> dict[str, object]:

@@ -11,8 +11,11 @@ from rich.table import Table
 from rich.text import Text
 
 from lynearm.cli.progress import count, plain_value, size
+from lynearm.cli.text import printable
 from lynearm.wire.protobuf import StreamInfo
 from lynearm.wire.specs import TokenizerSpec
+
+_SPACIOUS_COLUMNS = 80
 
 
 def bits_per_token(info: StreamInfo) -> float | None:
@@ -20,17 +23,20 @@ def bits_per_token(info: StreamInfo) -> float | None:
     return info.size_bytes * 8 / info.completion_token_count if info.completion_token_count else None
 
 
-def stream_table(streams: Sequence[StreamInfo]) -> Table:
-    """One row for each stream."""
+def stream_table(streams: Sequence[StreamInfo], width: int) -> Table:
+    """One row for each stream; without teacher and licence where `width` columns have no room for them."""
     table = Table(box=None, pad_edge=False, header_style="bold")
-    table.add_column("stream", no_wrap=True, overflow="ellipsis", min_width=8)
+    table.add_column("stream", overflow="fold")
     for heading in ("traces", "tokens", "size", "bits/token"):
         table.add_column(heading, justify="right", no_wrap=True)
     table.add_column("state", no_wrap=True)
-    table.add_column("teacher", overflow="ellipsis", no_wrap=True)
-    table.add_column("licence", overflow="ellipsis", no_wrap=True)
+    spacious = width >= _SPACIOUS_COLUMNS
+    if spacious:
+        table.add_column("teacher", overflow="fold")
+        table.add_column("licence", overflow="fold")
     for info in streams:
         bits = bits_per_token(info)
+        teacher_and_license = (Text(printable(one)) for one in (info.spec.teacher.model, info.spec.license))
         table.add_row(
             Text(info.spec.name),
             count(info.trace_count),
@@ -38,8 +44,7 @@ def stream_table(streams: Sequence[StreamInfo]) -> Table:
             size(info.size_bytes),
             f"{bits:.0f}" if bits is not None else "-",
             "sealed" if info.sealed else "open",
-            Text(info.spec.teacher.model),
-            Text(info.spec.license),
+            *(teacher_and_license if spacious else ()),
         )
     return table
 
@@ -50,7 +55,7 @@ def stream_details(info: StreamInfo) -> Table:
     table.add_column(style="bold", no_wrap=True)
     table.add_column(overflow="fold")
     for name, value in _details(info).items():
-        table.add_row(name, Text(value))
+        table.add_row(name, Text(printable(value)))
     return table
 
 

@@ -8,9 +8,9 @@ from typing import Annotated
 import typer
 
 from lynearm.cli.failures import EXIT_FAILED, reported
-from lynearm.cli.options import AsJson, Debug, ServiceOnly
+from lynearm.cli.options import AsJson, Debug, ServiceOnly, make_app, service_address
 
-streams_app = typer.Typer(help="List, show, follow and delete streams of traces.", no_args_is_help=True)
+streams_app = make_app("List, show, follow and delete streams of traces.")
 
 _Name = Annotated[str, typer.Argument(metavar="STREAM", help="Name of the stream.")]
 
@@ -18,8 +18,7 @@ _Name = Annotated[str, typer.Argument(metavar="STREAM", help="Name of the stream
 @streams_app.command("list")
 @reported()
 def list_streams(service: ServiceOnly = None, json: AsJson = False, debug: Debug = False) -> None:
-    """List every stream with its size, teacher and licence."""
-    from lynearm.cli.settings import service_address
+    """List streams with size, teacher and licence."""
     from lynearm.cli.stream_views import print_json, stream_fields, stream_table
     from lynearm.client import TraceClient
 
@@ -31,7 +30,8 @@ def list_streams(service: ServiceOnly = None, json: AsJson = False, debug: Debug
     elif streams:
         from rich.console import Console
 
-        Console().print(stream_table(streams))
+        console = Console()
+        console.print(stream_table(streams, console.width))
     else:
         typer.echo(f"no streams at {client.target}; `lynearm teach` makes one", err=True)
 
@@ -42,7 +42,6 @@ def show_stream(
     stream: _Name, service: ServiceOnly = None, json: AsJson = False, debug: Debug = False
 ) -> None:
     """Show everything about one stream."""
-    from lynearm.cli.settings import service_address
     from lynearm.cli.stream_views import print_json, stream_details, stream_fields
     from lynearm.client import TraceClient
 
@@ -78,8 +77,10 @@ def tail_stream(
     json: AsJson = False,
     debug: Debug = False,
 ) -> None:
-    """Print traces as they arrive: prompt id, tokens, mean logprob and text."""
-    from lynearm.cli.settings import service_address
+    """Print traces as they arrive.
+
+    For each: prompt id, block, tokens, mean logprob of the sampled tokens, tags and text.
+    """
     from lynearm.cli.tail import Tail, parse_start
     from lynearm.client import TraceClient
 
@@ -100,7 +101,6 @@ def delete_stream(
 ) -> None:
     """Delete a stream with all its traces."""
     from lynearm.cli.progress import count, size
-    from lynearm.cli.settings import service_address
     from lynearm.client import TraceClient
 
     with TraceClient(service_address(service)) as client:

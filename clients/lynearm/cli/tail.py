@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import sys
 import time
-import unicodedata
 from typing import Literal
 
 from rich.console import Console
@@ -14,6 +13,7 @@ from rich.text import Text
 from lynearm.cli.failures import Interrupted
 from lynearm.cli.progress import count, duration
 from lynearm.cli.stream_views import print_json
+from lynearm.cli.text import printable
 from lynearm.client import ReceivedBlock, TraceClient
 from lynearm.wire.codec import decode_block
 from lynearm.wire.errors import ConfigError
@@ -114,15 +114,7 @@ class Tail:
         name = f"{trace.prompt_id}#{trace.sample_index}" if trace.sample_index else trace.prompt_id
         title = Text.assemble((printable(name), "bold"), (f"  {printable(', '.join(facts))}", "dim"))
         self._console.print(title, overflow="fold")
-        self._console.print(Padding(Text(_text(trace)), (0, 0, 0, 2)), overflow="fold")
-
-
-def printable(text: str) -> str:
-    """The text without what would steer the terminal that shows it: a model may write anything."""
-    return "".join(
-        char if char in "\n\t" or not unicodedata.category(char).startswith("C") else "\ufffd"
-        for char in text
-    )
+        self._console.print(Padding(Text(_text(trace)), (0, 0, 0, 2), expand=False), overflow="fold")
 
 
 def _text(trace: Trace) -> str:

@@ -67,9 +67,10 @@ def teach(
     progress: Progress = ProgressMode.auto,
     debug: Debug = False,
 ) -> None:
-    """Let a teacher answer a file of prompts; its tokens and distributions go to a stream.
+    """Let a teacher answer prompts into a stream.
 
-    Waits for a service that is not there. A run that was stopped goes on when the command is repeated.
+    What it writes, and its distribution at each token, goes to the trace service, which it waits for. A
+    run that was stopped goes on when the command is repeated.
     """
     from lynearm.cli.progress import Reporter
     from lynearm.cli.settings import load_settings
@@ -82,10 +83,10 @@ def teach(
 
     with Reporter("teach", progress, describe) as report:
         outcome = run_teach(settings, report)
-        report.result(outcome)
+        report.conclude(outcome)
     for line in _skipped(outcome):
         typer.echo(line, err=True)
-    if report.shows_people:
+    if report.for_people:
         typer.echo(_summary(outcome))
     if outcome.interrupted:
         raise Interrupted(f"go on with `{this_command()}`")

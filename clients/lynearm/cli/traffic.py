@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -29,7 +29,7 @@ class Traffic:
 
 
 @contextmanager
-def watch_traffic(on_traffic: Callable[[Traffic], None]) -> Iterator[Callable[[str], None]]:
+def watch_traffic(on_traffic: Callable[[Traffic], None]) -> Generator[Callable[[str], None]]:
     """A function that starts to watch the service at an address; leaving the context ends it."""
     stop = threading.Event()
     threads: list[threading.Thread] = []

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -62,9 +63,10 @@ def train(
     progress: Progress = ProgressMode.auto,
     debug: Debug = False,
 ) -> None:
-    """Train a student on a teacher's stream, while it is written or afterwards.
+    """Train a student on a teacher's stream.
 
-    Ctrl-C ends after the running step with a checkpoint; --resume goes on from it.
+    The stream may still be growing. Ctrl-C ends after the running step with a checkpoint; --resume goes on
+    from it.
     """
     from lynearm.cli.progress import Reporter
     from lynearm.cli.settings import load_settings
@@ -73,19 +75,19 @@ def train(
     settings = load_settings(
         TrainConfig, "train", file=config, flags=flags(context), assignments=assignments or ()
     )
-    with Reporter("train", progress, lambda event: describe(event, settings)) as report:
+    with Reporter("train", progress, partial(describe, max_steps=settings.max_steps)) as report:
         outcome = _run(settings, report)
-        report.result(outcome)
-    if report.shows_people:
+        report.conclude(outcome)
+    if report.for_people:
         typer.echo(_summary(outcome))
     resume_command = this_command("--resume")
     if outcome.stop_reason == "interrupted":
         raise Interrupted(f"go on with `{resume_command}`")
-    if outcome.stop_reason == "max_seconds" and report.shows_people:
+    if outcome.stop_reason == "max_seconds" and report.for_people:
         typer.echo(f"time is up; go on with `{resume_command}`", err=True)
 
 
-def describe(event: TrainProgress, settings: TrainConfig) -> Status:
+def describe(event: TrainProgress, *, max_steps: int = 0) -> Status:
     """What a moment of a training run means to a person."""
     from lynearm.cli.progress import Status, count
 
@@ -107,14 +109,14 @@ def describe(event: TrainProgress, settings: TrainConfig) -> Status:
             facts.append(f"{event.lag_blocks} blocks behind")
     if held_out is not None:
         facts.append(f"held-out KL {held_out.kl:.3f} at step {held_out.step}")
-    return Status(stage, ", ".join(facts), record.step if record else 0, settings.max_steps or None)
+    return Status(stage, ", ".join(facts), record.step if record else 0, max_steps or None)
 
 
 def _run(settings: TrainConfig, report: Reporter[TrainProgress]) -> TrainReport:
     from lynearm.cli.progress import Status
 
     # Importing torch and transformers takes seconds, in which nobody should look at nothing.
-    report.show(Status("starting", "loading torch"))
+    report.announce(Status("starting", "loading torch"))
     from lynearm.student.trainer import run_train
 
     return run_train(settings, report)

@@ -1,8 +1,8 @@
 """Line charts as SVG text: axes with round ticks, units in the labels, colours left to the page's style.
 
 A chart is drawn for a width of about 420 px and scales with its column, so that its text stays readable on a
-phone. Classes used: `grid`, `axis`, `tick`, `label`, `guide`, `value`, `over`, and `line`, `faint`, `dots` with
-`series-0`, `series-1` … for the colours of all but the faint series.
+phone. Classes used: `grid`, `axis`, `tick`, `label`, `guide`, `value`, `over` (text on lines), `faint`, and
+`line` and `dots` with `series-0`, `series-1` … for the colours.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from html import escape
+from itertools import accumulate
 from typing import Literal, TypeAlias
 
 Point: TypeAlias = tuple[float, float]
@@ -23,6 +24,9 @@ LOG_RATIO = 10.0
 
 MAX_POINTS = 240
 """Of one series: more could not be told apart at this width."""
+
+MAX_DOTS = 60
+"""A series of more points is drawn without dots."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,12 +105,14 @@ def thin_out(points: Sequence[Point], limit: int = MAX_POINTS) -> tuple[Point, .
 
 
 def smooth(points: Sequence[Point], window: int) -> tuple[Point, ...]:
-    """Running mean of y over up to `window` points centred on each."""
+    """Running mean of y over up to `window` points centred on each; what is not finite is dropped."""
+    finite = _finite(points)
+    sums = [0.0, *accumulate(y for _, y in finite)]
     half = window // 2
     smoothed: list[Point] = []
-    for index, (x, _) in enumerate(points):
-        part = points[max(0, index - half) : index + half + 1]
-        smoothed.append((x, sum(y for _, y in part) / len(part)))
+    for index, (x, _) in enumerate(finite):
+        start, end = max(0, index - half), min(len(finite), index + half + 1)
+        smoothed.append((x, (sums[end] - sums[start]) / (end - start)))
     return tuple(smoothed)
 
 
@@ -207,14 +213,20 @@ def _draw_series(classes: str, series: Series, plane: _Plane) -> str:
     path = " ".join(f"{x:.1f},{y:.1f}" for x, y in at)
     parts = [f'<polyline class="{classes}" points="{path}"/>']
     if series.style == "dotted_line":
-        for (x, y), (original_x, value) in zip(at, series.points, strict=True):
-            said = escape(f"{series.label}: {value:.4g} at {original_x:,.0f}")
-            circle = f'<circle class="dots {classes}" cx="{x:.1f}" cy="{y:.1f}" r="3.2">'
-            parts.append(f"{circle}<title>{said}</title></circle>")
+        parts += _draw_dots(classes, series, at) if len(at) <= MAX_DOTS else []
         parts.append(_text("value", at[0][0] + 8, at[0][1] + 3, f"{series.points[0][1]:.3g}", "start"))
         if len(at) > 1:
             parts.append(_text("value", at[-1][0], at[-1][1] - 9, f"{series.points[-1][1]:.3g}", "end"))
     return "".join(parts)
+
+
+def _draw_dots(classes: str, series: Series, at: Sequence[Point]) -> list[str]:
+    dots: list[str] = []
+    for (x, y), (original_x, value) in zip(at, series.points, strict=True):
+        said = escape(f"{series.label}: {value:.4g} at {original_x:,.0f}")
+        circle = f'<circle class="dots {classes}" cx="{x:.1f}" cy="{y:.1f}" r="3.2">'
+        dots.append(f"{circle}<title>{said}</title></circle>")
+    return dots
 
 
 def _draw_legend(drawn: Sequence[Series]) -> str:

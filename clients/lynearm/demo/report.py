@@ -6,6 +6,7 @@ content security policy, since what models write is shown in it.
 
 from __future__ import annotations
 
+import contextlib
 import math
 import os
 from collections.abc import Mapping
@@ -38,10 +39,13 @@ __all__ = [
     "write_report",
 ]
 
-MAX_TEXT_CHARACTERS = 2000
+MAX_TEXT_CHARACTERS = 1500
 """Of one text in a sample; the rest is cut off."""
 
 MAX_SAMPLES = 6
+
+MAX_MEASUREMENTS = 100
+"""Shown as numbers: the latest."""
 
 _TOKENS_LABEL = "completion tokens trained on"
 _POLICY = "default-src 'none'; style-src 'unsafe-inline'"
@@ -67,14 +71,15 @@ def write_report(path: Path, report: DemoReport) -> None:
         partial.write_bytes(page)
         partial.replace(path)
     except OSError as error:
-        partial.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            partial.unlink(missing_ok=True)
         raise StorageError(
             f"the report {path} cannot be written: {error}", "choose a writable folder"
         ) from error
 
 
 def render_report(report: DemoReport) -> str:
-    """The whole page, less than 100 KB."""
+    """The whole page: about 20 KB for a demo, and bounded for any run."""
     style = files("lynearm.demo").joinpath("report.css").read_text(encoding="utf-8")
     sections = [
         _header(report),
@@ -189,7 +194,7 @@ def _measurements(report: DemoReport) -> str:
     rows = "".join(
         f'<tr><td class="number">{point.step}</td><td class="number">{point.tokens:,}</td>'
         f'<td class="number">{format_small(point.kl)}</td></tr>'
-        for point in report.held_out[:200]
+        for point in report.held_out[-MAX_MEASUREMENTS:]
     )
     head = "".join(f'<th class="number">{one}</th>' for one in ("step", "tokens", "held-out KL"))
     table = f"<table><tr>{head}</tr>{rows}</table>"
@@ -292,4 +297,4 @@ def _facts(report: DemoReport) -> str:
     if not everything:
         return ""
     items = "".join(f"<dt>{escape(key)}</dt><dd>{escape(value)}</dd>" for key, value in everything.items())
-    return f'<h2>Machine and versions</h2>\n<div class="card"><dl class="versions">{items}</dl></div>'
+    return f'<h2>Run, machine and versions</h2>\n<div class="card"><dl class="versions">{items}</dl></div>'

@@ -109,7 +109,10 @@ class _Demo:
             return self._config.teacher
         from lynearm.demo.smollm2 import default_cache_dir, prepare_smollm2
 
-        directory = prepare_smollm2(self._config.cache_dir or default_cache_dir())
+        directory = prepare_smollm2(
+            self._config.cache_dir or default_cache_dir(),
+            lambda text, fraction: self._display.update("prepare", text, fraction),
+        )
         self._display.finish("prepare", f"teacher in {directory}")
         return directory
 

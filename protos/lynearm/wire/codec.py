@@ -39,7 +39,7 @@ from lynearm.wire.traces import TopK, Trace
 ZSTD_LEVEL = 3
 
 MAX_BLOCK_ENTRIES = 1 << 23
-"""Bound on positions times largest K of a block, entries: what decoding must be ready to hold."""
+"""Bound on positions times largest K (at least 1) of a block: what decoding must be ready to hold."""
 
 _ROUNDING = 1e-2
 """How far a float32 log-softmax may put a logprob above 0, or a mass outside [0, 1]; measured: 2e-4."""
@@ -124,7 +124,7 @@ def _check_arguments(traces: Sequence[Trace], mode: str, vocab_size: int) -> Non
     width = max(trace.top_k.k for trace in traces)
     if width > MAX_TOP_K:
         raise CodecError(f"K is {width}, at most {MAX_TOP_K} can be kept")
-    if positions * width > MAX_BLOCK_ENTRIES:
+    if positions * max(width, 1) > MAX_BLOCK_ENTRIES:
         raise _too_large(f"{positions} positions of {width} entries", MAX_BLOCK_ENTRIES)
     for trace in traces:
         _check_trace(trace, vocab_size)
@@ -227,7 +227,7 @@ def _read_shapes(reader: ColumnReader, header: BlockHeader) -> _Shapes:
         widths=reader.numbers(Column.TOP_K_WIDTHS, count).tolist(),
     )
     width = max(shapes.widths)
-    if width > MAX_TOP_K or sum(shapes.lengths) * width > MAX_BLOCK_ENTRIES:
+    if width > MAX_TOP_K or sum(shapes.lengths) * max(width, 1) > MAX_BLOCK_ENTRIES:
         raise CorruptBlockError(f"{sum(shapes.lengths)} positions of {width} entries are beyond any block")
     return shapes
 
@@ -257,4 +257,4 @@ def _join_trace(described: TraceMetadata, rows: slice, width: int, positions: Po
 
 
 def _too_large(what: str, limit: int) -> CodecError:
-    return CodecError(f"{what} exceed a block's limit of {limit}", "put fewer traces into one block")
+    return CodecError(f"{what}: a block's limit is {limit}", "put fewer traces into one block")

@@ -14,6 +14,9 @@ from lynearm.wire.traces import FinishReason, Int32Array, SamplingParams, SpanKi
 
 MAX_PROMPT_ID_BYTES = 256
 
+MAX_BLOCK_ITEMS = 1 << 20
+"""Bound on the spans of a block, and on its tags: each becomes an object in memory."""
+
 FINISH_REASON_CODES: dict[FinishReason, int] = {"stop": 1, "length": 2, "abort": 3}
 SPAN_KIND_CODES: dict[SpanKind, int] = {"reasoning": 1, "answer": 2, "truncated_reasoning": 3}
 
@@ -47,6 +50,12 @@ def write_metadata(writer: ColumnWriter, traces: Sequence[Trace], *, vocab_size:
             raise CodecError(
                 f"prompt id {trace.prompt_id[:40]!r}… is longer than {MAX_PROMPT_ID_BYTES} bytes",
                 "name the prompt by a shorter id",
+            )
+    for what, items in (("spans", [t.spans for t in traces]), ("tags", [t.tags for t in traces])):
+        if sum(map(len, items)) > MAX_BLOCK_ITEMS:
+            raise CodecError(
+                f"{sum(map(len, items))} {what} exceed a block's limit of {MAX_BLOCK_ITEMS}",
+                "put fewer traces into one block",
             )
     writer.strings(Column.PROMPT_IDS, [trace.prompt_id for trace in traces])
     writer.words(
@@ -137,7 +146,7 @@ def _write_spans(writer: ColumnWriter, traces: Sequence[Trace]) -> None:
 
 
 def _read_spans(reader: ColumnReader, count: int) -> list[tuple[TokenSpan, ...]]:
-    counts = reader.lengths(Column.SPAN_COUNTS, count, reader.count(Column.SPAN_KINDS))
+    counts = reader.lengths(Column.SPAN_COUNTS, count, _bounded(reader.count(Column.SPAN_KINDS)))
     kinds = reader.small_integers(Column.SPAN_KINDS, sum(counts))
     bounds = reader.numbers(Column.SPAN_BOUNDS, 2 * len(kinds)).tolist()
     names: Iterator[SpanKind] = (_look_up(_SPAN_KINDS, kind, "span kind") for kind in kinds)
@@ -146,13 +155,19 @@ def _read_spans(reader: ColumnReader, count: int) -> list[tuple[TokenSpan, ...]]
 
 
 def _read_tags(reader: ColumnReader, count: int) -> list[dict[str, str]]:
-    counts = reader.lengths(Column.TAG_COUNTS, count, reader.count(Column.TAG_STRINGS) // 2)
+    counts = reader.lengths(Column.TAG_COUNTS, count, _bounded(reader.count(Column.TAG_STRINGS) // 2))
     texts = reader.strings(Column.TAG_STRINGS, 2 * sum(counts))
     pairs = iter(zip(texts[::2], texts[1::2], strict=True))
     tags = [dict(next(pairs) for _ in range(length)) for length in counts]
     if sum(map(len, tags)) != sum(counts):
         raise CorruptBlockError("a trace has the same tag twice")
     return tags
+
+
+def _bounded(items: int) -> int:
+    if items > MAX_BLOCK_ITEMS:
+        raise CorruptBlockError(f"{items} spans or tags exceed a block's limit of {MAX_BLOCK_ITEMS}")
+    return items
 
 
 def _look_up(names: dict[int, _Name], code: int, what: str) -> _Name:

@@ -63,20 +63,8 @@ def write_positions(writer: ColumnWriter, positions: Positions, *, mode: CodecMo
     rank_of_V = np.full(vocab_size, -1, np.int64)
     rank_of_V[dictionary_D] = np.arange(dictionary_D.size)
     ranks_NK = rank_of_V[positions.token_ids]
-    if mode == "exact":
-        values_NK: npt.NDArray[np.int64] = positions.logprobs.view(np.int32).astype(np.int64)
-        sampled_values_N = positions.sampled_logprobs.view(np.int32).astype(np.int64)
-        writer.floats(Column.TAIL_MASS, positions.tail_mass)
-        writer.floats(Column.ENTRY_LOGPROBS, positions.logprobs.T[kept_KN])
-        writer.numbers(Column.ENTRY_TOKENS, ranks_NK.T[kept_KN])
-    else:
-        values_NK, ranks_NK = _sort_by_level(to_levels(positions.logprobs), ranks_NK, kept_KN.T)
-        sampled_values_N = to_levels(positions.sampled_logprobs)
-        writer.numbers(Column.TAIL_MASS, _tail_to_levels(positions.tail_mass))
-        steps_KN = np.diff(values_NK.T, axis=0, prepend=0)
-        writer.numbers(Column.ENTRY_LOGPROBS, steps_KN[kept_KN])
-        gaps_KN = np.where(_starts_level(steps_KN), ranks_NK.T, np.diff(ranks_NK.T, axis=0, prepend=0))
-        writer.numbers(Column.ENTRY_TOKENS, gaps_KN[kept_KN])
+    write = _write_exact if mode == "exact" else _write_standard
+    values_NK, sampled_values_N, ranks_NK = write(writer, positions, ranks_NK, kept_KN)
     writer.numbers(Column.KEPT, positions.kept)
     matches_NK = ranks_NK == rank_of_V[positions.sampled_ids][:, None]
     matches_NK &= (values_NK == sampled_values_N[:, None]) & kept_KN.T
@@ -109,23 +97,14 @@ def read_positions(
     if (kept_N > np.repeat(np.asarray(widths), lengths)).any():
         raise CorruptBlockError("a position keeps more entries than its trace has room for")
     kept_KN = _kept_mask(kept_N, max(widths))
-    entry_count = int(kept_N.sum())
     dictionary_D = _read_dictionary(reader, vocab_size)
-    ranks_KN = _spread(reader.numbers(Column.ENTRY_TOKENS, entry_count), kept_KN)
-    if mode == "exact":
-        logprobs_KN = np.full(kept_KN.shape, -np.inf, np.float32)
-        logprobs_KN[kept_KN] = reader.floats(Column.ENTRY_LOGPROBS, entry_count)
-        tail_mass_N = reader.floats(Column.TAIL_MASS, kept_N.size)
-    else:
-        steps_KN = _spread(reader.numbers(Column.ENTRY_LOGPROBS, entry_count), kept_KN)
-        levels_KN = _check_levels(steps_KN.cumsum(axis=0))
-        logprobs_KN = np.where(kept_KN, from_levels(levels_KN), np.float32(-np.inf))
-        ranks_KN = _sum_inside_levels(ranks_KN, _starts_level(steps_KN))
-        tail_mass_N = _tail_from_levels(reader.numbers(Column.TAIL_MASS, kept_N.size))
-    if entry_count and int(ranks_KN[kept_KN].max()) >= dictionary_D.size:
+    read = _read_exact if mode == "exact" else _read_standard
+    ranks_KN, logprobs_KN, tail_mass_N = read(reader, kept_KN)
+    ranks_E = ranks_KN[kept_KN]
+    if ranks_E.size and int(ranks_E.max()) >= dictionary_D.size:
         raise CorruptBlockError(f"an entry points behind the {dictionary_D.size} ids of the dictionary")
     token_ids_KN = np.zeros(kept_KN.shape, np.int32)
-    token_ids_KN[kept_KN] = dictionary_D[ranks_KN[kept_KN]]
+    token_ids_KN[kept_KN] = dictionary_D[ranks_E]
     token_ids_NK = np.ascontiguousarray(token_ids_KN.T)
     logprobs_NK = np.ascontiguousarray(logprobs_KN.T)
     sampled_ids_N, sampled_logprobs_N = _read_sampled(reader, kept_N, token_ids_NK, logprobs_NK, vocab_size)
@@ -140,6 +119,50 @@ def _spread(values_E: Int64Array, kept_KN: BoolArray) -> Int64Array:
     spread_KN = np.zeros(kept_KN.shape, np.int64)
     spread_KN[kept_KN] = values_E
     return spread_KN
+
+
+def _write_exact(
+    writer: ColumnWriter, positions: Positions, ranks_NK: Int64Array, kept_KN: BoolArray
+) -> tuple[Int64Array, Int64Array, Int64Array]:
+    """Write rows as they are; return bits of entries and of sampled logprobs, and ranks."""
+    writer.floats(Column.TAIL_MASS, positions.tail_mass)
+    writer.floats(Column.ENTRY_LOGPROBS, positions.logprobs.T[kept_KN])
+    writer.numbers(Column.ENTRY_TOKENS, ranks_NK.T[kept_KN])
+    bits_NK = positions.logprobs.view(np.int32).astype(np.int64)
+    return bits_NK, positions.sampled_logprobs.view(np.int32).astype(np.int64), ranks_NK
+
+
+def _write_standard(
+    writer: ColumnWriter, positions: Positions, ranks_NK: Int64Array, kept_KN: BoolArray
+) -> tuple[Int64Array, Int64Array, Int64Array]:
+    """Write rows by level; return levels of entries and of sampled logprobs, and ranks, as sorted."""
+    levels_NK, ranks_NK = _sort_by_level(to_levels(positions.logprobs), ranks_NK, kept_KN.T)
+    steps_KN = np.diff(levels_NK.T, axis=0, prepend=0)
+    gaps_KN = np.where(_starts_level(steps_KN), ranks_NK.T, np.diff(ranks_NK.T, axis=0, prepend=0))
+    writer.numbers(Column.TAIL_MASS, _tail_to_levels(positions.tail_mass))
+    writer.numbers(Column.ENTRY_LOGPROBS, steps_KN[kept_KN])
+    writer.numbers(Column.ENTRY_TOKENS, gaps_KN[kept_KN])
+    return levels_NK, to_levels(positions.sampled_logprobs), ranks_NK
+
+
+def _read_exact(reader: ColumnReader, kept_KN: BoolArray) -> tuple[Int64Array, Float32Array, Float32Array]:
+    """Ranks, logprobs and tail mass."""
+    entry_count = int(kept_KN.sum())
+    logprobs_KN = np.full(kept_KN.shape, -np.inf, np.float32)
+    logprobs_KN[kept_KN] = reader.floats(Column.ENTRY_LOGPROBS, entry_count)
+    ranks_KN = _spread(reader.numbers(Column.ENTRY_TOKENS, entry_count), kept_KN)
+    return ranks_KN, logprobs_KN, reader.floats(Column.TAIL_MASS, kept_KN.shape[1])
+
+
+def _read_standard(reader: ColumnReader, kept_KN: BoolArray) -> tuple[Int64Array, Float32Array, Float32Array]:
+    """Ranks, logprobs and tail mass."""
+    entry_count = int(kept_KN.sum())
+    steps_KN = _spread(reader.numbers(Column.ENTRY_LOGPROBS, entry_count), kept_KN)
+    levels_KN = _check_levels(steps_KN.cumsum(axis=0))
+    logprobs_KN = np.where(kept_KN, from_levels(levels_KN), np.float32(-np.inf))
+    gaps_KN = _spread(reader.numbers(Column.ENTRY_TOKENS, entry_count), kept_KN)
+    ranks_KN = _sum_inside_levels(gaps_KN, _starts_level(steps_KN))
+    return ranks_KN, logprobs_KN, _tail_from_levels(reader.numbers(Column.TAIL_MASS, kept_KN.shape[1]))
 
 
 def _write_dictionary(writer: ColumnWriter, token_ids_E: Int32Array, vocab_size: int) -> Int64Array:

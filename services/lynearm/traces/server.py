@@ -13,8 +13,7 @@ from typing import Self
 
 import grpc
 import grpc.aio
-from grpc_health.v1 import aio as health
-from grpc_health.v1 import health_pb2, health_pb2_grpc
+from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 
 from lynearm.traces.backend import Backend, open_backend
 from lynearm.traces.calls import CallGate
@@ -103,7 +102,7 @@ class TraceServer:
     async def _drain(
         self,
         server: grpc.aio.Server,
-        health_servicer: health.HealthServicer,
+        health_servicer: health.aio.HealthServicer,
         backend: Backend,
         gate: CallGate,
     ) -> None:

@@ -72,13 +72,17 @@ class Checkpoint:
 
 def linear_weight_names(architecture: Architecture) -> list[str]:
     """Names of all weight matrices but the embedding, in the order of the forward pass."""
-    names = [f"model.layers.{i}.{part}.weight" for i in range(architecture.num_layers) for part in LAYER_LINEARS]
+    names = [
+        f"model.layers.{i}.{part}.weight" for i in range(architecture.num_layers) for part in LAYER_LINEARS
+    ]
     return names if architecture.tied else [*names, LM_HEAD]
 
 
 def norm_weight_names(architecture: Architecture) -> list[str]:
     """Names of all RMSNorm weights, in the order of the forward pass."""
-    names = [f"model.layers.{i}.{part}.weight" for i in range(architecture.num_layers) for part in LAYER_NORMS]
+    names = [
+        f"model.layers.{i}.{part}.weight" for i in range(architecture.num_layers) for part in LAYER_NORMS
+    ]
     return [*names, FINAL_NORM]
 
 
@@ -109,7 +113,9 @@ def parse_architecture(config: Mapping[str, Any]) -> Architecture:
     hidden = _positive(config, "hidden_size")
     kv_heads = int(config.get("num_key_value_heads") or heads)
     if heads % kv_heads:
-        raise CheckpointError(f"config.json has {heads} heads over {kv_heads} key-value heads: not a multiple")
+        raise CheckpointError(
+            f"config.json has {heads} heads over {kv_heads} key-value heads: not a multiple"
+        )
     eos = config.get("eos_token_id")
     return Architecture(
         hidden_size=hidden,
@@ -123,7 +129,9 @@ def parse_architecture(config: Mapping[str, Any]) -> Architecture:
         rope_theta=_rope_theta(config),
         max_positions=int(config.get("max_position_embeddings", 2048)),
         tied=bool(config.get("tie_word_embeddings", False)),
-        eos_token_ids=tuple(int(i) for i in (eos if isinstance(eos, list) else [eos] if eos is not None else [])),
+        eos_token_ids=tuple(
+            int(i) for i in (eos if isinstance(eos, list) else [eos] if eos is not None else [])
+        ),
     )
 
 
@@ -145,7 +153,9 @@ def load_weights(checkpoint: Checkpoint) -> dict[str, torch.Tensor]:
         weights = {name: cast("torch.Tensor", file.get_tensor(name)).to(torch.float32) for name in names}
     for name, weight in weights.items():
         if not bool(torch.isfinite(weight).all()):
-            raise CheckpointError(f"{name} of {checkpoint.path} is not finite", "export an earlier checkpoint")
+            raise CheckpointError(
+                f"{name} of {checkpoint.path} is not finite", "export an earlier checkpoint"
+            )
     return weights
 
 
@@ -234,7 +244,7 @@ def _expected_shapes(a: Architecture) -> dict[str, tuple[int, ...]]:
         "mlp.down_proj": (a.hidden_size, a.intermediate_size),
     }
     shapes: dict[str, tuple[int, ...]] = {EMBEDDING: (a.vocab_size, a.hidden_size)}
-    shapes |= {name: (a.hidden_size,) for name in norm_weight_names(a)}
+    shapes |= dict.fromkeys(norm_weight_names(a), (a.hidden_size,))
     for layer in range(a.num_layers):
         shapes |= {f"model.layers.{layer}.{part}.weight": shape for part, shape in by_part.items()}
     return shapes if a.tied else shapes | {LM_HEAD: (a.vocab_size, a.hidden_size)}

@@ -118,7 +118,9 @@ def quantise_with_feedback(
     for start in range(0, columns, size):
         group = slice(start, start + size)
         scale_R, bias_R = _fit_columns(rest_CR[group], importance_C[group], grid)
-        errors_SR = _round_columns(rest_CR[group], codes_CR[group], scale_R, bias_R, spread_CC[group, group], grid)
+        errors_SR = _round_columns(
+            rest_CR[group], codes_CR[group], scale_R, bias_R, spread_CC[group, group], grid
+        )
         rest_CR[start + size :].sub_(spread_CC[group, start + size :].T @ errors_SR)
         scales.append(scale_R)
         biases.append(bias_R)

@@ -97,7 +97,9 @@ class TorchReference:
     def _greedy(self, prompt_ids: Sequence[int]) -> tuple[int, ...]:
         cache, next_ids, found = None, list(prompt_ids), list[int]()
         for _ in range(DECODE_STEPS):
-            output = self._model(torch.tensor([next_ids]), past_key_values=cache, use_cache=True, logits_to_keep=1)
+            output = self._model(
+                torch.tensor([next_ids]), past_key_values=cache, use_cache=True, logits_to_keep=1
+            )
             cache, next_ids = output.past_key_values, [int(output.logits[0, -1].argmax())]
             found += next_ids
         return tuple(found)

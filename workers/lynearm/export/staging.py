@@ -76,5 +76,7 @@ def _publish(staging: Path, target: Path) -> None:
     except OSError as error:
         if retired.exists() and not target.exists():
             retired.rename(target)
-        raise StorageError(f"cannot move the export to {target}: {error}", "check the folder and retry") from error
+        raise StorageError(
+            f"cannot move the export to {target}: {error}", "check the folder and retry"
+        ) from error
     shutil.rmtree(retired, ignore_errors=True)

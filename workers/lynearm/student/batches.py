@@ -156,7 +156,7 @@ def _collate_piece(traces: Sequence[Trace], max_sequence_tokens: int, vocab_size
         positions.append(row * longest + np.arange(len(trace.prompt_token_ids) - 1, length))
     targets = _targets(traces, [len(rows) for rows in positions])
     _check_ids(input_ids_BL, targets, vocab_size)
-    return MicroBatch(torch.as_tensor(input_ids_BL), torch.from_numpy(np.concatenate(positions)), targets)
+    return MicroBatch(torch.as_tensor(input_ids_BL), torch.as_tensor(np.concatenate(positions)), targets)
 
 
 def _targets(traces: Sequence[Trace], counts: Sequence[int]) -> Targets:

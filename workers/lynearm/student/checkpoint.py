@@ -24,8 +24,8 @@ from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
+import safetensors.torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from lynearm.student.config import TrainConfig
@@ -54,6 +54,8 @@ TOKENIZER_FILES = (
     "generation_config.json",
 )
 """Copied as they are: a tokenizer that is loaded and saved again comes out under another class name."""
+
+_SAFETENSORS: Any = safetensors.torch  # half typed
 
 _STEP_NAME = re.compile(r"step-(\d{8,})")
 _UNFINISHED_PREFIX = ".unfinished-"
@@ -132,7 +134,7 @@ def save_checkpoint(
     try:
         unfinished.chmod(0o755)  # mkdtemp makes it private; a model is not
         save_model(student.model, unfinished, tokenizer_from=student.directory)
-        save_file(checkpoint.optimizer, unfinished / OPTIMIZER_FILE)
+        _SAFETENSORS.save_file(checkpoint.optimizer, unfinished / OPTIMIZER_FILE)
         if checkpoint.held_out:
             save_held_out(unfinished, checkpoint.held_out, student.vocab_size)
         write_lineage(unfinished, lineage)
@@ -229,7 +231,7 @@ def load_checkpoint(directory: Path) -> Checkpoint:
             f"{directory / TRAINER_FILE} lacks or misstates {error}", "resume from an earlier checkpoint"
         ) from error
     try:
-        optimizer = load_file(directory / OPTIMIZER_FILE)
+        optimizer = cast("dict[str, Tensor]", _SAFETENSORS.load_file(directory / OPTIMIZER_FILE))
     except (OSError, SafetensorError) as error:
         raise CheckpointError(
             f"{directory / OPTIMIZER_FILE} cannot be read: {error}", "resume from an earlier checkpoint"

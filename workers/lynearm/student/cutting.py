@@ -14,7 +14,7 @@ import logging
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -131,7 +131,10 @@ def cut_student(
 
 
 class _Decoder:
-    """A llama-like decoder, run layer by layer. B = sequences, L = padded length, H = width, V = vocabulary."""
+    """A llama-like decoder, run layer by layer.
+
+    Shape legend: B = sequences, L = padded length, H = width, V = vocabulary, N = positions that count.
+    """
 
     def __init__(self, model: Any, directory: Path) -> None:
         base = model.base_model
@@ -170,9 +173,9 @@ class _Decoder:
         """Leave only these layers, renumbered."""
         kept = [self._base.layers[layer] for layer in layers]
         for index, layer in enumerate(kept):
-            for module in cast(nn.Module, layer).modules():
+            for module in cast("Iterable[Any]", layer.modules()):
                 if hasattr(module, "layer_idx"):
-                    module.layer_idx = index  # pyright: ignore[reportAttributeAccessIssue]  # checked above
+                    module.layer_idx = index
         self._base.layers = nn.ModuleList(kept)
         config = self._model.config
         config.num_hidden_layers = len(kept)
@@ -307,10 +310,10 @@ def _write(model: Any, teacher_dir: Path, out_dir: Path, kept: tuple[int, ...]) 
 
 
 def _weights_sha256(directory: Path) -> str:
-    """Digest of the weight files, in the order of their names."""
+    """Digest over names and digests of the weight files; what a teacher of the same directory calls itself."""
     digest = hashlib.sha256()
-    for path in sorted(directory.glob("*.safetensors")):
+    for path in sorted([*directory.glob("*.safetensors"), *directory.glob("*.bin")]):
         with path.open("rb") as file:
-            while piece := file.read(1 << 20):
-                digest.update(piece)
+            digest.update(f"{path.name}\n".encode())
+            digest.update(hashlib.file_digest(file, "sha256").digest())
     return digest.hexdigest()

@@ -124,7 +124,7 @@ class TeachConfig:
 
     def bytes_per_token(self) -> float:
         """Upper estimate of an encoded position, bytes."""
-        return 16 + self.top_k * _BYTES_PER_ENTRY[self.codec]
+        return 16 + self.top_k * _BYTES_PER_ENTRY.get(self.codec, 8.0)
 
     def prompt_bytes_bound(self) -> float:
         """Upper estimate of everything that one prompt adds to a block, bytes."""

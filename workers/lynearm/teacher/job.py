@@ -58,6 +58,8 @@ class TeachProgress:
     waiting_seconds: float = 0.0
     """How long the teacher waited for the service to take blocks."""
     restarts: int = 0
+    worker_process_id: int = 0
+    """Process that holds the engine, on whatever node it runs; 0 while there is none."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -276,6 +278,7 @@ class _Job:
                 acked_blocks=self._earlier.acked_blocks + self._worker.acked_blocks,
                 waiting_seconds=self._earlier.waiting_seconds + self._worker.waiting_seconds,
                 restarts=self._restarts,
+                worker_process_id=self._worker.process_id,
             )
         )
 

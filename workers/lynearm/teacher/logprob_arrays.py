@@ -138,6 +138,5 @@ def _rows(container: Untyped, positions: int, k: int) -> tuple[Int32Array, Float
 
 
 def _are_rows(token_ids: Untyped, logprobs: Untyped, k: int) -> bool:
-    arrays = isinstance(token_ids, np.ndarray) and isinstance(logprobs, np.ndarray)
-    shape: tuple[int, ...] = getattr(token_ids, "shape", ())
-    return arrays and k >= 0 and len(shape) == 2 and shape == logprobs.shape and shape[1] > k
+    shapes: list[tuple[int, ...]] = [getattr(array, "shape", ()) for array in (token_ids, logprobs)]
+    return k >= 0 and len(shapes[0]) == 2 and shapes[0] == shapes[1] and shapes[0][1] > k

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import socket
 from collections.abc import Generator
 from typing import Any, TypeAlias
 
@@ -20,6 +21,11 @@ Untyped: TypeAlias = Any
 
 _OBJECT_STORE_BYTES = 100 << 20
 """Prompts go through it, traces never do; Ray's own default takes a third of the machine's memory."""
+
+_START_SECONDS = 180
+"""How long a Ray of our own may take to start; its default is too short for a machine under load."""
+
+_PROBE_SECONDS = 5.0
 
 
 class WorkerLostError(TeacherError):
@@ -53,16 +59,21 @@ def ray_session(address: str, cpus: int) -> Generator[Untyped]:
     if address == "local":
         # Ray runs workers at nice 15 by default: on a busy machine they would starve.
         os.environ.setdefault("RAY_worker_niceness", "0")
+        os.environ.setdefault("RAY_raylet_start_wait_time_s", str(_START_SECONDS))
         arguments |= {
             "num_cpus": cpus,
             "include_dashboard": False,
             "object_store_memory": _OBJECT_STORE_BYTES,
         }
     try:
+        _probe(address)
         module.init(**arguments)
-    except (ConnectionError, RuntimeError, ValueError, OSError) as error:
-        remedy = "use --ray-address local, or start a Ray and name its address" if address != "local" else ""
-        raise TeacherError(f"cannot reach or start Ray ({address}): {error}", remedy) from error
+    # A local Ray that does not come up in time raises a bare Exception.
+    except Exception as error:
+        remedy = "use --ray-address local, or start a Ray and name its address"
+        if address == "local":
+            remedy = "run the same command again; a busy machine may be too slow for Ray to start in time"
+        raise TeacherError(f"cannot reach or start Ray ({address}): {_last_line(error)}", remedy) from error
     try:
         yield module
     finally:
@@ -136,6 +147,13 @@ class WorkerActor:
         except self._ray.exceptions.RayError:
             return None
         return progress
+
+
+def _probe(address: str) -> None:
+    """Fail at once for an address where nobody listens: Ray tries for minutes, then exits the process."""
+    host, _, port = address.removeprefix("ray://").rpartition(":")
+    if host and port.isdigit():
+        socket.create_connection((host, int(port)), timeout=_PROBE_SECONDS).close()
 
 
 def _last_line(error: Exception) -> str:

@@ -8,6 +8,7 @@ stream says, so that a new worker under the same producer id goes on where a kil
 from __future__ import annotations
 
 import logging
+import os
 import threading
 from collections import deque
 from collections.abc import Sequence
@@ -48,6 +49,9 @@ class WorkerProgress:
     waiting_reason: str = ""
     """Why nothing can be published right now; empty while all is well."""
     encode_seconds: float = 0.0
+    """Time spent on encoding blocks, beside the engine."""
+    process_id: int = 0
+    """Of the worker's process."""
     skipped: tuple[BadLine, ...] = ()
     """Prompts that the teacher cannot take."""
     stopped: bool = False
@@ -73,7 +77,7 @@ class TeacherWorker:
         self._publisher: Publisher | None = None
         self._writer: BlockWriter | None = None
         self._stop = threading.Event()
-        self._progress = WorkerProgress()
+        self._progress = WorkerProgress(process_id=os.getpid())
         self._pending: dict[str, _Pending] = {}
 
     def load(self) -> StreamSpec:

@@ -1,0 +1,106 @@
+"""What a person sees before anything heavy is loaded."""
+
+from __future__ import annotations
+
+import dataclasses
+import subprocess
+import sys
+
+import pytest
+from typer.main import get_command
+from typer.testing import CliRunner
+
+from lynearm.cli.main import app
+from lynearm.demo.config import DemoConfig
+from lynearm.export.config import CoreMlExportConfig, MlxExportConfig
+from lynearm.student.config import TrainConfig
+from lynearm.teacher.config import TeachConfig
+from lynearm.traces.config import ServeConfig
+
+HEAVY = (
+    "torch",
+    "vllm",
+    "ray",
+    "transformers",
+    "mlx",
+    "coremltools",
+    "grpc",
+    "numpy",
+    "google.protobuf",
+    "rich",
+)
+
+COMMANDS = (
+    (),
+    ("serve",),
+    ("teach",),
+    ("train",),
+    ("export",),
+    ("export", "mlx"),
+    ("export", "coreml"),
+    ("streams",),
+    ("streams", "list"),
+    ("streams", "show"),
+    ("streams", "tail"),
+    ("streams", "delete"),
+    ("demo",),
+)
+
+CONFIG_CLASSES = {
+    ("serve",): ServeConfig,
+    ("teach",): TeachConfig,
+    ("train",): TrainConfig,
+    ("export", "mlx"): MlxExportConfig,
+    ("export", "coreml"): CoreMlExportConfig,
+    ("demo",): DemoConfig,
+}
+
+NOT_SETTINGS = {"config", "assignments", "progress", "debug", "checkpoint"}
+"""What is no field; a checkpoint and where its package goes are arguments of the exporters themselves."""
+
+
+@pytest.mark.parametrize("command", COMMANDS, ids=" ".join)
+def test_every_command_explains_itself(command: tuple[str, ...]) -> None:
+    result = CliRunner().invoke(app, [*command, "--help"])
+    assert result.exit_code == 0
+    assert "Usage: " in result.output
+
+
+def test_help_loads_nothing_heavy() -> None:
+    code = (
+        "import sys\n"
+        "from lynearm.cli.main import app\n"
+        f"for command in {COMMANDS!r}:\n"
+        "    try:\n"
+        "        app([*command, '--help'], prog_name='lynearm')\n"
+        "    except SystemExit as end:\n"
+        "        assert end.code == 0, (command, end.code)\n"
+        f"print(sorted(set({HEAVY!r}) & set(sys.modules)), file=sys.stderr)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stderr.strip() == "[]"
+
+
+@pytest.mark.parametrize("command", CONFIG_CLASSES, ids=" ".join)
+def test_every_flag_is_a_field_of_the_configuration(command: tuple[str, ...]) -> None:
+    found = get_command(app)
+    for name in command:
+        found = found.commands[name]  # type: ignore[attr-defined]
+    parameters = {parameter.name for parameter in found.params} - NOT_SETTINGS
+    if command[0] == "export":
+        parameters.remove("out")
+    fields = {field.name for field in dataclasses.fields(CONFIG_CLASSES[command])}
+    assert parameters <= fields, "a flag that no field takes would be dropped in silence"
+
+
+def test_an_unknown_command_is_a_usage_error() -> None:
+    result = CliRunner().invoke(app, ["serv"])
+    assert result.exit_code == 2
+    assert "No such command 'serv'" in result.output
+
+
+def test_the_module_runs_as_a_program() -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "lynearm.cli.main", "--help"], capture_output=True, text=True, check=True
+    )
+    assert "teach" in done.stdout

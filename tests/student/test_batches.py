@@ -1,0 +1,168 @@
+"""Batches: a function of the order of traces, and tensors that hold what the traces say."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from student.teaching_material import make_blocks
+
+from lynearm.client import ReceivedBlock
+from lynearm.student.batches import Batch, Batcher, SplitRule, collate
+from lynearm.student.model import StudentModel
+from lynearm.student.reader import TraceReader
+from lynearm.wire.errors import CorruptBlockError, MisalignmentError
+from lynearm.wire.traces import Cursor, Trace
+
+
+def receive(teacher: StudentModel, traces: list[Trace], traces_per_block: int) -> list[ReceivedBlock]:
+    blocks = make_blocks(teacher, traces, traces_per_block)
+    return [
+        ReceivedBlock(offset, memoryview(block), len(blocks)) for offset, block in enumerate(blocks)
+    ]
+
+
+def read_batches(
+    blocks: list[ReceivedBlock], start: Cursor = Cursor(), *, batch_sequences: int = 4
+) -> list[Batch]:
+    batcher = Batcher(batch_sequences=batch_sequences, max_sequence_tokens=64, rule=SplitRule(0.1))
+    batches: list[Batch] = []
+    with TraceReader(blocks[start.offset :], start=start, prefetch_blocks=2) as reader:
+        while not reader.exhausted:
+            positioned = reader.poll(5.0)
+            if positioned is not None and (batch := batcher.add(positioned)):
+                batches.append(batch)
+    last = batcher.rest()
+    return [*batches, last] if last else batches
+
+
+def names(batches: list[Batch]) -> list[list[str]]:
+    return [[trace.prompt_id for trace in batch.traces] for batch in batches]
+
+
+def test_batches_do_not_depend_on_block_boundaries(teacher: StudentModel, traces: list[Trace]) -> None:
+    wanted = names(read_batches(receive(teacher, traces, 60)))
+    assert [name for batch in wanted for name in batch] == [f"p{number}" for number in range(8, 60)]
+    for traces_per_block in (1, 7, 13):
+        assert names(read_batches(receive(teacher, traces, traces_per_block))) == wanted
+
+
+def test_every_cursor_continues_with_the_next_batch(teacher: StudentModel, traces: list[Trace]) -> None:
+    blocks = receive(teacher, traces, 7)
+    batches = read_batches(blocks)
+    for number, batch in enumerate(batches):
+        assert names(read_batches(blocks, batch.after)) == names(batches[number + 1 :])
+
+
+def test_tags_decide_the_split_and_a_hash_decides_without_them(traces: list[Trace]) -> None:
+    rule = SplitRule(0.25, seed=3)
+    assert [rule.holds_out(trace) for trace in traces] == [True] * 8 + [False] * 52
+    untagged = [replace(traces[0], prompt_id=f"q{number}", tags={}) for number in range(2000)]
+    held_out = [rule.holds_out(trace) for trace in untagged]
+    assert 0.2 < np.mean(held_out) < 0.3
+    assert held_out == [rule.holds_out(replace(trace, sample_index=1)) for trace in untagged]
+    assert held_out != [SplitRule(0.25, seed=4).holds_out(trace) for trace in untagged]
+
+
+def test_traces_without_anything_to_learn_are_skipped_and_counted(
+    teacher: StudentModel, traces: list[Trace]
+) -> None:
+    usable = traces[10]
+    empty = replace(
+        usable,
+        completion_token_ids=usable.completion_token_ids[:0],
+        sampled_logprobs=usable.sampled_logprobs[:0],
+        top_k=replace(
+            usable.top_k,
+            token_ids=usable.top_k.token_ids[:0],
+            logprobs=usable.top_k.logprobs[:0],
+            tail_mass=usable.top_k.tail_mass[:0],
+        ),
+    )
+    long_prompt = replace(usable, prompt_token_ids=np.full(64, 7, np.int32))
+    batcher = Batcher(batch_sequences=4, max_sequence_tokens=64, rule=SplitRule(0.0))
+    with TraceReader(receive(teacher, [empty, usable, long_prompt], 3), start=Cursor(), prefetch_blocks=1) as reader:
+        while not reader.exhausted:
+            if positioned := reader.poll(5.0):
+                batcher.add(positioned)
+    batch = batcher.rest()
+    assert batch is not None
+    assert len(batch.traces) == 1
+    assert batcher.skipped_traces == 2
+
+
+def test_tensors_hold_what_the_traces_say(traces: list[Trace]) -> None:
+    chosen = traces[10:16]
+    pieces = collate(chosen, micro_batch_tokens=32, max_sequence_tokens=64, vocab_size=384)
+    assert len(pieces) > 1
+    assert sum(len(piece.targets) for piece in pieces) == sum(len(t.completion_token_ids) for t in chosen)
+    by_tokens = {tuple(trace.completion_token_ids.tolist()): trace for trace in chosen}
+    for piece in pieces:
+        assert piece.input_ids_BL.numel() <= 32 or len(piece.input_ids_BL) == 1
+        # Each position's token is followed, in its row, by what the completion has next.
+        rows = piece.positions_N // piece.input_ids_BL.shape[1]
+        for row in rows.unique():
+            mine = rows == row
+            sampled = tuple(piece.targets.sampled_ids_N[mine].tolist())
+            trace = by_tokens[sampled]
+            last_prompt = piece.input_ids_BL.flatten()[piece.positions_N[mine][0]]
+            assert int(last_prompt) == trace.prompt_token_ids[-1]
+            inputs = piece.input_ids_BL[row, : len(trace.prompt_token_ids) + len(sampled) - 1].tolist()
+            assert inputs == [*trace.prompt_token_ids, *sampled[:-1]]
+            torch.testing.assert_close(
+                piece.targets.logprobs_NK[mine], torch.as_tensor(trace.top_k.logprobs)
+            )
+
+
+def test_long_completions_are_cut(traces: list[Trace]) -> None:
+    trace = max(traces, key=lambda one: len(one.completion_token_ids))
+    length = len(trace.prompt_token_ids) + 2
+    (piece,) = collate([trace], micro_batch_tokens=8, max_sequence_tokens=length, vocab_size=384)
+    assert piece.targets.sampled_ids_N.tolist() == trace.completion_token_ids[:2].tolist()
+    assert piece.input_ids_BL.shape == (1, length - 1)
+
+
+def test_rows_that_keep_fewer_entries_are_padded(traces: list[Trace]) -> None:
+    short = replace(
+        traces[0],
+        top_k=replace(
+            traces[0].top_k,
+            token_ids=traces[0].top_k.token_ids[:, :3],
+            logprobs=traces[0].top_k.logprobs[:, :3],
+        ),
+    )
+    (piece,) = collate([short, traces[1]], micro_batch_tokens=512, max_sequence_tokens=64, vocab_size=384)
+    padded = torch.isinf(piece.targets.logprobs_NK).sum(1)
+    assert sorted(set(padded.tolist())) == [0, 5]
+    assert int(piece.targets.token_ids_NK[padded == 5][:, 3:].max()) == 0
+
+
+def test_a_token_beyond_the_vocabulary_is_refused(traces: list[Trace]) -> None:
+    with pytest.raises(MisalignmentError, match="vocabulary ends at 9"):
+        collate(traces[:1], micro_batch_tokens=64, max_sequence_tokens=64, vocab_size=10)
+
+
+def test_a_corrupt_block_is_named_after_the_traces_before_it(teacher: StudentModel, traces: list[Trace]) -> None:
+    blocks = receive(teacher, traces[:20], 10)
+    broken = bytearray(blocks[1].block)
+    broken[len(broken) // 2] ^= 0x40
+    blocks[1] = replace(blocks[1], block=memoryview(bytes(broken)))
+    with TraceReader(blocks, start=Cursor(), prefetch_blocks=4) as reader:
+        for _ in range(10):
+            assert reader.poll(5.0) is not None
+        with pytest.raises(CorruptBlockError, match="block 1"):
+            reader.poll(5.0)
+
+
+def test_the_reader_runs_no_further_ahead_than_it_may(teacher: StudentModel, traces: list[Trace]) -> None:
+    blocks = receive(teacher, traces[:12], 1)
+    with TraceReader(blocks, start=Cursor(), prefetch_blocks=2) as reader:
+        assert reader.poll(5.0) is not None
+        assert not reader.received_all
+        taken = 1
+        while not reader.exhausted:
+            taken += reader.poll(5.0) is not None
+        assert taken == 12
+        assert reader.received_all

@@ -1,0 +1,140 @@
+"""The whole job: real Ray, real vLLM, a real service, and all of them killed."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import threading
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from models.teaching import teach_config
+from models.tiny_llama import build_tiny_llama
+
+from lynearm.client import TraceClient
+from lynearm.teacher import TeachProgress, run_teach
+from lynearm.wire.codec import decode_block
+from lynearm.wire.errors import PromptFileError, StreamSealedError, TeacherError
+
+pytestmark = [
+    pytest.mark.filterwarnings("ignore::FutureWarning"),
+    pytest.mark.filterwarnings("ignore::DeprecationWarning"),
+    pytest.mark.filterwarnings("ignore::ResourceWarning"),
+]
+
+PROMPT_COUNT = 120
+
+
+@pytest.fixture
+def prompts(tmp_path: Path) -> Path:
+    path = tmp_path / "prompts.jsonl"
+    lines = [json.dumps({"id": f"p{n}", "prompt": f"What is {n} plus {n}?"}) for n in range(PROMPT_COUNT)]
+    lines.insert(1, "{")
+    path.write_text("\n".join(lines))
+    return path
+
+
+@pytest.fixture(scope="module")
+def wordy_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return build_tiny_llama(tmp_path_factory.mktemp("wordy") / "tiny")
+
+
+@pytest.fixture(scope="module")
+def ray_here() -> Iterator[None]:
+    from lynearm.teacher.ray_actor import ray_session
+
+    with ray_session("local", 1):
+        yield
+
+
+def count_traces(target: str) -> Counter[str]:
+    with TraceClient(target) as client, client.subscribe("lessons", follow=False) as blocks:
+        return Counter(trace.prompt_id for block in blocks for trace in decode_block(block.block))
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("ray_here")
+def test_an_interrupted_job_goes_on_and_survives_the_death_of_service_and_teacher(
+    service: Any, prompts: Path, wordy_model: Path
+) -> None:
+    config = teach_config(
+        wordy_model,
+        service=service.target,
+        prompts=prompts,
+        completions=1,
+        max_tokens=100,
+        max_batch=4,
+        block_bytes=4000,
+    )
+    interrupted: list[int] = []
+
+    def interrupt_early(progress: TeachProgress) -> None:
+        if progress.acked_blocks >= 2 and not interrupted:
+            interrupted.append(progress.done_prompts)
+            signal.raise_signal(signal.SIGINT)
+
+    first = run_teach(config, interrupt_early)
+    assert first.interrupted
+    assert not first.sealed
+    assert 0 < first.completed < PROMPT_COUNT
+    assert count_traces(service.target).total() == first.completed
+
+    killed: list[int] = []
+
+    def kill_each_once(progress: TeachProgress) -> None:
+        if progress.acked_blocks < 2 or progress.stage != "generating":
+            return
+        if not killed:
+            killed.append(progress.worker_process_id)
+            service.kill()
+            threading.Timer(2.0, service.start).start()
+        elif len(killed) == 1 and progress.acked_blocks >= 6:
+            killed.append(progress.worker_process_id)
+            os.kill(progress.worker_process_id, signal.SIGKILL)
+
+    second = run_teach(config, kill_each_once)
+    assert len(killed) == 2, "the job ended before everything was killed"
+    assert second.restarts == 1
+    assert second.sealed
+    assert not second.interrupted
+    assert (second.finished_before, second.completed) == (first.completed, PROMPT_COUNT - first.completed)
+    assert count_traces(service.target) == Counter({f"p{n}": 1 for n in range(PROMPT_COUNT)})
+    assert [line.line for line in second.skipped] == [2]
+
+    again = run_teach(config)
+    assert (again.finished_before, again.completed, again.sealed) == (PROMPT_COUNT, 0, True)
+    with prompts.open("a") as file:
+        file.write('\n{"prompt": "One more"}')
+    with pytest.raises(StreamSealedError, match="1 prompts are not in it"):
+        run_teach(config)
+
+
+def test_a_strict_job_starts_nothing_for_a_bad_line(prompts: Path, tmp_path: Path) -> None:
+    with pytest.raises(PromptFileError, match=r"prompts\.jsonl:2: not JSON"):
+        run_teach(teach_config(tmp_path, prompts=prompts, strict=True, service="127.0.0.1:1"))
+
+
+def test_a_job_waits_for_the_service_and_says_so(prompts: Path, tmp_path: Path) -> None:
+    class EnoughError(Exception):
+        pass
+
+    messages: list[str] = []
+
+    def note(progress: TeachProgress) -> None:
+        if progress.message:
+            messages.append(progress.message)
+            raise EnoughError
+
+    with pytest.raises(EnoughError):
+        run_teach(teach_config(tmp_path, prompts=prompts, service="127.0.0.1:1"), note)
+    assert messages == ["waiting for the trace service at 127.0.0.1:1"]
+
+
+def test_a_ray_that_is_not_there_is_named(service: Any, prompts: Path, tmp_path: Path) -> None:
+    config = teach_config(tmp_path, prompts=prompts, service=service.target, ray_address="127.0.0.1:1")
+    with pytest.raises(TeacherError, match=r"cannot reach or start Ray \(127\.0\.0\.1:1\)"):
+        run_teach(config)

@@ -1,0 +1,44 @@
+"""What stock mlx_lm computes from a package: whole sequences, cached steps, and a greedy continuation."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+
+from lynearm.export.parity import DECODE_STEPS, FloatArray, HeldOutSequence, PackageLogits
+
+
+def run_mlx(package: Path, sequences: Sequence[HeldOutSequence]) -> PackageLogits:
+    """Logits of a package, row for row those of `TorchReference.run`.
+
+    Args:
+        package: Directory that `mlx_lm.load` reads.
+        sequences: At least one.
+    """
+    import mlx.core as mx
+    import mlx_lm
+    from mlx_lm.models.cache import make_prompt_cache
+
+    # Any: mlx and mlx_lm ship no types that a strict checker accepts.
+    model: Any = mlx_lm.load(str(package))[0]
+
+    def rows(token_ids: Sequence[int], cache: Any = None) -> FloatArray:
+        logits = model(mx.array([list(token_ids)]), cache=cache)[0].astype(mx.float32)
+        return cast(FloatArray, np.array(logits))
+
+    full = tuple(rows(one.token_ids[:-1])[one.completion_start - 1 :] for one in sequences)
+    first = sequences[0]
+    cache = make_prompt_cache(model)
+    decode = [rows(first.token_ids[: first.completion_start], cache)[-1:]]
+    steps = min(DECODE_STEPS, len(full[0]))
+    for position in range(first.completion_start, first.completion_start + steps - 1):
+        decode.append(rows(first.token_ids[position : position + 1], cache))
+    greedy: list[int] = []
+    cache, tokens = make_prompt_cache(model), list(first.token_ids[: first.completion_start])
+    for _ in range(DECODE_STEPS):
+        tokens = [int(rows(tokens, cache)[-1].argmax())]
+        greedy += tokens
+    return PackageLogits(full, np.concatenate(decode), tuple(greedy))
