@@ -73,7 +73,10 @@ def test_live_display_keeps_to_one_line(columns: int, monkeypatch: pytest.Monkey
     screen = io.StringIO()
     terminal = Console(file=screen, force_terminal=True, width=columns, color_system=None)
     monkeypatch.setattr("lynearm.cli.progress.Console", lambda **_: terminal)
-    with Reporter("train", ProgressMode.auto, lambda event: Status("training", "x" * 300, 3, 10)) as report:
+    reporter: Reporter[LongStep] = Reporter(
+        "train", ProgressMode.auto, lambda event: Status("training", "x" * 300, 3, 10)
+    )
+    with reporter as report:
         assert report.mode is ProgressMode.rich
         report(LongStep())
     frames = screen.getvalue().replace("\r", "\n").splitlines()

@@ -35,6 +35,8 @@ def make_case(positions: int = 9, k: int = 4, *, padded: bool = True, seed: int 
         logprobs_NK[::2, -1] = -torch.inf
         token_ids_NK[::2, -1] = 0
     tail_N = (1 - logprobs_NK.exp().sum(-1)).clamp(0, 1)
+    if k == VOCAB:
+        tail_N[1::2] = 0.0
     sampled_N = torch.randint(0, VOCAB, (positions,), generator=generator)
     if k:
         sampled_N[0] = token_ids_NK[0, 0]
@@ -59,8 +61,8 @@ def dense_losses(case: Case) -> tuple[Tensor, Tensor]:
         outside = torch.ones(VOCAB, dtype=torch.bool)
         outside[ids] = False
         student = torch.cat([student_V[ids], student_V[outside].logsumexp(0)[None]])
-        terms = torch.where(teacher > 0, teacher * (teacher.clamp_min(1e-300).log() - student), 0.0)
-        kls.append(terms.sum())
+        counted = teacher > 0
+        kls.append((teacher[counted] * (teacher[counted].log() - student[counted])).sum())
     cross_entropy_N = -student_NV.gather(1, case.targets.sampled_ids_N[:, None])[:, 0]
     return torch.stack(kls), cross_entropy_N
 

@@ -32,7 +32,7 @@ def generate(engine: TeacherEngine, samples: int = 6) -> list[Completion]:
         token_ids = engine.tokenizer.encode(prompt)
         for index in range(samples):
             sampling = engine.sampling(prompt.prompt_id, index, token_ids.size)
-            engine.add(f"{index}:{prompt.prompt_id}", token_ids.tolist(), replace(sampling, max_tokens=6))
+            engine.add(f"{index}:{prompt.prompt_id}", token_ids.tolist(), replace(sampling, max_tokens=3))
     done: list[Completion] = []
     while engine.unfinished:
         done += engine.step()

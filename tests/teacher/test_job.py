@@ -23,7 +23,9 @@ from lynearm.wire.errors import PromptFileError, StreamSealedError, TeacherError
 pytestmark = [
     pytest.mark.filterwarnings("ignore::FutureWarning"),
     pytest.mark.filterwarnings("ignore::DeprecationWarning"),
+    # Ray leaves its child processes to the interpreter's end.
     pytest.mark.filterwarnings("ignore::ResourceWarning"),
+    pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning"),
 ]
 
 PROMPT_COUNT = 120

@@ -32,7 +32,7 @@ def start_server(loop: LoopThread, tmp_path: Path) -> Iterator[StartServer]:
 
     yield start
     for server in started:
-        server.stop()
+        server.close()
 
 
 @pytest.fixture

@@ -65,11 +65,10 @@ class RunningServer:
     def __init__(self, loop: LoopThread, config: ServeConfig) -> None:
         self._loop = loop
         self.config = config
-        self.server: TraceServer | None = None
         self._stop: asyncio.Event | None = None
         self._task: asyncio.Task[None] | None = None
         self._channel: grpc.Channel | None = None
-        self.start()
+        self.server = self._start()
 
     @property
     def stub(self) -> trace_service_pb2_grpc.TraceServiceStub:
@@ -77,14 +76,11 @@ class RunningServer:
 
     @property
     def channel(self) -> grpc.Channel:
-        assert self.server is not None
         if self._channel is None:
             self._channel = grpc.insecure_channel(self.server.address)
         return self._channel
 
-    def start(self) -> None:
-        ready: asyncio.Future[TraceServer] | None = None
-
+    def _start(self) -> TraceServer:
         async def serve(ready: asyncio.Future[TraceServer], stop: asyncio.Event) -> None:
             try:
                 async with TraceServer(self.config) as server:
@@ -96,13 +92,12 @@ class RunningServer:
                 ready.set_exception(error)
 
         async def begin() -> TraceServer:
-            nonlocal ready
-            ready = asyncio.get_running_loop().create_future()
+            ready: asyncio.Future[TraceServer] = asyncio.get_running_loop().create_future()
             self._stop = asyncio.Event()
             self._task = asyncio.create_task(serve(ready, self._stop))
             return await ready
 
-        self.server = self._loop.run(begin())
+        return self._loop.run(begin())
 
     def stop(self) -> None:
         task, stop = self._task, self._stop
@@ -115,9 +110,11 @@ class RunningServer:
             await task
 
         self._loop.run(end())
+
+    def close(self) -> None:
+        self.stop()
         if self._channel is not None:
             self._channel.close()
-            self._channel = None
 
 
 class ServerProcess:

@@ -81,7 +81,7 @@ class Reporter(Generic[_Event]):
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        """Leave the last picture standing."""
+        """Clear the picture."""
         if self._bars is not None:
             self._bars.stop()
 
@@ -197,7 +197,8 @@ def _bars(console: Console) -> Progress:
         TextColumn("{task.fields[text]}", markup=False, table_column=text_column),
         _Elapsed(table_column=Column(no_wrap=True)),
     ]
-    return Progress(*columns, console=console, expand=True)
+    # What a step came to is printed after it, so that its bar need not stay.
+    return Progress(*columns, console=console, expand=True, transient=True)
 
 
 def plain_value(value: Any) -> object:  # Any: fields of other roles' dataclasses

@@ -16,6 +16,9 @@ if TYPE_CHECKING:
 
 _SHOWN_BAD_LINES = 10
 
+_STAGES = {"starting": "Ray", "loading": "the model into vLLM", "sealing": "the stream"}
+"""What a stage without a message of its own is about."""
+
 
 @reported("the same command goes on: prompts that the stream has are not asked again")
 def teach(
@@ -92,12 +95,15 @@ def teach(
         raise Interrupted(f"go on with `{this_command()}`")
 
 
-def describe(event: TeachProgress) -> Status:
+def describe(event: TeachProgress) -> Status | None:
     """What a moment of a teaching job means to a person."""
     from lynearm.cli.progress import Status, count
 
+    if event.stage == "done":
+        return None
     if event.stage != "generating":
-        return Status(event.stage, event.message, event.done_prompts, event.prompts or None)
+        text = event.message or _STAGES.get(event.stage, "")
+        return Status(event.stage, text, event.done_prompts, event.prompts or None)
     facts = [
         f"{event.done_prompts}/{event.prompts} prompts",
         f"{count(event.tokens_per_second)} tokens/s",

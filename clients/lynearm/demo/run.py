@@ -165,6 +165,8 @@ class _Demo:
             "epochs": self._config.epochs,
             "max_seconds": self._config.train_seconds,
             "batch_sequences": self._config.batch_sequences,
+            "micro_batch_tokens": self._config.micro_batch_tokens,
+            "warmup_steps": 5,
             "eval_every_steps": self._config.eval_every_steps,
             "held_out_traces": self._config.held_out_traces,
             "freeze_embeddings": True,

@@ -25,7 +25,7 @@ class MlxExportConfig:
     """
 
     bits: int = 8
-    """Bits per weight: 4, 8 or 16. 8 by default: 4 costs a model of this size a visible share of its skill."""
+    """Bits per weight: 4, 8 or 16. 8 by default: 4 costs a small model a visible share of its skill."""
     group_size: int = 0
     """Weights that share a scale and a bias: 32, 64, 128, or 0 to choose. At 4 bits, 0 takes 32: half a
     bit per weight more than 64, and a KL a sixth lower; at 8 bits it is 64. Ignored at 16 bits."""

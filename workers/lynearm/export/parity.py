@@ -91,8 +91,8 @@ class Parity:
         """One line for logs and model cards."""
         return (
             f"KL mean {self.kl_mean:.2e}, max {self.kl_max:.2e}; max abs logit error "
-            f"{self.max_abs_logit_error:.2e}; top-1 agreement {self.top1_agreement:.3f} over {self.positions} "
-            f"positions; greedy {self.greedy_matched}/{self.greedy_total}"
+            f"{self.max_abs_logit_error:.2e}; top-1 agreement {self.top1_agreement:.3f} over "
+            f"{self.positions} positions; greedy {self.greedy_matched}/{self.greedy_total}"
         )
 
     def as_dict(self) -> dict[str, float | int]:
@@ -153,9 +153,10 @@ def compare(reference: PackageLogits, package: PackageLogits) -> Parity:
         ParityError: if the package's logits have another shape.
     """
     references, packages = [*reference.full, reference.decode], [*package.full, package.decode]
-    if [rows.shape for rows in references] != [rows.shape for rows in packages]:
+    expected, found = [rows.shape for rows in references], [rows.shape for rows in packages]
+    if expected != found:
         raise ParityError(
-            f"logits have shapes {[rows.shape for rows in packages]}, not {[rows.shape for rows in references]}",
+            f"logits have shapes {found}, not {expected}",
             "the package was built for another vocabulary; export again",
         )
     kl, top1, error = [], [], 0.0
@@ -194,8 +195,8 @@ def check_fidelity(parity: Parity, activation_dtype: str, package: Path) -> None
     limit = FIDELITY_KL_LIMITS[activation_dtype]
     if not parity.kl_mean <= limit:
         raise ParityError(
-            f"{package.name} differs from its own weights in torch: {parity.summary()}; mean KL must not exceed "
-            f"{limit}",
+            f"{package.name} differs from its own weights in torch: {parity.summary()}; mean KL must not "
+            f"exceed {limit}",
             "the graph or a file is wrong, not the rounding: do not ship it; report it with config.json",
         )
 

@@ -80,12 +80,12 @@ def quantise_nearest(
     Raises:
         InvalidInputError: if C is not a multiple of the group size.
     """
-    rows, columns = weight_RC.shape
+    columns = weight_RC.shape[1]
     check_divisible(columns, grid.group_size)
     importance = torch.ones(columns) if importance_C is None else importance_C
     importance_GS = importance.float().view(-1, grid.group_size)
     codes, scales, biases = [], [], []
-    for chunk_RC in weight_RC.split(max(1, CHUNK_WEIGHTS // columns)):
+    for chunk_RC in torch.split(weight_RC, max(1, CHUNK_WEIGHTS // columns)):
         chunk_RGS = chunk_RC.reshape(chunk_RC.shape[0], -1, grid.group_size)
         scale, bias = fit_grid(chunk_RGS, importance_GS, grid)
         codes.append(_encode(chunk_RGS, scale, bias, grid).to(torch.uint8).view_as(chunk_RC))
@@ -107,7 +107,7 @@ def quantise_with_feedback(
     Raises:
         InvalidInputError: if C is not a multiple of the group size.
     """
-    rows, columns = weight_RC.shape
+    columns = weight_RC.shape[1]
     size = grid.group_size
     check_divisible(columns, size)
     spread_CC = _spread_factors(second_moment_CC)
@@ -238,14 +238,15 @@ def _spread_factors(second_moment_CC: torch.Tensor) -> torch.Tensor:
     diagonal = second_moment_CC.diagonal().mean().clamp(min=1e-12)
     damped = second_moment_CC + DAMPING * diagonal * torch.eye(second_moment_CC.shape[0])
     inverse = torch.cholesky_inverse(torch.linalg.cholesky(damped))
-    return torch.linalg.cholesky(inverse, upper=True)
+    factor: torch.Tensor = torch.linalg.cholesky(inverse, upper=True)
+    return factor
 
 
 def _fit_columns(
     group_SR: torch.Tensor, importance_S: torch.Tensor, grid: GridFormat
 ) -> tuple[torch.Tensor, torch.Tensor]:
     scales, biases = [], []
-    for chunk_SR in group_SR.split(CHUNK_WEIGHTS // grid.group_size, dim=1):
+    for chunk_SR in torch.split(group_SR, CHUNK_WEIGHTS // grid.group_size, dim=1):
         scale, bias = fit_grid(chunk_SR.T.contiguous()[:, None], importance_S[None], grid)
         scales.append(scale.flatten())
         biases.append(bias.flatten())

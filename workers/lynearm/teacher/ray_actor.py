@@ -22,8 +22,8 @@ Untyped: TypeAlias = Any
 _OBJECT_STORE_BYTES = 100 << 20
 """Prompts go through it, traces never do; Ray's own default takes a third of the machine's memory."""
 
-_START_SECONDS = 180
-"""How long a Ray of our own may take to start; its default is too short for a machine under load."""
+_START_TRIES = 3
+"""Ray gives a node 30 s to start, which a machine under load may exceed; the next try is warm."""
 
 _PROBE_SECONDS = 5.0
 
@@ -59,21 +59,12 @@ def ray_session(address: str, cpus: int) -> Generator[Untyped]:
     if address == "local":
         # Ray runs workers at nice 15 by default: on a busy machine they would starve.
         os.environ.setdefault("RAY_worker_niceness", "0")
-        os.environ.setdefault("RAY_raylet_start_wait_time_s", str(_START_SECONDS))
         arguments |= {
             "num_cpus": cpus,
             "include_dashboard": False,
             "object_store_memory": _OBJECT_STORE_BYTES,
         }
-    try:
-        _probe(address)
-        module.init(**arguments)
-    # A local Ray that does not come up in time raises a bare Exception.
-    except Exception as error:
-        remedy = "use --ray-address local, or start a Ray and name its address"
-        if address == "local":
-            remedy = "run the same command again; a busy machine may be too slow for Ray to start in time"
-        raise TeacherError(f"cannot reach or start Ray ({address}): {_last_line(error)}", remedy) from error
+    _connect(module, address, arguments)
     try:
         yield module
     finally:
@@ -147,6 +138,24 @@ class WorkerActor:
         except self._ray.exceptions.RayError:
             return None
         return progress
+
+
+def _connect(module: Untyped, address: str, arguments: dict[str, object]) -> None:
+    remedy = "use --ray-address local, or start a Ray and name its address"
+    if address == "local":
+        remedy = "run the same command again; a busy machine may be too slow for Ray to start in time"
+    for attempt in range(1, _START_TRIES + 1):
+        try:
+            _probe(address)
+            module.init(**arguments)
+            return
+        # A local Ray that does not come up in time raises a bare Exception.
+        except Exception as error:
+            module.shutdown()
+            if address != "local" or attempt == _START_TRIES:
+                message = f"cannot reach or start Ray ({address}): {_last_line(error)}"
+                raise TeacherError(message, remedy) from error
+            logger.warning("Ray did not start (%s); trying again", _last_line(error))
 
 
 def _probe(address: str) -> None:

@@ -1,0 +1,161 @@
+"""The server as a process on a machine: ports, directories, health, load, stopping."""
+
+from __future__ import annotations
+
+import signal
+import socket
+from pathlib import Path
+
+import grpc
+import pytest
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+from traces.conftest import StartServer
+from traces.harness import (
+    Producer,
+    Reader,
+    RunningServer,
+    ServerProcess,
+    code,
+    create,
+    error_name,
+    fetch,
+    make_block,
+    publish,
+)
+
+from lynearm.traces.config import ServeConfig
+from lynearm.traces.servicer import SERVICE_NAME
+from lynearm.v1 import trace_service_pb2 as pb
+from lynearm.v1.trace_service_pb2_grpc import TraceServiceStub
+from lynearm.wire.errors import ConfigError, PreconditionError, StorageError
+
+
+def test_a_port_in_use_is_named(start_server: StartServer, tmp_path: Path) -> None:
+    with socket.socket() as other:
+        other.bind(("127.0.0.1", 0))
+        other.listen()
+        port = other.getsockname()[1]
+        with pytest.raises(PreconditionError, match=f"127.0.0.1:{port}.*in use.*--port"):
+            start_server(port=port)
+    assert start_server(port=port).server.port == port
+
+
+def test_a_second_server_on_the_port_is_refused(server: RunningServer, start_server: StartServer) -> None:
+    with pytest.raises(PreconditionError, match="in use"):
+        start_server(port=server.server.port, data_dir=server.config.data_dir.with_name("other"))
+
+
+def test_a_second_server_on_the_data_directory_is_refused(
+    server: RunningServer, start_server: StartServer
+) -> None:
+    with pytest.raises(PreconditionError, match="used by another trace server"):
+        start_server()
+    server.stop()
+    start_server()
+
+
+def test_a_data_directory_that_cannot_be_made_is_named(start_server: StartServer, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(StorageError, match=r"file.data"):
+        start_server(data_dir=tmp_path / "file" / "data")
+
+
+def test_a_catalog_that_is_none_is_named(start_server: StartServer, tmp_path: Path) -> None:
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "catalog.sqlite3").write_bytes(b"something else" * 100)
+    with pytest.raises(StorageError, match=r"catalog\.sqlite3.*not a database"):
+        start_server()
+
+
+def test_an_address_beyond_loopback_needs_consent(tmp_path: Path) -> None:
+    for host in ("0.0.0.0", "::", "10.0.0.1", "example.org"):
+        with pytest.raises(ConfigError, match="--insecure"):
+            ServeConfig(tmp_path, host=host)
+        ServeConfig(tmp_path, host=host, insecure=True)
+    for host in ("127.0.0.1", "127.8.8.8", "::1", "[::1]", "localhost"):
+        ServeConfig(tmp_path, host=host)
+
+
+@pytest.mark.parametrize(
+    "field", ["port", "group_milliseconds", "group_bytes", "queue_bytes", "cache_bytes", "max_calls"]
+)
+def test_a_setting_out_of_range_is_named(field: str) -> None:
+    with pytest.raises(ConfigError, match=f"{field} is -1"):
+        ServeConfig(**{field: -1})  # type: ignore[arg-type]
+
+
+def test_every_method_of_the_contract_answers(stub: TraceServiceStub, server: RunningServer) -> None:
+    for method in pb.DESCRIPTOR.services_by_name["TraceService"].methods:
+        call = server.channel.stream_stream(f"/{SERVICE_NAME}/{method.name}", None, None)
+        try:
+            list(call(iter([b""])))
+        except grpc.RpcError as error:
+            assert code(error) != "UNIMPLEMENTED", method.name
+
+
+def test_health_says_serving(server: RunningServer) -> None:
+    health = health_pb2_grpc.HealthStub(server.channel)
+    for service in ("", SERVICE_NAME):
+        response = health.Check(health_pb2.HealthCheckRequest(service=service))
+        assert response.status == health_pb2.HealthCheckResponse.SERVING
+
+
+def test_calls_beyond_the_bound_are_refused_at_once(start_server: StartServer) -> None:
+    stub = start_server(max_calls=2).stub
+    create(stub)
+    readers = [Reader(stub), Reader(stub)]
+    for reader in readers:
+        assert reader.is_quiet()
+    with pytest.raises(grpc.RpcError) as caught:
+        stub.ListStreams(pb.ListStreamsRequest())
+    assert (code(caught.value), error_name(caught.value)) == ("UNAVAILABLE", "ServiceUnavailableError")
+    for reader in readers:
+        reader.cancel()
+    for _ in range(100):
+        try:
+            stub.ListStreams(pb.ListStreamsRequest())
+            break
+        except grpc.RpcError as error:
+            assert code(error) == "UNAVAILABLE"
+    else:
+        raise AssertionError("calls that ended still count")
+
+
+def test_stopping_acknowledges_what_was_sent_and_ends_every_call(
+    start_server: StartServer, server: RunningServer
+) -> None:
+    stub = server.stub
+    create(stub)
+    watch = health_pb2_grpc.HealthStub(server.channel).Watch(health_pb2.HealthCheckRequest())
+    assert next(watch).status == health_pb2.HealthCheckResponse.SERVING
+    reader, producer = Reader(stub), Producer(stub)
+    for sequence in range(1, 31):
+        producer.send(sequence, make_block(sequence))
+    acked = producer.acks(1)
+    server.stop()
+    for call in (reader, producer):
+        error = call.error()
+        assert (code(error), error_name(error)) == ("UNAVAILABLE", "ServiceUnavailableError")
+    stub = start_server().stub
+    assert len(dict(fetch(stub, 0, 100))) >= len(acked)
+
+
+def test_a_server_comes_back_with_what_it_had(start_server: StartServer, server: RunningServer) -> None:
+    create(server.stub)
+    publish(server.stub, range(20))
+    server.stub.SealStream(pb.SealStreamRequest(name="s"))
+    before = server.stub.GetStream(pb.GetStreamRequest(name="s"))
+    server.stop()
+    stub = start_server().stub
+    assert stub.GetStream(pb.GetStreamRequest(name="s")) == before
+    assert Reader(stub).rest() == [make_block(number) for number in range(20)]
+
+
+def test_sigterm_ends_the_process_well(tmp_path: Path) -> None:
+    with ServerProcess(tmp_path / "data") as server:
+        create(server.stub)
+        reader = Reader(server.stub)
+        assert reader.is_quiet()
+        server.process.send_signal(signal.SIGTERM)
+        assert error_name(reader.error()) == "ServiceUnavailableError"
+        assert server.process.wait(30) == 0
