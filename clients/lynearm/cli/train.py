@@ -99,18 +99,15 @@ def describe(event: TrainProgress, *, max_steps: int = 0) -> Status | None:
     facts = [f"{event.stage} {event.message}".strip()] if event.stage not in (stage, "training") else []
     if record is None and event.message:
         facts = [event.message]
+    # The most wanted first: a narrow terminal cuts the end off.
     if record is not None:
-        facts += [
-            f"step {record.step}",
-            f"loss {record.loss:.3f}",
-            f"KL {record.kl:.3f}",
-            f"{count(event.tokens_per_second)} tokens/s",
-            f"{count(record.tokens)} tokens",
-        ]
+        facts += [f"step {record.step}", f"loss {record.loss:.3f}"]
+    if held_out is not None:
+        facts.append(f"held-out KL {held_out.kl:.3f} at {held_out.step}")
+    if record is not None:
+        facts += [f"{count(event.tokens_per_second)} tokens/s", f"{count(record.tokens)} tokens"]
         if event.lag_blocks:
             facts.append(f"{event.lag_blocks} blocks behind")
-    if held_out is not None:
-        facts.append(f"held-out KL {held_out.kl:.3f} at step {held_out.step}")
     return Status(stage, ", ".join(facts), record.step if record else 0, max_steps or None)
 
 

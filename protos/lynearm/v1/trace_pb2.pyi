@@ -54,7 +54,7 @@ class _CodecModeEnumTypeWrapper(google.protobuf.internal.enum_type_wrapper._Enum
     CODEC_MODE_EXACT: _CodecMode.ValueType  # 1
     """float32 logprobs, bit for bit."""
     CODEC_MODE_STANDARD: _CodecMode.ValueType  # 2
-    """Logprobs on a grid uniform in sqrt(p); mean added KL at most 1e-4 over top-k and tail."""
+    """Logprobs on a grid uniform in sqrt(p): adds about 1e-4 nats of KL over top-k and tail for language models."""
 
 class CodecMode(_CodecMode, metaclass=_CodecModeEnumTypeWrapper):
     """Encoding of logprobs inside a block's payload."""
@@ -64,7 +64,7 @@ CODEC_MODE_UNSPECIFIED: CodecMode.ValueType  # 0
 CODEC_MODE_EXACT: CodecMode.ValueType  # 1
 """float32 logprobs, bit for bit."""
 CODEC_MODE_STANDARD: CodecMode.ValueType  # 2
-"""Logprobs on a grid uniform in sqrt(p); mean added KL at most 1e-4 over top-k and tail."""
+"""Logprobs on a grid uniform in sqrt(p): adds about 1e-4 nats of KL over top-k and tail for language models."""
 Global___CodecMode: typing_extensions.TypeAlias = CodecMode
 
 @typing.final
