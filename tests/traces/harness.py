@@ -1,4 +1,4 @@
-"""What the tests of the trace service share: blocks, specs, a server, and calls as generated code makes them."""
+"""Blocks, specs, a server, and calls as generated code makes them, for the tests of the trace service."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import sys
 import threading
 from collections.abc import Coroutine, Iterator, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import grpc
 
@@ -20,12 +20,14 @@ from lynearm.v1 import trace_service_pb2 as pb
 from lynearm.wire.blocks import BlockHeader, checksum, join_block
 from lynearm.wire.errors import ERROR_NAME_METADATA_KEY, REMEDY_METADATA_KEY
 from lynearm.wire.protobuf import spec_to_proto
-from lynearm.wire.specs import CodecSpec, StreamSpec, TeacherSpec, TokenizerSpec
+from lynearm.wire.specs import CodecMode, CodecSpec, StreamSpec, TeacherSpec, TokenizerSpec
 
 T = TypeVar("T")
 
 
-def make_spec(name: str = "s", license: str = "Apache-2.0", labels: dict[str, str] | None = None) -> StreamSpec:
+def make_spec(
+    name: str = "s", license: str = "Apache-2.0", labels: dict[str, str] | None = None
+) -> StreamSpec:
     return StreamSpec(
         name=name,
         teacher=TeacherSpec("teacher", "sha256:00", "test", "float32", 128, 512),
@@ -36,9 +38,9 @@ def make_spec(name: str = "s", license: str = "Apache-2.0", labels: dict[str, st
     )
 
 
-def make_block(number: int, size_bytes: int = 2000, codec_mode: str = "exact") -> bytes:
+def make_block(number: int, size_bytes: int = 2000, codec_mode: CodecMode = "exact") -> bytes:
     payload = number.to_bytes(4, "little") * (size_bytes // 4)
-    header = BlockHeader(1, codec_mode, 2, 3, 5, size_bytes, checksum(payload))  # type: ignore[arg-type]
+    header = BlockHeader(1, codec_mode, 2, 3, 5, size_bytes, checksum(payload))
     return join_block(header, payload)
 
 
@@ -131,7 +133,9 @@ class ServerProcess:
             "run_server(ServeConfig(data_dir=Path(sys.argv[1]), port=0), lambda a: print(a, flush=True))\n"
         )
         self.process = subprocess.Popen(
-            [sys.executable, "-c", code, str(data_dir), str(file_size_limit)], stdout=subprocess.PIPE, text=True
+            [sys.executable, "-c", code, str(data_dir), str(file_size_limit)],
+            stdout=subprocess.PIPE,
+            text=True,
         )
         assert self.process.stdout is not None
         self.address = self.process.stdout.readline().strip()
@@ -289,15 +293,26 @@ def publish(
 
 def error_name(error: grpc.RpcError) -> str:
     """The class that the server raised, as it says."""
-    return str(dict(error.trailing_metadata())[ERROR_NAME_METADATA_KEY])  # type: ignore[attr-defined]
+    return str(_trailing_metadata(error)[ERROR_NAME_METADATA_KEY])
 
 
 def remedy(error: grpc.RpcError) -> str:
-    return bytes(dict(error.trailing_metadata())[REMEDY_METADATA_KEY]).decode()  # type: ignore[attr-defined]
+    value = _trailing_metadata(error)[REMEDY_METADATA_KEY]
+    assert isinstance(value, bytes)
+    return value.decode()
 
 
 def code(error: grpc.RpcError) -> str:
-    return str(error.code().name)  # type: ignore[attr-defined]
+    return cast("grpc.Call", error).code().name
+
+
+def details(error: grpc.RpcError) -> str:
+    return cast("grpc.Call", error).details() or ""
+
+
+def _trailing_metadata(error: grpc.RpcError) -> dict[str, str | bytes]:
+    metadata: Any = cast("grpc.Call", error).trailing_metadata()
+    return dict(metadata or ())
 
 
 def fetch(

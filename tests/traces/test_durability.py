@@ -16,6 +16,7 @@ from traces.harness import (
     ServerProcess,
     code,
     create,
+    details,
     error_name,
     fetch,
     make_block,
@@ -119,7 +120,7 @@ def test_a_block_damaged_on_disk_is_named_and_the_others_stay_readable(
     assert reader.next().block.SerializeToString() == make_block(0)
     error = reader.error()
     assert (code(error), error_name(error)) == ("DATA_LOSS", "CorruptBlockError")
-    assert "block 1 of stream 's'" in str(error.details())  # type: ignore[attr-defined]
+    assert "block 1 of stream 's'" in details(error)
     assert "continue from offset 2" in remedy(error)
 
 

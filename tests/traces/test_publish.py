@@ -9,8 +9,10 @@ import pytest
 from traces.harness import (
     Producer,
     Reader,
+    RunningServer,
     code,
     create,
+    details,
     error_name,
     fetch,
     make_block,
@@ -76,7 +78,7 @@ def test_other_bytes_under_a_used_sequence_number_are_a_conflict(stub: TraceServ
     producer.send(1, make_block(9))
     error = producer.error()
     assert (code(error), error_name(error)) == ("ALREADY_EXISTS", "SequenceConflictError")
-    assert "sequence 1" in str(error.details())  # type: ignore[attr-defined]
+    assert "sequence 1" in details(error)
     assert "resend exactly the bytes" in remedy(error)
 
 
@@ -89,7 +91,9 @@ def test_another_header_over_the_same_payload_is_a_conflict_too(stub: TraceServi
     assert error_name(producer.error()) == "SequenceConflictError"
 
 
-def test_a_gap_in_the_sequence_is_refused_and_what_came_before_is_acknowledged(stub: TraceServiceStub) -> None:
+def test_a_gap_is_refused_and_what_came_before_it_is_acknowledged(
+    stub: TraceServiceStub,
+) -> None:
     producer = Producer(stub)
     producer.send(1, make_block(1))
     producer.send(3, make_block(3))
@@ -201,7 +205,7 @@ def test_a_block_in_another_codec_mode_than_the_stream_is_refused(stub: TraceSer
     producer.send(1, make_block(1, codec_mode="standard"))
     error = producer.error()
     assert error_name(error) == "InvalidInputError"
-    assert "'standard'" in str(error.details())  # type: ignore[attr-defined]
+    assert "'standard'" in details(error)
 
 
 @pytest.mark.parametrize(
@@ -216,10 +220,9 @@ def test_a_block_in_another_codec_mode_than_the_stream_is_refused(stub: TraceSer
     ],
 )
 def test_a_malformed_publish_is_refused_with_the_reason(
-    stub: TraceServiceStub, server: object, messages: list[bytes | pb.PublishRequest], problem: str
+    stub: TraceServiceStub, server: RunningServer, messages: list[bytes | pb.PublishRequest], problem: str
 ) -> None:
-    channel = server.channel  # type: ignore[attr-defined]
-    method = channel.stream_stream("/lynearm.v1.TraceService/Publish", None, None)
+    method = server.channel.stream_stream("/lynearm.v1.TraceService/Publish", None, None)
     encoded = [message if isinstance(message, bytes) else message.SerializeToString() for message in messages]
     with pytest.raises(grpc.RpcError, match=problem) as caught:
         list(method(iter(encoded)))

@@ -8,7 +8,7 @@ from typing import Any
 import grpc
 import pytest
 from traces.conftest import StartServer
-from traces.harness import Producer, Reader, code, create, error_name, fetch, make_block, publish
+from traces.harness import Producer, Reader, code, create, details, error_name, fetch, make_block, publish
 
 from lynearm.v1 import trace_service_pb2 as pb
 from lynearm.v1.trace_service_pb2_grpc import TraceServiceStub
@@ -131,7 +131,7 @@ def test_a_subscription_that_cannot_be_is_refused(
     publish(stub, range(3))
     error = Reader(stub, **opening).error()
     assert code(error) == status
-    assert problem in str(error.details())  # type: ignore[attr-defined]
+    assert problem in details(error)
 
 
 def test_requests_out_of_order_are_refused(stub: TraceServiceStub) -> None:

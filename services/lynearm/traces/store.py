@@ -29,6 +29,7 @@ READ_THREADS = 2
 """Reads come from the page cache or an SSD; more threads only queue for the interpreter lock."""
 
 _SUBDIRECTORIES = tuple(f"{number:02x}" for number in range(256))
+_SUBDIRECTORIES_PER_LISTING = 16
 _FULL = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
 _MAX_BUFFERS_PER_WRITE = 1024
 """IOV_MAX on Linux and macOS."""
@@ -122,9 +123,10 @@ class LocalBlockStore:
         await self._run(self._readers, lambda: self._path(key).unlink(missing_ok=True))
 
     async def list_keys(self) -> AsyncIterator[list[str]]:
-        """See `BlockStore.list_keys`; one batch per subdirectory."""
-        for name in _SUBDIRECTORIES:
-            yield await self._run(self._readers, partial(os.listdir, self._root / name))
+        """See `BlockStore.list_keys`."""
+        for start in range(0, len(_SUBDIRECTORIES), _SUBDIRECTORIES_PER_LISTING):
+            names = _SUBDIRECTORIES[start : start + _SUBDIRECTORIES_PER_LISTING]
+            yield await self._run(self._readers, partial(self._list_keys, names))
 
     async def close(self) -> None:
         """See `BlockStore.close`."""
@@ -157,6 +159,9 @@ class LocalBlockStore:
             os.close(descriptor)
         sync_directory(path.parent)
         return StoredObject(key, _spans(blocks))
+
+    def _list_keys(self, subdirectories: Sequence[str]) -> list[str]:
+        return [key for name in subdirectories for key in os.listdir(self._root / name)]
 
     def _read(self, key: str, spans: Sequence[Span]) -> list[bytes]:
         descriptor = os.open(self._path(key), os.O_RDONLY | os.O_CLOEXEC)
