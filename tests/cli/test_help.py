@@ -5,6 +5,8 @@ from __future__ import annotations
 import dataclasses
 import subprocess
 import sys
+from pathlib import Path
+from typing import Any
 
 import pytest
 from typer.main import get_command
@@ -46,7 +48,7 @@ COMMANDS = (
     ("demo",),
 )
 
-CONFIG_CLASSES = {
+CONFIG_CLASSES: dict[tuple[str, ...], type[Any]] = {
     ("serve",): ServeConfig,
     ("teach",): TeachConfig,
     ("train",): TrainConfig,
@@ -83,14 +85,32 @@ def test_help_loads_nothing_heavy() -> None:
 
 @pytest.mark.parametrize("command", CONFIG_CLASSES, ids=" ".join)
 def test_every_flag_is_a_field_of_the_configuration(command: tuple[str, ...]) -> None:
-    found = get_command(app)
+    found: Any = get_command(app)  # Any: groups and commands share no typed way down
     for name in command:
-        found = found.commands[name]  # type: ignore[attr-defined]
-    parameters = {parameter.name for parameter in found.params} - NOT_SETTINGS
+        found = found.commands[name]
+    parameters: set[str] = {parameter.name for parameter in found.params} - NOT_SETTINGS
     if command[0] == "export":
         parameters.remove("out")
     fields = {field.name for field in dataclasses.fields(CONFIG_CLASSES[command])}
     assert parameters <= fields, "a flag that no field takes would be dropped in silence"
+
+
+@pytest.mark.parametrize("command", CONFIG_CLASSES, ids=" ".join)
+def test_help_tells_the_defaults_of_the_configuration(command: tuple[str, ...]) -> None:
+    found: Any = get_command(app)
+    for name in command:
+        found = found.commands[name]
+    defaults: dict[str, Any] = {
+        field.name: field.default for field in dataclasses.fields(CONFIG_CLASSES[command])
+    }
+    for parameter in found.params:
+        told, default = getattr(parameter, "show_default", None), defaults.get(parameter.name)
+        if not isinstance(told, str) or isinstance(default, Path) or default is None:
+            continue
+        if isinstance(default, bool):
+            assert told.startswith("no-") != default, parameter.name
+        else:
+            assert type(default)(told) == default, parameter.name
 
 
 def test_an_unknown_command_is_a_usage_error() -> None:

@@ -72,7 +72,11 @@ def test_none_says_nothing(capsys: pytest.CaptureFixture[str]) -> None:
 def test_live_display_keeps_to_one_line(columns: int, monkeypatch: pytest.MonkeyPatch) -> None:
     screen = io.StringIO()
     terminal = Console(file=screen, force_terminal=True, width=columns, color_system=None)
-    monkeypatch.setattr("lynearm.cli.progress.Console", lambda **_: terminal)
+
+    def console(**_: object) -> Console:
+        return terminal
+
+    monkeypatch.setattr("lynearm.cli.progress.Console", console)
     reporter: Reporter[LongStep] = Reporter(
         "train", ProgressMode.auto, lambda event: Status("training", "x" * 300, 3, 10)
     )

@@ -104,7 +104,7 @@ def test_the_page_tells_what_the_run_came_to() -> None:
         "16,873",
         "912",
         "213 MB",
-        "2.5 × 10⁻⁵",  # noqa: RUF001
+        "2.5 × 10⁻⁵",
         "60.1 MB",
         "5 of 8",
         "3 min 20 s",
@@ -294,4 +294,4 @@ def test_numbers_read_well() -> None:
         "2 GB",
     ]
     assert [format_small(value) for value in (0.0, 0.512, 6.2, 1e-3)] == ["0", "0.512", "6.2", "0.001"]
-    assert format_small(3.14e-5) == "3.1 × 10⁻⁵"  # noqa: RUF001
+    assert format_small(3.14e-5) == "3.1 × 10⁻⁵"

@@ -17,7 +17,9 @@ from lynearm.wire.errors import ConfigError, LynearmError
 
 @pytest.fixture(scope="module")
 def tiny_teacher(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return build_tiny_llama(tmp_path_factory.mktemp("demo") / "teacher", hidden_size=128, num_layers=4)
+    return build_tiny_llama(
+        tmp_path_factory.mktemp("demo") / "teacher", hidden_size=128, num_layers=4, initializer_range=0.08
+    )
 
 
 @pytest.fixture(scope="module")

@@ -17,7 +17,7 @@ def teach_config(model: Path, **overrides: Any) -> TeachConfig:
         "top_k": 16,
         "max_tokens": 24,
         "max_model_len": 128,
-        "max_batch": 8,
+        "max_batch": 40,
         "threads": 1,
         "completions": 2,
         "flush_seconds": 0.2,

@@ -112,7 +112,7 @@ class ServiceProcess:
             "import sys; from pathlib import Path\n"
             "from lynearm.traces.config import ServeConfig\n"
             "from lynearm.traces.server import run_server\n"
-            "run_server(ServeConfig(data_dir=Path(sys.argv[1]), port=int(sys.argv[2])))\n"
+            "run_server(ServeConfig(data_dir=Path(sys.argv[1]), port=int(sys.argv[2])), lambda *_: None)\n"
         )
         self._process = subprocess.Popen([sys.executable, "-c", code, str(self._data_dir), str(self.port)])
         with TraceClient(self.target) as client:

@@ -171,6 +171,19 @@ def test_an_unknown_reasoning_marker_is_refused(tiny_model: Path) -> None:
         PromptTokenizer(tokenizer, make_config(tiny_model, reasoning_start="<reason>"), max_model_len=128)
 
 
+def test_seeded_prompts_beyond_one_prefill_step_are_generated(engine: TeacherEngine) -> None:
+    # 40 × 100 tokens need two steps of 2048. vLLM turns the generator of a partly prefilled request back,
+    # which CPU generators cannot do, so that no prompt may be prefilled in parts.
+    for index in range(40):
+        sampling = replace(engine.sampling(f"long-{index}", 0, 100), max_tokens=2)
+        assert sampling.seed is not None
+        engine.add(f"long-{index}", [5 + index] * 100, sampling)
+    done = 0
+    while engine.unfinished:
+        done += len(engine.step())
+    assert done == 40
+
+
 def test_seeds_differ_between_prompts_samples_and_runs() -> None:
     seeds = {completion_seed(seed, name, index) for seed in (0, 1) for name in "ab" for index in (0, 1)}
     assert len(seeds) == 8

@@ -1,16 +1,14 @@
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-from traces.harness import LoopThread, RunningServer, create
+from traces.harness import LoopThread, RunningServer, StartServer, create
 
 from lynearm.traces.config import ServeConfig
 from lynearm.v1.trace_service_pb2_grpc import TraceServiceStub
-
-StartServer = Callable[..., RunningServer]
 
 
 @pytest.fixture(scope="session")

@@ -7,7 +7,7 @@ import queue
 import subprocess
 import sys
 import threading
-from collections.abc import Coroutine, Iterator, Sequence
+from collections.abc import Callable, Coroutine, Iterator, Sequence
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
@@ -119,6 +119,10 @@ class RunningServer:
             self._channel.close()
 
 
+StartServer = Callable[..., RunningServer]
+"""Starts a server that is stopped after the test; takes what `ServeConfig` takes."""
+
+
 class ServerProcess:
     """A server in a process of its own, to be killed or starved."""
 
@@ -188,11 +192,16 @@ class Producer:
 
     def error(self) -> grpc.RpcError:
         """What the call ends with, after any acknowledgements."""
+        return self.fail()[1]
+
+    def fail(self) -> tuple[dict[int, int], grpc.RpcError]:
+        """The acknowledgements that were left, and what the call ends with."""
+        found: dict[int, int] = {}
         try:
-            for _ in self._call:
-                pass
+            for response in self._call:
+                found.update(enumerate(response.ack.offsets, response.ack.first_sequence))
         except grpc.RpcError as error:
-            return error
+            return found, error
         raise AssertionError("the call ended well")
 
     def close(self) -> dict[int, int]:

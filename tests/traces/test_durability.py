@@ -8,12 +8,12 @@ from pathlib import Path
 
 import grpc
 import pytest
-from traces.conftest import StartServer
 from traces.harness import (
     Producer,
     Reader,
     RunningServer,
     ServerProcess,
+    StartServer,
     code,
     create,
     details,

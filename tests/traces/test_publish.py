@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from typing import Any
 
 import grpc
 import pytest
@@ -222,7 +223,7 @@ def test_a_block_in_another_codec_mode_than_the_stream_is_refused(stub: TraceSer
 def test_a_malformed_publish_is_refused_with_the_reason(
     stub: TraceServiceStub, server: RunningServer, messages: list[bytes | pb.PublishRequest], problem: str
 ) -> None:
-    method = server.channel.stream_stream("/lynearm.v1.TraceService/Publish", None, None)
+    method: Any = server.channel.stream_stream("/lynearm.v1.TraceService/Publish", None, None)
     encoded = [message if isinstance(message, bytes) else message.SerializeToString() for message in messages]
     with pytest.raises(grpc.RpcError, match=problem) as caught:
         list(method(iter(encoded)))

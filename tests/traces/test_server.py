@@ -7,16 +7,17 @@ import socket
 import time
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import grpc
 import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
-from traces.conftest import StartServer
 from traces.harness import (
     Producer,
     Reader,
     RunningServer,
     ServerProcess,
+    StartServer,
     code,
     create,
     error_name,
@@ -30,6 +31,11 @@ from lynearm.traces.servicer import SERVICE_NAME
 from lynearm.v1 import trace_service_pb2 as pb
 from lynearm.v1.trace_service_pb2_grpc import TraceServiceStub
 from lynearm.wire.errors import ConfigError, PreconditionError, StorageError
+
+
+def health_stub(server: RunningServer) -> Any:
+    # Any: the stub's methods are not typed.
+    return health_pb2_grpc.HealthStub(server.channel)
 
 
 def test_a_port_in_use_is_named(start_server: StartServer, tmp_path: Path) -> None:
@@ -88,14 +94,15 @@ def test_a_setting_out_of_range_is_named(field: str) -> None:
 
 def test_every_method_of_the_contract_answers(stub: TraceServiceStub, server: RunningServer) -> None:
     for method in pb.DESCRIPTOR.services_by_name["TraceService"].methods:
-        call = server.channel.stream_stream(f"/{SERVICE_NAME}/{method.name}", None, None)(iter([b""]))
+        start: Any = server.channel.stream_stream(f"/{SERVICE_NAME}/{method.name}", None, None)
+        call = start(iter([b""]))
         with suppress(grpc.RpcError):
             list(call)
         assert call.code() != grpc.StatusCode.UNIMPLEMENTED, method.name
 
 
 def test_health_says_serving(server: RunningServer) -> None:
-    health = health_pb2_grpc.HealthStub(server.channel)
+    health = health_stub(server)
     for service in ("", SERVICE_NAME):
         response = health.Check(health_pb2.HealthCheckRequest(service=service))
         assert response.status == health_pb2.HealthCheckResponse.SERVING
@@ -121,23 +128,23 @@ def test_calls_beyond_the_bound_are_refused_at_once(start_server: StartServer) -
         raise AssertionError("calls that ended still count")
 
 
-def test_stopping_acknowledges_what_was_sent_and_ends_every_call(
+def test_stopping_acknowledges_all_that_is_kept_and_ends_every_call(
     start_server: StartServer, server: RunningServer
 ) -> None:
     stub = server.stub
     create(stub)
-    watch = health_pb2_grpc.HealthStub(server.channel).Watch(health_pb2.HealthCheckRequest())
+    watch = health_stub(server).Watch(health_pb2.HealthCheckRequest())
     assert next(watch).status == health_pb2.HealthCheckResponse.SERVING
     reader, producer = Reader(stub), Producer(stub)
-    for sequence in range(1, 31):
-        producer.send(sequence, make_block(sequence))
+    for sequence in range(1, 201):
+        producer.send(sequence, make_block(sequence, 50_000))
     acked = producer.acks(1)
     server.stop()
-    for call in (reader, producer):
-        error = call.error()
+    last_acks, failure = producer.fail()
+    for error in (failure, reader.error()):
         assert (code(error), error_name(error)) == ("UNAVAILABLE", "ServiceUnavailableError")
-    stub = start_server().stub
-    assert len(dict(fetch(stub, 0, 100))) >= len(acked)
+    kept = [offset for offset, _ in fetch(start_server().stub, 0, 1000)]
+    assert kept == list((acked | last_acks).values())
 
 
 def test_a_server_comes_back_with_what_it_had(start_server: StartServer, server: RunningServer) -> None:

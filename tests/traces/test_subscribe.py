@@ -7,8 +7,18 @@ from typing import Any
 
 import grpc
 import pytest
-from traces.conftest import StartServer
-from traces.harness import Producer, Reader, code, create, details, error_name, fetch, make_block, publish
+from traces.harness import (
+    Producer,
+    Reader,
+    StartServer,
+    code,
+    create,
+    details,
+    error_name,
+    fetch,
+    make_block,
+    publish,
+)
 
 from lynearm.v1 import trace_service_pb2 as pb
 from lynearm.v1.trace_service_pb2_grpc import TraceServiceStub

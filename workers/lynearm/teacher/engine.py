@@ -251,7 +251,12 @@ def _engine_arguments(config: TeachConfig) -> dict[str, object]:
         arguments["kv_cache_memory_bytes"] = cache_bytes
         arguments["dtype"] = "float32" if config.dtype == "auto" else config.dtype
         arguments["enforce_eager"] = True
-        arguments["max_num_batched_tokens"] = max(_CPU_BATCHED_TOKENS, config.max_batch)
+        # vLLM 0.32 turns a seeded generator back after a partial prefill in a way that CPU generators
+        # refuse ("CPU Generator does not use offset"): each prompt is prefilled in one step.
+        arguments["enable_chunked_prefill"] = False
+        arguments["max_num_batched_tokens"] = max(
+            _CPU_BATCHED_TOKENS, config.max_batch, cast(int, arguments["max_model_len"])
+        )
         arguments["gpu_memory_utilization"] = 0.4
     return arguments
 

@@ -7,6 +7,7 @@ what it had is not. A job that is stopped goes on when the same command runs aga
 
 from __future__ import annotations
 
+import importlib.util
 import logging
 import os
 import time
@@ -21,7 +22,7 @@ from lynearm.teacher.config import TeachConfig
 from lynearm.teacher.prompts import BadLine, Prompt, load_prompts
 from lynearm.teacher.ray_actor import WorkerActor, WorkerLostError, ray_session
 from lynearm.teacher.worker import WorkerProgress
-from lynearm.wire.errors import StreamNotFoundError, StreamSealedError, TeacherError
+from lynearm.wire.errors import MissingDependencyError, StreamNotFoundError, StreamSealedError, TeacherError
 
 logger = logging.getLogger(__name__)
 
@@ -109,6 +110,7 @@ def run_teach(config: TeachConfig, on_progress: OnProgress = lambda progress: No
         on_progress: Called on this thread, about twice a second.
 
     Raises:
+        MissingDependencyError: without Ray or vLLM. Nothing was started.
         PromptFileError: if the file cannot be read or, with `strict`, has a bad line. Nothing was started.
         StreamExistsError: if the stream exists with another spec.
         StreamSealedError: if it is sealed, and prompts are not finished.
@@ -137,6 +139,7 @@ class _Job:
         self._rates: deque[tuple[float, int]] = deque([(self._started, 0)])
 
     def run(self) -> TeachReport:
+        _check_installed()
         loaded = load_prompts(self._config.prompts, strict=self._config.strict)
         self._prompts, self._bad_lines = loaded.prompts, loaded.bad_lines
         with self._in_stage("waiting"):
@@ -318,3 +321,13 @@ class _Job:
 
 def _growth(before: StreamInfo | None, after: StreamInfo | None, name: str) -> int:
     return int(getattr(after, name, 0)) - int(getattr(before, name, 0))
+
+
+def _check_installed() -> None:
+    # Found, not imported: that takes half a minute, and happens in the actor.
+    missing = [name for name in ("ray", "vllm") if importlib.util.find_spec(name) is None]
+    if missing:
+        raise MissingDependencyError(
+            f"{' and '.join(missing)} not installed, which the teacher needs",
+            "pip install 'lynearm[teacher]' or, without a GPU, 'lynearm[teacher-cpu]'",
+        )

@@ -1,0 +1,78 @@
+"""What a person reads about the moments of each role."""
+
+from __future__ import annotations
+
+from lynearm.cli.export import describe as describe_export
+from lynearm.cli.teach import describe as describe_teach
+from lynearm.cli.train import describe as describe_train
+from lynearm.export.progress import ExportProgress
+from lynearm.student.progress import EvaluationRecord, StepRecord, TrainProgress
+from lynearm.teacher.job import TeachProgress
+
+STEP = StepRecord(
+    step=12,
+    epoch=0,
+    loss=1.5,
+    kl=1.25,
+    cross_entropy=2.5,
+    tokens=3449,
+    learning_rate=1e-3,
+    gradient_norm=1.0,
+)
+
+
+def test_a_teacher_shows_prompts_and_rate() -> None:
+    status = describe_teach(
+        TeachProgress(
+            "generating", prompts=40, done_prompts=10, generated_tokens=2400, tokens_per_second=98.4
+        )
+    )
+    assert status is not None
+    assert (status.completed, status.total) == (10, 40)
+    assert "10/40 prompts, 98 tokens/s, 2.4k tokens" in status.text
+
+
+def test_a_teacher_says_what_it_waits_for() -> None:
+    status = describe_teach(TeachProgress("waiting", "waiting for the trace service at a:1"))
+    assert status is not None
+    assert status.text == "waiting for the trace service at a:1"
+    loading = describe_teach(TeachProgress("loading"))
+    assert loading is not None
+    assert loading.text == "the model into vLLM"
+
+
+def test_a_trainer_shows_step_loss_held_out_kl_and_rate() -> None:
+    event = TrainProgress(
+        "training",
+        record=STEP,
+        tokens_per_second=87.0,
+        lag_blocks=3,
+        held_out=EvaluationRecord(step=10, tokens=3000, kl=0.75, cross_entropy=2.0, positions=500),
+    )
+    status = describe_train(event, max_steps=24)
+    assert status is not None
+    assert (status.completed, status.total) == (12, 24)
+    assert (
+        status.text
+        == "step 12, loss 1.500, held-out KL 0.750 at 10, 87 tokens/s, 3.4k tokens, 3 blocks behind"
+    )
+
+
+def test_a_trainer_keeps_one_line_through_its_stages() -> None:
+    waiting = describe_train(TrainProgress("waiting", "for the teacher", record=STEP))
+    assert waiting is not None
+    assert (waiting.stage, waiting.total) == ("training", None)
+    assert waiting.text.startswith("waiting for the teacher, step 12")
+    loading = describe_train(TrainProgress("loading", "models/student"))
+    assert loading is not None
+    assert (loading.stage, loading.text) == ("loading", "models/student")
+
+
+def test_an_export_shows_its_stage_and_share() -> None:
+    status = describe_export(ExportProgress("quantising", 0.2))
+    assert (status.text, status.completed, status.total) == ("quantising", 0.2, 1.0)
+
+
+def test_the_end_is_left_to_the_summary() -> None:
+    assert describe_teach(TeachProgress("done")) is None
+    assert describe_train(TrainProgress("done", record=STEP)) is None
