@@ -18,6 +18,7 @@ import torch
 from lynearm.client import TraceClient
 from lynearm.student.model import StudentModel
 from lynearm.wire.codec import encode_block
+from lynearm.wire.errors import LynearmError
 from lynearm.wire.specs import CodecSpec, StreamSpec, TeacherSpec
 from lynearm.wire.traces import SamplingParams, TopK, Trace
 
@@ -115,8 +116,12 @@ class ServiceProcess:
             "run_server(ServeConfig(data_dir=Path(sys.argv[1]), port=int(sys.argv[2])), lambda *_: None)\n"
         )
         self._process = subprocess.Popen([sys.executable, "-c", code, str(self._data_dir), str(self.port)])
-        with TraceClient(self.target) as client:
-            client.wait_until_ready(60)
+        try:
+            with TraceClient(self.target) as client:
+                client.wait_until_ready(60)
+        except LynearmError:
+            self.kill()
+            raise
 
     def kill(self) -> None:
         if self._process is not None:

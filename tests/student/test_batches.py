@@ -19,9 +19,7 @@ from lynearm.wire.traces import Cursor, Trace
 
 def receive(teacher: StudentModel, traces: list[Trace], traces_per_block: int) -> list[ReceivedBlock]:
     blocks = make_blocks(teacher, traces, traces_per_block)
-    return [
-        ReceivedBlock(offset, memoryview(block), len(blocks)) for offset, block in enumerate(blocks)
-    ]
+    return [ReceivedBlock(offset, memoryview(block), len(blocks)) for offset, block in enumerate(blocks)]
 
 
 def read_batches(
@@ -83,7 +81,9 @@ def test_traces_without_anything_to_learn_are_skipped_and_counted(
     )
     long_prompt = replace(usable, prompt_token_ids=np.full(64, 7, np.int32))
     batcher = Batcher(batch_sequences=4, max_sequence_tokens=64, rule=SplitRule(0.0))
-    with TraceReader(receive(teacher, [empty, usable, long_prompt], 3), start=Cursor(), prefetch_blocks=1) as reader:
+    with TraceReader(
+        receive(teacher, [empty, usable, long_prompt], 3), start=Cursor(), prefetch_blocks=1
+    ) as reader:
         while not reader.exhausted:
             if positioned := reader.poll(5.0):
                 batcher.add(positioned)
@@ -111,9 +111,7 @@ def test_tensors_hold_what_the_traces_say(traces: list[Trace]) -> None:
             assert int(last_prompt) == trace.prompt_token_ids[-1]
             inputs = piece.input_ids_BL[row, : len(trace.prompt_token_ids) + len(sampled) - 1].tolist()
             assert inputs == [*trace.prompt_token_ids, *sampled[:-1]]
-            torch.testing.assert_close(
-                piece.targets.logprobs_NK[mine], torch.as_tensor(trace.top_k.logprobs)
-            )
+            torch.testing.assert_close(piece.targets.logprobs_NK[mine], torch.as_tensor(trace.top_k.logprobs))
 
 
 def test_long_completions_are_cut(traces: list[Trace]) -> None:
@@ -144,7 +142,9 @@ def test_a_token_beyond_the_vocabulary_is_refused(traces: list[Trace]) -> None:
         collate(traces[:1], micro_batch_tokens=64, max_sequence_tokens=64, vocab_size=10)
 
 
-def test_a_corrupt_block_is_named_after_the_traces_before_it(teacher: StudentModel, traces: list[Trace]) -> None:
+def test_a_corrupt_block_is_named_after_the_traces_before_it(
+    teacher: StudentModel, traces: list[Trace]
+) -> None:
     blocks = receive(teacher, traces[:20], 10)
     broken = bytearray(blocks[1].block)
     broken[len(broken) // 2] ^= 0x40

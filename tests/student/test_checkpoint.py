@@ -45,7 +45,9 @@ STATE = TrainState(
 )
 
 
-def save(out: Path, student: StudentModel, traces: list[Trace], state: TrainState = STATE, keep: int = 2) -> Path:
+def save(
+    out: Path, student: StudentModel, traces: list[Trace], state: TrainState = STATE, keep: int = 2
+) -> Path:
     config = TrainConfig(out=out, keep_checkpoints=keep)
     base = read_lineage(student.directory)
     checkpoint = Checkpoint(

@@ -63,7 +63,9 @@ def test_measurement_uses_the_sequences_that_it_is_given(tmp_path: Path, deep_di
     assert float((whole.exp() * (whole - left)).sum(-1).mean()) < 1e-3
 
 
-def test_a_student_has_its_teachers_tokenizer_and_says_where_it_is_from(tmp_path: Path, deep_dir: Path) -> None:
+def test_a_student_has_its_teachers_tokenizer_and_says_where_it_is_from(
+    tmp_path: Path, deep_dir: Path
+) -> None:
     cut_student(deep_dir, tmp_path / "student", layers=[0, 4])
     teacher, student = load_student(deep_dir, device="cpu"), load_student(tmp_path / "student", device="cpu")
     assert student.tokenizer.vocab_sha256 == teacher.tokenizer.vocab_sha256

@@ -109,9 +109,7 @@ def test_a_student_that_equals_its_teacher_has_no_loss_and_no_gradient() -> None
     case = make_case(k=4, padded=False)
     own_NV = torch.log_softmax(case.hidden_NH @ case.head_VH.T, -1).detach()
     logprobs_NK, token_ids_NK = own_NV.topk(4, -1)
-    targets = Targets(
-        token_ids_NK, logprobs_NK, 1 - logprobs_NK.exp().sum(-1), case.targets.sampled_ids_N
-    )
+    targets = Targets(token_ids_NK, logprobs_NK, 1 - logprobs_NK.exp().sum(-1), case.targets.sampled_ids_N)
     result = distillation_loss(case.hidden_NH, case.head_VH, targets)
     assert float(result.kl_N.abs().max()) < 1e-12
     assert float(torch.autograd.grad(result.loss, case.hidden_NH)[0].abs().max()) < 1e-12

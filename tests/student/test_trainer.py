@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import shutil
@@ -26,6 +27,7 @@ from lynearm.student.trainer import run_train
 from lynearm.wire.errors import (
     CheckpointError,
     ConfigError,
+    InvalidInputError,
     MisalignmentError,
     ServiceUnavailableError,
     StreamNotFoundError,
@@ -33,10 +35,13 @@ from lynearm.wire.errors import (
 from lynearm.wire.traces import Cursor, Trace
 
 
+numbers = itertools.count()
+
+
 @pytest.fixture
-def stream(service: ServiceProcess, teacher: StudentModel, traces: list[Trace], request: pytest.FixtureRequest) -> str:
-    """A sealed stream of all traces, named after the test."""
-    name = f"t{abs(hash(request.node.name)) % 10**9}"
+def stream(service: ServiceProcess, teacher: StudentModel, traces: list[Trace]) -> str:
+    """A sealed stream of all traces."""
+    name = f"stream-{next(numbers)}"
     offer(service.target, teacher, traces, name=name)
     return name
 
@@ -78,7 +83,7 @@ def test_a_student_learns_from_a_stream(
     assert [one.step for one in report.evaluations] == [0, 5, 10, 15, 20, 25, 30, 35, 39]
     assert report.held_out_before is not None
     assert report.held_out_after is not None
-    assert report.held_out_after < 0.8 * report.held_out_before
+    assert report.held_out_after < 0.9 * report.held_out_before
     assert report.curve[-1].kl < report.curve[0].kl
     assert report.how_to_go_on == ""
     stages = [event.stage for event in events]
@@ -257,7 +262,9 @@ def test_frozen_embeddings_stay_as_they_are(
 def test_a_student_with_another_tokenizer_is_refused_with_the_difference(
     stream: str, configure: Callable[..., TrainConfig], tmp_path: Path
 ) -> None:
-    other = build_tiny_llama(tmp_path / "other", seed=2, corpus=("Quite another text.",), chat_template="{{ x }}")
+    other = build_tiny_llama(
+        tmp_path / "other", seed=2, corpus=("Quite another text.",), chat_template="{{ x }}"
+    )
     with pytest.raises(MisalignmentError) as caught:
         run_train(configure(stream, student=other))
     assert "vocabulary: teacher 'teacher'" in caught.value.message
@@ -329,7 +336,7 @@ def test_a_gradient_that_is_not_finite_ends_the_run_before_the_weights_are_lost(
     with torch.no_grad():
         model.model.layers[0].mlp.down_proj.weight.fill_(3e38)
     model.save_pretrained(broken)
-    with pytest.raises(Exception, match="not finite"):
+    with pytest.raises(InvalidInputError, match="not finite"):
         run_train(configure(stream, student=broken, held_out_traces=0))
 
 

@@ -234,9 +234,10 @@ def _engine_arguments(config: TeachConfig) -> dict[str, object]:
 
     auto_config: Untyped = AutoConfig
     text_config: Untyped = auto_config.from_pretrained(config.model).get_text_config()
+    max_model_len = min(config.max_model_len, int(text_config.max_position_embeddings))
     arguments: dict[str, object] = {
         "model": config.model,
-        "max_model_len": min(config.max_model_len, int(text_config.max_position_embeddings)),
+        "max_model_len": max_model_len,
         "max_num_seqs": config.max_batch,
         "max_logprobs": max(config.top_k, 1),
         "logprobs_mode": "raw_logprobs",
@@ -254,9 +255,7 @@ def _engine_arguments(config: TeachConfig) -> dict[str, object]:
         # vLLM 0.32 turns a seeded generator back after a partial prefill in a way that CPU generators
         # refuse ("CPU Generator does not use offset"): each prompt is prefilled in one step.
         arguments["enable_chunked_prefill"] = False
-        arguments["max_num_batched_tokens"] = max(
-            _CPU_BATCHED_TOKENS, config.max_batch, cast(int, arguments["max_model_len"])
-        )
+        arguments["max_num_batched_tokens"] = max(_CPU_BATCHED_TOKENS, config.max_batch, max_model_len)
         arguments["gpu_memory_utilization"] = 0.4
     return arguments
 
