@@ -16,6 +16,8 @@ from lynearm.student.reader import TraceReader
 from lynearm.wire.errors import CorruptBlockError, MisalignmentError
 from lynearm.wire.traces import Cursor, Trace
 
+BEGINNING = Cursor()
+
 
 def receive(teacher: StudentModel, traces: list[Trace], traces_per_block: int) -> list[ReceivedBlock]:
     blocks = make_blocks(teacher, traces, traces_per_block)
@@ -23,7 +25,7 @@ def receive(teacher: StudentModel, traces: list[Trace], traces_per_block: int) -
 
 
 def read_batches(
-    blocks: list[ReceivedBlock], start: Cursor = Cursor(), *, batch_sequences: int = 4
+    blocks: list[ReceivedBlock], start: Cursor = BEGINNING, *, batch_sequences: int = 4
 ) -> list[Batch]:
     batcher = Batcher(batch_sequences=batch_sequences, max_sequence_tokens=64, rule=SplitRule(0.1))
     batches: list[Batch] = []
@@ -103,7 +105,7 @@ def test_tensors_hold_what_the_traces_say(traces: list[Trace]) -> None:
         assert piece.input_ids_BL.numel() <= 32 or len(piece.input_ids_BL) == 1
         # Each position's token is followed, in its row, by what the completion has next.
         rows = piece.positions_N // piece.input_ids_BL.shape[1]
-        for row in rows.unique():
+        for row in sorted(set(rows.tolist())):
             mine = rows == row
             sampled = tuple(piece.targets.sampled_ids_N[mine].tolist())
             trace = by_tokens[sampled]

@@ -157,7 +157,7 @@ def test_a_pointer_to_nowhere_is_refused(tmp_path: Path) -> None:
 
 
 def test_a_model_that_cannot_be_loaded_is_refused(tmp_path: Path, student_dir: Path) -> None:
-    with pytest.raises(CheckpointError, match="no config.json"):
+    with pytest.raises(CheckpointError, match=r"no config\.json"):
         load_student(tmp_path)
     for path in student_dir.iterdir():
         if path.name != "model.safetensors":

@@ -24,6 +24,10 @@ def train(
         Path | None, typer.Option(help="Model to begin with, in the transformers layout with tokenizer.")
     ] = None,
     stream: Annotated[str | None, typer.Option(help="Stream to learn from.")] = None,
+    wait_seconds: Annotated[
+        float | None,
+        typer.Option(help="How long to wait for a stream that is not there yet.", show_default="0"),
+    ] = None,
     out: Annotated[
         Path | None,
         typer.Option(help="Directory that receives the checkpoints.", show_default="runs/student"),

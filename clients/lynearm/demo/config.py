@@ -40,6 +40,9 @@ class DemoConfig:
     max_tokens: int = 96
     """Bound on a completion, tokens."""
 
+    temperature: float = 0.7
+    """Of the teacher's sampling: at 1 a model of this size rambles. The logprobs are raw either way."""
+
     max_batch: int = 64
     """Sequences that the teacher writes at once."""
 

@@ -36,6 +36,9 @@ from lynearm.wire.traces import Trace
 STREAM = "demo"
 
 _READY_SECONDS = 60.0
+_STREAM_SECONDS = 600.0
+"""The teacher makes the stream once it is loaded; the student, loaded before, waits for it."""
+
 _MARKER = ".lynearm-demo"
 """Says that a directory is a demo's own and may be replaced by the next one."""
 
@@ -60,7 +63,6 @@ class _Heard:
 
     address: str = ""
     serving: threading.Event = field(default_factory=threading.Event)
-    teaching: threading.Event = field(default_factory=threading.Event)
     reports: dict[str, Mapping[str, Any]] = field(default_factory=dict[str, Mapping[str, Any]])
 
 
@@ -80,7 +82,7 @@ class _Demo:
                 roles.enter_context(self._serve())
                 teach = roles.enter_context(self._teach(teacher))
                 student = self._cut(teacher)
-                train = roles.enter_context(self._train(student, teach))
+                train = roles.enter_context(self._train(student))
                 self._wait(teach, train)
                 stream, sample = self._look_at_stream()
             checkpoint = Path(self._heard.reports["train"]["checkpoint"])
@@ -136,6 +138,7 @@ class _Demo:
             "service": self._heard.address,
             "top_k": self._config.top_k,
             "max_tokens": self._config.max_tokens,
+            "temperature": self._config.temperature,
             "max_batch": self._config.max_batch,
             "max_model_len": 512,
             "threads": 1,
@@ -154,11 +157,12 @@ class _Demo:
         self._display.finish("cut", f"student of {len(kept)} of the teacher's {layers} layers")
         return student
 
-    def _train(self, student: Path, teach: RoleProcess) -> RoleProcess:
+    def _train(self, student: Path) -> RoleProcess:
         settings = {
             "student": str(student),
             "stream": STREAM,
             "service": self._heard.address,
+            "wait_seconds": _STREAM_SECONDS,
             "out": str(self._out / "student"),
             "learning_rate": self._config.learning_rate,
             "ce_weight": self._config.ce_weight,
@@ -173,11 +177,7 @@ class _Demo:
             "threads": 1,
             "replay_threads": 2,
         }
-        self._display.update("train", "waiting for the teacher's stream")
-        while not self._heard.teaching.wait(0.5):
-            if not teach.running:
-                teach.wait()
-                break
+        self._display.update("train", "loading the student")
         return self._configured_role("train", settings, self._on_train)
 
     def _wait(self, teach: RoleProcess, train: RoleProcess) -> None:
@@ -258,8 +258,6 @@ class _Demo:
             self._heard.reports["teach"] = event
             self._display.finish("teach", describe_teach(event))
         elif event["event"] == "teach_progress":
-            if event["stage"] in ("generating", "sealing", "done"):
-                self._heard.teaching.set()
             fraction = event["done_prompts"] / event["prompts"] if event["prompts"] else None
             self._display.update("teach", describe_teach(event), fraction)
 

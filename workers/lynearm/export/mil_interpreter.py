@@ -18,8 +18,8 @@ from typing import Any, TypeAlias
 import numpy as np
 import numpy.typing as npt
 import torch
-from coremltools.proto import MIL_pb2, Model_pb2
 
+from lynearm.export.coreml_library import MIL_pb2, Model_pb2
 from lynearm.export.mil_operations import OPERATIONS, Operands
 from lynearm.wire.errors import ParityError
 
@@ -70,11 +70,11 @@ class MilInterpreter:
         self._state_inputs = {
             item.name for item in function.inputs if item.type.WhichOneof("type") == "stateType"
         }
+        self.states: dict[str, torch.Tensor] = {}
+        self.reset()
         self._constants: dict[str, Any] = {}
         self._fold_constants()
         self._last_uses = _find_last_uses(self._steps, {str(name) for name in self._block.outputs})
-        self.states: dict[str, torch.Tensor] = {}
-        self.reset()
 
     @property
     def state_shapes(self) -> Mapping[str, tuple[int, ...]]:

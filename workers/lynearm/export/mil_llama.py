@@ -21,13 +21,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
-import coremltools as ct
 import numpy as np
 import numpy.typing as npt
-from coremltools.converters.mil import Builder as mb
-from coremltools.converters.mil.mil import get_new_symbol, types
 
 from lynearm.export.checkpoint import EMBEDDING, FINAL_NORM, LM_HEAD, Architecture
+from lynearm.export.coreml_library import ct, get_new_symbol, mb, types
 
 # Any: coremltools ships no types; a MIL value is opaque to us.
 MilValue: TypeAlias = Any
@@ -64,7 +62,13 @@ def build_program(
         context_length: N, tokens that the cache holds.
     """
     tokens, end = get_new_symbol(), get_new_symbol()
-    cache_shape = (architecture.num_layers, 1, architecture.num_kv_heads, context_length, architecture.head_dim)
+    cache_shape = (
+        architecture.num_layers,
+        1,
+        architecture.num_kv_heads,
+        context_length,
+        architecture.head_dim,
+    )
     specs = [
         mb.TensorSpec((1, tokens), dtype=types.int32),
         mb.TensorSpec((1, 1, tokens, end), dtype=types.fp16),
@@ -73,7 +77,7 @@ def build_program(
     ]
 
     # The parameter names become the names of inputs and states.
-    @mb.program(input_specs=specs, opset_version=ct.target.iOS18)  # type: ignore[untyped-decorator,unused-ignore]
+    @mb.program(input_specs=specs, opset_version=ct.target.iOS18)
     def program(
         inputIds: MilValue, fullAttentionMask: MilValue, keyCache: MilValue, valueCache: MilValue
     ) -> MilValue:
@@ -224,6 +228,4 @@ def rotary_tables(
 
 
 def _length(x: MilValue, axis: int) -> MilValue:
-    return mb.slice_by_size(
-        x=mb.shape(x=x), begin=np.array([axis], np.int32), size=np.array([1], np.int32)
-    )
+    return mb.slice_by_size(x=mb.shape(x=x), begin=np.array([axis], np.int32), size=np.array([1], np.int32))

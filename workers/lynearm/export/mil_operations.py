@@ -85,7 +85,9 @@ def _linear(operands: Operands, _: States) -> torch.Tensor:
 
 def _reshape(operands: Operands, _: States) -> torch.Tensor:
     x: torch.Tensor = operands["x"]
-    return x.reshape([x.shape[i] if size == 0 else size for i, size in enumerate(_integers(operands["shape"]))])
+    return x.reshape(
+        [x.shape[i] if size == 0 else size for i, size in enumerate(_integers(operands["shape"]))]
+    )
 
 
 def _expand_dims(operands: Operands, _: States) -> torch.Tensor:
@@ -96,8 +98,10 @@ def _expand_dims(operands: Operands, _: States) -> torch.Tensor:
 
 
 def _concat(operands: Operands, _: States) -> torch.Tensor:
-    return torch.cat([value.reshape(-1) if value.dim() == 0 else value for value in operands["values"]],
-                     int(operands["axis"]))
+    return torch.cat(
+        [value.reshape(-1) if value.dim() == 0 else value for value in operands["values"]],
+        int(operands["axis"]),
+    )
 
 
 def _reduce_mean(operands: Operands, _: States) -> torch.Tensor:

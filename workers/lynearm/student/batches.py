@@ -5,8 +5,6 @@ configuration alone: not on time, not on how traces were packed into blocks, not
 interrupted. Shape legend: B = sequences, L = padded length, N = completion positions, K = kept entries.
 """
 
-# ruff: noqa: N815  # shape suffixes are part of our names
-
 from __future__ import annotations
 
 import hashlib
@@ -24,6 +22,12 @@ from lynearm.wire.traces import Cursor, Trace
 
 SPLIT_TAG = "split"
 """Tag by which a trace says whether it is trained on: "train" or "held_out"."""
+
+_LEAST_FILL = 0.75
+"""A sequence shorter than this part of a piece's longest is better computed with others of its length."""
+
+_WORTHWHILE_TOKENS = 256
+"""Padded tokens from which on another piece costs less than padding."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -133,8 +137,11 @@ def collate(
     ordered = sorted(traces, key=lambda trace: _length(trace, max_sequence_tokens), reverse=True)
     pieces: list[list[Trace]] = []
     for trace in ordered:
+        length = _length(trace, max_sequence_tokens)
         longest = _length(pieces[-1][0], max_sequence_tokens) if pieces else 0
-        if pieces and longest * (len(pieces[-1]) + 1) <= micro_batch_tokens:
+        padded_tokens = longest * len(pieces[-1]) if pieces else 0
+        much_padding = padded_tokens >= _WORTHWHILE_TOKENS and length < _LEAST_FILL * longest
+        if pieces and padded_tokens + longest <= micro_batch_tokens and not much_padding:
             pieces[-1].append(trace)
         else:
             pieces.append([trace])

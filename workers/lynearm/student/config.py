@@ -36,6 +36,10 @@ class TrainConfig:
     patience_seconds: float = math.inf
     """How long the service may stay away in the middle of a run before the run saves and gives up."""
 
+    wait_seconds: float = 0.0
+    """How long to wait for a service and a stream that are not there yet. None, since a stream that is not
+    there is more often a slip of the pen than a teacher about to start."""
+
     out: Path = Path("runs/student")
     """Directory that receives the checkpoints."""
 
@@ -150,7 +154,7 @@ class TrainConfig:
             "threads replay_threads seed"
         )
         counts_from_one = "batch_sequences micro_batch_tokens epochs keep_checkpoints prefetch_blocks"
-        not_negative = "weight_decay grad_clip kd_weight ce_weight max_seconds"
+        not_negative = "weight_decay grad_clip kd_weight ce_weight max_seconds wait_seconds"
         checks = {f"{name} is {getattr(self, name)}, expected 0 or more": getattr(self, name) >= 0
                   for name in f"{counts_from_zero} {not_negative}".split()}  # fmt: skip
         checks |= {f"{name} is {getattr(self, name)}, expected 1 or more": getattr(self, name) >= 1

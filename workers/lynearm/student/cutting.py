@@ -310,7 +310,7 @@ def _write(model: Any, teacher_dir: Path, out_dir: Path, kept: tuple[int, ...]) 
 
 
 def _weights_sha256(directory: Path) -> str:
-    """Digest over names and digests of the weight files; what a teacher of the same directory calls itself."""
+    """Over names and digests of the weight files: the revision that a teacher of the directory has."""
     digest = hashlib.sha256()
     for path in sorted([*directory.glob("*.safetensors"), *directory.glob("*.bin")]):
         with path.open("rb") as file:

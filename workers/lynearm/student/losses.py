@@ -18,8 +18,6 @@ student is sure. So the whole step is one exponential over [C, V] in place, whos
 numbers per row and patched at K + 1 entries, is also the gradient.
 """
 
-# ruff: noqa: N815  # shape suffixes are part of our names
-
 from __future__ import annotations
 
 from collections.abc import Callable

@@ -56,6 +56,7 @@ class Optimization:
             ],
             lr=config.learning_rate,
             betas=(config.beta1, config.beta2),
+            fused=student.device.type in ("cpu", "cuda"),
         )
 
     def step(self, batch: Batch, step: int) -> StepResult:
@@ -153,7 +154,7 @@ class Optimization:
         moments = {moment: tensors[f"{moment}.{name}"].to(parameter.device) for moment in _MOMENTS}
         if any(moment.shape != parameter.shape for moment in moments.values()):
             raise CheckpointError(f"the optimizer state of {name} has another shape than the parameter")
-        return {"step": torch.tensor(float(step)), **moments}
+        return {"step": torch.tensor(float(step), device=parameter.device), **moments}
 
 
 def learning_rate(config: TrainConfig, step: int) -> float:

@@ -37,11 +37,13 @@ from lynearm.student.progress import (
 from lynearm.student.reader import PositionedTrace, TraceReader
 from lynearm.student.reporting import Reporter
 from lynearm.student.source import WatchedSource
-from lynearm.wire.errors import LynearmError
+from lynearm.wire.errors import LynearmError, ServiceUnavailableError, StreamNotFoundError
 from lynearm.wire.protobuf import StreamInfo
 from lynearm.wire.traces import Cursor, Trace
 
 logger = logging.getLogger(__name__)
+
+_LOOK_FOR_STREAM_SECONDS = 0.5
 
 
 def run_train(
@@ -71,11 +73,29 @@ def run_train(
         patience_seconds=config.patience_seconds,
     )
     with client, stop_on_interrupt(stop) as event, _keep_threads():
-        stream = client.get_stream(config.stream)
+        stream = _find_stream(client, config, event, reporter)
         reporter.stage("loading", str(config.out if config.resume else config.student))
         if config.threads:
             torch.set_num_threads(config.threads)
         return _Run(config, client, begin(config, stream), stream, event, reporter).go()
+
+
+def _find_stream(
+    client: TraceClient, config: TrainConfig, stop: threading.Event, reporter: Reporter
+) -> StreamInfo:
+    """The stream, waited for as long as the configuration says."""
+    deadline = time.monotonic() + config.wait_seconds
+    announced = False
+    while True:
+        try:
+            return client.get_stream(config.stream)
+        except (StreamNotFoundError, ServiceUnavailableError):
+            if stop.is_set() or time.monotonic() >= deadline:
+                raise
+        if not announced:
+            reporter.stage("waiting", f"stream {config.stream!r} to be created")
+            announced = True
+        stop.wait(_LOOK_FOR_STREAM_SECONDS)
 
 
 class _Run:

@@ -1,0 +1,60 @@
+"""What a trainer can be told, and what it refuses."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+from student.teaching_material import make_spec
+
+from lynearm.student.alignment import find_differences
+from lynearm.student.config import TrainConfig
+from lynearm.student.model import StudentModel
+from lynearm.student.optimization import learning_rate
+from lynearm.wire.errors import ConfigError
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"stream": "No Such Name"},
+        {"learning_rate": 0.0},
+        {"batch_sequences": 0},
+        {"held_out_fraction": 0.95},
+        {"kd_weight": 0.0, "ce_weight": 0.0},
+        {"schedule": "cosine"},
+        {"schedule": "wavy"},
+        {"dtype": "float8"},
+        {"patience_seconds": -1.0},
+        {"max_sequence_tokens": 1},
+        {"epochs": 0},
+    ],
+)
+def test_a_value_out_of_range_is_named(wrong: dict[str, object]) -> None:
+    with pytest.raises(ConfigError, match=next(iter(wrong)) if "stream" not in wrong else "No Such Name"):
+        TrainConfig(**wrong)  # type: ignore[arg-type]
+
+
+def test_the_rate_rises_then_stays_or_falls() -> None:
+    constant = TrainConfig(learning_rate=1.0, warmup_steps=4)
+    rates = [learning_rate(constant, step) for step in range(1, 8)]
+    assert rates == pytest.approx([0.2, 0.4, 0.6, 0.8, 1.0, 1.0, 1.0])
+    cosine = replace(constant, schedule="cosine", max_steps=14)
+    assert learning_rate(cosine, 9) == pytest.approx(0.55)
+    assert learning_rate(cosine, 14) == learning_rate(cosine, 20) == pytest.approx(0.1)
+
+
+def test_an_aligned_student_has_no_differences(teacher: StudentModel) -> None:
+    assert find_differences(make_spec(teacher), teacher) == []
+
+
+def test_other_logprobs_and_end_tokens_are_differences(teacher: StudentModel) -> None:
+    spec = make_spec(teacher)
+    other = replace(
+        spec,
+        teacher=replace(spec.teacher, logprobs_mode="processed", logprobs_temperature=0.7),
+        tokenizer=replace(spec.tokenizer, eos_token_ids=(9,)),
+    )
+    end_tokens, logprobs = find_differences(other, teacher)
+    assert "end tokens: teacher [9]" in end_tokens
+    assert "processed at temperature 0.7" in logprobs
