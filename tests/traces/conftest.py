@@ -24,7 +24,7 @@ def start_server(loop: LoopThread, tmp_path: Path) -> Iterator[StartServer]:
     started: list[RunningServer] = []
 
     def start(**config: Any) -> RunningServer:
-        config = {"data_dir": tmp_path / "data", "port": 0, "drain_seconds": 5.0, **config}
+        config = {"data_dir": tmp_path / "data", "port": 0, "drain_seconds": 60.0, **config}
         started.append(RunningServer(loop, ServeConfig(**config)))
         return started[-1]
 

@@ -139,7 +139,8 @@ def _choose_sequences(
     from lynearm.export.reference import default_sequences
 
     held_out = read_held_out(source.path)
-    calibrate, measure = [], held_out or default_sequences(source)
+    calibrate: list[HeldOutSequence] = []
+    measure = held_out or default_sequences(source)
     if held_out and config.bits == 4 and config.rounding != "nearest":
         calibrate, measure = split_for_calibration(held_out)
     measure = select_sequences(measure, config.parity_tokens, config.context_length)

@@ -18,13 +18,15 @@ from lynearm.export.parity import HeldOutSequence, PackageLogits
 
 DESCRIPTIONS = {
     INPUT_IDS: "Token ids that follow those already in the caches, [1, q].",
-    ATTENTION_MASK: "Added to attention scores, [1, 1, q, e], e tokens in all: 0 where row i may look, else -65504.",
+    ATTENTION_MASK: "Added to attention scores, [1, 1, q, e], e tokens in all: 0 or -65504.",
     LOGITS: "Unnormalised log probabilities of the token after each input, [1, q, vocabulary].",
     KEY_CACHE: "Keys of the tokens so far.",
     VALUE_CACHE: "Values of the tokens so far.",
 }
 
-NOT_RUN_ON_APPLE = "Not run on Apple hardware: what was compared is the saved program, executed on Linux by an interpreter of it."
+NOT_RUN_ON_APPLE = (
+    "Not run on Apple hardware: what was compared is the saved program, executed by an interpreter on Linux."
+)
 
 
 def save_program(program: MilProgram, package: Path) -> None:
@@ -95,9 +97,9 @@ def write_card(directory: Path, source: Checkpoint, package_name: str, facts: Ma
         "",
         f"# {source.path.name} for Core ML",
         "",
-        f"`{package_name}` is a student distilled with lynearm, for iOS 18, macOS 15 and later. Its key-value cache",
-        f"is a pair of states; inputs `{INPUT_IDS}` and `{ATTENTION_MASK}` and output `{LOGITS}` are those that",
-        "swift-transformers drives.",
+        f"`{package_name}` is a student distilled with lynearm, for iOS 18, macOS 15 and later. Its key-value",
+        f"cache is a pair of states; inputs `{INPUT_IDS}` and `{ATTENTION_MASK}` and output `{LOGITS}` are",
+        "those that swift-transformers drives.",
         "",
         *(f"- {name}: {value}" for name, value in facts.items()),
         *(

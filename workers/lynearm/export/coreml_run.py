@@ -27,7 +27,8 @@ def run_coreml(package: Path, sequences: Sequence[HeldOutSequence]) -> PackageLo
     Raises:
         ParityError: if the package is not one that the interpreter can run.
     """
-    conversation = _Conversation(package)
+    longest = max(len(one.token_ids) for one in sequences)
+    conversation = _Conversation(package, longest + DECODE_STEPS)
     full = tuple(conversation.start(one.token_ids[:-1])[one.completion_start - 1 :] for one in sequences)
     first = sequences[0]
     prompt, given = first.token_ids[: first.completion_start], first.token_ids[first.completion_start :]
@@ -44,21 +45,31 @@ def run_coreml(package: Path, sequences: Sequence[HeldOutSequence]) -> PackageLo
 
 
 class _Conversation:
-    """Drives a package as swift-transformers does: whole prompt first, then token by token."""
+    """Drives a package as swift-transformers does: whole prompt first, then token by token.
 
-    def __init__(self, package: Path) -> None:
+    Args:
+        package: The `.mlpackage`.
+        most_tokens: Bound on the tokens of a conversation. Caches are given no more room than that, nor than
+            the package declares: the interpreter copies them at each update.
+    """
+
+    def __init__(self, package: Path, most_tokens: int) -> None:
         self._interpreter = MilInterpreter(package)
-        self._context_length = next(iter(self._interpreter.state_shapes.values()))[-2]
+        declared = next(iter(self._interpreter.state_shapes.values()))[-2]
+        self._room = min(most_tokens, declared)
         self._used = 0
 
     @property
     def has_room(self) -> bool:
         """Whether the cache takes another token."""
-        return self._used < self._context_length
+        return self._used < self._room
 
     def start(self, token_ids: Sequence[int]) -> FloatArray:
         """Logits of a new conversation's tokens, [q, V]."""
-        self._interpreter.reset()
+        self._interpreter.states = {
+            name: torch.zeros((*shape[:-2], self._room, shape[-1]))
+            for name, shape in self._interpreter.state_shapes.items()
+        }
         self._used = 0
         return self.feed(token_ids)
 

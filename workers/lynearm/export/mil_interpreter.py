@@ -1,9 +1,9 @@
 """Runs a saved Core ML program in torch, where there is no Apple hardware to run it.
 
-Reads what lies in the `.mlpackage` (the protobuf and the weight file), so that what is checked is the file that
-ships and not the graph that it was made from. Arithmetic is float32; results that the program types as float16
-are rounded to float16, constants included, which is how a device stores them. What it cannot show: that Apple's
-compiler accepts the program, float16 accumulation, and speed.
+Reads what lies in the `.mlpackage` (the protobuf and the weight file), so that what is checked is the file
+that ships and not the graph that it was made from. Arithmetic is float32; results that the program types as
+float16 are rounded to float16, unpacked weights included, as a device stores them. What it cannot show: that
+Apple's compiler accepts the program, float16 accumulation, and speed.
 
 Tensors are never changed in place; states are replaced by name.
 """
@@ -20,7 +20,7 @@ import numpy.typing as npt
 import torch
 
 from lynearm.export.coreml_library import MIL_pb2, Model_pb2
-from lynearm.export.mil_operations import OPERATIONS, Operands
+from lynearm.export.mil_operations import MOVES, OPERATIONS, Operands
 from lynearm.wire.errors import ParityError
 
 # Any: the generated protobuf classes of coremltools are untyped.
@@ -133,8 +133,8 @@ class MilInterpreter:
             operands[key] = found if key == "values" else found[0]
         result = function(operands, self.states)
         for output in operation.outputs:
-            is_half = output.type.tensorType.dataType == MIL_pb2.FLOAT16
-            values[output.name] = result.half().float() if is_half else result
+            rounded = operation.type not in MOVES and output.type.tensorType.dataType == MIL_pb2.FLOAT16
+            values[output.name] = result.half().float() if rounded else result
 
     def _argument(self, argument: Message, values: Mapping[str, Any]) -> Any:
         if argument.WhichOneof("binding") != "name":
@@ -167,14 +167,16 @@ class MilInterpreter:
         raw = self._blob[start : start + size_bytes]
         if data_type == MIL_pb2.INT4:
             return _unpack_int4(raw, shape)
-        return raw.view(_DTYPES[data_type])[: int(np.prod(shape))].reshape(shape)
+        typed: RawArray = raw.view(_DTYPES[data_type])
+        return typed[: int(np.prod(shape))].reshape(shape)
 
 
 def _unpack_int4(raw: npt.NDArray[np.uint8], shape: list[int]) -> RawArray:
     """Signed 4-bit codes, the first of each byte in its low half."""
     nibbles = np.empty(2 * len(raw), np.int8)
     nibbles[0::2], nibbles[1::2] = raw & 15, raw >> 4
-    return np.where(nibbles > 7, nibbles - 16, nibbles)[: int(np.prod(shape))].reshape(shape)
+    nibbles[nibbles > 7] -= 16
+    return nibbles[: int(np.prod(shape))].reshape(shape)
 
 
 def _as_tensor(array: RawArray) -> torch.Tensor:

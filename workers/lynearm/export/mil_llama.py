@@ -4,7 +4,7 @@ The contract is the one that swift-transformers drives:
 
 * inputs `inputIds` [1, q] int32 and `fullAttentionMask` [1, 1, q, e] float16, added to the attention scores;
   e is the number of tokens in the cache after this call, so the q new ones stand at positions e - q to e - 1;
-* states `keyCache` and `valueCache` [L, KV, N, D] float16 with a leading 1 after L; zeros start a conversation;
+* states `keyCache` and `valueCache` [L, 1, KV, N, D] float16; zeros start a conversation;
 * output `logits` [1, q, V] float16, row i predicting the token after input i.
 
 Invariant: each state is read once, and each layer goes on from the value that its own update returned. Reads
@@ -76,14 +76,14 @@ def build_program(
         mb.StateTensorSpec(cache_shape, dtype=types.fp16),
     ]
 
-    # The parameter names become the names of inputs and states.
-    @mb.program(input_specs=specs, opset_version=ct.target.iOS18)
-    def program(
+    # The parameters' names become those of inputs and states.
+    def describe(
         inputIds: MilValue, fullAttentionMask: MilValue, keyCache: MilValue, valueCache: MilValue
     ) -> MilValue:
         graph = _Decoder(architecture, weights, context_length)
         return graph.build(inputIds, fullAttentionMask, keyCache, valueCache)
 
+    program: MilProgram = mb.program(input_specs=specs, opset_version=ct.target.iOS18)(describe)
     token_range, end_range = (ct.RangeDim(1, context_length, default=1) for _ in range(2))
     token_range.symbol, end_range.symbol = tokens, end
     program.functions["main"].input_types = [
@@ -101,7 +101,7 @@ class _Cache:
         self._value = mb.read_state(input=state)
 
     def update(self, layer: int, new: MilValue, begin: MilValue, end: MilValue) -> MilValue:
-        """Writes [1, KV, q, D] at [begin, end) of a layer; returns that layer's rows up to end, [1, KV, e, D]."""
+        """Writes [1, KV, q, D] at [begin, end) of a layer; returns its rows up to end, [1, KV, e, D]."""
         zero, this, following = (np.array([i], np.int32) for i in (0, layer, layer + 1))
         first = mb.concat(values=[this, zero, zero, begin, zero], axis=0)
         last = mb.concat(values=[following, zero, zero, end, zero], axis=0)
@@ -166,7 +166,7 @@ class _Decoder:
         value = self._heads(normed, f"{prefix}v_proj.weight", a.num_kv_heads)
         all_keys = keys.update(layer, key, self._begin, self._end)
         all_values = values.update(layer, value, self._begin, self._end)
-        # Head h uses key head h // (H / KV): [1, H, q, D] folds to [1, KV, H / KV · q, D] with no copy of keys.
+        # Head h uses key head h // (H / KV): [1, H, q, D] folds to [1, KV, H / KV · q, D], keys uncopied.
         rows = mb.reshape(x=query, shape=[1, a.num_kv_heads, -1, a.head_dim])
         mixed = mb.scaled_dot_product_attention(
             query=rows, key=all_keys, value=all_values, attn_mask=self._mask

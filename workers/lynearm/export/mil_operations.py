@@ -16,6 +16,23 @@ Operands: TypeAlias = dict[str, Any]
 States: TypeAlias = dict[str, torch.Tensor]
 Operation: TypeAlias = Callable[[Operands, States], Any]
 
+MOVES = frozenset(
+    {
+        "concat",
+        "expand_dims",
+        "gather",
+        "identity",
+        "read_state",
+        "reshape",
+        "slice_by_index",
+        "slice_by_size",
+        "slice_update",
+        "tile",
+        "transpose",
+    }
+)
+"""Operations that compute nothing: what they return needs no rounding."""
+
 _CAST_TYPES = {
     "fp32": torch.float32,
     "fp16": torch.float32,  # rounded by the interpreter, by the type of the output
@@ -111,7 +128,7 @@ def _reduce_mean(operands: Operands, _: States) -> torch.Tensor:
 
 def _attention(operands: Operands, _: States) -> torch.Tensor:
     query, key = operands["query"], operands["key"]
-    scores = query @ key.transpose(-1, -2) / math.sqrt(query.shape[-1])
+    scores: torch.Tensor = query @ key.transpose(-1, -2) / math.sqrt(query.shape[-1])
     return torch.softmax(scores + operands["attn_mask"], -1) @ operands["value"]
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, cast
@@ -33,12 +34,12 @@ def run_mlx(package: Path, sequences: Sequence[HeldOutSequence]) -> PackageLogit
     first = sequences[0]
     cache = make_prompt_cache(model)
     decode = [rows(first.token_ids[: first.completion_start], cache)[-1:]]
+    # One prefill serves both continuations: float16 on a CPU takes a tenth of a second for each token.
+    greedy_cache = copy.deepcopy(cache)
     steps = min(DECODE_STEPS, len(full[0]))
     for position in range(first.completion_start, first.completion_start + steps - 1):
         decode.append(rows(first.token_ids[position : position + 1], cache))
-    greedy: list[int] = []
-    cache, tokens = make_prompt_cache(model), list(first.token_ids[: first.completion_start])
-    for _ in range(DECODE_STEPS):
-        tokens = [int(rows(tokens, cache)[-1].argmax())]
-        greedy += tokens
+    greedy = [int(decode[0][-1].argmax())]
+    while len(greedy) < DECODE_STEPS:
+        greedy.append(int(rows(greedy[-1:], greedy_cache)[-1].argmax()))
     return PackageLogits(full, np.concatenate(decode), tuple(greedy))

@@ -4,13 +4,14 @@
     python verify_on_mac.py [--compute-units CPU_AND_GPU]
 
 Feeds a prompt at once, then single tokens through the key-value cache, then lets the package continue the
-prompt greedily. Exits with 1 if the mean KL to torch, which held the same weights in float32, is above the limit.
+prompt greedily. Exits with 1 if the mean KL to torch, holding the same weights in float32, is above the limit.
 This file needs nothing but numpy and coremltools, so that it can travel with the package.
 """
 
 from __future__ import annotations
 
 import argparse
+import importlib
 import sys
 import time
 from collections.abc import Callable, Mapping
@@ -98,10 +99,8 @@ def main() -> int:
 
 
 def _load(package: Path, units: str) -> Callable[[], Predict]:
-    import coremltools
-
     # Any: coremltools ships no types.
-    library: Any = coremltools
+    library: Any = importlib.import_module("coremltools")
     model = library.models.MLModel(str(package), compute_units=library.ComputeUnit[units])
 
     def start() -> Predict:
@@ -119,7 +118,8 @@ def _feed(predict: Predict, token_ids: list[int], position: int) -> Array:
         "inputIds": np.array([token_ids], np.int32),
         "fullAttentionMask": mask[None, None],
     }
-    return np.asarray(predict(inputs)["logits"], np.float64)[0, -1]
+    logits: Array = np.asarray(predict(inputs)["logits"], np.float64)
+    return np.asarray(logits[0, -1])
 
 
 def _continue(predict: Predict, prompt: list[int], count: int) -> list[int]:

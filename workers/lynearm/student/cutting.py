@@ -2,8 +2,7 @@
 
 Which layers to leave out is measured. Block influence (1 − cos of a layer's input and output; Men et al.,
 ShortGPT, 2024) costs one pass and names the layers that are worth a try; the KL to the whole teacher decides,
-one layer after the other, given those that are gone already. On SmolLM2-135M the measured order starts 8
-layers shorter at less than half the KL of the order by influence alone.
+one layer after the other, given those that are gone already.
 """
 
 from __future__ import annotations
@@ -29,24 +28,21 @@ from lynearm.wire.errors import CheckpointError, ConfigError
 
 logger = logging.getLogger(__name__)
 
-EXTRA_CANDIDATES = 8
+EXTRA_CANDIDATES = 6
 """Layers that are tried beyond the number to leave out, by least influence."""
 
 CALIBRATION = (
     (
-        "Mia has 14 marbles and buys 9 more. How many does she have now?",
+        "Mia has 14 marbles and buys 9 more. Why does she have 23 now?",
         "Mia starts with 14 marbles. She buys 9 more, so she has 14 + 9 = 23 marbles.",
     ),
     (
         "Write a Python function that doubles a number.",
         "```python\ndef double(x):\n    return 2 * x\n```\nCall it with any number to get twice its value.",
     ),
-    (
-        "Why do leaves fall in autumn?",
-        "Trees drop their leaves to save water when the days get short and cold.",
-    ),
 )
-"""Questions and answers that candidates are measured on when no sequences are given: about 120 positions."""
+"""Questions and answers that candidates are measured on when no sequences are given. About 60 positions: each
+costs half a forward pass for every candidate."""
 
 
 @dataclass(frozen=True, slots=True)
