@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import logging
+import importlib
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -36,8 +36,6 @@ if TYPE_CHECKING:
 
     from lynearm.export.mil_llama import StoredWeight
     from lynearm.export.reference import TorchReference
-
-logger = logging.getLogger(__name__)
 
 ACTIVATION_DTYPE = "float16"
 """Of activations and caches; norms compute in float32."""
@@ -104,8 +102,8 @@ def export_coreml(
     source = read_checkpoint(find_checkpoint(checkpoint))
     config = replace(config, context_length=min(config.context_length, source.architecture.max_positions))
     weights = load_weights(source)
-    # Slow to import, and with remedies of its own where it is missing.
-    from lynearm.export import coreml_library  # noqa: F401
+    # Imported before anything is computed, to say at once where it is missing.
+    importlib.import_module("lynearm.export.coreml_library")
     from lynearm.export.reference import TorchReference
 
     reference = TorchReference(source, weights)

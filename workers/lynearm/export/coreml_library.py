@@ -10,14 +10,14 @@ import importlib
 import io
 import logging
 import warnings
-from collections.abc import Iterator
+from collections.abc import Generator
 from typing import Any
 
 from lynearm.wire.errors import MissingDependencyError
 
 
 @contextlib.contextmanager
-def quiet() -> Iterator[None]:
+def quiet() -> Generator[None]:
     """Keeps coremltools' log, warnings and progress bars off the terminal; errors are raised as ever.
 
     On Linux it logs once for each part of Apple's runtime that is not there, and warns of any newer torch.

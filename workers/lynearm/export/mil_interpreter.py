@@ -182,7 +182,7 @@ def _unpack_int4(raw: npt.NDArray[np.uint8], shape: list[int]) -> RawArray:
 def _as_tensor(array: RawArray) -> torch.Tensor:
     if array.dtype == np.uint16:
         array = array.astype(np.int32)
-    tensor = torch.from_numpy(np.array(array))
+    tensor = torch.tensor(array)
     return tensor.float() if tensor.dtype == torch.float16 else tensor
 
 

@@ -129,7 +129,8 @@ def _reduce_mean(operands: Operands, _: States) -> torch.Tensor:
 def _attention(operands: Operands, _: States) -> torch.Tensor:
     query, key = operands["query"], operands["key"]
     scores: torch.Tensor = query @ key.transpose(-1, -2) / math.sqrt(query.shape[-1])
-    return torch.softmax(scores + operands["attn_mask"], -1) @ operands["value"]
+    mixed: torch.Tensor = torch.softmax(scores + operands["attn_mask"], -1) @ operands["value"]
+    return mixed
 
 
 def _unpack_blocks(operands: Operands, _: States) -> torch.Tensor:

@@ -4,7 +4,7 @@
     python verify_on_mac.py [--compute-units CPU_AND_GPU]
 
 Feeds a prompt at once, then single tokens through the key-value cache, then lets the package continue the
-prompt greedily. Exits with 1 if the mean KL to torch, holding the same weights in float32, is above the limit.
+prompt greedily. Exits with 1 if the mean KL to torch in float32, of the same weights, is above the limit.
 This file needs nothing but numpy and coremltools, so that it can travel with the package.
 """
 
