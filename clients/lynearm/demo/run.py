@@ -78,6 +78,8 @@ class _Demo:
         self._display = StageDisplay(console)
         self._out = config.out.absolute()
         self._heard = _Heard()
+        self._exporting: list[RoleProcess] = []
+        self._stopping = threading.Event()
 
     def run(self) -> DemoReport:
         with self._display:
@@ -213,14 +215,24 @@ class _Demo:
         if self._config.coreml:
             jobs.append(lambda: self._export_one("coreml", ["coreml", str(checkpoint), "--bits", "8"]))
         with ThreadPoolExecutor(len(jobs)) as executor:
-            for future in [executor.submit(job) for job in jobs]:
-                future.result()
+            try:
+                for future in [executor.submit(job) for job in jobs]:
+                    future.result()
+            except BaseException:
+                # Whatever ended one ends the others: Ctrl-C must not wait for an export.
+                self._stopping.set()
+                for process in list(self._exporting):
+                    process.stop()
+                raise
 
     def _export_one(self, name: str, arguments: list[str]) -> None:
+        if self._stopping.is_set():
+            return
         self._display.update(name, "loading")
         positions = f"parity_tokens={_PARITY_POSITIONS}"
         command = ["export", *arguments, "--out", str(self._out / name), "--set", positions]
         with self._role(name, command, lambda event: self._on_export(name, event)) as process:
+            self._exporting.append(process)
             process.wait()
 
     def _speak(self, prompt: str) -> str:

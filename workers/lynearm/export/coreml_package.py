@@ -98,8 +98,8 @@ def write_card(directory: Path, source: Checkpoint, package_name: str, facts: Ma
         f"# {source.path.name} for Core ML",
         "",
         f"`{package_name}` is a student distilled with lynearm, for iOS 18, macOS 15 and later. Its",
-        f"key-value cache is a pair of states; inputs `{INPUT_IDS}` and `{ATTENTION_MASK}` and output `{LOGITS}` are",
-        "those that swift-transformers drives.",
+        f"key-value cache is a pair of states; inputs `{INPUT_IDS}` and `{ATTENTION_MASK}` and output",
+        f"`{LOGITS}` are those that swift-transformers drives.",
         "",
         *(f"- {name}: {value}" for name, value in facts.items()),
         *(
