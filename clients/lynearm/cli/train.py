@@ -120,8 +120,9 @@ def _run(settings: TrainConfig, report: Reporter[TrainProgress]) -> TrainReport:
     from lynearm.client import TraceClient
 
     # A wrong name or address is said at once, not after the imports below.
-    with TraceClient(settings.service, timeout_seconds=settings.service_timeout_seconds) as client:
-        client.get_stream(settings.stream)
+    if not settings.wait_seconds:
+        with TraceClient(settings.service, timeout_seconds=settings.service_timeout_seconds) as client:
+            client.get_stream(settings.stream)
     # Importing torch and transformers takes seconds, in which nobody should look at nothing.
     report.announce(Status("starting", "loading torch"))
     from lynearm.student.trainer import run_train
