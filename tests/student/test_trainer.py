@@ -113,6 +113,32 @@ def test_a_resumed_run_repeats_the_uninterrupted_one(
         assert torch.equal(mine, other), name
 
 
+def test_a_resumed_run_keeps_its_tokenizer_when_old_checkpoints_go(
+    stream: str, configure: Callable[..., TrainConfig]
+) -> None:
+    first = run_train(configure(stream, max_steps=2, keep_checkpoints=1))
+    resumed = run_train(
+        configure(stream, max_steps=8, keep_checkpoints=1, checkpoint_every_steps=1, resume=True)
+    )
+    assert not first.checkpoint.exists()
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        assert (resumed.checkpoint / name).is_file()
+
+
+def test_a_stream_that_comes_later_is_waited_for(
+    service: ServiceProcess, teacher: StudentModel, traces: list[Trace], configure: Callable[..., TrainConfig]
+) -> None:
+    create = threading.Timer(1.0, lambda: offer(service.target, teacher, traces, name="later"))
+    create.start()
+    stages: list[str] = []
+    report = run_train(
+        configure("later", wait_seconds=60.0, max_steps=2), lambda event: stages.append(event.stage)
+    )
+    create.join()
+    assert report.steps == 2
+    assert stages[0] == "waiting"
+
+
 def test_training_begins_before_the_teacher_has_finished(
     service: ServiceProcess, teacher: StudentModel, traces: list[Trace], configure: Callable[..., TrainConfig]
 ) -> None:

@@ -271,6 +271,8 @@ class _Run:
             refresh_checkpoint(checkpoint, config=self._config, lineage=lineage)
         else:
             save_checkpoint(self._student, checkpoint, config=self._config, lineage=lineage)
+            # A resumed run was loaded from a checkpoint that will be removed; the newest one stays.
+            self._student = replace(self._student, directory=checkpoint.directory)
         self._saved_step = state.step
         return checkpoint.directory
 
