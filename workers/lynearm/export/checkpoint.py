@@ -116,7 +116,6 @@ def parse_architecture(config: Mapping[str, Any]) -> Architecture:
         raise CheckpointError(
             f"config.json has {heads} heads over {kv_heads} key-value heads: not a multiple"
         )
-    eos = config.get("eos_token_id")
     return Architecture(
         hidden_size=hidden,
         intermediate_size=_positive(config, "intermediate_size"),
@@ -129,9 +128,7 @@ def parse_architecture(config: Mapping[str, Any]) -> Architecture:
         rope_theta=_rope_theta(config),
         max_positions=int(config.get("max_position_embeddings", 2048)),
         tied=bool(config.get("tie_word_embeddings", False)),
-        eos_token_ids=tuple(
-            int(i) for i in (eos if isinstance(eos, list) else [eos] if eos is not None else [])
-        ),
+        eos_token_ids=_end_tokens(config.get("eos_token_id")),
     )
 
 
@@ -149,7 +146,8 @@ def load_weights(checkpoint: Checkpoint) -> dict[str, torch.Tensor]:
         raise _missing(error) from error
     architecture = checkpoint.architecture
     names = [EMBEDDING, *linear_weight_names(architecture), *norm_weight_names(architecture)]
-    with safe_open(checkpoint.path / "model.safetensors", "pt") as file:
+    # Any: safetensors types neither the file nor what it gives.
+    with cast(Any, safe_open)(checkpoint.path / "model.safetensors", "pt") as file:
         weights = {name: cast("torch.Tensor", file.get_tensor(name)).to(torch.float32) for name in names}
     for name, weight in weights.items():
         if not bool(torch.isfinite(weight).all()):
@@ -225,6 +223,13 @@ def _rope_theta(config: Mapping[str, Any]) -> float:
     return float(nested if nested is not None else top if top is not None else DEFAULT_ROPE_THETA)
 
 
+def _end_tokens(value: object) -> tuple[int, ...]:
+    if value is None:
+        return ()
+    found = cast("list[int]", value) if isinstance(value, list) else [cast(int, value)]
+    return tuple(int(one) for one in found)
+
+
 def _positive(config: Mapping[str, Any], key: str) -> int:
     value = config.get(key)
     if not isinstance(value, int) or value < 1:
@@ -258,8 +263,9 @@ def _check_tensors(directory: Path, architecture: Architecture) -> None:
     path = directory / "model.safetensors"
     try:
         # The header alone is read; "np" since it needs no torch.
-        with safe_open(path, "np") as file:
-            found = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
+        with cast(Any, safe_open)(path, "np") as file:
+            names: list[str] = list(file.keys())
+            found = {name: tuple(cast("list[int]", file.get_slice(name).get_shape())) for name in names}
     except (SafetensorError, OSError) as error:
         raise CheckpointError(f"{path} is not a safetensors file: {error}", "save it again") from error
     for name, shape in _expected_shapes(architecture).items():

@@ -16,7 +16,7 @@ from lynearm.export.checkpoint import (
 )
 from lynearm.export.config import CoreMlExportConfig
 from lynearm.export.held_out import find_checkpoint, read_held_out
-from lynearm.export.mlx_files import copy_tokenizer, write_config
+from lynearm.export.package_files import copy_tokenizer, write_config
 from lynearm.export.parity import (
     HeldOutSequence,
     PackageLogits,

@@ -13,7 +13,7 @@ from lynearm.export.checkpoint import LINEAGE_FILE, Checkpoint
 from lynearm.export.coreml_library import Model_pb2, ct, quiet
 from lynearm.export.mil_interpreter import MODEL_FILE
 from lynearm.export.mil_llama import ATTENTION_MASK, INPUT_IDS, KEY_CACHE, LOGITS, VALUE_CACHE, MilProgram
-from lynearm.export.mlx_files import find_licenses
+from lynearm.export.package_files import find_licenses
 from lynearm.export.parity import HeldOutSequence, PackageLogits
 
 DESCRIPTIONS = {

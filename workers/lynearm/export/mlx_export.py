@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import logging
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
@@ -18,7 +19,7 @@ from lynearm.export.checkpoint import (
 )
 from lynearm.export.config import MlxExportConfig
 from lynearm.export.held_out import find_checkpoint, read_held_out
-from lynearm.export.mlx_files import copy_tokenizer, write_card, write_config, write_tensors
+from lynearm.export.package_files import copy_tokenizer, write_card, write_config, write_tensors
 from lynearm.export.parity import (
     HeldOutSequence,
     Parity,
@@ -131,10 +132,8 @@ def export_mlx(
 
 
 def _check_mlx() -> None:
-    try:
-        import mlx_lm  # noqa: F401
-    except ImportError as error:
-        raise MissingDependencyError("mlx_lm is not installed", "pip install 'lynearm[mlx]'") from error
+    if importlib.util.find_spec("mlx_lm") is None:
+        raise MissingDependencyError("mlx_lm is not installed", "pip install 'lynearm[mlx]'")
 
 
 def _choose_dtype(config: MlxExportConfig, weights: dict[str, torch.Tensor]) -> str:

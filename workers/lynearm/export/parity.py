@@ -159,7 +159,9 @@ def compare(reference: PackageLogits, package: PackageLogits) -> Parity:
             f"logits have shapes {found}, not {expected}",
             "the package was built for another vocabulary; export again",
         )
-    kl, top1, error = [], [], 0.0
+    kl: list[npt.NDArray[np.float64]] = []
+    top1: list[npt.NDArray[np.bool_]] = []
+    error = 0.0
     for expected_TV, found_TV in zip(references, packages, strict=True):
         if len(expected_TV) == 0:
             continue

@@ -15,6 +15,7 @@ float32 model, 4 bits in groups of 64: MLX's own 0.52):
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any, cast
 
 import torch
 
@@ -27,7 +28,7 @@ DAMPING = 0.01
 """Share of the mean diagonal added to second moments, so that unused directions cannot explode."""
 
 GRIDS_PER_RANGE = 2
-"""Grids tried per range: the range itself, and one least-squares refit; each costs a pass over the weights."""
+"""Tried per range: the range itself, and one least-squares refit; each costs a pass over the weights."""
 
 CHUNK_WEIGHTS = 1 << 17
 """Weights searched at once: the temporaries stay in the processor's cache."""
@@ -87,7 +88,9 @@ def quantise_nearest(
     check_divisible(columns, grid.group_size)
     importance = torch.ones(columns) if importance_C is None else importance_C
     importance_GS = importance.float().view(-1, grid.group_size)
-    codes, scales, biases = [], [], []
+    codes: list[torch.Tensor] = []
+    scales: list[torch.Tensor] = []
+    biases: list[torch.Tensor] = []
     for chunk_RC in torch.split(weight_RC, max(1, CHUNK_WEIGHTS // columns)):
         chunk_RGS = chunk_RC.reshape(chunk_RC.shape[0], -1, grid.group_size)
         scale, bias = fit_grid(chunk_RGS, importance_GS, grid)
@@ -117,7 +120,8 @@ def quantise_with_feedback(
     importance_C = second_moment_CC.diagonal()
     rest_CR = weight_RC.T.clone(memory_format=torch.contiguous_format)
     codes_CR = torch.empty_like(rest_CR)
-    scales, biases = [], []
+    scales: list[torch.Tensor] = []
+    biases: list[torch.Tensor] = []
     for start in range(0, columns, size):
         group = slice(start, start + size)
         scale_R, bias_R = _fit_columns(rest_CR[group], importance_C[group], grid)
@@ -240,15 +244,17 @@ def _spread_factors(second_moment_CC: torch.Tensor) -> torch.Tensor:
     """Upper Cholesky factor of the damped inverse: row j says how column j's error moves the later ones."""
     diagonal = second_moment_CC.diagonal().mean().clamp(min=1e-12)
     damped = second_moment_CC + DAMPING * diagonal * torch.eye(second_moment_CC.shape[0])
-    inverse = torch.cholesky_inverse(torch.linalg.cholesky(damped))
-    factor: torch.Tensor = torch.linalg.cholesky(inverse, upper=True)
-    return factor
+    # Any: torch leaves its linear algebra half typed.
+    linalg: Any = torch.linalg
+    inverse = torch.cholesky_inverse(cast(torch.Tensor, linalg.cholesky(damped)))
+    return cast(torch.Tensor, linalg.cholesky(inverse, upper=True))
 
 
 def _fit_columns(
     group_SR: torch.Tensor, importance_S: torch.Tensor, grid: GridFormat
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    scales, biases = [], []
+    scales: list[torch.Tensor] = []
+    biases: list[torch.Tensor] = []
     for chunk_SR in torch.split(group_SR, CHUNK_WEIGHTS // grid.group_size, dim=1):
         scale, bias = fit_grid(chunk_SR.T.contiguous()[:, None], importance_S[None], grid)
         scales.append(scale.flatten())

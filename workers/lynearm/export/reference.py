@@ -107,7 +107,8 @@ class TorchReference:
 
 def default_sequences(checkpoint: Checkpoint) -> list[HeldOutSequence]:
     """The built-in prompts in the checkpoint's own tokens; every position after the first counts."""
-    tokenizer: Any = AutoTokenizer.from_pretrained(str(checkpoint.path), local_files_only=True)
+    loader: Any = AutoTokenizer
+    tokenizer: Any = loader.from_pretrained(str(checkpoint.path), local_files_only=True)
     encoded: list[list[int]] = [tokenizer.encode(text, add_special_tokens=False) for text in DEFAULT_PROMPTS]
     return [HeldOutSequence(tuple(ids), max(1, len(ids) // 3)) for ids in encoded if len(ids) > 1]
 

@@ -20,15 +20,15 @@ def generate_text_mlx(package: Path, prompt: str, *, max_tokens: int = 128) -> s
         MissingDependencyError: if mlx_lm is not installed.
     """
     try:
-        # Any: mlx_lm ships no types.
         import mlx_lm
     except ImportError as error:
         raise MissingDependencyError("mlx_lm is not installed", "pip install 'lynearm[mlx]'") from error
-    model, tokenizer = cast("tuple[Any, Any]", mlx_lm.load(str(package))[:2])
+    untyped = cast(Any, mlx_lm)  # it ships no types
+    model, tokenizer = untyped.load(str(package))[:2]
     if tokenizer.chat_template:
         tokens = tokenizer.apply_chat_template(
             [{"role": "user", "content": prompt}], add_generation_prompt=True
         )
     else:
         tokens = tokenizer.encode(prompt)
-    return str(mlx_lm.generate(model, tokenizer, prompt=tokens, max_tokens=max_tokens)).strip()
+    return str(untyped.generate(model, tokenizer, prompt=tokens, max_tokens=max_tokens)).strip()

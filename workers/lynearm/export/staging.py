@@ -7,7 +7,7 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Generator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,7 @@ MARKER_FILE = "lynearm_export.json"
 
 
 @contextlib.contextmanager
-def staged_directory(target: Path, *, overwrite: bool) -> Iterator[Path]:
+def staged_directory(target: Path, *, overwrite: bool) -> Generator[Path]:
     """A temporary directory beside the target that takes its name when the block ends without an error.
 
     Args:

@@ -1,4 +1,4 @@
-"""The files of an MLX package, as stock mlx_lm, mlx-swift and LM Studio read them."""
+"""Files of a package that readers look for: weights, configuration, tokenizer and card."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import json
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, Any, cast
 
 from lynearm.export.checkpoint import LINEAGE_FILE, Checkpoint, JsonObject, read_json
 from lynearm.export.staging import write_json
@@ -33,10 +33,11 @@ _ABSTRACT_TOKENIZER_CLASSES = ("TokenizersBackend", "PythonBackend", "", None)
 
 def write_tensors(directory: Path, tensors: Mapping[str, torch.Tensor]) -> None:
     """model.safetensors and the index that some readers insist on."""
-    from safetensors.torch import save_file
+    import safetensors.torch
 
+    untyped = cast(Any, safetensors.torch)  # its functions are half typed
     name = "model.safetensors"
-    save_file(
+    untyped.save_file(
         {key: tensors[key].contiguous() for key in sorted(tensors)}, directory / name, {"format": "mlx"}
     )
     size_bytes = sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
