@@ -35,9 +35,8 @@ from lynearm.wire.traces import Trace
 
 STREAM = "demo"
 
-_PARITY_POSITIONS = 24
-"""Compared in each export. MLX's float16 takes a tenth of a second per token on a CPU without such units, the
-interpreter of Core ML programs longer; a wrong graph shows at the first position."""
+_PARITY_POSITIONS = 48
+"""Compared in each export; a wrong graph shows at the first of them."""
 
 _READY_SECONDS = 60.0
 _STREAM_SECONDS = 600.0

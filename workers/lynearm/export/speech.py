@@ -23,8 +23,10 @@ def generate_text_mlx(package: Path, prompt: str, *, max_tokens: int = 128) -> s
         import mlx_lm
     except ImportError as error:
         raise MissingDependencyError("mlx_lm is not installed", "pip install 'lynearm[mlx]'") from error
+    from lynearm.export.mlx_run import load_package
+
     untyped = cast(Any, mlx_lm)  # it ships no types
-    model, tokenizer = untyped.load(str(package))[:2]
+    model, tokenizer = load_package(package)
     if tokenizer.chat_template:
         tokens = tokenizer.apply_chat_template(
             [{"role": "user", "content": prompt}], add_generation_prompt=True
