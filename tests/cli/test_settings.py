@@ -67,7 +67,7 @@ def write(tmp_path: Path, text: str) -> Path:
 
 
 def load(file: Path | None = None, **more: object) -> Sample:
-    return load_settings(Sample, "serve", file=file, **more)  # type: ignore[arg-type]
+    return load_settings(Sample, "serve", file=file, **more)  # type: ignore[arg-type]  # options by name
 
 
 @pytest.fixture(autouse=True)

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import signal
 import socket
-import subprocess
-import sys
 import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from models.service_process import ServiceProcess
 
 from lynearm.client import Publisher, TraceClient
 from lynearm.wire.blocks import BlockHeader, checksum, join_block
@@ -44,44 +43,10 @@ def make_block(number: int, size_bytes: int = 2000) -> bytes:
     return join_block(BlockHeader(1, "exact", 1, 3, 5, size_bytes, checksum(payload)), payload)
 
 
-class ServiceProcess:
-    """A trace server in a process of its own, on a port that survives its restarts."""
-
-    def __init__(self, data_dir: Path) -> None:
-        self._data_dir = data_dir
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            self.port = probe.getsockname()[1]
-        self._process: subprocess.Popen[bytes] | None = None
-        self.start()
-
-    @property
-    def target(self) -> str:
-        return f"127.0.0.1:{self.port}"
-
-    def start(self) -> None:
-        code = (
-            "import sys; from pathlib import Path\n"
-            "from lynearm.traces.config import ServeConfig\n"
-            "from lynearm.traces.server import run_server\n"
-            "run_server(ServeConfig(data_dir=Path(sys.argv[1]), port=int(sys.argv[2])), print)\n"
-        )
-        self._process = subprocess.Popen([sys.executable, "-c", code, str(self._data_dir), str(self.port)])
-        with TraceClient(self.target) as client:
-            client.wait_until_ready(30)
-
-    def stop(self, number: signal.Signals = signal.SIGTERM) -> None:
-        if self._process is not None:
-            self._process.send_signal(number)
-            self._process.wait(30)
-            self._process = None
-
-
 @pytest.fixture
 def service(tmp_path: Path) -> Iterator[ServiceProcess]:
-    process = ServiceProcess(tmp_path / "data")
-    yield process
-    process.stop(signal.SIGKILL)
+    with ServiceProcess(tmp_path / "data") as process:
+        yield process
 
 
 @pytest.fixture

@@ -93,7 +93,7 @@ def build_report(**overrides: object) -> DemoReport:
         versions={"Python": "3.11"},
         machine="2 cores",
     )
-    return replace(report, **overrides)  # type: ignore[arg-type]
+    return replace(report, **overrides)  # type: ignore[arg-type]  # fields by name
 
 
 def test_the_page_tells_what_the_run_came_to() -> None:

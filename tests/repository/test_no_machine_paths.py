@@ -65,6 +65,14 @@ def test_registry_hosts_are_found(host: str) -> None:
     assert findings(f"--index-url https://{host}/simple")
 
 
-@pytest.mark.parametrize("text", ["tests/work/a.py", "~/home/x", "$PREFIX/tmp/x", "#!/usr/bin/env bash"])
-def test_other_paths_are_left_alone(text: str) -> None:
-    assert not findings(text)
+@pytest.mark.parametrize(
+    "parts",
+    [
+        ("tests", "work", "a.py"),
+        ("~", "home", "x"),
+        ("$PREFIX", "tmp", "x"),
+        ("#!", "usr", "bin", "env bash"),
+    ],
+)
+def test_other_paths_are_left_alone(parts: tuple[str, ...]) -> None:
+    assert not findings("/".join(parts))

@@ -7,8 +7,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from models.service_process import ServiceProcess
 from models.tiny_llama import build_tiny_llama
-from student.teaching_material import ServiceProcess, write_traces
+from student.teaching_material import write_traces
 
 from lynearm.student.model import StudentModel, load_student
 from lynearm.wire.traces import Trace

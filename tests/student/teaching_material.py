@@ -1,16 +1,9 @@
-"""A tiny teacher's traces, and a real trace service that offers them."""
+"""A tiny teacher's traces, offered by a trace service."""
 
 from __future__ import annotations
 
-import signal
-import socket
-import subprocess
-import sys
 from collections.abc import Sequence
 from dataclasses import replace
-from pathlib import Path
-from types import TracebackType
-from typing import Self
 
 import numpy as np
 import torch
@@ -18,7 +11,6 @@ import torch
 from lynearm.client import TraceClient
 from lynearm.student.model import StudentModel
 from lynearm.wire.codec import encode_block
-from lynearm.wire.errors import LynearmError
 from lynearm.wire.specs import CodecSpec, StreamSpec, TeacherSpec
 from lynearm.wire.traces import SamplingParams, TopK, Trace
 
@@ -92,48 +84,3 @@ def offer(
             for block in make_blocks(teacher, traces, traces_per_block):
                 publisher.publish(block)
         client.seal_stream(name)
-
-
-class ServiceProcess:
-    """A trace server in a process of its own, on a port that survives its restarts."""
-
-    def __init__(self, data_dir: Path) -> None:
-        self._data_dir = data_dir
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            self.port = int(probe.getsockname()[1])
-        self._process: subprocess.Popen[bytes] | None = None
-
-    @property
-    def target(self) -> str:
-        return f"127.0.0.1:{self.port}"
-
-    def start(self) -> None:
-        code = (
-            "import sys; from pathlib import Path\n"
-            "from lynearm.traces.config import ServeConfig\n"
-            "from lynearm.traces.server import run_server\n"
-            "run_server(ServeConfig(data_dir=Path(sys.argv[1]), port=int(sys.argv[2])), lambda *_: None)\n"
-        )
-        self._process = subprocess.Popen([sys.executable, "-c", code, str(self._data_dir), str(self.port)])
-        try:
-            with TraceClient(self.target) as client:
-                client.wait_until_ready(60)
-        except LynearmError:
-            self.kill()
-            raise
-
-    def kill(self) -> None:
-        if self._process is not None:
-            self._process.send_signal(signal.SIGKILL)
-            self._process.wait(30)
-            self._process = None
-
-    def __enter__(self) -> Self:
-        self.start()
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.kill()

@@ -32,7 +32,7 @@ from lynearm.wire.errors import ConfigError
 )
 def test_a_value_out_of_range_is_named(wrong: dict[str, object]) -> None:
     with pytest.raises(ConfigError, match=next(iter(wrong)) if "stream" not in wrong else "No Such Name"):
-        TrainConfig(**wrong)  # type: ignore[arg-type]
+        TrainConfig(**wrong)  # type: ignore[arg-type]  # wrong on purpose
 
 
 def test_the_rate_rises_then_stays_or_falls() -> None:

@@ -15,8 +15,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from models.service_process import ServiceProcess
 from models.tiny_llama import build_tiny_llama
-from student.teaching_material import ServiceProcess, make_blocks, make_spec, offer
+from student.teaching_material import make_blocks, make_spec, offer
 
 from lynearm.client import TraceClient
 from lynearm.student.checkpoint import latest_checkpoint, load_checkpoint
@@ -62,7 +63,7 @@ def configure(service: ServiceProcess, student_dir: Path, tmp_path: Path) -> Cal
             device="cpu",
             threads=1,
         )
-        return replace(config, **overrides)  # type: ignore[arg-type]
+        return replace(config, **overrides)  # type: ignore[arg-type]  # fields by name
 
     return make
 

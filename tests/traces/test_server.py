@@ -89,7 +89,7 @@ def test_an_address_beyond_loopback_needs_consent(tmp_path: Path) -> None:
 )
 def test_a_setting_out_of_range_is_named(field: str) -> None:
     with pytest.raises(ConfigError, match=f"{field} is -1"):
-        ServeConfig(**{field: -1})  # type: ignore[arg-type]
+        ServeConfig(**{field: -1})  # type: ignore[arg-type]  # field by name
 
 
 def test_every_method_of_the_contract_answers(stub: TraceServiceStub, server: RunningServer) -> None:

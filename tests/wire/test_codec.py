@@ -375,7 +375,7 @@ def test_no_traces_and_bad_arguments_are_refused() -> None:
     with pytest.raises(CodecError, match="vocab_size"):
         encode_block([build_trace()], vocab_size=(1 << 20) + 1)
     with pytest.raises(CodecError, match="mode"):
-        encode_block([build_trace()], mode="lossless", vocab_size=VOCAB_SIZE)  # type: ignore[arg-type]
+        encode_block([build_trace()], mode="lossless", vocab_size=VOCAB_SIZE)  # type: ignore[arg-type]  # wrong on purpose
 
 
 def test_too_much_for_one_block_is_refused_with_the_way_out() -> None:

@@ -33,7 +33,7 @@ def make_header(**changes: object) -> BlockHeader:
         "uncompressed_size_bytes": 70_000,
         "payload_xxh3": checksum(PAYLOAD),
     } | changes
-    return BlockHeader(**values)  # type: ignore[arg-type]
+    return BlockHeader(**values)  # type: ignore[arg-type]  # fields by name
 
 
 BLOCK = join_block(make_header(), PAYLOAD)
@@ -91,7 +91,7 @@ def test_a_header_out_of_bounds_is_refused(changes: dict[str, object], error: ty
 
 def test_an_unknown_codec_mode_asks_for_an_upgrade() -> None:
     message = trace_pb2.Block.FromString(BLOCK)
-    message.header.codec_mode = 77  # type: ignore[assignment]
+    message.header.codec_mode = 77  # type: ignore[assignment]  # a later enum value
     with pytest.raises(UnsupportedFormatError, match="upgrade lynearm"):
         verify_block(message.SerializeToString())
 

@@ -64,7 +64,7 @@ def test_names_that_could_become_paths_are_refused(name: str) -> None:
 )
 def test_an_incomplete_spec_names_the_field(change: dict[str, object], message: str) -> None:
     with pytest.raises(InvalidInputError, match=message):
-        replace(SPEC, **change)  # type: ignore[arg-type]
+        replace(SPEC, **change)  # type: ignore[arg-type]  # fields by name
 
 
 def test_modes_that_are_not_said_or_not_known_are_refused() -> None:
@@ -72,7 +72,7 @@ def test_modes_that_are_not_said_or_not_known_are_refused() -> None:
     message.codec.mode = trace_pb2.CODEC_MODE_UNSPECIFIED
     with pytest.raises(InvalidInputError, match="not said"):
         spec_from_proto(message)
-    message.codec.mode = 99  # type: ignore[assignment]
+    message.codec.mode = 99  # type: ignore[assignment]  # a later enum value
     with pytest.raises(UnsupportedFormatError, match="upgrade"):
         spec_from_proto(message)
 

@@ -15,17 +15,14 @@ from lynearm.export.checkpoint import (
     read_checkpoint,
 )
 from lynearm.export.config import CoreMlExportConfig
-from lynearm.export.held_out import find_checkpoint, read_held_out
+from lynearm.export.held_out import find_checkpoint
 from lynearm.export.package_files import copy_tokenizer, write_config
 from lynearm.export.parity import (
     HeldOutSequence,
-    PackageLogits,
     Parity,
     check_fidelity,
     check_loss,
-    compare,
     select_sequences,
-    split_for_calibration,
 )
 from lynearm.export.progress import ExportProgress, OnProgress, ignore_progress
 from lynearm.export.staging import MARKER_FILE, directory_size_bytes, staged_directory, write_json
@@ -134,13 +131,9 @@ def _choose_sequences(
     source: Checkpoint, config: CoreMlExportConfig
 ) -> tuple[list[HeldOutSequence], list[HeldOutSequence]]:
     """Sequences to calibrate on and to compare on."""
-    from lynearm.export.reference import default_sequences
+    from lynearm.export.reference import read_sequences
 
-    held_out = read_held_out(source.path)
-    calibrate: list[HeldOutSequence] = []
-    measure = held_out or default_sequences(source)
-    if held_out and config.bits == 4 and config.rounding != "nearest":
-        calibrate, measure = split_for_calibration(held_out)
+    calibrate, measure = read_sequences(source, bits=config.bits, rounding=config.rounding)
     measure = select_sequences(measure, config.parity_tokens, config.context_length)
     if config.check_parity and not measure:
         raise InvalidInputError(
@@ -157,10 +150,8 @@ def _store(
     reference: TorchReference,
     calibrate: Sequence[HeldOutSequence],
 ) -> _Stored:
-    moments: dict[str, torch.Tensor] = {}
-    if calibrate:
-        layers = source.architecture.num_layers
-        moments = reference.second_moments(calibrate, layers, config.calibration_tokens)
+    layers = source.architecture.num_layers
+    moments = reference.second_moments(calibrate, layers, config.calibration_tokens)
     norms = set(norm_weight_names(source.architecture))
     stored = _Stored({}, {})
     for name, weight in weights.items():
@@ -184,13 +175,10 @@ def _store_quantised(
     import torch
 
     from lynearm.export.mil_llama import BlockQuantised
-    from lynearm.export.quantise import GridFormat, quantise_nearest, quantise_with_feedback
+    from lynearm.export.quantise import GridFormat, quantise
 
     grid = GridFormat(config.bits, config.block_size, symmetric=True)
-    if moment is None:
-        quantised = quantise_nearest(weight, grid)
-    else:
-        quantised = quantise_with_feedback(weight, grid, moment)
+    quantised = quantise(weight, grid, moment)
     signed = (quantised.codes_RC.to(torch.int16) - (grid.top_code + 1) // 2).to(torch.int8)
     scales = quantised.scales_RG.half()
     stored.weights[name] = BlockQuantised(signed.numpy(), scales.numpy(), config.bits)
@@ -220,25 +208,11 @@ def _check(
     from lynearm.export.coreml_run import run_coreml
 
     found = run_coreml(directory / result.package.name, measure)
-    expected = reference.run(measure)
-    own = _run_with(reference, stored.meaning, weights, measure)
-    parity, fidelity = compare(expected, found), compare(own, found)
-    check_fidelity(fidelity, ACTIVATION_DTYPE, result.path)
-    check_loss(parity, result.bits, result.path)
-    write_mac_check(directory, measure[0], own)
-    return replace(result, parity=parity, fidelity=fidelity)
-
-
-def _run_with(
-    reference: TorchReference,
-    meaning: dict[str, torch.Tensor],
-    weights: dict[str, torch.Tensor],
-    measure: Sequence[HeldOutSequence],
-) -> PackageLogits:
-    reference.set_weights(meaning)
-    own = reference.run(measure)
-    reference.set_weights(weights)
-    return own
+    comparison = reference.compare(found, weights, stored.meaning, measure)
+    check_fidelity(comparison.fidelity, ACTIVATION_DTYPE, result.path)
+    check_loss(comparison.parity, result.bits, result.path)
+    write_mac_check(directory, measure[0], comparison.own)
+    return replace(result, parity=comparison.parity, fidelity=comparison.fidelity)
 
 
 def _describe(directory: Path, source: Checkpoint, result: CoreMlExport) -> None:

@@ -9,11 +9,11 @@ from pathlib import Path
 import numpy as np
 
 from lynearm.export import verify_on_mac
-from lynearm.export.checkpoint import LINEAGE_FILE, Checkpoint
+from lynearm.export.checkpoint import Checkpoint
 from lynearm.export.coreml_library import Model_pb2, ct, quiet
 from lynearm.export.mil_interpreter import MODEL_FILE
 from lynearm.export.mil_llama import ATTENTION_MASK, INPUT_IDS, KEY_CACHE, LOGITS, VALUE_CACHE, MilProgram
-from lynearm.export.package_files import find_licenses
+from lynearm.export.package_files import card_facts, card_header, find_licenses
 from lynearm.export.parity import HeldOutSequence, PackageLogits
 
 DESCRIPTIONS = {
@@ -87,13 +87,8 @@ def write_mac_check(directory: Path, sequence: HeldOutSequence, expected: Packag
 
 def write_card(directory: Path, source: Checkpoint, package_name: str, facts: Mapping[str, str]) -> None:
     """README.md: what the package is, how far it is from its checkpoint, and how to check it on a Mac."""
-    licenses = find_licenses(source.lineage)
-    header = ["---", "library_name: coreml", "pipeline_tag: text-generation"]
-    if len(licenses) == 1:
-        header.append(f"license: {licenses[0].lower()}")
     lines = [
-        *header,
-        "---",
+        *card_header("coreml", source),
         "",
         f"# {source.path.name} for Core ML",
         "",
@@ -101,12 +96,7 @@ def write_card(directory: Path, source: Checkpoint, package_name: str, facts: Ma
         f"key-value cache is a pair of states; inputs `{INPUT_IDS}` and `{ATTENTION_MASK}` and output",
         f"`{LOGITS}` are those that swift-transformers drives.",
         "",
-        *(f"- {name}: {value}" for name, value in facts.items()),
-        *(
-            [f"- terms of its teachers: {', '.join(licenses)} (streams in `{LINEAGE_FILE}`)"]
-            if licenses
-            else []
-        ),
+        *card_facts(source, facts),
         "",
         NOT_RUN_ON_APPLE,
     ]

@@ -18,16 +18,14 @@ from lynearm.export.checkpoint import (
     read_checkpoint,
 )
 from lynearm.export.config import MlxExportConfig
-from lynearm.export.held_out import find_checkpoint, read_held_out
+from lynearm.export.held_out import find_checkpoint
 from lynearm.export.package_files import copy_tokenizer, write_card, write_config, write_tensors
 from lynearm.export.parity import (
     HeldOutSequence,
     Parity,
     check_fidelity,
     check_loss,
-    compare,
     select_sequences,
-    split_for_calibration,
 )
 from lynearm.export.progress import ExportProgress, OnProgress, ignore_progress
 from lynearm.export.staging import MARKER_FILE, directory_size_bytes, staged_directory, write_json
@@ -36,7 +34,6 @@ from lynearm.wire.errors import MissingDependencyError
 if TYPE_CHECKING:
     import torch
 
-    from lynearm.export.quantise import GridFormat, GroupedWeight
     from lynearm.export.reference import TorchReference
 
 logger = logging.getLogger(__name__)
@@ -103,13 +100,9 @@ def export_mlx(
     _check_mlx()
     source = read_checkpoint(find_checkpoint(checkpoint))
     weights = load_weights(source)
-    from lynearm.export.reference import TorchReference, default_sequences
+    from lynearm.export.reference import TorchReference, read_sequences
 
-    held_out = read_held_out(source.path)
-    calibrate: list[HeldOutSequence] = []
-    measure = held_out or default_sequences(source)
-    if held_out and config.bits == 4 and config.rounding != "nearest":
-        calibrate, measure = split_for_calibration(held_out)
+    calibrate, measure = read_sequences(source, bits=config.bits, rounding=config.rounding)
     measure = select_sequences(measure, config.parity_tokens, source.architecture.max_positions)
     reference = TorchReference(source, weights)
     dtype = _choose_dtype(config, weights)
@@ -117,15 +110,10 @@ def export_mlx(
         on_progress(ExportProgress("quantising" if config.bits < 16 else "casting", 0.2))
         stored = _store(source, weights, config, dtype, reference, calibrate)
         _write_package(staging, source, stored, config, dtype)
-        parity = fidelity = None
+        result = MlxExport(out, 0, config.bits, _group_size(config), dtype, None, None)
         if config.check_parity:
             on_progress(ExportProgress("comparing", 0.6))
-            parity, fidelity = _check(staging, reference, weights, stored, measure)
-            check_fidelity(fidelity, dtype, out)
-            check_loss(parity, config.bits, out)
-        result = MlxExport(
-            out, directory_size_bytes(staging), config.bits, _group_size(config), dtype, parity, fidelity
-        )
+            result = _check(staging, result, reference, weights, stored, measure)
         _describe(staging, source, result)
     on_progress(ExportProgress("done", 1.0))
     return replace(result, size_bytes=directory_size_bytes(out))
@@ -164,33 +152,23 @@ def _store(
     if config.bits == 16:
         cast_weights = {name: weight.to(kind) for name, weight in weights.items()}
         return _Stored(cast_weights, {name: weight.float() for name, weight in cast_weights.items()})
-    from lynearm.export.quantise import GridFormat, pack_words
+    from lynearm.export.quantise import GridFormat, pack_words, quantise
 
     grid = GridFormat(config.bits, _group_size(config), symmetric=False)
-    moments: dict[str, torch.Tensor] = {}
-    if calibrate:
-        layers = source.architecture.num_layers
-        moments = reference.second_moments(calibrate, layers, config.calibration_tokens)
+    layers = source.architecture.num_layers
+    moments = reference.second_moments(calibrate, layers, config.calibration_tokens)
     stored = _Stored({}, {})
     for name in norm_weight_names(source.architecture):
         stored.tensors[name] = weights[name].to(kind)
         stored.meaning[name] = stored.tensors[name].float()
     for name in [EMBEDDING, *linear_weight_names(source.architecture)]:
-        quantised = _quantise(weights[name], grid, moments.get(name))
+        quantised = quantise(weights[name], grid, moments.get(name))
         prefix = name.removesuffix(".weight")
         stored.tensors[name] = pack_words(quantised.codes_RC, config.bits).view(torch.uint32)
         stored.tensors[f"{prefix}.scales"] = quantised.scales_RG.to(kind)
         stored.tensors[f"{prefix}.biases"] = quantised.biases_RG.to(kind)
         stored.meaning[name] = quantised.dequantise()
     return stored
-
-
-def _quantise(weight: torch.Tensor, grid: GridFormat, moment: torch.Tensor | None) -> GroupedWeight:
-    from lynearm.export.quantise import quantise_nearest, quantise_with_feedback
-
-    if moment is None:
-        return quantise_nearest(weight, grid)
-    return quantise_with_feedback(weight, grid, moment)
 
 
 def _write_package(
@@ -206,20 +184,19 @@ def _write_package(
 
 def _check(
     directory: Path,
+    result: MlxExport,
     reference: TorchReference,
     weights: dict[str, torch.Tensor],
     stored: _Stored,
     measure: Sequence[HeldOutSequence],
-) -> tuple[Parity, Parity]:
-    """Distances of the package from the checkpoint, and from what it stores itself."""
+) -> MlxExport:
+    """The result with both distances, which are within their limits."""
     from lynearm.export.mlx_run import run_mlx
 
-    found = run_mlx(directory, measure)
-    expected = reference.run(measure)
-    reference.set_weights(stored.meaning)
-    own = reference.run(measure)
-    reference.set_weights(weights)
-    return compare(expected, found), compare(own, found)
+    comparison = reference.compare(run_mlx(directory, measure), weights, stored.meaning, measure)
+    check_fidelity(comparison.fidelity, result.dtype, result.path)
+    check_loss(comparison.parity, result.bits, result.path)
+    return replace(result, parity=comparison.parity, fidelity=comparison.fidelity)
 
 
 def _describe(directory: Path, source: Checkpoint, result: MlxExport) -> None:

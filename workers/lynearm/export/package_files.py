@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -91,13 +90,8 @@ def copy_tokenizer(directory: Path, checkpoint: Checkpoint) -> None:
 
 def write_card(directory: Path, checkpoint: Checkpoint, facts: Mapping[str, str]) -> None:
     """README.md: what the package is, how far it is from its checkpoint, and on what terms it may be used."""
-    licenses = find_licenses(checkpoint.lineage)
-    header = ["---", "library_name: mlx", "pipeline_tag: text-generation"]
-    if len(licenses) == 1:
-        header.append(f"license: {licenses[0].lower()}")
     lines = [
-        *header,
-        "---",
+        *card_header("mlx", checkpoint),
         "",
         f"# {checkpoint.path.name} for MLX",
         "",
@@ -107,11 +101,24 @@ def write_card(directory: Path, checkpoint: Checkpoint, facts: Mapping[str, str]
         "mlx_lm.generate --model . --prompt 'What is 7 times 8?'",
         "```",
         "",
-        *(f"- {name}: {value}" for name, value in facts.items()),
+        *card_facts(checkpoint, facts),
     ]
-    if licenses:
-        lines.append(f"- terms of its teachers: {', '.join(licenses)} (streams in `{LINEAGE_FILE}`)")
     (directory / "README.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
+
+
+def card_header(library: str, checkpoint: Checkpoint) -> list[str]:
+    """Lines of a card that hubs read; they name a licence where there is exactly one."""
+    licenses = find_licenses(checkpoint.lineage)
+    license_line = [f"license: {licenses[0].lower()}"] if len(licenses) == 1 else []
+    return ["---", f"library_name: {library}", "pipeline_tag: text-generation", *license_line, "---"]
+
+
+def card_facts(checkpoint: Checkpoint, facts: Mapping[str, str]) -> list[str]:
+    """Facts as a list, and on what terms the checkpoint's teachers may be distilled."""
+    lines = [f"- {name}: {value}" for name, value in facts.items()]
+    if licenses := find_licenses(checkpoint.lineage):
+        lines.append(f"- terms of its teachers: {', '.join(licenses)} (streams in `{LINEAGE_FILE}`)")
+    return lines
 
 
 def find_licenses(lineage: JsonObject) -> list[str]:
@@ -122,8 +129,3 @@ def find_licenses(lineage: JsonObject) -> list[str]:
         if isinstance(stream, dict) and isinstance(license := cast(JsonObject, stream).get("license"), str):
             found[license] = None
     return list(found)
-
-
-def as_json(value: object) -> str:
-    """A value as it stands in a card."""
-    return json.dumps(value, ensure_ascii=False)

@@ -71,6 +71,19 @@ class GroupedWeight:
         return (codes_RGS * self.scales_RG[..., None] + self.biases_RG[..., None]).view(rows, columns)
 
 
+def quantise(
+    weight_RC: torch.Tensor, grid: GridFormat, second_moment_CC: torch.Tensor | None
+) -> GroupedWeight:
+    """Codes with error feedback where second moments of the inputs are known, else nearest ones.
+
+    Raises:
+        InvalidInputError: if C is not a multiple of the group size.
+    """
+    if second_moment_CC is None:
+        return quantise_nearest(weight_RC, grid)
+    return quantise_with_feedback(weight_RC, grid, second_moment_CC)
+
+
 def quantise_nearest(
     weight_RC: torch.Tensor, grid: GridFormat, importance_C: torch.Tensor | None = None
 ) -> GroupedWeight:

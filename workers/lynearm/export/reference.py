@@ -6,13 +6,24 @@ Imported by entry functions only, since it loads torch and transformers.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from lynearm.export.checkpoint import EMBEDDING, LM_HEAD, Checkpoint
-from lynearm.export.parity import DECODE_STEPS, DEFAULT_PROMPTS, FloatArray, HeldOutSequence, PackageLogits
+from lynearm.export.held_out import read_held_out
+from lynearm.export.parity import (
+    DECODE_STEPS,
+    DEFAULT_PROMPTS,
+    FloatArray,
+    HeldOutSequence,
+    PackageLogits,
+    Parity,
+    compare,
+    split_for_calibration,
+)
 
 # Layers that share an input share its second moments; these are the ones listened to.
 _LISTENED = {
@@ -21,6 +32,18 @@ _LISTENED = {
     "mlp.gate_proj": ("mlp.gate_proj", "mlp.up_proj"),
     "mlp.down_proj": ("mlp.down_proj",),
 }
+
+
+@dataclass(frozen=True, slots=True)
+class Comparison:
+    """A package against torch in float32."""
+
+    parity: Parity
+    """With the checkpoint's weights: the price of the bits."""
+    fidelity: Parity
+    """With the weights that the package stores: the correctness of the package."""
+    own: PackageLogits
+    """What torch computes from the weights that the package stores."""
 
 
 class TorchReference:
@@ -70,8 +93,11 @@ class TorchReference:
     ) -> dict[str, torch.Tensor]:
         """Mean of x·xᵀ over the inputs x of each linear layer, by weight name, each [C, C] float32.
 
-        A tied embedding gets those of the head. Sequences are used in order up to `max_tokens` tokens.
+        A tied embedding gets those of the head. Sequences are used in order up to `max_tokens` tokens; of
+        none there are no moments.
         """
+        if not sequences:
+            return {}
         sums: dict[str, torch.Tensor] = {}
         hooks = [self._listen(name, sums) for name in _listened_modules(architecture_layers)]
         used = 0
@@ -103,6 +129,43 @@ class TorchReference:
             cache, next_ids = output.past_key_values, [int(output.logits[0, -1].argmax())]
             found += next_ids
         return tuple(found)
+
+    def compare(
+        self,
+        found: PackageLogits,
+        weights: Mapping[str, torch.Tensor],
+        meaning: Mapping[str, torch.Tensor],
+        sequences: Sequence[HeldOutSequence],
+    ) -> Comparison:
+        """How far a package is from the checkpoint, and from what it stores itself.
+
+        Args:
+            found: What the package computes from the sequences.
+            weights: The checkpoint's, which the reference holds before and after.
+            meaning: What the package's stored weights stand for, float32 by Hugging Face name.
+            sequences: At least one.
+        """
+        expected = self.run(sequences)
+        self.set_weights(meaning)
+        own = self.run(sequences)
+        self.set_weights(weights)
+        return Comparison(compare(expected, found), compare(own, found), own)
+
+
+def read_sequences(
+    checkpoint: Checkpoint, *, bits: int, rounding: str
+) -> tuple[list[HeldOutSequence], list[HeldOutSequence]]:
+    """Sequences to calibrate on and to compare on.
+
+    A trainer's held-out traces, or built-in prompts, on which nothing is calibrated. Only 4 bits calibrate:
+    at 8, rounding to nearest loses nothing that could be measured.
+    """
+    held_out = read_held_out(checkpoint.path)
+    if not held_out:
+        return [], default_sequences(checkpoint)
+    if bits == 4 and rounding != "nearest":
+        return split_for_calibration(held_out)
+    return [], held_out
 
 
 def default_sequences(checkpoint: Checkpoint) -> list[HeldOutSequence]:

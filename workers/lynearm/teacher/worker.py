@@ -212,7 +212,7 @@ class TeacherWorker:
 
     def _update(self, **changes: object) -> None:
         # Replaced whole, so that other threads always see one consistent state.
-        self._progress = replace(self._progress, **changes)  # type: ignore[arg-type]
+        self._progress = replace(self._progress, **changes)  # type: ignore[arg-type]  # fields by name
 
 
 def open_stream(client: TraceClient, spec: StreamSpec) -> StreamInfo:

@@ -1,0 +1,62 @@
+"""A real trace service for tests, which they may stop, kill and start again."""
+
+from __future__ import annotations
+
+import signal
+import socket
+import subprocess
+import sys
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+from lynearm.client import TraceClient
+from lynearm.wire.errors import LynearmError
+
+
+class ServiceProcess:
+    """A trace server in a process of its own, on a port that survives its restarts."""
+
+    def __init__(self, data_dir: Path) -> None:
+        self._data_dir = data_dir
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            self.port = int(probe.getsockname()[1])
+        self._process: subprocess.Popen[bytes] | None = None
+
+    @property
+    def target(self) -> str:
+        return f"127.0.0.1:{self.port}"
+
+    def start(self) -> None:
+        code = (
+            "import sys; from pathlib import Path\n"
+            "from lynearm.traces.config import ServeConfig\n"
+            "from lynearm.traces.server import run_server\n"
+            "run_server(ServeConfig(data_dir=Path(sys.argv[1]), port=int(sys.argv[2])), lambda *_: None)\n"
+        )
+        self._process = subprocess.Popen([sys.executable, "-c", code, str(self._data_dir), str(self.port)])
+        try:
+            with TraceClient(self.target) as client:
+                client.wait_until_ready(60)
+        except LynearmError:
+            self.kill()
+            raise
+
+    def stop(self, number: signal.Signals = signal.SIGTERM) -> None:
+        if self._process is not None:
+            self._process.send_signal(number)
+            self._process.wait(30)
+            self._process = None
+
+    def kill(self) -> None:
+        self.stop(signal.SIGKILL)
+
+    def __enter__(self) -> Self:
+        self.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.kill()
