@@ -296,6 +296,9 @@ def install_packages(plan: "Plan") -> None:
     if "index-url" in settings and not {"UV_INDEX_URL", "UV_DEFAULT_INDEX"} & set(environment):
         environment["UV_DEFAULT_INDEX"] = settings["index-url"]  # Not an argument: it may hold a password.
     uv_install = [str(VENV_UV), "pip", "install", "--python", str(VENV_PYTHON)]
+    # Once here, and not at every start: where PYTHONDONTWRITEBYTECODE is set, as in many containers, each
+    # process would else compile vLLM, torch and Ray again before its first line runs.
+    uv_install += ["--compile-bytecode"]
     overrides = str(REQUIREMENTS / "overrides.txt")
     pins = ["-r", str(REQUIREMENTS / f"{plan.flavour}.txt"), "--override", overrides]
     pins += torch_options(plan.flavour, settings.get("find-links", "").split())
