@@ -88,6 +88,7 @@ class WorkerActor:
             num_cpus=cpus, num_gpus=gpus, max_restarts=0, max_task_retries=0, max_concurrency=3
         )(TeacherWorker)
         self._actor = remote_class.remote(config)
+        self._asked: Untyped = None
 
     def load(self) -> Untyped:
         """Start loading; `wait` on what this returns."""
@@ -132,9 +133,15 @@ class WorkerActor:
             raise TeacherError(f"Ray failed: {_last_line(error)}", "run the same command again") from error
 
     def progress(self, timeout_seconds: float) -> WorkerProgress | None:
-        """How far it is; None when it does not answer in time, as while it imports, or is dead."""
+        """How far it is; None when it has not answered yet, as while it imports, or is dead."""
+        # One question at a time: an actor that is slow to answer would else answer a queue of old ones first.
+        if self._asked is None:
+            self._asked = self._actor.progress.remote()
+        if not self.finished(self._asked, timeout_seconds):
+            return None
+        asked, self._asked = self._asked, None
         try:
-            progress: WorkerProgress = self._ray.get(self._actor.progress.remote(), timeout=timeout_seconds)
+            progress: WorkerProgress = self._ray.get(asked)
         except self._ray.exceptions.RayError:
             return None
         return progress
