@@ -14,7 +14,7 @@ from lynearm.cli.failures import Interrupted
 from lynearm.cli.progress import count, duration
 from lynearm.cli.stream_views import print_json
 from lynearm.cli.text import printable
-from lynearm.client import ReceivedBlock, TraceClient
+from lynearm.client import ReceivedBlock, TraceClient, stop_on_interrupt
 from lynearm.wire.codec import decode_block
 from lynearm.wire.errors import ConfigError
 from lynearm.wire.traces import Trace
@@ -67,18 +67,20 @@ class Tail:
         info = self._client.get_stream(self._stream)
         self._next_offset = info.next_offset if start == "live" else start
         self._sealed_and_live = info.sealed and start == "live"
-        try:
-            # From the offset, and not "live", so that nothing committed since is passed over.
-            with self._client.subscribe(self._stream, start=self._next_offset, follow=follow) as subscription:
-                for received in subscription:
-                    if self._print_block(received, limit):
-                        return
-        except KeyboardInterrupt as error:
+        # From the offset, and not "live", so that nothing committed since is passed over.
+        with (
+            self._client.subscribe(self._stream, start=self._next_offset, follow=follow) as subscription,
+            stop_on_interrupt(wake=subscription.close) as interrupted,
+        ):
+            for received in subscription:
+                if self._print_block(received, limit) or interrupted.is_set():
+                    break
+        if interrupted.is_set():
             print(self.summary(), file=sys.stderr)
             raise Interrupted(
                 f"go on with `lynearm streams tail {self._stream} --from {self._next_offset} "
                 f"--service {self._client.target}`"
-            ) from error
+            )
 
     def summary(self) -> str:
         """What was printed, and how fast it came."""

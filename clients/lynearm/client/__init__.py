@@ -1,8 +1,16 @@
 """The SDK: create, publish to, follow and read streams of teacher traces."""
 
+from lynearm.client.interrupts import stop_on_interrupt
 from lynearm.client.publisher import Publisher
 from lynearm.client.subscription import ReceivedBlock, Subscription
 from lynearm.client.trace_client import TraceClient
 from lynearm.wire.protobuf import StreamInfo
 
-__all__ = ["Publisher", "ReceivedBlock", "StreamInfo", "Subscription", "TraceClient"]
+__all__ = [
+    "Publisher",
+    "ReceivedBlock",
+    "StreamInfo",
+    "Subscription",
+    "TraceClient",
+    "stop_on_interrupt",
+]

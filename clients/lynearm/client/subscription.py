@@ -118,7 +118,8 @@ class Subscription:
         self._hang_up()
 
     def _connected(self) -> ResponseStream[bytes]:
-        if self._call is None:
+        call = self._call
+        if call is None:
             opening = trace_service_pb2.SubscribeOpen(
                 stream=self.stream,
                 start_offset=self._next_offset,
@@ -129,8 +130,10 @@ class Subscription:
             requests.put(trace_service_pb2.SubscribeRequest(open=opening))
             self._requests = requests
             self._consumed_bytes = 0
-            self._call = self._connection.subscribe(_until_none(requests))
-        return self._call
+            self._call = call = self._connection.subscribe(_until_none(requests))
+            if self._closed.is_set():  # by another thread, which may not have seen this call
+                call.cancel()
+        return call
 
     def _receive(self, data: bytes) -> ReceivedBlock:
         received = parse_subscribe_response(data)

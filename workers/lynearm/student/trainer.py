@@ -18,13 +18,12 @@ from pathlib import Path
 
 import torch
 
-from lynearm.client import TraceClient
+from lynearm.client import TraceClient, stop_on_interrupt
 from lynearm.student.batches import Batch, Batcher, SplitRule, is_usable
 from lynearm.student.beginning import Beginning, begin
 from lynearm.student.checkpoint import Checkpoint, refresh_checkpoint, save_checkpoint, step_name
 from lynearm.student.config import TrainConfig
 from lynearm.student.evaluation import evaluate
-from lynearm.student.interrupts import stop_on_interrupt
 from lynearm.student.lineage import StreamUse, extend_lineage
 from lynearm.student.progress import (
     EvaluationRecord,
