@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import socket
 import threading
@@ -12,7 +13,7 @@ from pathlib import Path
 import pytest
 from models.service_process import ServiceProcess
 
-from lynearm.client import Publisher, TraceClient
+from lynearm.client import Publisher, TraceClient, stop_on_interrupt
 from lynearm.wire.blocks import BlockHeader, checksum, join_block
 from lynearm.wire.errors import (
     DeadlineError,
@@ -232,6 +233,16 @@ def test_close_wakes_a_subscription_that_waits(client: TraceClient) -> None:
     subscription.close()
     reader.join(10)
     assert ended.is_set()
+
+
+@pytest.mark.parametrize("delay_seconds", [0.0, 0.01, 0.5], ids=["early", "connecting", "waiting"])
+def test_an_interrupt_ends_a_subscription(client: TraceClient, delay_seconds: float) -> None:
+    client.create_stream(make_spec())
+    timer = threading.Timer(delay_seconds, os.kill, (os.getpid(), signal.SIGINT))
+    with client.subscribe("s") as blocks, stop_on_interrupt(wake=blocks.close) as stop:
+        timer.start()
+        assert list(blocks) == []
+        assert stop.is_set()
 
 
 def test_small_credit_still_delivers_everything(client: TraceClient) -> None:
