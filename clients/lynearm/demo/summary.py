@@ -28,6 +28,8 @@ def print_summary(report: DemoReport, console: Console, out: Path) -> None:
     console.print(_figures(report))
     if report.exports:
         console.print(_exports(report))
+    if any("not run on Apple" in row.checked_with for row in report.exports):
+        console.print("Core ML: computed by an interpreter of the saved program, not on Apple hardware.\n")
     console.print(_stages(report))
     console.print(f"Everything is in {out}; the training curve in {out / 'report.html'}", soft_wrap=True)
 
@@ -60,8 +62,6 @@ def _exports(report: DemoReport) -> Table:
             f"{row.max_abs_logit_difference:.2g}",
             f"{row.greedy_matched}/{row.greedy_total}",
         )
-    if any("not run on Apple" in row.checked_with for row in report.exports):
-        table.caption = "Core ML: computed by an interpreter of the saved program, not run on Apple hardware"
     return table
 
 

@@ -37,7 +37,7 @@ def run_mlx(package: Path, sequences: Sequence[HeldOutSequence]) -> PackageLogit
         sequences: At least one.
     """
     import mlx.core as mx
-    from mlx_lm.models.cache import make_prompt_cache
+    from mlx_lm.models.cache import make_prompt_cache, trim_prompt_cache
 
     model, _ = load_package(package)
 
@@ -45,12 +45,15 @@ def run_mlx(package: Path, sequences: Sequence[HeldOutSequence]) -> PackageLogit
         logits = model(mx.array([list(token_ids)]), cache=cache)[0].astype(mx.float32)
         return cast(FloatArray, np.array(logits))
 
-    full = tuple(rows(one.token_ids[:-1])[one.completion_start - 1 :] for one in sequences)
-    first = sequences[0]
+    first, *others = sequences
     cache = make_prompt_cache(model)
-    decode = [rows(first.token_ids[: first.completion_start], cache)[-1:]]
-    # One prefill serves both continuations.
+    whole = rows(first.token_ids[:-1], cache)
+    # The pass over the whole sequence is also the prefill of both continuations: its end is cut off again.
+    trim_prompt_cache(cache, len(first.token_ids) - 1 - first.completion_start)
     greedy_cache = copy.deepcopy(cache)
+    passes = [whole, *(rows(one.token_ids[:-1]) for one in others)]
+    full = tuple(found[one.completion_start - 1 :] for found, one in zip(passes, sequences, strict=True))
+    decode = [full[0][:1]]
     steps = min(DECODE_STEPS, len(full[0]))
     for position in range(first.completion_start, first.completion_start + steps - 1):
         decode.append(rows(first.token_ids[position : position + 1], cache))

@@ -116,13 +116,15 @@ class PackageLogits:
 def select_sequences(
     held_out: Sequence[HeldOutSequence], max_positions: int, max_length: int
 ) -> list[HeldOutSequence]:
-    """The first sequences whose completions fit a budget of positions; over-long ones are cut at the end.
+    """Sequences whose completions fit a budget of positions; over-long ones are cut at the end.
+
+    Those that are mostly completion come first: prompts cost as much to compute and are not compared.
 
     Returns:
         At least one sequence if any had a completion within `max_length` tokens.
     """
     chosen: list[HeldOutSequence] = []
-    for sequence in held_out:
+    for sequence in sorted(held_out, key=lambda one: one.completion_start / len(one.token_ids)):
         room = sequence.completion_start + max_positions
         ids = sequence.token_ids[: min(max_length, room)]
         if sequence.completion_start < len(ids):
