@@ -18,7 +18,7 @@ from lynearm.export.config import MlxExportConfig
 from lynearm.export.held_out import find_checkpoint, read_held_out
 from lynearm.export.mlx_export import export_mlx
 from lynearm.export.progress import ExportProgress
-from lynearm.export.speech import generate_text_mlx
+from lynearm.export.speech import generate_texts_mlx
 from lynearm.wire.errors import CheckpointError, ConfigError, InvalidInputError, ParityError
 
 FILES = {
@@ -117,7 +117,10 @@ def test_a_cache_that_forgets_is_noticed(
 
 def test_a_package_speaks(tiny_checkpoint: Path, tmp_path: Path) -> None:
     out = export_mlx(tiny_checkpoint, tmp_path / "out", MlxExportConfig(bits=4)).path
-    assert isinstance(generate_text_mlx(out, "What is three plus four?", max_tokens=8), str)
+    question = "What is three plus four?"
+    answers = generate_texts_mlx(out, [question, "Who?", question], max_tokens=8)
+    assert len(answers) == 3
+    assert answers[0] == answers[2], "a conversation heard the one before it"
 
 
 def test_progress_ends_at_one(tiny_checkpoint: Path, tmp_path: Path) -> None:

@@ -46,7 +46,7 @@ class DemoConfig:
     max_batch: int = 64
     """Sequences that the teacher writes at once."""
 
-    learning_rate: float = 5e-4
+    learning_rate: float = 3e-4
     """Peak rate of the student; it falls to a tenth over the steps, along a cosine."""
 
     ce_weight: float = 0.1
@@ -59,10 +59,10 @@ class DemoConfig:
     epochs: int = 2
     """Passes over the stream: the first follows the teacher, later ones replay it."""
 
-    train_steps: int = 60
+    train_steps: int = 64
     """Optimizer steps: about one pass over the stream."""
 
-    train_seconds: float = 330.0
+    train_seconds: float = 345.0
     """Bound on the training, so that a slow machine ends in time too."""
 
     batch_sequences: int = 4

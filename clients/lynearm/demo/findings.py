@@ -14,7 +14,6 @@ from typing import Any
 from lynearm.client import StreamInfo
 from lynearm.demo.config import DemoConfig
 from lynearm.demo.report_data import DemoReport, ExportRow, HeldOutPoint, StageTiming, TextSample, TrainPoint
-from lynearm.wire.traces import Trace
 
 EXPORT_NAMES = {"mlx-16": "MLX, 16-bit", "mlx-4": "MLX, 4-bit", "coreml": "Core ML, 8-bit"}
 
@@ -41,9 +40,7 @@ class Findings:
     reports: Mapping[str, Mapping[str, Any]]
     """Last events of `teach`, `train` and the exports, by role."""
     timings: Sequence[StageTiming]
-    sample: Trace
-    sample_prompt: str
-    student_text: str
+    samples: Sequence[TextSample]
 
 
 def collect_report(findings: Findings) -> DemoReport:
@@ -61,7 +58,7 @@ def collect_report(findings: Findings) -> DemoReport:
         held_out=tuple(HeldOutPoint(one["step"], one["tokens"], one["kl"]) for one in train["evaluations"]),
         exports=tuple(_export_row(findings, name) for name in EXPORT_NAMES if name in findings.reports),
         stages=tuple(findings.timings),
-        samples=(TextSample(findings.sample_prompt, findings.student_text, findings.sample.completion_text),),
+        samples=tuple(findings.samples),
         facts=_facts(findings),
         versions=_versions(),
         machine=f"{os.cpu_count()} cores, {platform.machine()}, {platform.system()}",

@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 import shutil
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass, field
@@ -27,7 +27,7 @@ from lynearm.demo.events import describe_export, describe_teach, describe_train
 from lynearm.demo.findings import Findings, collect_report
 from lynearm.demo.processes import Event, RoleProcess
 from lynearm.demo.report import write_report
-from lynearm.demo.report_data import DemoReport
+from lynearm.demo.report_data import DemoReport, TextSample
 from lynearm.demo.summary import print_summary
 from lynearm.wire.codec import decode_block
 from lynearm.wire.errors import ConfigError, InternalError
@@ -37,6 +37,10 @@ STREAM = "demo"
 
 _PARITY_POSITIONS = 32
 """Compared in each export; a wrong graph shows at the first of them."""
+
+_SPOKEN_PROMPTS = 3
+_SPOKEN_TOKENS = 40
+"""Of each answer: MLX on a CPU takes a sixth of a second for one."""
 
 _READY_SECONDS = 60.0
 _STREAM_SECONDS = 600.0
@@ -89,11 +93,10 @@ class _Demo:
                 student = self._cut(teacher)
                 train = roles.enter_context(self._train(student))
                 self._wait(teach, train)
-                stream, sample = self._look_at_stream()
+                stream, spoken = self._look_at_stream()
             checkpoint = Path(self._heard.reports["train"]["checkpoint"])
             self._export(checkpoint)
-            prompt = self._prompt_text(sample)
-            text = self._speak(prompt)
+            samples = self._speak(spoken)
         return collect_report(
             Findings(
                 config=self._config,
@@ -102,9 +105,7 @@ class _Demo:
                 stream=stream,
                 reports=self._heard.reports,
                 timings=self._display.timings,
-                sample=sample,
-                sample_prompt=prompt,
-                student_text=text,
+                samples=samples,
             )
         )
 
@@ -197,13 +198,17 @@ class _Demo:
         teach.wait()
         train.wait()
 
-    def _look_at_stream(self) -> tuple[StreamInfo, Trace]:
+    def _look_at_stream(self) -> tuple[StreamInfo, list[Trace]]:
+        """The stream, and traces of prompts that are to be asked of the student too."""
         with TraceClient(self._heard.address) as client:
             stream = client.get_stream(STREAM)
             first = next(client.fetch(STREAM, 0))
             traces = decode_block(first.block)
-        held_out = [trace for trace in traces if trace.tags.get("split") == "held_out"]
-        return stream, (held_out or list(traces))[0]
+        held_out = [trace for trace in traces if trace.tags.get("split") == "held_out"] or list(traces)
+        of_each_topic: dict[str, Trace] = {}
+        for trace in held_out:
+            of_each_topic.setdefault(trace.tags.get("topic", trace.prompt_id), trace)
+        return stream, list(of_each_topic.values())[:_SPOKEN_PROMPTS]
 
     def _export(self, checkpoint: Path) -> None:
         """Two exports at a time, the longest beside the others.
@@ -242,21 +247,28 @@ class _Demo:
             self._exporting.append(process)
             process.wait()
 
-    def _speak(self, prompt: str) -> str:
-        """What the 4-bit MLX student answers."""
-        from lynearm.export.speech import generate_text_mlx
+    def _speak(self, traces: Sequence[Trace]) -> list[TextSample]:
+        """What the 4-bit MLX student answers where the teacher answered with these."""
+        from lynearm.export.speech import generate_texts_mlx
 
         self._display.update("speak", "the 4-bit MLX student answers")
-        text = generate_text_mlx(self._out / "mlx-4", prompt, max_tokens=self._config.max_tokens)
-        self._display.finish("speak", f"{len(text)} characters")
-        return text
+        prompts = self._prompt_texts([trace.prompt_id for trace in traces])
+        texts = generate_texts_mlx(self._out / "mlx-4", prompts, max_tokens=_SPOKEN_TOKENS)
+        self._display.finish("speak", f"{len(texts)} answers, {sum(map(len, texts))} characters")
+        return [
+            TextSample(prompt, text, trace.completion_text)
+            for prompt, text, trace in zip(prompts, texts, traces, strict=True)
+        ]
 
-    def _prompt_text(self, sample: Trace) -> str:
+    def _prompt_texts(self, prompt_ids: Sequence[str]) -> list[str]:
+        texts: dict[str, str] = {}
         for line in self._config.prompts.read_text().splitlines():
             entry = json.loads(line)
-            if entry.get("id") == sample.prompt_id:
-                return str(entry.get("prompt") or entry["messages"][-1]["content"])
-        raise InternalError(f"prompt {sample.prompt_id!r} of the stream is not in {self._config.prompts}")
+            texts[str(entry.get("id"))] = str(entry.get("prompt") or entry["messages"][-1]["content"])
+        missing = [prompt_id for prompt_id in prompt_ids if prompt_id not in texts]
+        if missing:
+            raise InternalError(f"prompt {missing[0]!r} of the stream is not in {self._config.prompts}")
+        return [texts[prompt_id] for prompt_id in prompt_ids]
 
     def _configured_role(
         self, role: str, settings: Mapping[str, object], on_event: Callable[[Event], None]

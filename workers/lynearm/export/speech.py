@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, cast
 
 from lynearm.wire.errors import MissingDependencyError
 
 
-def generate_text_mlx(package: Path, prompt: str, *, max_tokens: int = 128) -> str:
-    """What a package answers to one user message, greedily.
+def generate_texts_mlx(package: Path, prompts: Sequence[str], *, max_tokens: int = 128) -> list[str]:
+    """What a package answers to user messages, each in a conversation of its own, greedily.
 
     Args:
         package: Directory that `export_mlx` wrote, or any other that `mlx_lm.load` reads.
-        prompt: The user's message; the package's chat template is applied where it has one.
-        max_tokens: Bound on the answer.
+        prompts: The user's messages; the package's chat template is applied where it has one.
+        max_tokens: Bound on each answer.
 
     Raises:
         MissingDependencyError: if mlx_lm is not installed.
@@ -27,10 +28,13 @@ def generate_text_mlx(package: Path, prompt: str, *, max_tokens: int = 128) -> s
 
     untyped = cast(Any, mlx_lm)  # it ships no types
     model, tokenizer = load_package(package)
-    if tokenizer.chat_template:
-        tokens = tokenizer.apply_chat_template(
-            [{"role": "user", "content": prompt}], add_generation_prompt=True
-        )
-    else:
-        tokens = tokenizer.encode(prompt)
-    return str(untyped.generate(model, tokenizer, prompt=tokens, max_tokens=max_tokens)).strip()
+    answers: list[str] = []
+    for prompt in prompts:
+        if tokenizer.chat_template:
+            message = {"role": "user", "content": prompt}
+            tokens = tokenizer.apply_chat_template([message], add_generation_prompt=True)
+        else:
+            tokens = tokenizer.encode(prompt)
+        answer = untyped.generate(model, tokenizer, prompt=tokens, max_tokens=max_tokens)
+        answers.append(str(answer).strip())
+    return answers
