@@ -15,6 +15,7 @@ from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -199,15 +200,17 @@ class _Demo:
         train.wait()
 
     def _look_at_stream(self) -> tuple[StreamInfo, list[Trace]]:
-        """The stream, and traces of prompts that are to be asked of the student too."""
+        """The stream, and its first held-out trace of each topic, in the order of the prompts."""
         with TraceClient(self._heard.address) as client:
             stream = client.get_stream(STREAM)
-            first = next(client.fetch(STREAM, 0))
-            traces = decode_block(first.block)
-        held_out = [trace for trace in traces if trace.tags.get("split") == "held_out"] or list(traces)
+            blocks = client.fetch(STREAM, 0, stream.next_offset)
+            traces = [trace for received in blocks for trace in decode_block(received.block)]
+        held_out = [trace for trace in traces if trace.tags.get("split") == "held_out"]
+        by_id = {trace.prompt_id: trace for trace in held_out or traces}
         of_each_topic: dict[str, Trace] = {}
-        for trace in held_out:
-            of_each_topic.setdefault(trace.tags.get("topic", trace.prompt_id), trace)
+        for prompt_id in self._prompt_texts:
+            if prompt_id in by_id:
+                of_each_topic.setdefault(by_id[prompt_id].tags.get("topic", prompt_id), by_id[prompt_id])
         return stream, list(of_each_topic.values())[:_SPOKEN_PROMPTS]
 
     def _export(self, checkpoint: Path) -> None:
@@ -252,7 +255,7 @@ class _Demo:
         from lynearm.export.speech import generate_texts_mlx
 
         self._display.update("speak", "the 4-bit MLX student answers")
-        prompts = self._prompt_texts([trace.prompt_id for trace in traces])
+        prompts = [self._prompt_texts[trace.prompt_id] for trace in traces]
         texts = generate_texts_mlx(self._out / "mlx-4", prompts, max_tokens=_SPOKEN_TOKENS)
         self._display.finish("speak", f"{len(texts)} answers, {sum(map(len, texts))} characters")
         return [
@@ -260,15 +263,13 @@ class _Demo:
             for prompt, text, trace in zip(prompts, texts, traces, strict=True)
         ]
 
-    def _prompt_texts(self, prompt_ids: Sequence[str]) -> list[str]:
-        texts: dict[str, str] = {}
-        for line in self._config.prompts.read_text().splitlines():
-            entry = json.loads(line)
-            texts[str(entry.get("id"))] = str(entry.get("prompt") or entry["messages"][-1]["content"])
-        missing = [prompt_id for prompt_id in prompt_ids if prompt_id not in texts]
-        if missing:
-            raise InternalError(f"prompt {missing[0]!r} of the stream is not in {self._config.prompts}")
-        return [texts[prompt_id] for prompt_id in prompt_ids]
+    @cached_property
+    def _prompt_texts(self) -> dict[str, str]:
+        """What the user says in each prompt of the file, by prompt id, in order."""
+        from lynearm.teacher.prompts import load_prompts
+
+        prompts = load_prompts(self._config.prompts).prompts
+        return {one.prompt_id: one.text or one.messages[-1].content for one in prompts}
 
     def _configured_role(
         self, role: str, settings: Mapping[str, object], on_event: Callable[[Event], None]
