@@ -40,7 +40,7 @@ _PARITY_POSITIONS = 32
 """Compared in each export; a wrong graph shows at the first of them."""
 
 _SPOKEN_PROMPTS = 3
-_SPOKEN_TOKENS = 40
+_SPOKEN_TOKENS = 32
 """Of each answer: MLX on a CPU takes a sixth of a second for one."""
 
 _READY_SECONDS = 60.0
