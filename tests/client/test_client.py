@@ -77,6 +77,12 @@ def test_blocks_come_back_as_they_were_published(client: TraceClient) -> None:
     assert client.finished_prompts("s") == {f"p{number}" for number in range(20)}
 
 
+def test_a_closed_client_opens_again(client: TraceClient) -> None:
+    client.create_stream(make_spec())
+    client.close()
+    assert client.get_stream("s").next_offset == 0
+
+
 def test_a_killed_service_loses_and_repeats_nothing(service: ServiceProcess, client: TraceClient) -> None:
     client.create_stream(make_spec())
     received: list[bytes] = []

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import signal
@@ -13,12 +14,13 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import grpc
 import pytest
 from models.teaching import teach_config
 from models.tiny_llama import build_tiny_llama
 
 from lynearm.client import TraceClient
-from lynearm.teacher import TeachProgress, run_teach
+from lynearm.teacher import TeachProgress, job, run_teach
 from lynearm.wire.codec import decode_block
 from lynearm.wire.errors import PromptFileError, StreamSealedError
 
@@ -115,6 +117,27 @@ def test_an_interrupted_job_goes_on_and_survives_the_death_of_service_and_teache
         file.write('\n{"prompt": "One more"}')
     with pytest.raises(StreamSealedError, match="1 prompts are not in it"):
         run_teach(config)
+
+
+def test_no_channel_is_open_while_ray_forks_its_servers(
+    service: Any, prompts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class EnoughError(Exception):
+        pass
+
+    counts: list[int] = []
+
+    def count_channels(*_: object) -> None:
+        gc.collect()
+        counts.append(sum(isinstance(thing, grpc.Channel) for thing in gc.get_objects()))
+        if len(counts) == 2:
+            raise EnoughError
+
+    count_channels()
+    monkeypatch.setattr(job, "ray_session", count_channels)
+    with pytest.raises(EnoughError):
+        run_teach(teach_config(tmp_path, prompts=prompts, service=service.target))
+    assert counts[1] == counts[0]
 
 
 def test_a_strict_job_starts_nothing_for_a_bad_line(prompts: Path, tmp_path: Path) -> None:

@@ -69,7 +69,7 @@ class TraceClient:
         self.close()
 
     def close(self) -> None:
-        """Close the channel; publishers and subscriptions on it end."""
+        """Close the channel; publishers and subscriptions on it end. The next call opens another."""
         self._connection.close()
 
     def wait_until_ready(

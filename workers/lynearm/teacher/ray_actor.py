@@ -22,7 +22,7 @@ Untyped: TypeAlias = Any
 _OBJECT_STORE_BYTES = 100 << 20
 """Prompts go through it, traces never do; Ray's own default takes a third of the machine's memory."""
 
-_START_TRIES = 5
+_START_TRIES = 3
 """Ray gives a node 30 s to start, which a machine under load may exceed; the next try is warm."""
 
 _PROBE_SECONDS = 5.0
