@@ -161,8 +161,8 @@ class _Job:
 
     def _teach(self) -> None:
         cpus = self._config.threads or len(os.sched_getaffinity(0))
-        # Ray forks its servers from this process, and while a channel is open gRPC's fork handlers abort such a
-        # child now and then, for which Ray then waits half a minute. The next call opens a channel again.
+        # Ray forks its servers from this process, and while a channel is open gRPC's fork handlers abort such
+        # a child now and then, for which Ray then waits half a minute. The next call opens a channel again.
         self._client.close()
         try:
             with ExitStack() as stack:
