@@ -49,8 +49,8 @@ def collect_report(findings: Findings) -> DemoReport:
     tokens = stream.completion_token_count
     return DemoReport(
         title="lynearm demo",
-        teacher=f"{stream.spec.teacher.model}, {_layers(findings.teacher)} layers",
-        student=f"{_layers(findings.student)} of its layers, trained",
+        teacher=f"{stream.spec.teacher.model} ({_layers(findings.teacher)} layers)",
+        student=f"a student of {_layers(findings.student)} of its layers",
         teacher_tokens=tokens,
         bits_per_token=stream.size_bytes * 8 / max(tokens, 1),
         top_k=stream.spec.codec.top_k,
