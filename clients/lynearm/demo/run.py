@@ -209,8 +209,8 @@ class _Demo:
         by_id = {trace.prompt_id: trace for trace in held_out or traces}
         of_each_topic: dict[str, Trace] = {}
         for prompt_id in self._prompt_texts:
-            if prompt_id in by_id:
-                of_each_topic.setdefault(by_id[prompt_id].tags.get("topic", prompt_id), by_id[prompt_id])
+            if (trace := by_id.get(prompt_id)) is not None:
+                of_each_topic.setdefault(trace.tags.get("topic", prompt_id), trace)
         return stream, list(of_each_topic.values())[:_SPOKEN_PROMPTS]
 
     def _export(self, checkpoint: Path) -> None:
