@@ -64,7 +64,7 @@ def publish(target: str, stream: str, traces: Sequence[Trace]) -> None:
         client.create_stream(make_spec(stream), allow_existing=True)
         with client.publisher(stream, "tests") as publisher:
             for trace in traces:
-                block = encode_block([trace], mode="exact", vocab_size=VOCAB_SIZE)
+                block = encode_block([trace], codec="exact", vocab_size=VOCAB_SIZE)
                 publisher.publish(block, [trace.prompt_id])
 
 

@@ -15,6 +15,7 @@ from typer.testing import CliRunner
 from lynearm.cli.main import app
 from lynearm.demo.config import DemoConfig
 from lynearm.export.config import CoreMlExportConfig, MlxExportConfig
+from lynearm.interchange.config import ImportConfig
 from lynearm.student.config import TrainConfig
 from lynearm.teacher.config import TeachConfig
 from lynearm.traces.config import ServeConfig
@@ -26,6 +27,7 @@ HEAVY = (
     "transformers",
     "mlx",
     "coremltools",
+    "pyarrow",
     "grpc",
     "numpy",
     "google.protobuf",
@@ -44,7 +46,9 @@ COMMANDS = (
     ("streams", "list"),
     ("streams", "show"),
     ("streams", "tail"),
+    ("streams", "export"),
     ("streams", "delete"),
+    ("import",),
     ("demo",),
 )
 
@@ -54,6 +58,7 @@ CONFIG_CLASSES: dict[tuple[str, ...], type[Any]] = {
     ("train",): TrainConfig,
     ("export", "mlx"): MlxExportConfig,
     ("export", "coreml"): CoreMlExportConfig,
+    ("import",): ImportConfig,
     ("demo",): DemoConfig,
 }
 

@@ -43,7 +43,7 @@ def tiny_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     config["rope_parameters"] = {"rope_type": "default", "rope_theta": 500.0}
     config.pop("rope_theta", None)
     (directory / "config.json").write_text(json.dumps(config))
-    block = encode_block([make_trace(number) for number in range(8)], mode="exact", vocab_size=VOCAB_SIZE)
+    block = encode_block([make_trace(number) for number in range(8)], codec="exact", vocab_size=VOCAB_SIZE)
     (directory / "held_out.block").write_bytes(block)
     return directory
 

@@ -9,7 +9,9 @@ import pytest
 ROOT = Path(__file__).resolve().parents[2]
 ROLE_FOLDERS = ("protos", "services", "workers", "clients")
 
-EVERYTHING = frozenset({"v1", "wire", "traces", "client", "teacher", "student", "export", "demo", "cli"})
+EVERYTHING = frozenset(
+    {"v1", "wire", "traces", "client", "teacher", "student", "export", "interchange", "demo", "cli"}
+)
 MAY_IMPORT = {
     "v1": frozenset[str](),
     "wire": frozenset({"v1"}),
@@ -18,6 +20,7 @@ MAY_IMPORT = {
     "teacher": frozenset({"wire", "client"}),
     "student": frozenset({"wire", "client"}),
     "export": frozenset({"wire"}),
+    "interchange": frozenset({"v1", "wire", "client"}),
     "demo": EVERYTHING - {"v1", "traces", "cli"},
     "cli": EVERYTHING,
 }
@@ -27,6 +30,7 @@ MUST_NOT_LOAD = {
     "wire": frozenset({"grpc", "torch", "ray", "vllm", "transformers"}),
     "client": frozenset({"torch", "ray", "vllm", "transformers"}),
     "export": frozenset({"grpc", "ray", "vllm"}),
+    "interchange": frozenset({"torch", "ray", "vllm"}),
 }
 """Packages of others that a subpackage does without."""
 

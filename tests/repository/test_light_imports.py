@@ -7,7 +7,18 @@ import sys
 import pytest
 import typer.main
 
-HEAVY = {"torch", "vllm", "ray", "transformers", "mlx", "mlx_lm", "coremltools", "accelerate", "gguf"}
+HEAVY = {
+    "torch",
+    "vllm",
+    "ray",
+    "transformers",
+    "mlx",
+    "mlx_lm",
+    "coremltools",
+    "accelerate",
+    "gguf",
+    "pyarrow",
+}
 
 VERBS = [
     ("serve",),
@@ -18,7 +29,9 @@ VERBS = [
     ("streams", "list"),
     ("streams", "show"),
     ("streams", "tail"),
+    ("streams", "export"),
     ("streams", "delete"),
+    ("import",),
     ("demo",),
 ]
 

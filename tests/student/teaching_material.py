@@ -69,7 +69,7 @@ def make_spec(teacher: StudentModel, name: str = "lessons") -> StreamSpec:
 
 def make_blocks(teacher: StudentModel, traces: Sequence[Trace], traces_per_block: int) -> list[bytes]:
     return [
-        encode_block(traces[start : start + traces_per_block], mode="exact", vocab_size=teacher.vocab_size)
+        encode_block(traces[start : start + traces_per_block], codec="exact", vocab_size=teacher.vocab_size)
         for start in range(0, len(traces), traces_per_block)
     ]
 

@@ -81,7 +81,7 @@ def test_a_truncated_block_is_refused(size: int) -> None:
         ({"uncompressed_size_bytes": 0}, CorruptBlockError),
         ({"uncompressed_size_bytes": (64 << 20) + 1}, CorruptBlockError),
         ({"format_version": 0}, InvalidInputError),
-        ({"format_version": 2}, UnsupportedFormatError),
+        ({"format_version": 3}, UnsupportedFormatError),
     ],
 )
 def test_a_header_out_of_bounds_is_refused(changes: dict[str, object], error: type[Exception]) -> None:

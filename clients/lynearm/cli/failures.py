@@ -34,6 +34,7 @@ EXTRAS = {
     "coremltools": "coreml",
     "accelerate": "demo",
     "gguf": "demo",
+    "pyarrow": "parquet",
 }
 """Which extra of the package brings a module."""
 

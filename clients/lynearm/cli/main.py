@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from lynearm.cli.demo import demo
 from lynearm.cli.export import export_app
+from lynearm.cli.import_files import import_files
 from lynearm.cli.options import make_app
 from lynearm.cli.serve import serve
 from lynearm.cli.streams import streams_app
@@ -16,6 +17,7 @@ app.command()(teach)
 app.command()(train)
 app.add_typer(export_app, name="export")
 app.add_typer(streams_app, name="streams")
+app.command("import")(import_files)
 app.command()(demo)
 
 

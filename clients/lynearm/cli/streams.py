@@ -1,16 +1,37 @@
-"""`lynearm streams`: look at what a trace service holds, follow it, delete it."""
+"""`lynearm streams`: look at what a trace service holds, follow it, write it to a file, delete it."""
 
 from __future__ import annotations
 
 import math
-from typing import Annotated
+from enum import StrEnum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from lynearm.cli.failures import EXIT_FAILED, reported
-from lynearm.cli.options import AsJson, Debug, ServiceOnly, make_app, service_address
+from lynearm.cli.options import (
+    AsJson,
+    Debug,
+    Progress,
+    ProgressMode,
+    ServiceOnly,
+    make_app,
+    service_address,
+)
 
-streams_app = make_app("List, show, follow and delete streams of traces.")
+if TYPE_CHECKING:
+    from lynearm.cli.progress import Status
+    from lynearm.interchange import ExportProgress
+
+streams_app = make_app("List, show, follow, export and delete streams of traces.")
+
+
+class ExportFormat(StrEnum):
+    """What a stream can be written as."""
+
+    parquet = "parquet"
+
 
 _Name = Annotated[str, typer.Argument(metavar="STREAM", help="Name of the stream.")]
 
@@ -89,6 +110,47 @@ def tail_stream(
         tail = Tail(client, stream, as_json=json)
         tail.run(first, follow=follow, limit=count if count is not None else math.inf)
     typer.echo(tail.summary(), err=True)
+
+
+@streams_app.command("export")
+@reported("no file was written; the same command begins again")
+def export_stream(
+    stream: _Name,
+    out: Annotated[Path, typer.Option(metavar="FILE", help="File to write; there whole or not at all.")],
+    format: Annotated[ExportFormat, typer.Option(help="How to write.")] = ExportFormat.parquet,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a file that exists.")] = False,
+    service: ServiceOnly = None,
+    progress: Progress = ProgressMode.auto,
+    debug: Debug = False,
+) -> None:
+    """Write a stream's traces to a file.
+
+    Those that it has now, one row a trace, with the stream's spec in the metadata. pandas, polars and Hugging
+    Face datasets read it; `lynearm import` brings it back.
+    """
+    from lynearm.cli.progress import Reporter, count, duration, size
+    from lynearm.client import TraceClient
+    from lynearm.interchange.exporting import export_parquet
+
+    with (
+        TraceClient(service_address(service)) as client,
+        Reporter("export", progress, describe_export) as report,
+    ):
+        made = export_parquet(client, stream, out, overwrite=overwrite, on_progress=report)
+        report.conclude(made)
+    if report.for_people:
+        typer.echo(
+            f"{made.path}: {made.traces:,} traces, {count(made.tokens)} tokens, {size(made.size_bytes)} in "
+            f"{duration(made.seconds)}; stream {made.stream} up to offset {made.next_offset}"
+        )
+
+
+def describe_export(event: ExportProgress) -> Status:
+    """What a moment of an export to a file means to a person."""
+    from lynearm.cli.progress import Status, count, size
+
+    text = f"{count(event.traces)} traces, {count(event.tokens)} tokens, {size(event.size_bytes)} of blocks"
+    return Status("exporting", text, event.traces, event.total_traces or None)
 
 
 @streams_app.command("delete")

@@ -1,5 +1,6 @@
 """The SDK: create, publish to, follow and read streams of teacher traces."""
 
+from lynearm.client.dictionaries import DictionaryCache
 from lynearm.client.interrupts import stop_on_interrupt
 from lynearm.client.publisher import Publisher
 from lynearm.client.subscription import ReceivedBlock, Subscription
@@ -7,6 +8,7 @@ from lynearm.client.trace_client import TraceClient
 from lynearm.wire.protobuf import StreamInfo
 
 __all__ = [
+    "DictionaryCache",
     "Publisher",
     "ReceivedBlock",
     "StreamInfo",

@@ -14,7 +14,8 @@ from lynearm.client.connection import Backoff, Connection, is_transient
 from lynearm.client.publisher import DEFAULT_IN_FLIGHT_BYTES, Publisher
 from lynearm.client.subscription import DEFAULT_CREDIT_BYTES, ReceivedBlock, Subscription
 from lynearm.v1 import trace_service_pb2 as pb
-from lynearm.wire.errors import InvalidInputError, ServiceUnavailableError
+from lynearm.wire.blocks import MAX_DICTIONARY_BYTES, dictionary_digest
+from lynearm.wire.errors import CorruptBlockError, InvalidInputError, ServiceUnavailableError
 from lynearm.wire.frames import parse_fetch_response
 from lynearm.wire.protobuf import StreamInfo, spec_to_proto, stream_from_proto
 from lynearm.wire.specs import StreamSpec, check_name
@@ -125,7 +126,7 @@ class TraceClient:
         return [stream_from_proto(stream) for stream in response.streams]
 
     def delete_stream(self, name: str) -> None:
-        """Delete a stream with all its blocks.
+        """Delete a stream with all its blocks and dictionaries.
 
         Raises:
             StreamNotFoundError: if there is none of that name.
@@ -140,6 +141,62 @@ class TraceClient:
         """
         request = pb.SealStreamRequest(name=check_name(name))
         return stream_from_proto(self._call(self._connection.stub.SealStream, request).stream)
+
+    def put_dictionary(self, stream: str, dictionary: bytes) -> bytes:
+        """Give a stream a codec dictionary, so that published blocks may name it; idempotent.
+
+        Args:
+            stream: Name of the stream.
+            dictionary: At most 3 MiB; durable on return.
+
+        Returns:
+            Its digest, 8 bytes.
+
+        Raises:
+            StreamNotFoundError: if there is no such stream.
+            StreamSealedError: if the stream is sealed and does not hold the dictionary.
+            DictionaryLimitError: if the stream holds 64 others.
+            CorruptBlockError: if the service received other bytes.
+            InvalidInputError: if it is empty or too large.
+        """
+        # Checked here too: above 4 MiB gRPC would speak of a limit of its own.
+        if not 1 <= len(dictionary) <= MAX_DICTIONARY_BYTES:
+            raise InvalidInputError(
+                f"dictionary of {len(dictionary)} bytes, expected 1 to {MAX_DICTIONARY_BYTES}"
+            )
+        request = pb.PutDictionaryRequest(stream=check_name(stream), dictionary=dictionary)
+        found = self._call(self._connection.stub.PutDictionary, request).digest
+        digest = dictionary_digest(dictionary)
+        if found != digest:
+            raise CorruptBlockError(
+                f"the service at {self.target} received a dictionary of digest {found.hex()}, "
+                f"sent was {digest.hex()}",
+                "put it again",
+            )
+        return digest
+
+    def get_dictionary(self, stream: str, digest: bytes) -> bytes:
+        """A codec dictionary of a stream, by the digest in the header of a block.
+
+        Args:
+            stream: Name of the stream.
+            digest: 8 bytes.
+
+        Raises:
+            StreamNotFoundError: if there is no such stream.
+            DictionaryNotFoundError: if the stream does not hold it.
+            CorruptBlockError: if what came has another digest.
+            InvalidInputError: if `digest` is not 8 bytes.
+        """
+        request = pb.GetDictionaryRequest(stream=check_name(stream), digest=digest)
+        dictionary = self._call(self._connection.stub.GetDictionary, request).dictionary
+        found = dictionary_digest(dictionary)
+        if found != digest:
+            raise CorruptBlockError(
+                f"dictionary {digest.hex()} of stream {stream!r} came with digest {found.hex()}",
+                "fetch it again; if that does not help, it is damaged on the server's disk",
+            )
+        return dictionary
 
     def finished_prompts(self, stream: str) -> set[str]:
         """Ids of the prompts that committed blocks have finished.

@@ -54,7 +54,13 @@ class _CodecModeEnumTypeWrapper(google.protobuf.internal.enum_type_wrapper._Enum
     CODEC_MODE_EXACT: _CodecMode.ValueType  # 1
     """float32 logprobs, bit for bit."""
     CODEC_MODE_STANDARD: _CodecMode.ValueType  # 2
-    """Logprobs on a grid uniform in sqrt(p): adds about 1e-4 nats of KL over top-k and tail for language models."""
+    """Logprobs on a grid uniform in sqrt(p): adds at most 1e-4 nats of KL in the mean over top-k and tail."""
+    CODEC_MODE_FINE: _CodecMode.ValueType  # 3
+    """A finer grid: adds at most 1e-6 nats of KL in the mean over top-k and tail."""
+    CODEC_MODE_COMPACT: _CodecMode.ValueType  # 4
+    """A coarser grid: adds at most 1e-3 nats of KL in the mean over top-k and tail."""
+    CODEC_MODE_SAMPLED: _CodecMode.ValueType  # 5
+    """Draws from the teacher's full distribution, with their counts; exact."""
 
 class CodecMode(_CodecMode, metaclass=_CodecModeEnumTypeWrapper):
     """Encoding of logprobs inside a block's payload."""
@@ -64,8 +70,70 @@ CODEC_MODE_UNSPECIFIED: CodecMode.ValueType  # 0
 CODEC_MODE_EXACT: CodecMode.ValueType  # 1
 """float32 logprobs, bit for bit."""
 CODEC_MODE_STANDARD: CodecMode.ValueType  # 2
-"""Logprobs on a grid uniform in sqrt(p): adds about 1e-4 nats of KL over top-k and tail for language models."""
+"""Logprobs on a grid uniform in sqrt(p): adds at most 1e-4 nats of KL in the mean over top-k and tail."""
+CODEC_MODE_FINE: CodecMode.ValueType  # 3
+"""A finer grid: adds at most 1e-6 nats of KL in the mean over top-k and tail."""
+CODEC_MODE_COMPACT: CodecMode.ValueType  # 4
+"""A coarser grid: adds at most 1e-3 nats of KL in the mean over top-k and tail."""
+CODEC_MODE_SAMPLED: CodecMode.ValueType  # 5
+"""Draws from the teacher's full distribution, with their counts; exact."""
 Global___CodecMode: typing_extensions.TypeAlias = CodecMode
+
+class _FinishReason:
+    ValueType = typing.NewType("ValueType", builtins.int)
+    V: typing_extensions.TypeAlias = ValueType
+
+class _FinishReasonEnumTypeWrapper(google.protobuf.internal.enum_type_wrapper._EnumTypeWrapper[_FinishReason.ValueType], builtins.type):
+    DESCRIPTOR: google.protobuf.descriptor.EnumDescriptor
+    FINISH_REASON_UNSPECIFIED: _FinishReason.ValueType  # 0
+    """Not said; refused."""
+    FINISH_REASON_STOP: _FinishReason.ValueType  # 1
+    """The model ended it, or a stop token did."""
+    FINISH_REASON_LENGTH: _FinishReason.ValueType  # 2
+    """It reached its limit of tokens."""
+    FINISH_REASON_ABORT: _FinishReason.ValueType  # 3
+    """It was cut off."""
+
+class FinishReason(_FinishReason, metaclass=_FinishReasonEnumTypeWrapper):
+    """Why a completion ended."""
+
+FINISH_REASON_UNSPECIFIED: FinishReason.ValueType  # 0
+"""Not said; refused."""
+FINISH_REASON_STOP: FinishReason.ValueType  # 1
+"""The model ended it, or a stop token did."""
+FINISH_REASON_LENGTH: FinishReason.ValueType  # 2
+"""It reached its limit of tokens."""
+FINISH_REASON_ABORT: FinishReason.ValueType  # 3
+"""It was cut off."""
+Global___FinishReason: typing_extensions.TypeAlias = FinishReason
+
+class _SpanKind:
+    ValueType = typing.NewType("ValueType", builtins.int)
+    V: typing_extensions.TypeAlias = ValueType
+
+class _SpanKindEnumTypeWrapper(google.protobuf.internal.enum_type_wrapper._EnumTypeWrapper[_SpanKind.ValueType], builtins.type):
+    DESCRIPTOR: google.protobuf.descriptor.EnumDescriptor
+    SPAN_KIND_UNSPECIFIED: _SpanKind.ValueType  # 0
+    """Not said; refused."""
+    SPAN_KIND_REASONING: _SpanKind.ValueType  # 1
+    """Chain of thought, ended by the model."""
+    SPAN_KIND_ANSWER: _SpanKind.ValueType  # 2
+    """What follows the chain of thought, or everything without one."""
+    SPAN_KIND_TRUNCATED_REASONING: _SpanKind.ValueType  # 3
+    """Chain of thought that the completion's end cut off."""
+
+class SpanKind(_SpanKind, metaclass=_SpanKindEnumTypeWrapper):
+    """What a run of completion tokens is."""
+
+SPAN_KIND_UNSPECIFIED: SpanKind.ValueType  # 0
+"""Not said; refused."""
+SPAN_KIND_REASONING: SpanKind.ValueType  # 1
+"""Chain of thought, ended by the model."""
+SPAN_KIND_ANSWER: SpanKind.ValueType  # 2
+"""What follows the chain of thought, or everything without one."""
+SPAN_KIND_TRUNCATED_REASONING: SpanKind.ValueType  # 3
+"""Chain of thought that the completion's end cut off."""
+Global___SpanKind: typing_extensions.TypeAlias = SpanKind
 
 @typing.final
 class TeacherSpec(google.protobuf.message.Message):
@@ -157,17 +225,27 @@ class CodecSpec(google.protobuf.message.Message):
 
     MODE_FIELD_NUMBER: builtins.int
     TOP_K_FIELD_NUMBER: builtins.int
+    MIN_PROBABILITY_FIELD_NUMBER: builtins.int
+    DRAWS_FIELD_NUMBER: builtins.int
     mode: Global___CodecMode.ValueType
     """Codec of every block in the stream."""
     top_k: builtins.int
-    """Entries kept per position; 0 to 1024."""
+    """Most entries kept per position; 0 to 1024."""
+    min_probability: builtins.float
+    """Adaptive k: of the top_k entries, those with at least this probability are kept, and at least one
+    where top_k is at least 1; 0 to 1. 0 keeps all top_k.
+    """
+    draws: builtins.int
+    """Draws kept per position in CODEC_MODE_SAMPLED, at least 1; 0 in every other mode."""
     def __init__(
         self,
         *,
         mode: Global___CodecMode.ValueType = ...,
         top_k: builtins.int = ...,
+        min_probability: builtins.float = ...,
+        draws: builtins.int = ...,
     ) -> None: ...
-    def ClearField(self, field_name: typing.Literal["mode", b"mode", "top_k", b"top_k"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["draws", b"draws", "min_probability", b"min_probability", "mode", b"mode", "top_k", b"top_k"]) -> None: ...
 
 Global___CodecSpec: typing_extensions.TypeAlias = CodecSpec
 
@@ -247,6 +325,7 @@ class BlockHeader(google.protobuf.message.Message):
     COMPLETION_TOKEN_COUNT_FIELD_NUMBER: builtins.int
     UNCOMPRESSED_SIZE_BYTES_FIELD_NUMBER: builtins.int
     PAYLOAD_XXH3_FIELD_NUMBER: builtins.int
+    DICTIONARY_DIGEST_FIELD_NUMBER: builtins.int
     format_version: builtins.int
     """Version of the payload's layout. A reader refuses versions above its own."""
     codec_mode: Global___CodecMode.ValueType
@@ -258,9 +337,13 @@ class BlockHeader(google.protobuf.message.Message):
     completion_token_count: builtins.int
     """Completion tokens (positions) over all traces."""
     uncompressed_size_bytes: builtins.int
-    """Size of the payload before compression, bytes; at most 64 MiB."""
+    """Size of the payload before compression, bytes; at most 64 MiB. From version 2 on: of its metadata."""
     payload_xxh3: builtins.int
     """XXH3-64 (seed 0) of the payload's bytes as they travel."""
+    dictionary_digest: builtins.bytes
+    """Digest of the dictionary that the payload needs: the first 8 bytes of its SHA-256. The stream must
+    hold it before the block is published. Empty: none.
+    """
     def __init__(
         self,
         *,
@@ -271,8 +354,9 @@ class BlockHeader(google.protobuf.message.Message):
         completion_token_count: builtins.int = ...,
         uncompressed_size_bytes: builtins.int = ...,
         payload_xxh3: builtins.int = ...,
+        dictionary_digest: builtins.bytes = ...,
     ) -> None: ...
-    def ClearField(self, field_name: typing.Literal["codec_mode", b"codec_mode", "completion_token_count", b"completion_token_count", "format_version", b"format_version", "payload_xxh3", b"payload_xxh3", "prompt_token_count", b"prompt_token_count", "trace_count", b"trace_count", "uncompressed_size_bytes", b"uncompressed_size_bytes"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["codec_mode", b"codec_mode", "completion_token_count", b"completion_token_count", "dictionary_digest", b"dictionary_digest", "format_version", b"format_version", "payload_xxh3", b"payload_xxh3", "prompt_token_count", b"prompt_token_count", "trace_count", b"trace_count", "uncompressed_size_bytes", b"uncompressed_size_bytes"]) -> None: ...
 
 Global___BlockHeader: typing_extensions.TypeAlias = BlockHeader
 
@@ -300,3 +384,180 @@ class Block(google.protobuf.message.Message):
     def ClearField(self, field_name: typing.Literal["header", b"header", "payload", b"payload"]) -> None: ...
 
 Global___Block: typing_extensions.TypeAlias = Block
+
+@typing.final
+class TokenSpan(google.protobuf.message.Message):
+    """A run of completion tokens of one kind."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    KIND_FIELD_NUMBER: builtins.int
+    START_FIELD_NUMBER: builtins.int
+    LENGTH_FIELD_NUMBER: builtins.int
+    kind: Global___SpanKind.ValueType
+    """Kind."""
+    start: builtins.int
+    """First position."""
+    length: builtins.int
+    """Number of tokens, at least 1."""
+    def __init__(
+        self,
+        *,
+        kind: Global___SpanKind.ValueType = ...,
+        start: builtins.int = ...,
+        length: builtins.int = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["kind", b"kind", "length", b"length", "start", b"start"]) -> None: ...
+
+Global___TokenSpan: typing_extensions.TypeAlias = TokenSpan
+
+@typing.final
+class Tag(google.protobuf.message.Message):
+    """A label of a trace."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    KEY_FIELD_NUMBER: builtins.int
+    VALUE_FIELD_NUMBER: builtins.int
+    key: builtins.str
+    """Key."""
+    value: builtins.str
+    """Value."""
+    def __init__(
+        self,
+        *,
+        key: builtins.str = ...,
+        value: builtins.str = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["key", b"key", "value", b"value"]) -> None: ...
+
+Global___Tag: typing_extensions.TypeAlias = Tag
+
+@typing.final
+class SamplingParams(google.protobuf.message.Message):
+    """How a completion was drawn."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    TEMPERATURE_FIELD_NUMBER: builtins.int
+    TOP_P_FIELD_NUMBER: builtins.int
+    MIN_P_FIELD_NUMBER: builtins.int
+    TOP_K_FIELD_NUMBER: builtins.int
+    MAX_TOKENS_FIELD_NUMBER: builtins.int
+    SEED_FIELD_NUMBER: builtins.int
+    temperature: builtins.float
+    """Temperature; 0 is greedy."""
+    top_p: builtins.float
+    """Nucleus mass; 1 keeps everything."""
+    min_p: builtins.float
+    """Smallest probability kept, relative to the largest."""
+    top_k: builtins.int
+    """Number of tokens kept; 0 keeps everything."""
+    max_tokens: builtins.int
+    """Bound on the completion, tokens; 0 when unknown."""
+    seed: builtins.int
+    """Seed, where there was one."""
+    def __init__(
+        self,
+        *,
+        temperature: builtins.float = ...,
+        top_p: builtins.float = ...,
+        min_p: builtins.float = ...,
+        top_k: builtins.int = ...,
+        max_tokens: builtins.int = ...,
+        seed: builtins.int | None = ...,
+    ) -> None: ...
+    def HasField(self, field_name: typing.Literal["_seed", b"_seed", "seed", b"seed"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["_seed", b"_seed", "max_tokens", b"max_tokens", "min_p", b"min_p", "seed", b"seed", "temperature", b"temperature", "top_k", b"top_k", "top_p", b"top_p"]) -> None: ...
+    def WhichOneof(self, oneof_group: typing.Literal["_seed", b"_seed"]) -> typing.Literal["seed"] | None: ...
+
+Global___SamplingParams: typing_extensions.TypeAlias = SamplingParams
+
+@typing.final
+class TraceMetadata(google.protobuf.message.Message):
+    """What a trace says besides its distributions."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    PROMPT_ID_FIELD_NUMBER: builtins.int
+    PROMPT_TOKEN_IDS_FIELD_NUMBER: builtins.int
+    PROMPT_ROWS_FIELD_NUMBER: builtins.int
+    COMPLETION_LENGTH_FIELD_NUMBER: builtins.int
+    TOP_K_FIELD_NUMBER: builtins.int
+    FINISH_REASON_FIELD_NUMBER: builtins.int
+    SAMPLE_INDEX_FIELD_NUMBER: builtins.int
+    SAMPLING_FIELD_NUMBER: builtins.int
+    SPANS_FIELD_NUMBER: builtins.int
+    TAGS_FIELD_NUMBER: builtins.int
+    COMPLETION_TEXT_FIELD_NUMBER: builtins.int
+    prompt_id: builtins.str
+    """Name of the prompt; at most 256 bytes."""
+    prompt_rows: builtins.int
+    """Prompt positions with a distribution: 0, or one less than the prompt's tokens."""
+    completion_length: builtins.int
+    """Completion positions."""
+    top_k: builtins.int
+    """Width of the trace's rows, entries; at most 1024."""
+    finish_reason: Global___FinishReason.ValueType
+    """Why the completion ended."""
+    sample_index: builtins.int
+    """Which of the completions of one prompt."""
+    completion_text: builtins.str
+    """The completion as text; empty when not recorded."""
+    @property
+    def prompt_token_ids(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.int]:
+        """Ids of the prompt's tokens. Where prompt_rows is not 0: of the first one; the rows name the others."""
+
+    @property
+    def sampling(self) -> Global___SamplingParams:
+        """How the completion was drawn. Absent: as for the trace before; for the first trace, temperature 1,
+        top_p 1 and nothing else.
+        """
+
+    @property
+    def spans(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[Global___TokenSpan]:
+        """Runs of completion tokens, ascending, without overlap."""
+
+    @property
+    def tags(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[Global___Tag]:
+        """Labels, no key twice."""
+
+    def __init__(
+        self,
+        *,
+        prompt_id: builtins.str = ...,
+        prompt_token_ids: collections.abc.Iterable[builtins.int] | None = ...,
+        prompt_rows: builtins.int = ...,
+        completion_length: builtins.int = ...,
+        top_k: builtins.int = ...,
+        finish_reason: Global___FinishReason.ValueType = ...,
+        sample_index: builtins.int = ...,
+        sampling: Global___SamplingParams | None = ...,
+        spans: collections.abc.Iterable[Global___TokenSpan] | None = ...,
+        tags: collections.abc.Iterable[Global___Tag] | None = ...,
+        completion_text: builtins.str = ...,
+    ) -> None: ...
+    def HasField(self, field_name: typing.Literal["sampling", b"sampling"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["completion_length", b"completion_length", "completion_text", b"completion_text", "finish_reason", b"finish_reason", "prompt_id", b"prompt_id", "prompt_rows", b"prompt_rows", "prompt_token_ids", b"prompt_token_ids", "sample_index", b"sample_index", "sampling", b"sampling", "spans", b"spans", "tags", b"tags", "top_k", b"top_k"]) -> None: ...
+
+Global___TraceMetadata: typing_extensions.TypeAlias = TraceMetadata
+
+@typing.final
+class BlockMetadata(google.protobuf.message.Message):
+    """The metadata of a block: one for each trace, in order."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    TRACES_FIELD_NUMBER: builtins.int
+    @property
+    def traces(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[Global___TraceMetadata]:
+        """As many as the header's trace_count."""
+
+    def __init__(
+        self,
+        *,
+        traces: collections.abc.Iterable[Global___TraceMetadata] | None = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["traces", b"traces"]) -> None: ...
+
+Global___BlockMetadata: typing_extensions.TypeAlias = BlockMetadata

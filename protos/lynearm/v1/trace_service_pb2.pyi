@@ -59,6 +59,8 @@ class Stream(google.protobuf.message.Message):
     COMPLETION_TOKEN_COUNT_FIELD_NUMBER: builtins.int
     SIZE_BYTES_FIELD_NUMBER: builtins.int
     FINISHED_PROMPT_COUNT_FIELD_NUMBER: builtins.int
+    DICTIONARY_COUNT_FIELD_NUMBER: builtins.int
+    DICTIONARY_BYTES_FIELD_NUMBER: builtins.int
     state: Global___StreamState.ValueType
     """Whether it takes blocks."""
     created_unix_nano: builtins.int
@@ -75,6 +77,10 @@ class Stream(google.protobuf.message.Message):
     """Bytes of all encoded blocks."""
     finished_prompt_count: builtins.int
     """Prompts that published blocks have finished."""
+    dictionary_count: builtins.int
+    """Codec dictionaries; at most 64."""
+    dictionary_bytes: builtins.int
+    """Bytes of all codec dictionaries; size_bytes does not include them."""
     @property
     def spec(self) -> lynearm.v1.trace_pb2.StreamSpec:
         """What it is."""
@@ -91,9 +97,11 @@ class Stream(google.protobuf.message.Message):
         completion_token_count: builtins.int = ...,
         size_bytes: builtins.int = ...,
         finished_prompt_count: builtins.int = ...,
+        dictionary_count: builtins.int = ...,
+        dictionary_bytes: builtins.int = ...,
     ) -> None: ...
     def HasField(self, field_name: typing.Literal["spec", b"spec"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["completion_token_count", b"completion_token_count", "created_unix_nano", b"created_unix_nano", "finished_prompt_count", b"finished_prompt_count", "next_offset", b"next_offset", "prompt_token_count", b"prompt_token_count", "size_bytes", b"size_bytes", "spec", b"spec", "state", b"state", "trace_count", b"trace_count"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["completion_token_count", b"completion_token_count", "created_unix_nano", b"created_unix_nano", "dictionary_bytes", b"dictionary_bytes", "dictionary_count", b"dictionary_count", "finished_prompt_count", b"finished_prompt_count", "next_offset", b"next_offset", "prompt_token_count", b"prompt_token_count", "size_bytes", b"size_bytes", "spec", b"spec", "state", b"state", "trace_count", b"trace_count"]) -> None: ...
 
 Global___Stream: typing_extensions.TypeAlias = Stream
 
@@ -625,3 +633,83 @@ class ListFinishedPromptsResponse(google.protobuf.message.Message):
     def ClearField(self, field_name: typing.Literal["prompt_ids", b"prompt_ids"]) -> None: ...
 
 Global___ListFinishedPromptsResponse: typing_extensions.TypeAlias = ListFinishedPromptsResponse
+
+@typing.final
+class PutDictionaryRequest(google.protobuf.message.Message):
+    """Gives a dictionary to a stream."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    STREAM_FIELD_NUMBER: builtins.int
+    DICTIONARY_FIELD_NUMBER: builtins.int
+    stream: builtins.str
+    """Stream that will hold it."""
+    dictionary: builtins.bytes
+    """Opaque to the service; 1 byte to 3 MiB."""
+    def __init__(
+        self,
+        *,
+        stream: builtins.str = ...,
+        dictionary: builtins.bytes = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["dictionary", b"dictionary", "stream", b"stream"]) -> None: ...
+
+Global___PutDictionaryRequest: typing_extensions.TypeAlias = PutDictionaryRequest
+
+@typing.final
+class PutDictionaryResponse(google.protobuf.message.Message):
+    """The stream holds the dictionary."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    DIGEST_FIELD_NUMBER: builtins.int
+    digest: builtins.bytes
+    """First 8 bytes of the dictionary's SHA-256: its name."""
+    def __init__(
+        self,
+        *,
+        digest: builtins.bytes = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["digest", b"digest"]) -> None: ...
+
+Global___PutDictionaryResponse: typing_extensions.TypeAlias = PutDictionaryResponse
+
+@typing.final
+class GetDictionaryRequest(google.protobuf.message.Message):
+    """Asks for a dictionary."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    STREAM_FIELD_NUMBER: builtins.int
+    DIGEST_FIELD_NUMBER: builtins.int
+    stream: builtins.str
+    """Stream that holds it."""
+    digest: builtins.bytes
+    """First 8 bytes of its SHA-256."""
+    def __init__(
+        self,
+        *,
+        stream: builtins.str = ...,
+        digest: builtins.bytes = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["digest", b"digest", "stream", b"stream"]) -> None: ...
+
+Global___GetDictionaryRequest: typing_extensions.TypeAlias = GetDictionaryRequest
+
+@typing.final
+class GetDictionaryResponse(google.protobuf.message.Message):
+    """The dictionary."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    DICTIONARY_FIELD_NUMBER: builtins.int
+    dictionary: builtins.bytes
+    """As it was put; its SHA-256 begins with the digest that was asked for."""
+    def __init__(
+        self,
+        *,
+        dictionary: builtins.bytes = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["dictionary", b"dictionary"]) -> None: ...
+
+Global___GetDictionaryResponse: typing_extensions.TypeAlias = GetDictionaryResponse

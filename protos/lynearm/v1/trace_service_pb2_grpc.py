@@ -83,6 +83,16 @@ class TraceServiceStub(object):
                 request_serializer=lynearm_dot_v1_dot_trace__service__pb2.ListFinishedPromptsRequest.SerializeToString,
                 response_deserializer=lynearm_dot_v1_dot_trace__service__pb2.ListFinishedPromptsResponse.FromString,
                 _registered_method=True)
+        self.PutDictionary = channel.unary_unary(
+                '/lynearm.v1.TraceService/PutDictionary',
+                request_serializer=lynearm_dot_v1_dot_trace__service__pb2.PutDictionaryRequest.SerializeToString,
+                response_deserializer=lynearm_dot_v1_dot_trace__service__pb2.PutDictionaryResponse.FromString,
+                _registered_method=True)
+        self.GetDictionary = channel.unary_unary(
+                '/lynearm.v1.TraceService/GetDictionary',
+                request_serializer=lynearm_dot_v1_dot_trace__service__pb2.GetDictionaryRequest.SerializeToString,
+                response_deserializer=lynearm_dot_v1_dot_trace__service__pb2.GetDictionaryResponse.FromString,
+                _registered_method=True)
 
 
 class TraceServiceServicer(object):
@@ -115,7 +125,7 @@ class TraceServiceServicer(object):
         raise NotImplementedError('Method not implemented!')
 
     def DeleteStream(self, request, context):
-        """Deletes a stream with all its blocks. NOT_FOUND: no such stream.
+        """Deletes a stream with all its blocks and dictionaries. NOT_FOUND: no such stream.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -131,8 +141,9 @@ class TraceServiceServicer(object):
     def Publish(self, request_iterator, context):
         """Appends blocks. The first request opens the producer, the rest carry blocks; each block is
         acknowledged once it is durable. FAILED_PRECONDITION: sealed stream, old epoch, gap in the
-        sequence, a prompt that is finished already. ALREADY_EXISTS: a sequence number reused for
-        other bytes. RESOURCE_EXHAUSTED: the disk is full; nothing of the block was kept.
+        sequence, a prompt that is finished already, a dictionary that the stream does not hold.
+        ALREADY_EXISTS: a sequence number reused for other bytes. RESOURCE_EXHAUSTED: the disk is full;
+        nothing of the block was kept.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -156,6 +167,24 @@ class TraceServiceServicer(object):
 
     def ListFinishedPrompts(self, request, context):
         """Streams the ids of the prompts that published blocks have finished.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def PutDictionary(self, request, context):
+        """Gives a stream a codec dictionary, which blocks may then name by its digest; durable when
+        answered, and kept for as long as the stream. Idempotent by content. NOT_FOUND: no such stream.
+        INVALID_ARGUMENT: the dictionary is empty or too large. FAILED_PRECONDITION: the stream is sealed
+        and does not hold it. RESOURCE_EXHAUSTED: the stream holds 64 others, or the disk is full.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def GetDictionary(self, request, context):
+        """Returns a dictionary of a stream. NOT_FOUND: no such stream, or it holds no such dictionary.
+        INVALID_ARGUMENT: the digest is not 8 bytes.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -208,6 +237,16 @@ def add_TraceServiceServicer_to_server(servicer, server):
                     servicer.ListFinishedPrompts,
                     request_deserializer=lynearm_dot_v1_dot_trace__service__pb2.ListFinishedPromptsRequest.FromString,
                     response_serializer=lynearm_dot_v1_dot_trace__service__pb2.ListFinishedPromptsResponse.SerializeToString,
+            ),
+            'PutDictionary': grpc.unary_unary_rpc_method_handler(
+                    servicer.PutDictionary,
+                    request_deserializer=lynearm_dot_v1_dot_trace__service__pb2.PutDictionaryRequest.FromString,
+                    response_serializer=lynearm_dot_v1_dot_trace__service__pb2.PutDictionaryResponse.SerializeToString,
+            ),
+            'GetDictionary': grpc.unary_unary_rpc_method_handler(
+                    servicer.GetDictionary,
+                    request_deserializer=lynearm_dot_v1_dot_trace__service__pb2.GetDictionaryRequest.FromString,
+                    response_serializer=lynearm_dot_v1_dot_trace__service__pb2.GetDictionaryResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -457,6 +496,60 @@ class TraceService(object):
             '/lynearm.v1.TraceService/ListFinishedPrompts',
             lynearm_dot_v1_dot_trace__service__pb2.ListFinishedPromptsRequest.SerializeToString,
             lynearm_dot_v1_dot_trace__service__pb2.ListFinishedPromptsResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def PutDictionary(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/lynearm.v1.TraceService/PutDictionary',
+            lynearm_dot_v1_dot_trace__service__pb2.PutDictionaryRequest.SerializeToString,
+            lynearm_dot_v1_dot_trace__service__pb2.PutDictionaryResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def GetDictionary(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/lynearm.v1.TraceService/GetDictionary',
+            lynearm_dot_v1_dot_trace__service__pb2.GetDictionaryRequest.SerializeToString,
+            lynearm_dot_v1_dot_trace__service__pb2.GetDictionaryResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -169,7 +169,39 @@ _TraceServiceListFinishedPromptsType = typing_extensions.TypeVar(
     ],
 )
 
-class TraceServiceStub(typing.Generic[_TraceServiceCreateStreamType, _TraceServiceGetStreamType, _TraceServiceListStreamsType, _TraceServiceDeleteStreamType, _TraceServiceSealStreamType, _TraceServicePublishType, _TraceServiceSubscribeType, _TraceServiceFetchBlocksType, _TraceServiceListFinishedPromptsType]):
+_TraceServicePutDictionaryType = typing_extensions.TypeVar(
+    '_TraceServicePutDictionaryType',
+    grpc.UnaryUnaryMultiCallable[
+        lynearm.v1.trace_service_pb2.PutDictionaryRequest,
+        lynearm.v1.trace_service_pb2.PutDictionaryResponse,
+    ],
+    grpc.aio.UnaryUnaryMultiCallable[
+        lynearm.v1.trace_service_pb2.PutDictionaryRequest,
+        lynearm.v1.trace_service_pb2.PutDictionaryResponse,
+    ],
+    default=grpc.UnaryUnaryMultiCallable[
+        lynearm.v1.trace_service_pb2.PutDictionaryRequest,
+        lynearm.v1.trace_service_pb2.PutDictionaryResponse,
+    ],
+)
+
+_TraceServiceGetDictionaryType = typing_extensions.TypeVar(
+    '_TraceServiceGetDictionaryType',
+    grpc.UnaryUnaryMultiCallable[
+        lynearm.v1.trace_service_pb2.GetDictionaryRequest,
+        lynearm.v1.trace_service_pb2.GetDictionaryResponse,
+    ],
+    grpc.aio.UnaryUnaryMultiCallable[
+        lynearm.v1.trace_service_pb2.GetDictionaryRequest,
+        lynearm.v1.trace_service_pb2.GetDictionaryResponse,
+    ],
+    default=grpc.UnaryUnaryMultiCallable[
+        lynearm.v1.trace_service_pb2.GetDictionaryRequest,
+        lynearm.v1.trace_service_pb2.GetDictionaryResponse,
+    ],
+)
+
+class TraceServiceStub(typing.Generic[_TraceServiceCreateStreamType, _TraceServiceGetStreamType, _TraceServiceListStreamsType, _TraceServiceDeleteStreamType, _TraceServiceSealStreamType, _TraceServicePublishType, _TraceServiceSubscribeType, _TraceServiceFetchBlocksType, _TraceServiceListFinishedPromptsType, _TraceServicePutDictionaryType, _TraceServiceGetDictionaryType]):
     """Accepts, keeps and replays streams of blocks. Blocks are opaque to it.
 
     Invariants: an acknowledged block is durable, has one offset for ever, and is delivered to every
@@ -214,6 +246,14 @@ class TraceServiceStub(typing.Generic[_TraceServiceCreateStreamType, _TraceServi
             lynearm.v1.trace_service_pb2.ListFinishedPromptsRequest,
             lynearm.v1.trace_service_pb2.ListFinishedPromptsResponse,
         ],
+        grpc.UnaryUnaryMultiCallable[
+            lynearm.v1.trace_service_pb2.PutDictionaryRequest,
+            lynearm.v1.trace_service_pb2.PutDictionaryResponse,
+        ],
+        grpc.UnaryUnaryMultiCallable[
+            lynearm.v1.trace_service_pb2.GetDictionaryRequest,
+            lynearm.v1.trace_service_pb2.GetDictionaryResponse,
+        ],
     ], channel: grpc.Channel) -> None: ...
 
     @typing.overload
@@ -254,6 +294,14 @@ class TraceServiceStub(typing.Generic[_TraceServiceCreateStreamType, _TraceServi
             lynearm.v1.trace_service_pb2.ListFinishedPromptsRequest,
             lynearm.v1.trace_service_pb2.ListFinishedPromptsResponse,
         ],
+        grpc.aio.UnaryUnaryMultiCallable[
+            lynearm.v1.trace_service_pb2.PutDictionaryRequest,
+            lynearm.v1.trace_service_pb2.PutDictionaryResponse,
+        ],
+        grpc.aio.UnaryUnaryMultiCallable[
+            lynearm.v1.trace_service_pb2.GetDictionaryRequest,
+            lynearm.v1.trace_service_pb2.GetDictionaryResponse,
+        ],
     ], channel: grpc.aio.Channel) -> None: ...
 
     CreateStream: _TraceServiceCreateStreamType
@@ -268,7 +316,7 @@ class TraceServiceStub(typing.Generic[_TraceServiceCreateStreamType, _TraceServi
     """Lists every stream, by name."""
 
     DeleteStream: _TraceServiceDeleteStreamType
-    """Deletes a stream with all its blocks. NOT_FOUND: no such stream."""
+    """Deletes a stream with all its blocks and dictionaries. NOT_FOUND: no such stream."""
 
     SealStream: _TraceServiceSealStreamType
     """Ends a stream: no more blocks; subscribers that follow it finish. Idempotent."""
@@ -276,8 +324,9 @@ class TraceServiceStub(typing.Generic[_TraceServiceCreateStreamType, _TraceServi
     Publish: _TraceServicePublishType
     """Appends blocks. The first request opens the producer, the rest carry blocks; each block is
     acknowledged once it is durable. FAILED_PRECONDITION: sealed stream, old epoch, gap in the
-    sequence, a prompt that is finished already. ALREADY_EXISTS: a sequence number reused for
-    other bytes. RESOURCE_EXHAUSTED: the disk is full; nothing of the block was kept.
+    sequence, a prompt that is finished already, a dictionary that the stream does not hold.
+    ALREADY_EXISTS: a sequence number reused for other bytes. RESOURCE_EXHAUSTED: the disk is full;
+    nothing of the block was kept.
     """
 
     Subscribe: _TraceServiceSubscribeType
@@ -291,6 +340,18 @@ class TraceServiceStub(typing.Generic[_TraceServiceCreateStreamType, _TraceServi
 
     ListFinishedPrompts: _TraceServiceListFinishedPromptsType
     """Streams the ids of the prompts that published blocks have finished."""
+
+    PutDictionary: _TraceServicePutDictionaryType
+    """Gives a stream a codec dictionary, which blocks may then name by its digest; durable when
+    answered, and kept for as long as the stream. Idempotent by content. NOT_FOUND: no such stream.
+    INVALID_ARGUMENT: the dictionary is empty or too large. FAILED_PRECONDITION: the stream is sealed
+    and does not hold it. RESOURCE_EXHAUSTED: the stream holds 64 others, or the disk is full.
+    """
+
+    GetDictionary: _TraceServiceGetDictionaryType
+    """Returns a dictionary of a stream. NOT_FOUND: no such stream, or it holds no such dictionary.
+    INVALID_ARGUMENT: the digest is not 8 bytes.
+    """
 
 TraceServiceAsyncStub: typing_extensions.TypeAlias = TraceServiceStub[
     grpc.aio.UnaryUnaryMultiCallable[
@@ -328,6 +389,14 @@ TraceServiceAsyncStub: typing_extensions.TypeAlias = TraceServiceStub[
     grpc.aio.UnaryStreamMultiCallable[
         lynearm.v1.trace_service_pb2.ListFinishedPromptsRequest,
         lynearm.v1.trace_service_pb2.ListFinishedPromptsResponse,
+    ],
+    grpc.aio.UnaryUnaryMultiCallable[
+        lynearm.v1.trace_service_pb2.PutDictionaryRequest,
+        lynearm.v1.trace_service_pb2.PutDictionaryResponse,
+    ],
+    grpc.aio.UnaryUnaryMultiCallable[
+        lynearm.v1.trace_service_pb2.GetDictionaryRequest,
+        lynearm.v1.trace_service_pb2.GetDictionaryResponse,
     ],
 ]
 
@@ -370,7 +439,7 @@ class TraceServiceServicer(metaclass=abc.ABCMeta):
         request: lynearm.v1.trace_service_pb2.DeleteStreamRequest,
         context: _ServicerContext,
     ) -> typing.Union[lynearm.v1.trace_service_pb2.DeleteStreamResponse, collections.abc.Awaitable[lynearm.v1.trace_service_pb2.DeleteStreamResponse]]:
-        """Deletes a stream with all its blocks. NOT_FOUND: no such stream."""
+        """Deletes a stream with all its blocks and dictionaries. NOT_FOUND: no such stream."""
 
     @abc.abstractmethod
     def SealStream(
@@ -388,8 +457,9 @@ class TraceServiceServicer(metaclass=abc.ABCMeta):
     ) -> typing.Union[collections.abc.Iterator[lynearm.v1.trace_service_pb2.PublishResponse], collections.abc.AsyncIterator[lynearm.v1.trace_service_pb2.PublishResponse]]:
         """Appends blocks. The first request opens the producer, the rest carry blocks; each block is
         acknowledged once it is durable. FAILED_PRECONDITION: sealed stream, old epoch, gap in the
-        sequence, a prompt that is finished already. ALREADY_EXISTS: a sequence number reused for
-        other bytes. RESOURCE_EXHAUSTED: the disk is full; nothing of the block was kept.
+        sequence, a prompt that is finished already, a dictionary that the stream does not hold.
+        ALREADY_EXISTS: a sequence number reused for other bytes. RESOURCE_EXHAUSTED: the disk is full;
+        nothing of the block was kept.
         """
 
     @abc.abstractmethod
@@ -418,5 +488,27 @@ class TraceServiceServicer(metaclass=abc.ABCMeta):
         context: _ServicerContext,
     ) -> typing.Union[collections.abc.Iterator[lynearm.v1.trace_service_pb2.ListFinishedPromptsResponse], collections.abc.AsyncIterator[lynearm.v1.trace_service_pb2.ListFinishedPromptsResponse]]:
         """Streams the ids of the prompts that published blocks have finished."""
+
+    @abc.abstractmethod
+    def PutDictionary(
+        self,
+        request: lynearm.v1.trace_service_pb2.PutDictionaryRequest,
+        context: _ServicerContext,
+    ) -> typing.Union[lynearm.v1.trace_service_pb2.PutDictionaryResponse, collections.abc.Awaitable[lynearm.v1.trace_service_pb2.PutDictionaryResponse]]:
+        """Gives a stream a codec dictionary, which blocks may then name by its digest; durable when
+        answered, and kept for as long as the stream. Idempotent by content. NOT_FOUND: no such stream.
+        INVALID_ARGUMENT: the dictionary is empty or too large. FAILED_PRECONDITION: the stream is sealed
+        and does not hold it. RESOURCE_EXHAUSTED: the stream holds 64 others, or the disk is full.
+        """
+
+    @abc.abstractmethod
+    def GetDictionary(
+        self,
+        request: lynearm.v1.trace_service_pb2.GetDictionaryRequest,
+        context: _ServicerContext,
+    ) -> typing.Union[lynearm.v1.trace_service_pb2.GetDictionaryResponse, collections.abc.Awaitable[lynearm.v1.trace_service_pb2.GetDictionaryResponse]]:
+        """Returns a dictionary of a stream. NOT_FOUND: no such stream, or it holds no such dictionary.
+        INVALID_ARGUMENT: the digest is not 8 bytes.
+        """
 
 def add_TraceServiceServicer_to_server(servicer: TraceServiceServicer, server: typing.Union[grpc.Server, grpc.aio.Server]) -> None: ...

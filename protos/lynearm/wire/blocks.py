@@ -6,6 +6,7 @@ A block travels, and is stored, as one serialised `lynearm.v1.Block`. Whoever ac
 
 from __future__ import annotations
 
+import hashlib
 from dataclasses import dataclass
 
 import xxhash
@@ -16,7 +17,7 @@ from lynearm.wire.errors import CodecError, CorruptBlockError, InvalidInputError
 from lynearm.wire.fields import bytes_prefix, expect_bytes, read_fields
 from lynearm.wire.specs import CODEC_MODES, CodecMode
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 """Version of the payload's layout that this package writes, and the newest that it reads."""
 
 MAX_PAYLOAD_BYTES = 3 << 20
@@ -29,6 +30,12 @@ MAX_UNCOMPRESSED_BYTES = 64 << 20
 """What a reader must be ready to hold for one block."""
 
 MAX_TRACES = 1 << 16
+
+DIGEST_BYTES = 8
+"""Beginning of a dictionary's SHA-256: enough, since a stream holds a few, each put there on purpose."""
+
+MAX_DICTIONARY_BYTES = MAX_PAYLOAD_BYTES
+"""For the same reason as a payload."""
 
 _HEADER_FIELD = 1
 _PAYLOAD_FIELD = 2
@@ -44,8 +51,16 @@ class BlockHeader:
     prompt_token_count: int
     completion_token_count: int
     uncompressed_size_bytes: int
+    """Version 1: of the payload's content; from version 2 on: of its metadata."""
     payload_xxh3: int
     """XXH3-64, seed 0, of the payload's bytes as they travel."""
+    dictionary_digest: bytes = b""
+    """Names the dictionary that the payload needs, `DIGEST_BYTES` bytes; empty without."""
+
+
+def dictionary_digest(data: bytes) -> bytes:
+    """Name of a dictionary: the first `DIGEST_BYTES` of the SHA-256 of its bytes."""
+    return hashlib.sha256(data).digest()[:DIGEST_BYTES]
 
 
 def checksum(payload: bytes | memoryview) -> int:
@@ -66,12 +81,13 @@ def join_block(header: BlockHeader, payload: bytes) -> bytes:
         )
     message = trace_pb2.BlockHeader(
         format_version=header.format_version,
-        codec_mode=_MODE_TO_PROTO[header.codec_mode],
+        codec_mode=MODE_TO_PROTO[header.codec_mode],
         trace_count=header.trace_count,
         prompt_token_count=header.prompt_token_count,
         completion_token_count=header.completion_token_count,
         uncompressed_size_bytes=header.uncompressed_size_bytes,
         payload_xxh3=header.payload_xxh3,
+        dictionary_digest=header.dictionary_digest,
     ).SerializeToString()
     return b"".join(
         (
@@ -125,11 +141,14 @@ def verify_block(data: bytes | memoryview) -> BlockHeader:
     return header
 
 
-_MODE_TO_PROTO = {
+MODE_TO_PROTO: dict[CodecMode, trace_pb2.CodecMode.ValueType] = {
     "exact": trace_pb2.CODEC_MODE_EXACT,
+    "fine": trace_pb2.CODEC_MODE_FINE,
     "standard": trace_pb2.CODEC_MODE_STANDARD,
+    "compact": trace_pb2.CODEC_MODE_COMPACT,
+    "sampled": trace_pb2.CODEC_MODE_SAMPLED,
 }
-_MODE_FROM_PROTO: dict[int, CodecMode] = {int(_MODE_TO_PROTO[mode]): mode for mode in CODEC_MODES}
+MODE_FROM_PROTO: dict[int, CodecMode] = {int(value): mode for mode, value in MODE_TO_PROTO.items()}
 
 
 def _parse_header(data: memoryview) -> BlockHeader:
@@ -139,7 +158,7 @@ def _parse_header(data: memoryview) -> BlockHeader:
         raise InvalidInputError("not a block: its header is not a lynearm.v1.BlockHeader") from error
     if message.format_version == 0:
         raise InvalidInputError("not a block: its header names no format version")
-    if message.format_version > FORMAT_VERSION or message.codec_mode not in _MODE_FROM_PROTO:
+    if message.format_version > FORMAT_VERSION or message.codec_mode not in MODE_FROM_PROTO:
         raise UnsupportedFormatError(
             f"block of format version {message.format_version}, codec mode {message.codec_mode}; "
             f"this package reads versions up to {FORMAT_VERSION} and modes {', '.join(CODEC_MODES)}",
@@ -147,17 +166,22 @@ def _parse_header(data: memoryview) -> BlockHeader:
         )
     return BlockHeader(
         format_version=message.format_version,
-        codec_mode=_MODE_FROM_PROTO[message.codec_mode],
+        codec_mode=MODE_FROM_PROTO[message.codec_mode],
         trace_count=message.trace_count,
         prompt_token_count=message.prompt_token_count,
         completion_token_count=message.completion_token_count,
         uncompressed_size_bytes=message.uncompressed_size_bytes,
         payload_xxh3=message.payload_xxh3,
+        dictionary_digest=message.dictionary_digest,
     )
 
 
 def _check_bounds(header: BlockHeader, payload_bytes: int) -> None:
+    digest_size = len(header.dictionary_digest)
     checks = {
+        f"a dictionary digest of {digest_size} bytes, expected {DIGEST_BYTES} or none": (
+            digest_size in (0, DIGEST_BYTES)
+        ),
         f"{header.trace_count} traces, expected 1 to {MAX_TRACES}": 0 < header.trace_count <= MAX_TRACES,
         f"a payload of {payload_bytes} bytes, expected 1 to {MAX_PAYLOAD_BYTES}": (
             0 < payload_bytes <= MAX_PAYLOAD_BYTES

@@ -1,23 +1,26 @@
 """Traces to blocks and back.
 
-A payload is one zstd frame around a table of columns (`lynearm.wire.columns`). Two modes: "exact"
-returns every float32 bit for bit; "standard" puts logprobs and tail mass on a grid
-(`lynearm.wire.quantise`) that adds about 1e-4 nats of KL divergence. Token ids, text and everything
-else travel unchanged in both. docs/format.md specifies the layout for readers in other languages.
+A payload is the traces' metadata followed by their rows (`lynearm.wire.positions`). What comes back of a
+logprob depends on the mode: "exact" returns every float32 bit for bit; "fine", "standard" and "compact" put
+logprobs and tail masses on a grid that adds at most 1e-6, 1e-4 and 1e-3 nats of KL divergence to a block's
+mean position, over kept entries and tail; "sampled" returns draws and their counts. Token ids, text and
+everything else travel unchanged. docs/format.md specifies the bytes for readers in other languages.
 
-Two things are not kept. The token id of a padding entry comes back as 0. In standard mode, entries of
-one level come back in the order of the block's dictionary, since equal logprobs have no order.
+Two things are not kept. The token id of a padding entry comes back as 0. Entries of one level, in the exact
+mode entries of equal logprob, come back in another order, since nothing orders them.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from itertools import repeat
 
 import numpy as np
+import numpy.typing as npt
 import zstandard
 
+from lynearm.v1 import trace_pb2
+from lynearm.wire.adaptive import keep_likely
 from lynearm.wire.blocks import (
     FORMAT_VERSION,
     MAX_PAYLOAD_BYTES,
@@ -29,58 +32,83 @@ from lynearm.wire.blocks import (
     split_block,
     verify_block,
 )
-from lynearm.wire.columns import Column, ColumnReader, ColumnWriter, Encoding
-from lynearm.wire.errors import CodecError, CorruptBlockError, UnsupportedFormatError
-from lynearm.wire.metadata import TraceMetadata, read_metadata, write_metadata
-from lynearm.wire.positions import Positions, read_positions, write_positions
-from lynearm.wire.specs import CODEC_MODES, MAX_TOP_K, MAX_VOCAB_SIZE, CodecMode
-from lynearm.wire.traces import TopK, Trace
-
-ZSTD_LEVEL = 3
+from lynearm.wire.code_tables import SymbolCounts, build_tables
+from lynearm.wire.compression import decompress
+from lynearm.wire.dictionaries import Dictionary, DictionaryReader, TokenOrder, order_tokens
+from lynearm.wire.errors import CodecError, CorruptBlockError
+from lynearm.wire.fields import ByteReader, varint
+from lynearm.wire.grids import Grid, choose_grid
+from lynearm.wire.metadata import TraceMetadata, parse_metadata, read_metadata, write_metadata
+from lynearm.wire.positions import ROUNDING, NamedRows, Positions, name_rows, read_positions, write_positions
+from lynearm.wire.specs import CODEC_MODES, MAX_TOP_K, MAX_VOCAB_SIZE, CodecMode, CodecSpec
+from lynearm.wire.traces import Float32Array, Int32Array, TopK, Trace
+from lynearm.wire.version1.reader import read_traces as read_version_1
 
 MAX_BLOCK_ENTRIES = 1 << 23
-"""Bound on positions times largest K (at least 1) of a block: what decoding must be ready to hold."""
+"""Bound on positions times largest K (at least 1) of a block, and on its prompt tokens: what decoding must be
+ready to hold."""
 
-_ROUNDING = 1e-2
-"""How far a float32 log-softmax may put a logprob above 0, or a mass outside [0, 1]; measured: 2e-4."""
+_ZSTD_LEVEL = 3
+_MIN_COMPRESSED_BYTES = 128
+"""Metadata below it travels as it is: a zstd frame would hardly be smaller."""
 
 
-def encode_block(traces: Sequence[Trace], *, mode: CodecMode = "standard", vocab_size: int) -> bytes:
+def encode_block(
+    traces: Sequence[Trace],
+    *,
+    codec: CodecSpec | CodecMode = "standard",
+    vocab_size: int,
+    dictionary: Dictionary | None = None,
+) -> bytes:
     """Some traces as one serialised `lynearm.v1.Block`.
 
     Args:
         traces: At least one; K may differ between them.
-        mode: "exact" or "standard".
+        codec: The stream's codec, or its mode alone. `top_k` is not enforced; `min_probability` is.
         vocab_size: Width of the teacher's logits, 1 to 2^20; every token id is below it.
+        dictionary: What the codec has learned about the teacher; the reader needs it then.
 
     Raises:
         CodecError: if a trace breaks its contract (the message names prompt and field), or if the
             traces are too many for one block.
     """
-    _check_arguments(traces, mode, vocab_size)
-    content = _encode_content(traces, mode, vocab_size)
-    if len(content) > MAX_UNCOMPRESSED_BYTES:
-        raise _too_large(f"{len(content)} bytes before compression", MAX_UNCOMPRESSED_BYTES)
-    payload = zstandard.ZstdCompressor(level=ZSTD_LEVEL, write_checksum=True).compress(content)
+    spec = codec if isinstance(codec, CodecSpec) else CodecSpec(codec)
+    _check_arguments(traces, spec, vocab_size, dictionary)
+    traces = [keep_likely(trace, spec.min_probability) for trace in traces]
+    rows = _name_rows(traces, spec, _order_of(dictionary, vocab_size), dictionary)
+    metadata = write_metadata(traces)
+    if len(metadata) > MAX_UNCOMPRESSED_BYTES:
+        raise _too_large(f"{len(metadata)} bytes of metadata", MAX_UNCOMPRESSED_BYTES)
+    stored = metadata
+    if len(metadata) >= _MIN_COMPRESSED_BYTES:
+        compressor = zstandard.ZstdCompressor(level=_ZSTD_LEVEL, write_checksum=False)
+        # Of equal size, the metadata itself: that size is how a reader tells them apart.
+        stored = min(metadata, compressor.compress(metadata), key=len)
+    body = write_positions(rows, vocab_size=vocab_size, dictionary=dictionary)
+    payload = b"".join((varint(len(stored)), stored, body))
     if len(payload) > MAX_PAYLOAD_BYTES:
         raise _too_large(f"a payload of {len(payload)} bytes", MAX_PAYLOAD_BYTES)
     header = BlockHeader(
         format_version=FORMAT_VERSION,
-        codec_mode=mode,
+        codec_mode=spec.mode,
         trace_count=len(traces),
         prompt_token_count=sum(trace.prompt_token_ids.size for trace in traces),
         completion_token_count=sum(trace.completion_token_ids.size for trace in traces),
-        uncompressed_size_bytes=len(content),
+        uncompressed_size_bytes=len(metadata),
         payload_xxh3=checksum(payload),
+        dictionary_digest=dictionary.digest if dictionary is not None else b"",
     )
     return join_block(header, payload)
 
 
-def decode_block(data: bytes | memoryview) -> tuple[Trace, ...]:
+def decode_block(
+    data: bytes | memoryview, *, dictionaries: DictionaryReader | None = None
+) -> tuple[Trace, ...]:
     """The traces of a block, in the order in which they were given.
 
     Args:
         data: One serialised `lynearm.v1.Block`. Nothing in it is trusted.
+        dictionaries: Finds the dictionary that the block may need.
 
     Returns:
         Traces whose arrays may share memory with each other, but not with `data`.
@@ -89,171 +117,317 @@ def decode_block(data: bytes | memoryview) -> tuple[Trace, ...]:
         InvalidInputError: if the bytes are not a block.
         CorruptBlockError: if a checksum, size, count or value does not hold.
         UnsupportedFormatError: if a newer lynearm wrote the block.
+        CodecError: if the block needs a dictionary and there is no way to find it.
     """
     header = verify_block(data)
     _, payload = split_block(data)
-    reader = ColumnReader(_decompress(payload, header.uncompressed_size_bytes))
-    shapes = _read_shapes(reader, header)
-    metadata = read_metadata(reader, shapes.prompt_lengths, vocab_size=shapes.vocab_size)
-    positions = read_positions(
-        reader, shapes.lengths, shapes.widths, mode=header.codec_mode, vocab_size=shapes.vocab_size
-    )
-    ends = np.cumsum(shapes.lengths).tolist()
-    rows = (slice(end - length, end) for end, length in zip(ends, shapes.lengths, strict=True))
-    return tuple(map(_join_trace, metadata, rows, shapes.widths, repeat(positions)))
+    if header.format_version == 1:
+        return read_version_1(header, payload)
+    message, positions = _read_payload(header, payload, dictionaries)
+    return tuple(_join_traces(read_metadata(message), positions))
 
 
 @dataclass(frozen=True, slots=True)
-class _Shapes:
-    """Sizes of everything else in the block, one element per trace."""
+class BlockRows:
+    """The rows of a block as arrays: what a trainer batches, without an object for each trace."""
 
-    vocab_size: int
-    prompt_lengths: list[int]
-    lengths: list[int]
-    widths: list[int]
+    positions: Positions
+    row_counts: tuple[int, ...]
+    """Rows of each trace: those of its prompt, where it has any, and those of its completion."""
+    prompt_row_counts: tuple[int, ...]
+    """How many of them are the prompt's."""
 
 
-def _check_arguments(traces: Sequence[Trace], mode: str, vocab_size: int) -> None:
-    if mode not in CODEC_MODES:
-        raise CodecError(f"codec mode {mode!r} is none of {CODEC_MODES}")
+def decode_rows(data: bytes | memoryview, *, dictionaries: DictionaryReader | None = None) -> BlockRows:
+    """The distributions of a block, as arrays over all its positions.
+
+    Args:
+        data: As for `decode_block`; version 2 or later.
+        dictionaries: As for `decode_block`.
+
+    Raises:
+        LynearmError: as `decode_block`; CodecError for a block of version 1.
+    """
+    header = verify_block(data)
+    _, payload = split_block(data)
+    if header.format_version == 1:
+        raise CodecError("blocks of version 1 are read by decode_block only")
+    message, positions = _read_payload(header, payload, dictionaries)
+    return BlockRows(
+        positions,
+        tuple(trace.prompt_rows + trace.completion_length for trace in message.traces),
+        tuple(trace.prompt_rows for trace in message.traces),
+    )
+
+
+def train_dictionary(
+    blocks: Iterable[Sequence[Trace]], *, codec: CodecSpec | CodecMode, vocab_size: int
+) -> Dictionary:
+    """A dictionary from a teacher's own traces, grouped as they will be in blocks.
+
+    Args:
+        blocks: Traces of the stream's first blocks, or of another stream of the same teacher; some
+            thousand positions suffice.
+        codec: As for `encode_block`.
+        vocab_size: As for `encode_block`.
+
+    Raises:
+        CodecError: as for `encode_block`; also if there are no traces.
+    """
+    spec = codec if isinstance(codec, CodecSpec) else CodecSpec(codec)
+    groups = [[keep_likely(trace, spec.min_probability) for trace in block] for block in blocks if block]
+    everything = [trace for group in groups for trace in group]
+    _check_arguments(everything, spec, vocab_size, None)
+    gathered = _gather_positions(everything)
+    _check_rows(everything, gathered, vocab_size)
+    counts_V = np.bincount(gathered.token_ids[_kept_mask(gathered)], minlength=vocab_size)
+    common = order_tokens(counts_V)
+    order = TokenOrder.common_first(common, vocab_size)
+    grid: Grid | None = None
+    if spec.mode not in ("exact", "sampled"):
+        grid = choose_grid(spec.mode, gathered.logprobs, gathered.tail_mass)
+    draft = _draft(everything, spec, order, grid, vocab_size, common)
+    counts = SymbolCounts.zeros()
+    for group in groups:
+        rows = _name_rows(group, spec, order, draft)
+        np.add(counts.steps, rows.counts.steps, out=counts.steps)
+        np.add(counts.numbers, rows.counts.numbers, out=counts.numbers)
+    tables = build_tables(counts, merge=2, tail_rule=draft.tables.tail_rule, with_escapes=True)
+    return Dictionary(vocab_size, common, tables, grid)
+
+
+def _draft(
+    traces: Sequence[Trace],
+    spec: CodecSpec,
+    order: TokenOrder,
+    grid: Grid | None,
+    vocab_size: int,
+    common: Int32Array,
+) -> Dictionary:
+    """A dictionary that fixes grid and tail rule, by which the symbols of the final one are counted."""
+    rows = _name_rows(traces, spec, order, None, grid=grid)
+    tables = build_tables(rows.counts, merge=2, tail_rule=rows.tail_rule, with_escapes=True)
+    return Dictionary(vocab_size, common, tables, grid)
+
+
+def _order_of(dictionary: Dictionary | None, vocab_size: int) -> TokenOrder:
+    return TokenOrder.by_id(vocab_size) if dictionary is None else dictionary.order
+
+
+def _check_arguments(
+    traces: Sequence[Trace], spec: CodecSpec, vocab_size: int, dictionary: Dictionary | None
+) -> None:
+    if spec.mode not in CODEC_MODES:
+        raise CodecError(f"codec mode {spec.mode!r} is none of {CODEC_MODES}")
     if not 0 < vocab_size <= MAX_VOCAB_SIZE:
         raise CodecError(f"vocab_size {vocab_size} is outside 1..{MAX_VOCAB_SIZE}")
+    if dictionary is not None and dictionary.vocab_size != vocab_size:
+        raise CodecError(
+            f"a dictionary over {dictionary.vocab_size} tokens for traces over {vocab_size}",
+            "train a dictionary on traces of this teacher",
+        )
+    if spec.mode == "sampled" and spec.draws <= 0:
+        raise CodecError("mode 'sampled' needs the number of draws", "give a CodecSpec with draws")
     if not 0 < len(traces) <= MAX_TRACES:
         raise CodecError(f"{len(traces)} traces in a block, expected 1 to {MAX_TRACES}")
-    positions = sum(trace.completion_token_ids.size for trace in traces)
-    width = max(trace.top_k.k for trace in traces)
+    rows = sum(_row_count(trace) for trace in traces)
+    width = max(_width(trace) for trace in traces)
     if width > MAX_TOP_K:
         raise CodecError(f"K is {width}, at most {MAX_TOP_K} can be kept")
-    if positions * max(width, 1) > MAX_BLOCK_ENTRIES:
-        raise _too_large(f"{positions} positions of {width} entries", MAX_BLOCK_ENTRIES)
-    for trace in traces:
-        _check_trace(trace, vocab_size)
+    if rows * max(width, 1) > MAX_BLOCK_ENTRIES:
+        raise _too_large(f"{rows} positions of {width} entries", MAX_BLOCK_ENTRIES)
+    prompt_tokens = sum(trace.prompt_token_ids.size for trace in traces)
+    if prompt_tokens > MAX_BLOCK_ENTRIES:
+        raise _too_large(f"{prompt_tokens} prompt tokens", MAX_BLOCK_ENTRIES)
 
 
-def _check_trace(trace: Trace, vocab_size: int) -> None:
+def _check_rows(traces: Sequence[Trace], rows: Positions, vocab_size: int) -> None:
     """Refuse what shapes and dtypes do not show: ids, order, and values that are no probabilities."""
-    top_k = trace.top_k
+    kept_NK = _kept_mask(rows)
+    kept_ids = rows.token_ids if kept_NK.all() else np.where(kept_NK, rows.token_ids, 0)
     ids = {
-        "prompt_token_ids": trace.prompt_token_ids,
-        "completion_token_ids": trace.completion_token_ids,
-        "top_k.token_ids": np.where(top_k.logprobs > -np.inf, top_k.token_ids, 0),
+        "prompt token ids": np.concatenate([trace.prompt_token_ids for trace in traces]),
+        "sampled token ids": rows.sampled_ids,
+        "kept token ids": kept_ids,
     }
-    problems = [
-        f"{name} from {array.min()} to {array.max()} leave 0..{vocab_size - 1}"
+    logprobs = {"sampled logprobs": rows.sampled_logprobs, "kept logprobs": rows.logprobs[:, :1]}
+    checks = {
+        f"{name} outside 0..{vocab_size - 1}": array.size == 0
+        or (array.min() >= 0 and array.max() < vocab_size)
         for name, array in ids.items()
-        if array.size and (array.min() < 0 or array.max() >= vocab_size)
-    ]
-    for name, array in {"sampled_logprobs": trace.sampled_logprobs, "top_k.logprobs": top_k.logprobs}.items():
-        if array.size and array.max() > _ROUNDING:
-            problems.append(f"{name} reach {array.max()}, but a logprob is at most 0")
+    }
+    checks |= {
+        f"{name} above 0": array.size == 0 or float(array.max()) <= ROUNDING
+        for name, array in logprobs.items()
+    }
     # Compared, not subtracted: −inf − −inf is NaN.
-    if (top_k.logprobs[:, 1:] > top_k.logprobs[:, :-1]).any():
-        problems.append("top_k.logprobs are not sorted, descending")
-    tail = top_k.tail_mass
-    if tail.size and (tail.min() < -_ROUNDING or tail.max() > 1 + _ROUNDING):
-        problems.append(f"top_k.tail_mass from {tail.min()} to {tail.max()} leaves 0..1")
+    checks["rows that are not sorted by logprob, descending"] = not (
+        rows.logprobs[:, 1:] > rows.logprobs[:, :-1]
+    ).any()
+    tail = rows.tail_mass
+    checks["tail masses outside 0..1"] = tail.size == 0 or (
+        float(tail.min()) >= -ROUNDING and float(tail.max()) <= 1 + ROUNDING
+    )
+    problems = [problem for problem, holds in checks.items() if not holds]
+    if problems and len(traces) == 1:
+        raise CodecError(f"trace of prompt {traces[0].prompt_id!r} has {problems[0]}")
     if problems:
-        raise CodecError(f"trace of prompt {trace.prompt_id!r}: {problems[0]}")
+        # Once more, one by one, to name the prompt.
+        for trace in traces:
+            _check_rows([trace], _gather_positions([trace]), vocab_size)
 
 
-def _encode_content(traces: Sequence[Trace], mode: CodecMode, vocab_size: int) -> bytes:
-    writer = ColumnWriter()
-    writer.words(Column.VOCAB_SIZE, Encoding.UINT32, [vocab_size])
-    writer.numbers(Column.PROMPT_LENGTHS, [trace.prompt_token_ids.size for trace in traces])
-    writer.numbers(Column.COMPLETION_LENGTHS, [trace.completion_token_ids.size for trace in traces])
-    writer.numbers(Column.TOP_K_WIDTHS, [trace.top_k.k for trace in traces])
-    write_metadata(writer, traces, vocab_size=vocab_size)
-    write_positions(writer, _gather_positions(traces), mode=mode, vocab_size=vocab_size)
-    return writer.content()
+def _kept_mask(rows: Positions) -> npt.NDArray[np.bool_]:
+    ranks_K: npt.NDArray[np.uint32] = np.arange(rows.token_ids.shape[1], dtype=np.uint32)
+    mask_NK: npt.NDArray[np.bool_] = np.less.outer(ranks_K, rows.kept).T
+    return mask_NK
+
+
+def _row_count(trace: Trace) -> int:
+    prompt_rows = 0 if trace.prompt_top_k is None else trace.prompt_top_k.positions
+    return prompt_rows + trace.completion_token_ids.size
+
+
+def _width(trace: Trace) -> int:
+    return trace.top_k.k if trace.prompt_top_k is None else max(trace.top_k.k, trace.prompt_top_k.k)
+
+
+def _name_rows(
+    traces: Sequence[Trace],
+    spec: CodecSpec,
+    order: TokenOrder,
+    dictionary: Dictionary | None,
+    grid: Grid | None = None,
+) -> NamedRows:
+    vocab_size = order.token_of_rank.size
+    positions = _gather_positions(traces)
+    _check_rows(traces, positions, vocab_size)
+    lengths = [_row_count(trace) for trace in traces]
+    try:
+        return name_rows(
+            positions,
+            [_width(trace) for trace in traces],
+            lengths,
+            mode=spec.mode,
+            draws=spec.draws,
+            order=order,
+            dictionary=dictionary,
+            grid=grid,
+        )
+    except CodecError as error:
+        raise CodecError(f"block from prompt {traces[0].prompt_id!r} on: {error.message}") from error
 
 
 def _gather_positions(traces: Sequence[Trace]) -> Positions:
     """Rows of all traces, padded to the largest K."""
-    lengths = [trace.completion_token_ids.size for trace in traces]
-    width = max(trace.top_k.k for trace in traces)
-    token_ids_NK = np.zeros((sum(lengths), width), np.int32)
-    logprobs_NK = np.full((sum(lengths), width), -np.inf, np.float32)
+    parts: list[tuple[TopK, Int32Array, Float32Array]] = []
+    for trace in traces:
+        if trace.prompt_top_k is not None and trace.prompt_logprobs is not None:
+            parts.append((trace.prompt_top_k, trace.prompt_token_ids[1:], trace.prompt_logprobs))
+        parts.append((trace.top_k, trace.completion_token_ids, trace.sampled_logprobs))
+    count = sum(top_k.positions for top_k, _, _ in parts)
+    width = max(top_k.k for top_k, _, _ in parts)
+    token_ids_NK = np.zeros((count, width), np.int32)
+    logprobs_NK = np.full((count, width), -np.inf, np.float32)
     start = 0
-    for trace, length in zip(traces, lengths, strict=True):
-        token_ids_NK[start : start + length, : trace.top_k.k] = trace.top_k.token_ids
-        logprobs_NK[start : start + length, : trace.top_k.k] = trace.top_k.logprobs
-        start += length
-    entries_NK = logprobs_NK > -np.inf
-    token_ids_NK[~entries_NK] = 0
+    for top_k, _, _ in parts:
+        end = start + top_k.positions
+        token_ids_NK[start:end, : top_k.k] = top_k.token_ids
+        logprobs_NK[start:end, : top_k.k] = top_k.logprobs
+        start = end
     return Positions(
-        kept=entries_NK.sum(axis=1),
+        kept=(logprobs_NK > -np.inf).sum(axis=1).astype(np.uint32),
         token_ids=token_ids_NK,
         logprobs=logprobs_NK,
-        tail_mass=np.concatenate([trace.top_k.tail_mass for trace in traces]),
-        sampled_ids=np.concatenate([trace.completion_token_ids for trace in traces]),
-        sampled_logprobs=np.concatenate([trace.sampled_logprobs for trace in traces]),
+        tail_mass=np.concatenate([top_k.tail_mass for top_k, _, _ in parts]),
+        sampled_ids=np.concatenate([ids for _, ids, _ in parts]),
+        sampled_logprobs=np.concatenate([logprobs for _, _, logprobs in parts]),
     )
 
 
-def _decompress(payload: memoryview, size_bytes: int) -> bytes:
-    """The content of the payload's one frame.
-
-    The size that a frame declares is read before anything is allocated: zstandard ignores
-    `max_output_size` when the frame declares its own.
-    """
-    try:
-        frame = zstandard.get_frame_parameters(payload)
-    except zstandard.ZstdError as error:
-        raise CorruptBlockError(f"the payload is not a zstd frame: {error}") from error
-    if frame.content_size != size_bytes or size_bytes > MAX_UNCOMPRESSED_BYTES:
+def _read_payload(
+    header: BlockHeader, payload: memoryview, dictionaries: DictionaryReader | None
+) -> tuple[trace_pb2.BlockMetadata, Positions]:
+    reader = ByteReader(payload)
+    message = _read_metadata_message(header, reader.take(reader.varint()))
+    lengths = [trace.prompt_rows + trace.completion_length for trace in message.traces]
+    widths = [trace.top_k for trace in message.traces]
+    if sum(lengths) * max(1, *widths) > MAX_BLOCK_ENTRIES:
+        raise CorruptBlockError(f"{sum(lengths)} positions of {max(widths)} entries are beyond any block")
+    prompt_tokens = sum(trace.prompt_rows + len(trace.prompt_token_ids) for trace in message.traces)
+    if prompt_tokens > MAX_BLOCK_ENTRIES:
+        raise CorruptBlockError(f"{prompt_tokens} prompt tokens are beyond any block")
+    completion_tokens = sum(trace.completion_length for trace in message.traces)
+    if (prompt_tokens, completion_tokens) != (header.prompt_token_count, header.completion_token_count):
         raise CorruptBlockError(
-            f"the payload declares {frame.content_size} bytes of content, the header {size_bytes}"
+            f"{prompt_tokens} prompt and {completion_tokens} completion tokens, "
+            f"the header says {header.prompt_token_count} and {header.completion_token_count}"
         )
-    if frame.dict_id:
-        raise UnsupportedFormatError(f"the payload needs zstd dictionary {frame.dict_id}", "upgrade lynearm")
-    try:
-        content = zstandard.ZstdDecompressor().decompress(payload, allow_extra_data=False)
-    except zstandard.ZstdError as error:
-        raise CorruptBlockError(f"the payload does not decompress: {error}") from error
-    if len(content) != size_bytes:
-        raise CorruptBlockError(f"the payload holds {len(content)} bytes, the header says {size_bytes}")
-    return content
-
-
-def _read_shapes(reader: ColumnReader, header: BlockHeader) -> _Shapes:
-    vocab_size = reader.unsigned(Column.VOCAB_SIZE)
-    if not 0 < vocab_size <= MAX_VOCAB_SIZE:
-        raise CorruptBlockError(f"a vocabulary of {vocab_size}, expected 1 to {MAX_VOCAB_SIZE}")
-    count = header.trace_count
-    shapes = _Shapes(
-        vocab_size=vocab_size,
-        prompt_lengths=reader.lengths(Column.PROMPT_LENGTHS, count, header.prompt_token_count),
-        lengths=reader.lengths(Column.COMPLETION_LENGTHS, count, header.completion_token_count),
-        widths=reader.numbers(Column.TOP_K_WIDTHS, count).tolist(),
+    dictionary: Dictionary | None = None
+    if header.dictionary_digest:
+        dictionary = (dictionaries or DictionaryReader()).get(header.dictionary_digest)
+    positions, vocab_size = read_positions(
+        reader.rest(), lengths, widths, mode=header.codec_mode, dictionary=dictionary
     )
-    width = max(shapes.widths)
-    if width > MAX_TOP_K or sum(shapes.lengths) * max(width, 1) > MAX_BLOCK_ENTRIES:
-        raise CorruptBlockError(f"{sum(shapes.lengths)} positions of {width} entries are beyond any block")
-    return shapes
+    highest = max((max(trace.prompt_token_ids, default=0) for trace in message.traces), default=0)
+    if highest >= vocab_size:
+        raise CorruptBlockError(f"prompt token {highest} in a vocabulary of {vocab_size}")
+    return message, positions
 
 
-def _join_trace(described: TraceMetadata, rows: slice, width: int, positions: Positions) -> Trace:
-    top_k = TopK(
+def _read_metadata_message(header: BlockHeader, stored: memoryview) -> trace_pb2.BlockMetadata:
+    size = header.uncompressed_size_bytes
+    if len(stored) == size:
+        return parse_metadata(stored, trace_count=header.trace_count)
+    metadata = decompress(stored, limit=size)
+    if len(metadata) != size:
+        raise CorruptBlockError(f"metadata of {len(metadata)} bytes, the header says {size}")
+    return parse_metadata(metadata, trace_count=header.trace_count)
+
+
+def _join_traces(described: Sequence[TraceMetadata], positions: Positions) -> Iterable[Trace]:
+    start = 0
+    for metadata in described:
+        middle = start + metadata.prompt_rows
+        end = middle + metadata.completion_length
+        yield _join_trace(metadata, positions, slice(start, middle), slice(middle, end))
+        start = end
+
+
+def _join_trace(metadata: TraceMetadata, positions: Positions, prompt: slice, completion: slice) -> Trace:
+    prompt_token_ids = metadata.prompt_token_ids
+    prompt_top_k: TopK | None = None
+    prompt_logprobs: Float32Array | None = None
+    if metadata.prompt_rows:
+        prompt_token_ids = np.concatenate([prompt_token_ids, positions.sampled_ids[prompt]])
+        prompt_top_k = _top_k(positions, prompt, metadata.top_k)
+        prompt_logprobs = positions.sampled_logprobs[prompt]
+    try:
+        return Trace(
+            prompt_id=metadata.prompt_id,
+            prompt_token_ids=prompt_token_ids,
+            completion_token_ids=positions.sampled_ids[completion],
+            sampled_logprobs=positions.sampled_logprobs[completion],
+            top_k=_top_k(positions, completion, metadata.top_k),
+            finish_reason=metadata.finish_reason,
+            sample_index=metadata.sample_index,
+            spans=metadata.spans,
+            sampling=metadata.sampling,
+            tags=metadata.tags,
+            completion_text=metadata.completion_text,
+            prompt_top_k=prompt_top_k,
+            prompt_logprobs=prompt_logprobs,
+        )
+    except CodecError as error:
+        raise CorruptBlockError(f"the block holds a trace that cannot be: {error}") from error
+
+
+def _top_k(positions: Positions, rows: slice, width: int) -> TopK:
+    return TopK(
         token_ids=positions.token_ids[rows, :width],
         logprobs=positions.logprobs[rows, :width],
         tail_mass=positions.tail_mass[rows],
     )
-    try:
-        return Trace(
-            prompt_id=described.prompt_id,
-            prompt_token_ids=described.prompt_token_ids,
-            completion_token_ids=positions.sampled_ids[rows],
-            sampled_logprobs=positions.sampled_logprobs[rows],
-            top_k=top_k,
-            finish_reason=described.finish_reason,
-            sample_index=described.sample_index,
-            spans=described.spans,
-            sampling=described.sampling,
-            tags=described.tags,
-            completion_text=described.completion_text,
-        )
-    except CodecError as error:
-        raise CorruptBlockError(f"the block holds a trace that cannot be: {error}") from error
 
 
 def _too_large(what: str, limit: int) -> CodecError:

@@ -9,6 +9,7 @@
     │   ├── CorruptBlockError               DATA_LOSS
     │   └── UnsupportedFormatError          UNIMPLEMENTED
     ├── StreamNotFoundError (LookupError)   NOT_FOUND
+    ├── DictionaryNotFoundError (LookupError)  NOT_FOUND
     ├── OffsetNotFoundError (LookupError)   OUT_OF_RANGE
     ├── StreamExistsError                   ALREADY_EXISTS
     ├── SequenceConflictError               ALREADY_EXISTS
@@ -17,7 +18,9 @@
     │   ├── ProducerFencedError             FAILED_PRECONDITION
     │   ├── SequenceGapError                FAILED_PRECONDITION
     │   ├── PromptFinishedError             FAILED_PRECONDITION
+    │   ├── UnknownDictionaryError          FAILED_PRECONDITION
     │   └── MisalignmentError               FAILED_PRECONDITION
+    ├── DictionaryLimitError                RESOURCE_EXHAUSTED
     ├── StorageFullError (OSError)          RESOURCE_EXHAUSTED
     ├── StorageError (OSError)              INTERNAL
     ├── ServiceUnavailableError (ConnectionError)  UNAVAILABLE
@@ -105,6 +108,12 @@ class StreamNotFoundError(LynearmError, LookupError):
     status_code = "NOT_FOUND"
 
 
+class DictionaryNotFoundError(LynearmError, LookupError):
+    """The stream holds no codec dictionary of that digest."""
+
+    status_code = "NOT_FOUND"
+
+
 class OffsetNotFoundError(LynearmError, LookupError):
     """The stream has no block at that offset."""
 
@@ -145,8 +154,18 @@ class PromptFinishedError(PreconditionError):
     """A publish finishes a prompt whose traces are in the stream already."""
 
 
+class UnknownDictionaryError(PreconditionError):
+    """A publish names a codec dictionary that the stream does not hold."""
+
+
 class MisalignmentError(PreconditionError):
     """Teacher and student do not share tokenizer, template, vocabulary or logprob conventions."""
+
+
+class DictionaryLimitError(LynearmError):
+    """A stream would hold more codec dictionaries than it may; the new one was not kept."""
+
+    status_code = "RESOURCE_EXHAUSTED"
 
 
 class StorageFullError(LynearmError, OSError):

@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import TypeAlias
 
-from lynearm.wire.errors import InvalidInputError
+from lynearm.wire.errors import CorruptBlockError, InvalidInputError
 
 VARINT = 0
 FIXED64 = 1
@@ -118,3 +118,37 @@ def _read_varint(view: memoryview, position: int) -> tuple[int, int]:
 
 def _malformed(what: str) -> InvalidInputError:
     return InvalidInputError(f"not a protobuf message of lynearm.v1: {what}")
+
+
+class ByteReader:
+    """Reads bytes and varints from the front of a payload, and refuses to read behind its end."""
+
+    def __init__(self, data: memoryview) -> None:
+        self._data = data
+        self._position = 0
+
+    def byte(self) -> int:
+        """One byte."""
+        return self.take(1)[0]
+
+    def varint(self) -> int:
+        """One varint, below 2^64."""
+        try:
+            value, self._position = _read_varint(self._data, self._position)
+        except InvalidInputError as error:
+            raise CorruptBlockError(f"the payload does not decode: {error}") from error
+        return value
+
+    def take(self, size: int) -> memoryview:
+        """The next bytes, as a view."""
+        if size > len(self._data) - self._position:
+            raise CorruptBlockError(
+                f"a part of the payload has {size} bytes, {len(self._data) - self._position} are left"
+            )
+        piece = self._data[self._position : self._position + size]
+        self._position += size
+        return piece
+
+    def rest(self) -> memoryview:
+        """Everything that is left."""
+        return self.take(len(self._data) - self._position)

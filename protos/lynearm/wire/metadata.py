@@ -1,15 +1,19 @@
-"""Columns with one element, or one list, per trace: everything that is not a distribution."""
+"""What traces say besides their distributions, as the protobuf message that begins every payload."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
 import numpy as np
+import numpy.typing as npt
+from google.protobuf.message import DecodeError
 
-from lynearm.wire.columns import Column, ColumnReader, ColumnWriter, Encoding, token_encoding
+from lynearm.v1 import trace_pb2
 from lynearm.wire.errors import CodecError, CorruptBlockError
+from lynearm.wire.jit import compiled
+from lynearm.wire.specs import MAX_TOP_K
 from lynearm.wire.traces import FinishReason, Int32Array, SamplingParams, SpanKind, TokenSpan, Trace
 
 MAX_PROMPT_ID_BYTES = 256
@@ -17,12 +21,26 @@ MAX_PROMPT_ID_BYTES = 256
 MAX_BLOCK_ITEMS = 1 << 20
 """Bound on the spans of a block, and on its tags: each becomes an object in memory."""
 
-FINISH_REASON_CODES: dict[FinishReason, int] = {"stop": 1, "length": 2, "abort": 3}
-SPAN_KIND_CODES: dict[SpanKind, int] = {"reasoning": 1, "answer": 2, "truncated_reasoning": 3}
+_MAX_SINGLE_FIELDS = 64
+"""Fields of a trace that are neither spans nor tags: more than it has, for those to come."""
+
+_TRACES_KEY = 1 << 3 | 2
+"""Key of `BlockMetadata.traces` on the wire."""
 
 _Name = TypeVar("_Name")
-_FINISH_REASONS: dict[int, FinishReason] = {code: reason for reason, code in FINISH_REASON_CODES.items()}
-_SPAN_KINDS: dict[int, SpanKind] = {code: kind for kind, code in SPAN_KIND_CODES.items()}
+
+_FINISH_REASON_CODES: dict[FinishReason, trace_pb2.FinishReason.ValueType] = {
+    "stop": trace_pb2.FINISH_REASON_STOP,
+    "length": trace_pb2.FINISH_REASON_LENGTH,
+    "abort": trace_pb2.FINISH_REASON_ABORT,
+}
+_SPAN_KIND_CODES: dict[SpanKind, trace_pb2.SpanKind.ValueType] = {
+    "reasoning": trace_pb2.SPAN_KIND_REASONING,
+    "answer": trace_pb2.SPAN_KIND_ANSWER,
+    "truncated_reasoning": trace_pb2.SPAN_KIND_TRUNCATED_REASONING,
+}
+_FINISH_REASONS: dict[int, FinishReason] = {int(code): name for name, code in _FINISH_REASON_CODES.items()}
+_SPAN_KINDS: dict[int, SpanKind] = {int(code): name for name, code in _SPAN_KIND_CODES.items()}
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,146 +49,237 @@ class TraceMetadata:
 
     prompt_id: str
     prompt_token_ids: Int32Array
+    """All of them, or the first one where the prompt's rows name the others."""
+    prompt_rows: int
+    completion_length: int
+    top_k: int
+    """Width of the rows."""
     finish_reason: FinishReason
     sample_index: int
-    spans: tuple[TokenSpan, ...]
     sampling: SamplingParams
+    spans: tuple[TokenSpan, ...]
     tags: dict[str, str]
     completion_text: str
 
 
-def write_metadata(writer: ColumnWriter, traces: Sequence[Trace], *, vocab_size: int) -> None:
-    """Add the columns of the traces' metadata.
+def write_metadata(traces: Sequence[Trace]) -> bytes:
+    """The metadata of some traces, as a `lynearm.v1.BlockMetadata`.
 
     Raises:
-        CodecError: if a value does not fit its column.
+        CodecError: if a value has no place in it; the message names the prompt.
     """
+    message = trace_pb2.BlockMetadata()
+    before = SamplingParams()
     for trace in traces:
-        if len(trace.prompt_id.encode("utf-8", "replace")) > MAX_PROMPT_ID_BYTES:
+        try:
+            message.traces.append(_write_trace(trace, before))
+        except (ValueError, TypeError) as error:
+            raise CodecError(f"trace of prompt {trace.prompt_id!r}: {error}") from error
+        before = trace.sampling
+    for what, count in (
+        ("spans", sum(len(trace.spans) for trace in traces)),
+        ("tags", sum(len(trace.tags) for trace in traces)),
+    ):
+        if count > MAX_BLOCK_ITEMS:
             raise CodecError(
-                f"prompt id {trace.prompt_id[:40]!r}… is longer than {MAX_PROMPT_ID_BYTES} bytes",
-                "name the prompt by a shorter id",
-            )
-    for what, items in (("spans", [t.spans for t in traces]), ("tags", [t.tags for t in traces])):
-        if sum(map(len, items)) > MAX_BLOCK_ITEMS:
-            raise CodecError(
-                f"{sum(map(len, items))} {what} exceed a block's limit of {MAX_BLOCK_ITEMS}",
+                f"{count} {what} exceed a block's limit of {MAX_BLOCK_ITEMS}",
                 "put fewer traces into one block",
             )
-    writer.strings(Column.PROMPT_IDS, [trace.prompt_id for trace in traces])
-    writer.words(
-        Column.FINISH_REASONS, Encoding.UINT8, [FINISH_REASON_CODES[trace.finish_reason] for trace in traces]
-    )
-    writer.words(Column.SAMPLE_INDICES, Encoding.INT64, [trace.sample_index for trace in traces])
-    _write_sampling(writer, [trace.sampling for trace in traces])
-    _write_spans(writer, traces)
-    writer.numbers(Column.TAG_COUNTS, [len(trace.tags) for trace in traces])
-    writer.strings(
-        Column.TAG_STRINGS, [text for trace in traces for pair in trace.tags.items() for text in pair]
-    )
-    writer.words(
-        Column.PROMPT_TOKENS,
-        token_encoding(vocab_size),
-        np.concatenate([trace.prompt_token_ids for trace in traces]),
-    )
-    if any(trace.completion_text for trace in traces):
-        writer.strings(Column.COMPLETION_TEXTS, [trace.completion_text for trace in traces])
+    return message.SerializeToString(deterministic=True)
 
 
-def read_metadata(
-    reader: ColumnReader, prompt_lengths: Sequence[int], *, vocab_size: int
-) -> list[TraceMetadata]:
-    """The metadata that `write_metadata` wrote, one for each trace.
+def parse_metadata(data: bytes | memoryview, *, trace_count: int) -> trace_pb2.BlockMetadata:
+    """The message that `write_metadata` wrote, with the sizes of everything in it checked.
+
+    Args:
+        data: A serialised `lynearm.v1.BlockMetadata`.
+        trace_count: How many traces it describes.
 
     Raises:
-        CorruptBlockError: if the columns contradict each other.
-        UnsupportedFormatError: if an encoding is unknown.
+        CorruptBlockError: if it is not that, or a size is out of bounds.
     """
-    count = len(prompt_lengths)
-    prompt_ids = reader.strings(Column.PROMPT_IDS, count)
-    reasons = [
-        _look_up(_FINISH_REASONS, code, "finish reason")
-        for code in reader.small_integers(Column.FINISH_REASONS, count)
-    ]
-    sample_indices = reader.integers(Column.SAMPLE_INDICES, count)
-    sampling = _read_sampling(reader, count)
-    spans = _read_spans(reader, count)
-    tags = _read_tags(reader, count)
-    prompt_tokens = reader.tokens(Column.PROMPT_TOKENS, sum(prompt_lengths), vocab_size)
-    prompts = np.split(prompt_tokens, np.cumsum(prompt_lengths)[:-1])
-    has_text = reader.has(Column.COMPLETION_TEXTS)
-    texts = reader.strings(Column.COMPLETION_TEXTS, count) if has_text else [""] * count
-    fields = (prompt_ids, prompts, reasons, sample_indices, spans, sampling, tags, texts)
-    return [TraceMetadata(*values) for values in zip(*fields, strict=True)]
+    # First, since an empty message of two bytes becomes an object of a hundred.
+    traces, fields = _count_messages(np.frombuffer(data, np.uint8))
+    if traces < 0:
+        raise CorruptBlockError("the metadata is no lynearm.v1.BlockMetadata")
+    if traces != trace_count:
+        raise CorruptBlockError(f"metadata of {traces} traces, the header says {trace_count}")
+    if fields > 2 * MAX_BLOCK_ITEMS + _MAX_SINGLE_FIELDS * trace_count:
+        raise CorruptBlockError(f"{fields} fields of metadata are beyond any block")
+    try:
+        message = trace_pb2.BlockMetadata.FromString(bytes(data))
+    except DecodeError as error:
+        raise CorruptBlockError("the metadata is no lynearm.v1.BlockMetadata") from error
+    for what, count in (
+        ("spans", sum(len(trace.spans) for trace in message.traces)),
+        ("tags", sum(len(trace.tags) for trace in message.traces)),
+    ):
+        if count > MAX_BLOCK_ITEMS:
+            raise CorruptBlockError(f"{count} {what} exceed a block's limit of {MAX_BLOCK_ITEMS}")
+    for trace in message.traces:
+        if trace.top_k > MAX_TOP_K:
+            raise CorruptBlockError(f"rows of {trace.top_k} entries, at most {MAX_TOP_K} are kept")
+        if trace.prompt_rows and len(trace.prompt_token_ids) != 1:
+            raise CorruptBlockError("a prompt with distributions names more than its first token")
+    return message
 
 
-def _write_sampling(writer: ColumnWriter, sampling: Sequence[SamplingParams]) -> None:
-    floats = [
-        *(params.temperature for params in sampling),
-        *(params.top_p for params in sampling),
-        *(params.min_p for params in sampling),
-    ]
-    integers = [*(params.top_k for params in sampling), *(params.max_tokens for params in sampling)]
-    seeds = [params.seed for params in sampling if params.seed is not None]
-    writer.words(Column.SAMPLING_FLOATS, Encoding.FLOAT64, floats)
-    writer.words(Column.SAMPLING_INTEGERS, Encoding.INT64, integers)
-    writer.words(Column.SEEDED, Encoding.UINT8, [params.seed is not None for params in sampling])
-    writer.words(Column.SEEDS, Encoding.INT64, seeds)
+def read_metadata(message: trace_pb2.BlockMetadata) -> list[TraceMetadata]:
+    """The metadata of every trace, in order.
+
+    Args:
+        message: From `parse_metadata`.
+
+    Raises:
+        CorruptBlockError: if a value is out of bounds.
+    """
+    sampling = SamplingParams()
+    found: list[TraceMetadata] = []
+    for trace in message.traces:
+        if trace.HasField("sampling"):
+            sampling = _read_sampling(trace.sampling)
+        found.append(_read_trace(trace, sampling))
+    return found
 
 
-def _read_sampling(reader: ColumnReader, count: int) -> list[SamplingParams]:
-    floats = reader.doubles(Column.SAMPLING_FLOATS, 3 * count)
-    integers = reader.integers(Column.SAMPLING_INTEGERS, 2 * count)
-    seeded = reader.small_integers(Column.SEEDED, count)
-    if any(flag > 1 for flag in seeded):
-        raise CorruptBlockError("SEEDED holds more than 0 and 1")
-    seeds = iter(reader.integers(Column.SEEDS, sum(seeded)))
-    return [
-        SamplingParams(
-            temperature=floats[i],
-            top_p=floats[count + i],
-            min_p=floats[2 * count + i],
-            top_k=integers[i],
-            max_tokens=integers[count + i],
-            seed=next(seeds) if seeded[i] else None,
+def _write_trace(trace: Trace, before: SamplingParams) -> trace_pb2.TraceMetadata:
+    if len(trace.prompt_id.encode()) > MAX_PROMPT_ID_BYTES:
+        raise ValueError(
+            f"its id is longer than {MAX_PROMPT_ID_BYTES} bytes: name the prompt by a shorter one"
         )
-        for i in range(count)
-    ]
+    prompt_rows = 0 if trace.prompt_top_k is None else trace.prompt_top_k.positions
+    width = trace.top_k.k if trace.prompt_top_k is None else max(trace.top_k.k, trace.prompt_top_k.k)
+    prompt = trace.prompt_token_ids[:1] if prompt_rows else trace.prompt_token_ids
+    message = trace_pb2.TraceMetadata(
+        prompt_id=trace.prompt_id,
+        prompt_token_ids=prompt.tolist(),
+        prompt_rows=prompt_rows,
+        completion_length=trace.completion_token_ids.size,
+        top_k=width,
+        finish_reason=_FINISH_REASON_CODES[trace.finish_reason],
+        sample_index=trace.sample_index,
+        spans=[
+            trace_pb2.TokenSpan(
+                kind=_SPAN_KIND_CODES[span.kind], start=span.start, length=span.end - span.start
+            )
+            for span in trace.spans
+        ],
+        tags=[trace_pb2.Tag(key=key, value=value) for key, value in trace.tags.items()],
+        completion_text=trace.completion_text,
+    )
+    if trace.sampling != before:
+        message.sampling.CopyFrom(_write_sampling(trace.sampling))
+    return message
 
 
-def _write_spans(writer: ColumnWriter, traces: Sequence[Trace]) -> None:
-    spans = [span for trace in traces for span in trace.spans]
-    writer.numbers(Column.SPAN_COUNTS, [len(trace.spans) for trace in traces])
-    writer.words(Column.SPAN_KINDS, Encoding.UINT8, [SPAN_KIND_CODES[span.kind] for span in spans])
-    writer.numbers(Column.SPAN_BOUNDS, [bound for span in spans for bound in (span.start, span.end)])
+def _write_sampling(sampling: SamplingParams) -> trace_pb2.SamplingParams:
+    return trace_pb2.SamplingParams(
+        temperature=sampling.temperature,
+        top_p=sampling.top_p,
+        min_p=sampling.min_p,
+        top_k=sampling.top_k,
+        max_tokens=sampling.max_tokens,
+        seed=sampling.seed,
+    )
 
 
-def _read_spans(reader: ColumnReader, count: int) -> list[tuple[TokenSpan, ...]]:
-    counts = reader.lengths(Column.SPAN_COUNTS, count, _bounded(reader.count(Column.SPAN_KINDS)))
-    kinds = reader.small_integers(Column.SPAN_KINDS, sum(counts))
-    bounds = reader.numbers(Column.SPAN_BOUNDS, 2 * len(kinds)).tolist()
-    names: Iterator[SpanKind] = (_look_up(_SPAN_KINDS, kind, "span kind") for kind in kinds)
-    spans = map(TokenSpan, names, bounds[::2], bounds[1::2])
-    return [tuple(next(spans) for _ in range(length)) for length in counts]
+def _read_sampling(message: trace_pb2.SamplingParams) -> SamplingParams:
+    return SamplingParams(
+        temperature=message.temperature,
+        top_p=message.top_p,
+        min_p=message.min_p,
+        top_k=message.top_k,
+        max_tokens=message.max_tokens,
+        seed=message.seed if message.HasField("seed") else None,
+    )
 
 
-def _read_tags(reader: ColumnReader, count: int) -> list[dict[str, str]]:
-    counts = reader.lengths(Column.TAG_COUNTS, count, _bounded(reader.count(Column.TAG_STRINGS) // 2))
-    texts = reader.strings(Column.TAG_STRINGS, 2 * sum(counts))
-    pairs = iter(zip(texts[::2], texts[1::2], strict=True))
-    tags = [dict(next(pairs) for _ in range(length)) for length in counts]
-    if sum(map(len, tags)) != sum(counts):
+def _read_trace(message: trace_pb2.TraceMetadata, sampling: SamplingParams) -> TraceMetadata:
+    prompt_token_ids = np.array(message.prompt_token_ids, np.uint32)
+    if prompt_token_ids.size and prompt_token_ids.max() >= 1 << 31:
+        raise CorruptBlockError(f"prompt token {prompt_token_ids.max()} is no token id")
+    tags = {tag.key: tag.value for tag in message.tags}
+    if len(tags) != len(message.tags):
         raise CorruptBlockError("a trace has the same tag twice")
-    return tags
-
-
-def _bounded(items: int) -> int:
-    if items > MAX_BLOCK_ITEMS:
-        raise CorruptBlockError(f"{items} spans or tags exceed a block's limit of {MAX_BLOCK_ITEMS}")
-    return items
+    return TraceMetadata(
+        prompt_id=message.prompt_id,
+        prompt_token_ids=prompt_token_ids.astype(np.int32),
+        prompt_rows=message.prompt_rows,
+        completion_length=message.completion_length,
+        top_k=message.top_k,
+        finish_reason=_look_up(_FINISH_REASONS, message.finish_reason, "finish reason"),
+        sample_index=message.sample_index,
+        sampling=sampling,
+        spans=tuple(
+            TokenSpan(_look_up(_SPAN_KINDS, span.kind, "span kind"), span.start, span.start + span.length)
+            for span in message.spans
+        ),
+        tags=tags,
+        completion_text=message.completion_text,
+    )
 
 
 def _look_up(names: dict[int, _Name], code: int, what: str) -> _Name:
     if code not in names:
         raise CorruptBlockError(f"{what} {code} is none of {sorted(names)}")
     return names[code]
+
+
+@compiled
+def _count_messages(data: npt.NDArray[np.uint8]) -> tuple[int, int]:
+    """Traces of a serialised `BlockMetadata`, and fields of all of them; −1 where it is not one."""
+    traces = 0
+    fields = 0
+    at = 0
+    while at < data.size:
+        key, inner, end = _field_at(data, at, data.size)
+        if end < 0:
+            return -1, 0
+        at = end
+        if key != _TRACES_KEY:
+            continue
+        traces += 1
+        while inner < end:
+            _, _, inner = _field_at(data, inner, end)
+            if inner < 0:
+                return -1, 0
+            fields += 1
+    return traces, fields
+
+
+@compiled
+def _field_at(data: npt.NDArray[np.uint8], at: int, end: int) -> tuple[int, int, int]:
+    """A field's key, where its content begins, and its end; the latter is −1 where there is no field."""
+    key, at = _varint_at(data, at, end)
+    wire_type = key & 7
+    if at < 0:
+        return 0, 0, -1
+    size = 0
+    if wire_type == 0:
+        _, begin = _varint_at(data, at, end)
+        return key, at, begin
+    if wire_type == 1:
+        size = 8
+    elif wire_type == 2:
+        size, at = _varint_at(data, at, end)
+    elif wire_type == 5:
+        size = 4
+    else:
+        return 0, 0, -1
+    if at < 0 or not 0 <= size <= end - at:
+        return 0, 0, -1
+    return key, at, at + size
+
+
+@compiled
+def _varint_at(data: npt.NDArray[np.uint8], at: int, end: int) -> tuple[int, int]:
+    """A varint, and what follows it: −1 where there is none. Values from 2^63 on wrap, to below 0."""
+    value = 0
+    for index in range(10):
+        if at + index >= end:
+            return 0, -1
+        byte = np.int64(data[at + index])
+        value |= (byte & 0x7F) << (7 * index)
+        if byte < 0x80:
+            return value, at + index + 1
+    return 0, -1

@@ -1,271 +1,688 @@
-"""Columns with one element per completion position or per kept entry: the bulk of every block.
+"""The distributions of a block: one row for each position, and the bits in which they travel.
 
-Token ids are written as ranks in a dictionary of the block's own, frequent ids first; entries lie
-rank-major, that is, the most likely entry of every position, then the second of every position, and so
-on, since entries of one rank resemble each other. In the standard mode the entries of one position are
-sorted by (level, dictionary rank), both are sent as differences, and so the order inside a level
-is not paid for.
+A row is the kept entries, the mass outside them, and the token that was sampled. Rows go through three
+steps: logprobs become levels (`lynearm.wire.grids`), tokens become token codes and entries symbols
+(`lynearm.wire.alphabet`), symbols become bits (`lynearm.wire.prefix_codes`). docs/format.md specifies what
+comes out.
 
-Shape legend: N = positions of all traces, K = entries kept at most, E = entries kept in all,
-V = vocabulary, D = ids in the dictionary.
+Shape legend: N = positions of a block, K = entries of the widest row, V = vocabulary.
 """
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Final
 
 import numpy as np
 import numpy.typing as npt
 
-from lynearm.wire.columns import Column, ColumnReader, ColumnWriter, token_encoding
-from lynearm.wire.errors import CorruptBlockError
-from lynearm.wire.integers import Int64Array
-from lynearm.wire.quantise import MAX_LEVEL, from_levels, to_levels
-from lynearm.wire.specs import CodecMode
+from lynearm.wire.alphabet import (
+    BUCKET_OF_RANK,
+    number_symbols,
+)
+from lynearm.wire.code_tables import (
+    PLAIN_STEP_ENTRIES,
+    CodeTables,
+    NumberContext,
+    SymbolCounts,
+    TailRule,
+    build_tables,
+)
+from lynearm.wire.dictionaries import Dictionary, TokenOrder
+from lynearm.wire.errors import CodecError, CorruptBlockError, UnsupportedFormatError
+from lynearm.wire.fields import ByteReader, varint
+from lynearm.wire.grids import (
+    GRID_LAWS,
+    MAX_BITS_LEVEL,
+    MAX_GRID_LEVEL,
+    Bits,
+    Counts,
+    Grid,
+    LogitGrid,
+    Scale,
+    choose_grid,
+)
+from lynearm.wire.kernels import (
+    LOOKAHEAD_BYTES,
+    MAX_ENTRY_BITS,
+    assign_token_codes,
+    look_up,
+    name_entries,
+    predict_tails,
+    read_fixed,
+    read_numbers,
+    read_rows,
+    write_fixed,
+    write_numbers,
+    write_rows,
+)
+from lynearm.wire.logit_grids import LogitRows, find_logit_grid, logprobs_of
+from lynearm.wire.specs import MAX_VOCAB_SIZE, CodecMode
 from lynearm.wire.traces import Float32Array, Int32Array
 
 BoolArray = npt.NDArray[np.bool_]
+Int64Array = npt.NDArray[np.int64]
+Uint8Array = npt.NDArray[np.uint8]
+Uint16Array = npt.NDArray[np.uint16]
+Uint32Array = npt.NDArray[np.uint32]
+Uint64Array = npt.NDArray[np.uint64]
 
-_RANK_BITS = 20
-"""Dictionary ranks are below 2^20, as token ids are."""
+_SCALE_GRID, _SCALE_BITS, _SCALE_BF16, _SCALE_FP16, _SCALE_COUNTS = range(5)
 
-_NO_ENTRY = np.int64(MAX_LEVEL + 1)
-"""Sorts behind every level."""
+_OWN_TABLES = 1
+_KEPT_VARIES = 2
+_SAMPLED_APART = 4
+_FOUR_LANES = 8
+_ORDER_OF_DICTIONARY = 16
+_KNOWN_FLAGS = 31
+
+_LANES: Final = 4
+_MIN_LANE_ROWS = 64
+"""Below it, one lane: the sizes of the others would cost more than they save in time."""
+
+_FIRST_SHIFT = 23
+"""Logprobs of first entries: sign and exponent as a number, the mantissa as it is."""
+
+_USUAL_FIRST = 383
+"""Sign and exponent of −1 to −2, from which the number counts."""
+
+_NEGATIVE_ZERO = np.uint32(1 << 31)
+
+_TOP_OFFSET = 1 << 20
+ROUNDING = 1e-2
+"""How far a float32 log-softmax may put a logprob above 0, or a mass outside [0, 1]; measured: 2e-4."""
+
+_BLOCK_KL_SLACK = 2.0
+"""A block may exceed its mode's bound this much on its dictionary's grid: the bound is for the stream."""
 
 
 @dataclass(frozen=True, slots=True)
 class Positions:
-    """The completion positions of all traces of a block, one after the other."""
+    """The rows of a block, one after the other."""
 
-    kept: Int64Array
+    kept: Uint32Array
     """How many entries of each row are entries and not padding, shape [N]."""
     token_ids: Int32Array
-    """Shape [N, K]."""
+    """Shape [N, K]; 0 where padded."""
     logprobs: Float32Array
-    """Shape [N, K]."""
+    """Shape [N, K]; −inf where padded."""
     tail_mass: Float32Array
+    """Shape [N]."""
     sampled_ids: Int32Array
+    """Shape [N]."""
     sampled_logprobs: Float32Array
+    """Shape [N]."""
 
 
-def write_positions(writer: ColumnWriter, positions: Positions, *, mode: CodecMode, vocab_size: int) -> None:
-    """Add the columns of the positions.
+@dataclass(frozen=True, slots=True)
+class _Column:
+    """Numbers of one kind, one after the other."""
+
+    contexts: Uint8Array
+    numbers: Uint32Array
+
+
+@dataclass(frozen=True, slots=True)
+class NamedRows:
+    """Rows whose entries have symbols: all that is left is to choose codes."""
+
+    scale: Scale
+    kept: Uint32Array
+    levels: Uint32Array
+    symbols: Uint16Array
+    open_bits: Uint32Array
+    columns: tuple[_Column, ...]
+    """In the order of the stream; the tail masses are the last."""
+    fixed: tuple[tuple[Uint32Array, int], ...]
+    """Numbers that are written as they are, and their widths in bits."""
+    flags: int
+    counts: SymbolCounts
+    tail_rule: TailRule
+
+
+def name_rows(
+    positions: Positions,
+    widths: Sequence[int],
+    lengths: Sequence[int],
+    *,
+    mode: CodecMode,
+    draws: int,
+    order: TokenOrder,
+    dictionary: Dictionary | None,
+    grid: Grid | None = None,
+) -> NamedRows:
+    """Levels, token codes and symbols of some rows.
 
     Args:
-        writer: Takes the columns.
-        positions: Sorted rows; ids of entries below `vocab_size`.
-        mode: How logprobs and tail mass are written.
-        vocab_size: V.
+        positions: Rows sorted descending; ids below V.
+        widths: Largest number of entries of each trace.
+        lengths: Rows of each trace.
+        mode: How logprobs become levels.
+        draws: Draws a row in "sampled" mode.
+        order: The vocabulary's order.
+        dictionary: Whose grid and tail rule to prefer.
+        grid: To be used whatever it adds; None chooses one.
+
+    Raises:
+        CodecError: if a row names one token twice; the message gives its number.
     """
-    kept_KN = _kept_mask(positions.kept, positions.token_ids.shape[1])
-    dictionary_D = _write_dictionary(writer, positions.token_ids.T[kept_KN], vocab_size)
-    rank_of_V = np.full(vocab_size, -1, np.int64)
-    rank_of_V[dictionary_D] = np.arange(dictionary_D.size)
-    ranks_NK = rank_of_V[positions.token_ids]
-    write = _write_exact if mode == "exact" else _write_standard
-    values_NK, sampled_values_N, ranks_NK = write(writer, positions, ranks_NK, kept_KN)
-    writer.numbers(Column.KEPT, positions.kept)
-    matches_NK = ranks_NK == rank_of_V[positions.sampled_ids][:, None]
-    matches_NK &= (values_NK == sampled_values_N[:, None]) & kept_KN.T
-    _write_sampled(writer, positions, matches_NK, vocab_size)
+    if mode == "exact":
+        positions = _order_zeros(positions)
+    kept = positions.kept
+    scale, levels, logit_rows = _to_levels(positions, mode, draws, dictionary, grid)
+    token_ids = positions.token_ids.copy()
+    codes = np.zeros(levels.shape, np.uint32)
+    sampled_index = np.zeros(kept.size, np.uint32)
+    double = assign_token_codes(
+        levels, token_ids, kept, order.rank_of_token, positions.sampled_ids, codes, sampled_index
+    )
+    if double >= 0:
+        raise CodecError(f"position {double} of the block names one token twice")
+    counts = SymbolCounts.zeros()
+    symbols = np.zeros(levels.shape, np.uint16)
+    open_bits = np.zeros(levels.shape, np.uint32)
+    name_entries(levels, codes, kept, BUCKET_OF_RANK, symbols, open_bits, counts.steps, counts.numbers[:8])
+
+    apart = isinstance(scale, Counts)
+    inside = sampled_index > 0
+    if not apart:
+        inside &= _sampled_agree(positions, scale, levels, sampled_index)
+        sampled_index = np.where(inside, sampled_index, 0).astype(np.uint32)
+    last_levels = _last_levels(levels, kept)
+    tail_levels = _tail_levels(positions, scale)
+    rule = TailRule.fit(last_levels, tail_levels) if dictionary is None else dictionary.tables.tail_rule
+    varies = bool((kept != np.repeat(np.asarray(widths, np.uint32), lengths)).any())
+    columns = [
+        _column(NumberContext.KEPT, kept if varies else kept[:0]),
+        _column(NumberContext.SAMPLED, sampled_index),
+        _column(NumberContext.OUTSIDE, order.rank_of_token[positions.sampled_ids[sampled_index == 0]]),
+    ]
+    loose = positions.sampled_logprobs if apart else positions.sampled_logprobs[~inside]
+    fixed = [(loose.view(np.uint32), 32)]
+    if logit_rows is not None:
+        first_bits = logit_rows.first_N.view(np.uint32)
+        columns += [
+            _column(
+                NumberContext.FIRST, _zigzag(_USUAL_FIRST - (first_bits >> _FIRST_SHIFT).astype(np.int64))
+            ),
+            _column(NumberContext.LOGIT, _pack_tops(logit_rows)),
+        ]
+        fixed.append((first_bits & np.uint32((1 << _FIRST_SHIFT) - 1), _FIRST_SHIFT))
+    columns.append(
+        _Column(
+            rule.contexts(last_levels), _tail_numbers(positions, scale, tail_levels, rule.expect(last_levels))
+        )
+    )
+    for column in columns:
+        np.add.at(counts.numbers, (column.contexts, number_symbols(column.numbers)), 1)
+    return NamedRows(
+        scale=scale,
+        kept=kept,
+        levels=levels,
+        symbols=symbols,
+        open_bits=open_bits,
+        columns=tuple(columns),
+        fixed=tuple(fixed),
+        flags=(_KEPT_VARIES if varies else 0) | (_SAMPLED_APART if apart else 0),
+        counts=counts,
+        tail_rule=rule,
+    )
+
+
+def write_positions(rows: NamedRows, *, vocab_size: int, dictionary: Dictionary | None) -> bytes:
+    """The rows' part of a payload.
+
+    Args:
+        rows: From `name_rows`, with this dictionary.
+        vocab_size: V.
+        dictionary: Whose codes are used where own ones would cost more.
+    """
+    tables, encoded_tables = _choose_tables(rows, dictionary)
+    four_lanes = rows.kept.size >= _MIN_LANE_ROWS
+    lanes = _LANES if four_lanes else 1
+    flags = rows.flags | (_OWN_TABLES if encoded_tables else 0) | (_FOUR_LANES if four_lanes else 0)
+    flags |= _ORDER_OF_DICTIONARY if dictionary is not None else 0
+    entry_bits = int(rows.kept.sum(dtype=np.int64)) * MAX_ENTRY_BITS
+    number_bits = sum(column.numbers.size for column in rows.columns) * 43
+    fixed_bits = sum(numbers.size * width for numbers, width in rows.fixed)
+    out = np.zeros((entry_bits + number_bits + fixed_bits) // 8 + 64, np.uint8)
+    bit = 0
+    for column in rows.columns[:-1]:
+        bit = write_numbers(out, bit, column.numbers, column.contexts, tables.number_codes)
+    for numbers, width in rows.fixed:
+        bit = write_fixed(out, bit, numbers, width)
+    tails = rows.columns[-1]
+    ends = [_bytes_of(write_numbers(out, bit, tails.numbers, tails.contexts, tables.number_codes))]
+    for lane in range(lanes):
+        bit = write_rows(
+            out,
+            ends[-1] * 8,
+            lane,
+            lanes,
+            rows.levels,
+            rows.symbols,
+            rows.open_bits,
+            rows.kept,
+            BUCKET_OF_RANK,
+            tables.step_codes,
+            tables.number_codes[:8],
+        )
+        ends.append(_bytes_of(bit))
+    sizes = np.diff(ends, prepend=0).tolist()
+    head = [
+        bytes((flags,)),
+        varint(vocab_size),
+        _write_scale(rows.scale),
+        varint(len(encoded_tables)) + encoded_tables if encoded_tables else b"",
+        *(varint(size) for size in sizes[:-1]),
+    ]
+    return b"".join(head) + out[: ends[-1]].tobytes()
 
 
 def read_positions(
-    reader: ColumnReader,
+    data: memoryview,
     lengths: Sequence[int],
     widths: Sequence[int],
     *,
     mode: CodecMode,
-    vocab_size: int,
-) -> Positions:
-    """The positions that `write_positions` wrote.
+    dictionary: Dictionary | None,
+) -> tuple[Positions, int]:
+    """The rows that `write_positions` wrote, and V.
 
     Args:
-        reader: Has the columns.
-        lengths: Positions of each trace; N in all.
-        widths: Entries per row of each trace; K is the largest.
-        mode: As written.
-        vocab_size: V.
+        data: Exactly the bytes of one call; nothing in them is trusted.
+        lengths: Rows of each trace; N in all, and N · K is bounded by the caller.
+        widths: Entries of each trace's rows at most; K is the largest.
+        mode: The block's mode, which the scale must suit.
+        dictionary: The one that the block names.
 
     Raises:
-        CorruptBlockError: if the columns contradict each other.
-        UnsupportedFormatError: if an encoding is unknown.
+        CorruptBlockError: if the bytes contradict each other, or end too early.
+        UnsupportedFormatError: if they use what this reader does not know.
     """
-    # Read first: it proves that there are bytes for so many positions before anything grows with them.
-    kept_N = reader.numbers(Column.KEPT, sum(lengths))
-    if (kept_N > np.repeat(np.asarray(widths), lengths)).any():
-        raise CorruptBlockError("a position keeps more entries than its trace has room for")
-    kept_KN = _kept_mask(kept_N, max(widths))
-    dictionary_D = _read_dictionary(reader, vocab_size)
-    read = _read_exact if mode == "exact" else _read_standard
-    ranks_KN, logprobs_KN, tail_mass_N = read(reader, kept_KN)
-    ranks_E = ranks_KN[kept_KN]
-    if ranks_E.size and int(ranks_E.max()) >= dictionary_D.size:
-        raise CorruptBlockError(f"an entry points behind the {dictionary_D.size} ids of the dictionary")
-    token_ids_KN = np.zeros(kept_KN.shape, np.int32)
-    token_ids_KN[kept_KN] = dictionary_D[ranks_E]
-    token_ids_NK = np.ascontiguousarray(token_ids_KN.T)
-    logprobs_NK = np.ascontiguousarray(logprobs_KN.T)
-    sampled_ids_N, sampled_logprobs_N = _read_sampled(reader, kept_N, token_ids_NK, logprobs_NK, vocab_size)
-    return Positions(kept_N, token_ids_NK, logprobs_NK, tail_mass_N, sampled_ids_N, sampled_logprobs_N)
+    head = ByteReader(data)
+    flags = head.byte()
+    if flags & ~_KNOWN_FLAGS:
+        raise UnsupportedFormatError(f"flags {flags:#x} are not known to this reader", "upgrade lynearm")
+    vocab_size = head.varint()
+    if not 0 < vocab_size <= MAX_VOCAB_SIZE:
+        raise CorruptBlockError(f"a vocabulary of {vocab_size}, expected 1 to {MAX_VOCAB_SIZE}")
+    scale = _read_scale(head, mode)
+    tables, order = _read_tables(head, flags, vocab_size, dictionary)
+    lanes = _LANES if flags & _FOUR_LANES else 1
+    sizes = [head.varint() for _ in range(lanes)]
+    body = head.rest()
+    sizes.append(len(body) - sum(sizes))
+    count = sum(lengths)
+    # Every row costs a bit at least: it proves that there are so many before anything grows with them.
+    if sizes[-1] < 0 or count > sizes[0] * 8:
+        raise CorruptBlockError(f"{count} positions in {len(body)} bytes")
+    width = max(widths, default=0)
+    padding = LOOKAHEAD_BYTES + width * MAX_ENTRY_BITS // 8
+    stream = np.zeros(len(body) + padding, np.uint8)
+    stream[: len(body)] = np.frombuffer(body, np.uint8)
+    ends = np.cumsum(sizes, dtype=np.uint64) * np.uint64(8)
+    numbers = _NumberStream(stream, int(ends[0]), tables)
 
-
-def _kept_mask(kept_N: Int64Array, width: int) -> BoolArray:
-    return np.arange(width)[:, None] < kept_N[None, :]
-
-
-def _spread(values_E: Int64Array, kept_KN: BoolArray) -> Int64Array:
-    spread_KN = np.zeros(kept_KN.shape, np.int64)
-    spread_KN[kept_KN] = values_E
-    return spread_KN
-
-
-def _write_exact(
-    writer: ColumnWriter, positions: Positions, ranks_NK: Int64Array, kept_KN: BoolArray
-) -> tuple[Int64Array, Int64Array, Int64Array]:
-    """Write rows as they are; return bits of entries and of sampled logprobs, and ranks."""
-    writer.floats(Column.TAIL_MASS, positions.tail_mass)
-    writer.floats(Column.ENTRY_LOGPROBS, positions.logprobs.T[kept_KN])
-    writer.numbers(Column.ENTRY_TOKENS, ranks_NK.T[kept_KN])
-    bits_NK = positions.logprobs.view(np.int32).astype(np.int64)
-    return bits_NK, positions.sampled_logprobs.view(np.int32).astype(np.int64), ranks_NK
-
-
-def _write_standard(
-    writer: ColumnWriter, positions: Positions, ranks_NK: Int64Array, kept_KN: BoolArray
-) -> tuple[Int64Array, Int64Array, Int64Array]:
-    """Write rows by level; return levels of entries and of sampled logprobs, and ranks, as sorted."""
-    levels_NK, ranks_NK = _sort_by_level(to_levels(positions.logprobs), ranks_NK, kept_KN.T)
-    steps_KN = np.diff(levels_NK.T, axis=0, prepend=0)
-    gaps_KN = np.where(_starts_level(steps_KN), ranks_NK.T, np.diff(ranks_NK.T, axis=0, prepend=0))
-    writer.numbers(Column.TAIL_MASS, _tail_to_levels(positions.tail_mass))
-    writer.numbers(Column.ENTRY_LOGPROBS, steps_KN[kept_KN])
-    writer.numbers(Column.ENTRY_TOKENS, gaps_KN[kept_KN])
-    return levels_NK, to_levels(positions.sampled_logprobs), ranks_NK
-
-
-def _read_exact(reader: ColumnReader, kept_KN: BoolArray) -> tuple[Int64Array, Float32Array, Float32Array]:
-    """Ranks, logprobs and tail mass."""
-    entry_count = int(kept_KN.sum())
-    logprobs_KN = np.full(kept_KN.shape, -np.inf, np.float32)
-    logprobs_KN[kept_KN] = reader.floats(Column.ENTRY_LOGPROBS, entry_count)
-    ranks_KN = _spread(reader.numbers(Column.ENTRY_TOKENS, entry_count), kept_KN)
-    return ranks_KN, logprobs_KN, reader.floats(Column.TAIL_MASS, kept_KN.shape[1])
-
-
-def _read_standard(reader: ColumnReader, kept_KN: BoolArray) -> tuple[Int64Array, Float32Array, Float32Array]:
-    """Ranks, logprobs and tail mass."""
-    entry_count = int(kept_KN.sum())
-    steps_KN = _spread(reader.numbers(Column.ENTRY_LOGPROBS, entry_count), kept_KN)
-    levels_KN = _check_levels(steps_KN.cumsum(axis=0))
-    logprobs_KN = np.where(kept_KN, from_levels(levels_KN), np.float32(-np.inf))
-    gaps_KN = _spread(reader.numbers(Column.ENTRY_TOKENS, entry_count), kept_KN)
-    ranks_KN = _sum_inside_levels(gaps_KN, _starts_level(steps_KN))
-    return ranks_KN, logprobs_KN, _tail_from_levels(reader.numbers(Column.TAIL_MASS, kept_KN.shape[1]))
-
-
-def _write_dictionary(writer: ColumnWriter, token_ids_E: Int32Array, vocab_size: int) -> Int64Array:
-    """Write the block's distinct ids, by floor(log2(frequency)) descending, then by id; return them."""
-    counts_V = np.bincount(token_ids_E, minlength=vocab_size)
-    ids_D = np.flatnonzero(counts_V)
-    octaves_D = np.frexp(counts_V[ids_D].astype(np.float64))[1]
-    order = np.argsort(-octaves_D, kind="stable")
-    ids_D, octaves_D = ids_D[order], octaves_D[order]
-    starts_D = np.diff(octaves_D, prepend=-1) != 0
-    sizes = np.diff(np.flatnonzero(starts_D), append=ids_D.size)
-    writer.numbers(Column.DICTIONARY_SIZES, sizes)
-    writer.numbers(Column.DICTIONARY_TOKENS, np.where(starts_D, ids_D, np.diff(ids_D, prepend=0)))
-    return ids_D
-
-
-def _read_dictionary(reader: ColumnReader, vocab_size: int) -> Int64Array:
-    sizes = reader.numbers(Column.DICTIONARY_SIZES, reader.count(Column.DICTIONARY_SIZES))
-    gaps_D = reader.numbers(Column.DICTIONARY_TOKENS, reader.count(Column.DICTIONARY_TOKENS))
-    if int(sizes.sum()) != gaps_D.size or (sizes == 0).any():
-        raise CorruptBlockError(f"dictionary groups of {sizes.sum()} ids in all, expected {gaps_D.size}")
-    starts_D = np.zeros(gaps_D.size, np.bool_)
-    starts_D[sizes.cumsum() - sizes] = True
-    ids_D = _sum_inside_levels(gaps_D[:, None], starts_D[:, None])[:, 0]
-    if ids_D.size and int(ids_D.max()) >= vocab_size:
-        raise CorruptBlockError(f"token id {ids_D.max()} in a vocabulary of {vocab_size}")
-    return ids_D
-
-
-def _sort_by_level(
-    levels_NK: Int64Array, ranks_NK: Int64Array, kept_NK: BoolArray
-) -> tuple[Int64Array, Int64Array]:
-    keys_NK = np.where(kept_NK, levels_NK, _NO_ENTRY) << _RANK_BITS | np.maximum(ranks_NK, 0)
-    keys_NK.sort(axis=1)
-    return keys_NK >> _RANK_BITS, keys_NK & ((1 << _RANK_BITS) - 1)
-
-
-def _starts_level(steps_KN: Int64Array) -> BoolArray:
-    """Where an entry opens a level of its row: the first one, and whenever the level changes."""
-    starts_KN: BoolArray = steps_KN != 0
-    starts_KN[:1] = True
-    return starts_KN
-
-
-def _sum_inside_levels(gaps: Int64Array, starts: BoolArray) -> Int64Array:
-    """Running sums down axis 0 that begin anew at every start."""
-    sums: Int64Array = gaps.cumsum(axis=0)
-    # The sum before each start; gaps are not negative, so the latest start's is also the largest.
-    before = np.where(starts, sums - gaps, 0)
-    latest: Int64Array = np.maximum.accumulate(before, axis=0)
-    return sums - latest
-
-
-def _check_levels(levels: Int64Array) -> Int64Array:
-    if levels.size and int(levels.max()) > MAX_LEVEL:
-        raise CorruptBlockError(f"level {levels.max()} is above {MAX_LEVEL}")
-    return levels
-
-
-def _tail_to_levels(tail_mass_N: Float32Array) -> Int64Array:
-    """0 for no tail at all, else one more than the level of its logarithm."""
-    positive_N = tail_mass_N > 0
-    logs_N = np.log(np.where(positive_N, tail_mass_N, 1).astype(np.float64))
-    return np.where(positive_N, to_levels(logs_N) + 1, 0)
-
-
-def _tail_from_levels(codes_N: Int64Array) -> Float32Array:
-    levels_N = _check_levels(np.maximum(codes_N - 1, 0))
-    return np.where(codes_N > 0, np.exp(from_levels(levels_N)), np.float32(0))
-
-
-def _write_sampled(
-    writer: ColumnWriter, positions: Positions, matches_NK: BoolArray, vocab_size: int
-) -> None:
-    """Name each sampled token by the entry that equals it; those without one are written out."""
-    inside_N = matches_NK.any(axis=1)
-    if matches_NK.shape[1]:
-        ranks_N = np.where(inside_N, matches_NK.argmax(axis=1) + 1, 0)
-    else:
-        ranks_N = np.zeros(inside_N.size, np.int64)
-    writer.numbers(Column.SAMPLED_RANKS, ranks_N)
-    encoding = token_encoding(vocab_size)
-    writer.words(Column.OUTSIDE_TOKENS, encoding, positions.sampled_ids[~inside_N])
-    writer.floats(Column.OUTSIDE_LOGPROBS, positions.sampled_logprobs[~inside_N])
-
-
-def _read_sampled(
-    reader: ColumnReader,
-    kept_N: Int64Array,
-    token_ids_NK: Int32Array,
-    logprobs_NK: Float32Array,
-    vocab_size: int,
-) -> tuple[Int32Array, Float32Array]:
-    ranks_N = reader.numbers(Column.SAMPLED_RANKS, kept_N.size)
-    if (ranks_N > kept_N).any():
+    kept = np.repeat(np.asarray(widths, np.uint32), lengths)
+    if flags & _KEPT_VARIES:
+        limits, kept = kept, numbers.read(NumberContext.KEPT, count)
+        if (kept > limits).any():
+            raise CorruptBlockError("a position keeps more entries than its trace has room for")
+    if int(kept.sum(dtype=np.int64)) > (len(body) - sizes[0]) * 8:
+        raise CorruptBlockError(f"{kept.sum(dtype=np.int64)} entries in {len(body) - sizes[0]} bytes")
+    sampled_index = numbers.read(NumberContext.SAMPLED, count)
+    if (sampled_index > kept).any():
         raise CorruptBlockError("a sampled token points at an entry that is not there")
-    inside_N = ranks_N > 0
-    outside_count = int(kept_N.size - inside_N.sum())
-    ids_N = np.empty(kept_N.size, np.int32)
-    logprobs_N = np.empty(kept_N.size, np.float32)
-    rows, entries = np.flatnonzero(inside_N), ranks_N[inside_N] - 1
-    ids_N[rows] = token_ids_NK[rows, entries]
-    logprobs_N[rows] = logprobs_NK[rows, entries]
-    ids_N[~inside_N] = reader.tokens(Column.OUTSIDE_TOKENS, outside_count, vocab_size)
-    logprobs_N[~inside_N] = reader.floats(Column.OUTSIDE_LOGPROBS, outside_count)
+    outside = numbers.read(NumberContext.OUTSIDE, int((sampled_index == 0).sum()))
+    if outside.size and int(outside.max()) >= vocab_size:
+        raise CorruptBlockError(f"token rank {outside.max()} in a vocabulary of {vocab_size}")
+    first_high = tops = None
+    if isinstance(scale, LogitGrid):
+        first_high = _USUAL_FIRST - _unzigzag(numbers.read(NumberContext.FIRST, count))
+        tops = _unpack_tops(numbers.read(NumberContext.LOGIT, count), scale.mantissa_bits)
+    apart = bool(flags & _SAMPLED_APART)
+    loose = numbers.read_fixed(count if apart else outside.size, 32).view(np.float32)
+    first_N: Float32Array | None = None
+    if first_high is not None:
+        low = numbers.read_fixed(count, _FIRST_SHIFT)
+        first_N = ((first_high.astype(np.uint32) << _FIRST_SHIFT) | low).view(np.float32)
+
+    token_ids = np.empty((count, width), np.int32)
+    levels = np.empty((count, width), np.uint32)
+    whole = read_rows(
+        stream,
+        ends[:-1].copy(),
+        ends[1:].copy(),
+        kept,
+        tables.step_table,
+        *tables.step_strides,
+        PLAIN_STEP_ENTRIES,
+        tables.number_table,
+        BUCKET_OF_RANK,
+        order.token_of_rank,
+        _max_level(scale),
+        token_ids,
+        levels,
+    )
+    if not whole:
+        raise CorruptBlockError("the entries of the block's rows do not decode")
+    last_levels = _last_levels(levels, kept)
+    logprobs = _from_levels(scale, levels, kept, first_N, tops)
+    tail_numbers = numbers.read_contexts(tables.tail_rule.contexts(last_levels))
+    numbers.expect_end()
+    tail_mass = _tails(scale, tail_numbers, logprobs, kept, tables.tail_rule.expect(last_levels))
+    sampled_ids, sampled_logprobs = _sampled(
+        sampled_index, order.token_of_rank[outside], loose, token_ids, logprobs, apart=apart
+    )
+    positions = Positions(kept, token_ids, logprobs, tail_mass, sampled_ids, sampled_logprobs)
+    # What grids and counts say is in bounds; a stranger's exact numbers may be anything.
+    exact = (loose, logprobs) if isinstance(scale, Bits | LogitGrid) else (loose,)
+    if not all(_within(values, -np.inf, ROUNDING) for values in exact):
+        raise CorruptBlockError(f"the block holds logprobs that are NaN or above {ROUNDING}")
+    if not isinstance(scale, Grid) and not _within(tail_mass, -ROUNDING, 1 + ROUNDING):
+        raise CorruptBlockError("the block holds tail masses that are NaN or outside 0..1")
+    return positions, vocab_size
+
+
+class _NumberStream:
+    """The numbers of a block, read one column after the other."""
+
+    def __init__(self, stream: Uint8Array, end_bit: int, tables: CodeTables) -> None:
+        self._stream = stream
+        self._end_bit = end_bit
+        self._table = tables.number_table
+        self._bit = 0
+
+    def read(self, context: NumberContext, count: int) -> Uint32Array:
+        return self.read_contexts(np.full(count, context, np.uint8))
+
+    def read_contexts(self, contexts: Uint8Array) -> Uint32Array:
+        numbers = np.empty(contexts.size, np.uint32)
+        self._move(read_numbers(self._stream, self._bit, self._end_bit, contexts, self._table, numbers))
+        return numbers
+
+    def read_fixed(self, count: int, width: int) -> Uint32Array:
+        if self._bit + count * width > self._end_bit:
+            raise CorruptBlockError("the numbers of the block end too early")
+        numbers = np.empty(count, np.uint32)
+        self._move(read_fixed(self._stream, self._bit, self._end_bit, width, numbers))
+        return numbers
+
+    def expect_end(self) -> None:
+        if (self._bit + 7) // 8 * 8 != self._end_bit:
+            raise CorruptBlockError("bytes follow the numbers of the block")
+
+    def _move(self, bit: int) -> None:
+        if bit < 0:
+            raise CorruptBlockError("the numbers of the block do not decode")
+        self._bit = bit
+
+
+def _within(values: Float32Array, low: float, high: float) -> bool:
+    """Whether all values are between two bounds; NaN is not."""
+    with np.errstate(invalid="ignore"):
+        return values.size == 0 or bool(values.min() >= low and values.max() <= high)
+
+
+def _bytes_of(bits: int) -> int:
+    return (bits + 7) // 8
+
+
+def _column(context: NumberContext, numbers: npt.NDArray[np.integer]) -> _Column:
+    return _Column(np.full(numbers.size, context, np.uint8), numbers.astype(np.uint32))
+
+
+def _to_levels(
+    positions: Positions, mode: CodecMode, draws: int, dictionary: Dictionary | None, grid: Grid | None
+) -> tuple[Scale, Uint32Array, LogitRows | None]:
+    logprobs = positions.logprobs
+    if mode == "exact":
+        found = find_logit_grid(logprobs, positions.kept)
+        if found is not None:
+            return found.grid, found.levels_NK, found
+        return Bits(), Bits().to_levels(logprobs), None
+    if mode == "sampled":
+        counts = Counts(draws)
+        return counts, counts.to_levels(logprobs), None
+    if grid is None and dictionary is not None and dictionary.grid is not None:
+        grid = dictionary.grid
+        bound = GRID_LAWS[mode].added_kl * len(logprobs) * _BLOCK_KL_SLACK
+        if grid.added_kl(logprobs, positions.tail_mass) > bound:
+            grid = None
+    if grid is None:
+        grid = choose_grid(mode, logprobs, positions.tail_mass)
+    return grid, grid.to_levels(logprobs), None
+
+
+def _order_zeros(positions: Positions) -> Positions:
+    """Rows in which 0 stands before −0, as their levels do; they are equal, so that any order is sorted."""
+    if not (positions.logprobs[:, :-1].view(np.uint32) == _NEGATIVE_ZERO).any():
+        return positions
+    order = np.argsort(Bits().to_levels(positions.logprobs), axis=1, kind="stable")
+    return dataclasses.replace(
+        positions,
+        token_ids=np.take_along_axis(positions.token_ids, order, 1),
+        logprobs=np.take_along_axis(positions.logprobs, order, 1),
+    )
+
+
+def _from_levels(
+    scale: Scale,
+    levels: Uint32Array,
+    kept: Uint32Array,
+    first_N: Float32Array | None,
+    tops: Int32Array | None,
+) -> Float32Array:
+    """Logprobs of levels, in the memory of the levels."""
+    logprobs = levels.view(np.float32)
+    if isinstance(scale, Bits):
+        ranks_K: Uint32Array = np.arange(levels.shape[1], dtype=np.uint32)
+        padding: BoolArray = np.greater_equal.outer(ranks_K, kept).T
+        logprobs = scale.from_levels(np.where(padding, np.uint32(0xFF800000), levels))
+    elif isinstance(scale, LogitGrid):
+        assert first_N is not None
+        assert tops is not None
+        logprobs_of(scale.mantissa_bits, levels, first_N, tops, kept, logprobs)
+    else:
+        look_up(levels, kept, scale.table(), logprobs)
+    return logprobs
+
+
+def _max_level(scale: Scale) -> int:
+    if isinstance(scale, Grid):
+        return MAX_GRID_LEVEL
+    return scale.draws - 1 if isinstance(scale, Counts) else MAX_BITS_LEVEL
+
+
+def _last_levels(levels: Uint32Array, kept: Uint32Array) -> Uint32Array:
+    """Level of each row's last entry; 0 for a row without entries."""
+    if levels.shape[1] == 0:
+        return np.zeros(kept.size, np.uint32)
+    last = levels[np.arange(kept.size), np.maximum(kept.astype(np.int64) - 1, 0)]
+    return np.where(kept > 0, last, 0).astype(np.uint32)
+
+
+def _sampled_agree(
+    positions: Positions, scale: Scale, levels: Uint32Array, sampled_index: Uint32Array
+) -> BoolArray:
+    """Whether the entry of the sampled token says the sampled logprob."""
+    if levels.shape[1] == 0:
+        return np.zeros(len(levels), np.bool_)
+    rows = np.arange(len(levels))
+    entries = np.maximum(sampled_index.astype(np.int64) - 1, 0)
+    if isinstance(scale, Grid):
+        agree: BoolArray = scale.to_levels(positions.sampled_logprobs) == levels[rows, entries]
+        return agree
+    # Entries change places only among equals, so that the sorted row still says the entry's logprob.
+    entry_bits = positions.logprobs[rows, entries].view(np.uint32)
+    same: BoolArray = entry_bits == positions.sampled_logprobs.view(np.uint32)
+    return same
+
+
+def _tail_levels(positions: Positions, scale: Scale) -> Uint32Array:
+    """Level of each row's tail mass on a grid; 0 where there is no tail, or no grid."""
+    tails = positions.tail_mass
+    if not isinstance(scale, Grid):
+        return np.zeros(tails.size, np.uint32)
+    return scale.to_levels(np.log(np.where(tails > 0, tails, 1)))
+
+
+def _tail_numbers(
+    positions: Positions, scale: Scale, tail_levels: Uint32Array, expected: Int64Array
+) -> Uint32Array:
+    tails = positions.tail_mass
+    if isinstance(scale, Grid):
+        away = _zigzag(tail_levels.astype(np.int64) - expected).astype(np.int64)
+        return np.where(tails > 0, away + 1, 0).astype(np.uint32)
+    predicted = _predicted_tails(positions.logprobs, positions.kept, scale)
+    return _zigzag((tails.view(np.uint32) - predicted.view(np.uint32)).view(np.int32).astype(np.int64))
+
+
+def _tails(
+    scale: Scale,
+    numbers: Uint32Array,
+    logprobs: Float32Array,
+    kept: Uint32Array,
+    expected: Int64Array,
+) -> Float32Array:
+    if isinstance(scale, Grid):
+        levels = _unzigzag(np.maximum(numbers.astype(np.int64) - 1, 0)) + expected
+        present = numbers > 0
+        if (present & ((levels < 0) | (levels > MAX_GRID_LEVEL))).any():
+            raise CorruptBlockError("a tail mass is outside its grid")
+        masses = np.exp(scale.table()[np.where(present, levels, 0)])
+        return np.where(present, masses, np.float32(0)).astype(np.float32)
+    predicted = _predicted_tails(logprobs, kept, scale)
+    away = _unzigzag(numbers).astype(np.int32).view(np.uint32)
+    return (predicted.view(np.uint32) + away).view(np.float32)
+
+
+def _predicted_tails(logprobs: Float32Array, kept: Uint32Array, scale: Scale) -> Float32Array:
+    predicted = np.zeros(kept.size, np.float32)
+    if not isinstance(scale, Counts):
+        predict_tails(logprobs, kept, predicted)
+    return predicted
+
+
+def _sampled(
+    sampled_index: Uint32Array,
+    outside_ids: Int32Array,
+    loose_logprobs: Float32Array,
+    token_ids: Int32Array,
+    logprobs: Float32Array,
+    *,
+    apart: bool,
+) -> tuple[Int32Array, Float32Array]:
+    ids_N = np.empty(sampled_index.size, np.int32)
+    logprobs_N = np.empty(sampled_index.size, np.float32)
+    inside_N = sampled_index > 0
+    rows, entries = np.flatnonzero(inside_N), sampled_index[inside_N].astype(np.int64) - 1
+    ids_N[rows] = token_ids[rows, entries]
+    ids_N[~inside_N] = outside_ids
+    if apart:
+        return ids_N, loose_logprobs
+    logprobs_N[rows] = logprobs[rows, entries]
+    logprobs_N[~inside_N] = loose_logprobs
     return ids_N, logprobs_N
+
+
+def _zigzag(values: Int64Array) -> Uint32Array:
+    return np.where(values < 0, -2 * values - 1, 2 * values).astype(np.uint32)
+
+
+def _unzigzag(numbers: npt.NDArray[np.integer]) -> Int64Array:
+    values = numbers.astype(np.int64)
+    return np.where(values & 1, -(values >> 1) - 1, values >> 1)
+
+
+def _pack_tops(rows: LogitRows) -> Uint32Array:
+    """Top logits in halves where they are such, which most are, and as places of the grid otherwise."""
+    tops = rows.tops_N.astype(np.int64)
+    shift = 23 - rows.grid.mantissa_bits
+    values = (tops << shift).astype(np.uint32).view(np.float32)
+    halves = np.where(tops > 0, values * 2, 0.0)
+    is_half = (halves > 0) & (halves < 4096) & (halves == np.rint(halves))
+    return np.where(is_half, halves, 4096 + _TOP_OFFSET + tops).astype(np.uint32)
+
+
+def _unpack_tops(numbers: Uint32Array, mantissa_bits: int) -> Int32Array:
+    halves = (numbers.astype(np.float32) * np.float32(0.5)).view(np.uint32) >> (23 - mantissa_bits)
+    places = numbers.astype(np.int64) - 4096 - _TOP_OFFSET
+    tops = np.where(numbers < 4096, halves.astype(np.int64), places)
+    if tops.size and np.abs(tops).max() >= 1 << (8 + mantissa_bits):
+        raise CorruptBlockError("a top logit is no number")
+    return tops.astype(np.int32)
+
+
+def _choose_tables(rows: NamedRows, dictionary: Dictionary | None) -> tuple[CodeTables, bytes]:
+    """The codes that make the block smallest, and their bytes; none for the dictionary's."""
+    entries = int(rows.kept.sum(dtype=np.int64))
+    best: tuple[CodeTables, bytes] | None = None
+    best_bits = 0
+    if dictionary is not None:
+        best, best_bits = (dictionary.tables, b""), dictionary.tables.cost_bits(rows.counts)
+    # More codes fit the rows better, and cost about 400 bits each to send.
+    merges = (0, 1) if entries < 4096 else (1, 2)
+    for merge in merges if best is None or entries >= 2048 else ():
+        tables = build_tables(rows.counts, merge=merge, tail_rule=rows.tail_rule, with_escapes=False)
+        encoded = tables.to_bytes()
+        bits = tables.cost_bits(rows.counts) + 8 * len(encoded)
+        if best is None or bits < best_bits:
+            best, best_bits = (tables, encoded), bits
+    assert best is not None
+    return best
+
+
+def _read_tables(
+    head: ByteReader, flags: int, vocab_size: int, dictionary: Dictionary | None
+) -> tuple[CodeTables, TokenOrder]:
+    order = TokenOrder.by_id(vocab_size)
+    if flags & _ORDER_OF_DICTIONARY or not flags & _OWN_TABLES:
+        if dictionary is None:
+            raise CorruptBlockError("the payload needs a dictionary, and the header names none")
+        if dictionary.vocab_size != vocab_size:
+            raise CorruptBlockError(
+                f"a payload over {vocab_size} tokens, a dictionary over {dictionary.vocab_size}"
+            )
+    if flags & _ORDER_OF_DICTIONARY and dictionary is not None:
+        order = dictionary.order
+    if flags & _OWN_TABLES:
+        return CodeTables.from_bytes(head.take(head.varint())), order
+    assert dictionary is not None
+    return dictionary.tables, order
+
+
+def _write_scale(scale: Scale) -> bytes:
+    if isinstance(scale, Grid):
+        head = bytes((_SCALE_GRID,))
+        return head + varint(scale.scale_millionths) + varint(scale.cap_hundred_thousandths)
+    if isinstance(scale, Bits):
+        return bytes((_SCALE_BITS,))
+    if isinstance(scale, Counts):
+        return bytes((_SCALE_COUNTS,)) + varint(scale.draws)
+    return bytes((_SCALE_BF16 if scale.mantissa_bits == 7 else _SCALE_FP16,))
+
+
+def _read_scale(head: ByteReader, mode: CodecMode) -> Scale:
+    kind = head.byte()
+    scale: Scale
+    if kind == _SCALE_GRID:
+        scale = Grid(head.varint(), head.varint())
+    elif kind == _SCALE_BITS:
+        scale = Bits()
+    elif kind in (_SCALE_BF16, _SCALE_FP16):
+        scale = LogitGrid(7 if kind == _SCALE_BF16 else 10)
+    elif kind == _SCALE_COUNTS:
+        scale = Counts(head.varint())
+    else:
+        raise UnsupportedFormatError(f"scale {kind} is not known to this reader", "upgrade lynearm")
+    suiting: dict[CodecMode, tuple[int, ...]] = {
+        "exact": (_SCALE_BITS, _SCALE_BF16, _SCALE_FP16),
+        "sampled": (_SCALE_COUNTS,),
+    }
+    if kind not in suiting.get(mode, (_SCALE_GRID,)):
+        raise CorruptBlockError(f"a block in mode {mode!r} has scale {kind}")
+    return scale

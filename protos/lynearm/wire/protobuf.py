@@ -6,8 +6,9 @@ from dataclasses import dataclass
 from typing import TypeVar
 
 from lynearm.v1 import trace_pb2, trace_service_pb2
+from lynearm.wire.blocks import MODE_FROM_PROTO, MODE_TO_PROTO
 from lynearm.wire.errors import InvalidInputError, UnsupportedFormatError
-from lynearm.wire.specs import CodecMode, CodecSpec, LogprobsMode, StreamSpec, TeacherSpec, TokenizerSpec
+from lynearm.wire.specs import CodecSpec, LogprobsMode, StreamSpec, TeacherSpec, TokenizerSpec
 
 _Name = TypeVar("_Name")
 
@@ -28,6 +29,9 @@ class StreamInfo:
     size_bytes: int = 0
     """Encoded blocks."""
     finished_prompt_count: int = 0
+    dictionary_count: int = 0
+    dictionary_bytes: int = 0
+    """Codec dictionaries; `size_bytes` does not include them."""
 
 
 def spec_to_proto(spec: StreamSpec) -> trace_pb2.StreamSpec:
@@ -52,7 +56,12 @@ def spec_to_proto(spec: StreamSpec) -> trace_pb2.StreamSpec:
             vocab_size=tokenizer.vocab_size,
             eos_token_ids=tokenizer.eos_token_ids,
         ),
-        codec=trace_pb2.CodecSpec(mode=_CODEC_TO_PROTO[spec.codec.mode], top_k=spec.codec.top_k),
+        codec=trace_pb2.CodecSpec(
+            mode=MODE_TO_PROTO[spec.codec.mode],
+            top_k=spec.codec.top_k,
+            min_probability=spec.codec.min_probability,
+            draws=spec.codec.draws,
+        ),
         license=spec.license,
         labels=dict(spec.labels),
     )
@@ -86,7 +95,10 @@ def spec_from_proto(message: trace_pb2.StreamSpec) -> StreamSpec:
             eos_token_ids=tuple(tokenizer.eos_token_ids),
         ),
         codec=CodecSpec(
-            mode=_known(_CODEC_FROM_PROTO, message.codec.mode, "codec.mode"), top_k=message.codec.top_k
+            mode=_known(MODE_FROM_PROTO, message.codec.mode, "codec.mode"),
+            top_k=message.codec.top_k,
+            min_probability=message.codec.min_probability,
+            draws=message.codec.draws,
         ),
         license=message.license,
         labels=dict(message.labels),
@@ -105,6 +117,8 @@ def stream_to_proto(info: StreamInfo) -> trace_service_pb2.Stream:
         completion_token_count=info.completion_token_count,
         size_bytes=info.size_bytes,
         finished_prompt_count=info.finished_prompt_count,
+        dictionary_count=info.dictionary_count,
+        dictionary_bytes=info.dictionary_bytes,
     )
 
 
@@ -125,6 +139,8 @@ def stream_from_proto(message: trace_service_pb2.Stream) -> StreamInfo:
         completion_token_count=message.completion_token_count,
         size_bytes=message.size_bytes,
         finished_prompt_count=message.finished_prompt_count,
+        dictionary_count=message.dictionary_count,
+        dictionary_bytes=message.dictionary_bytes,
     )
 
 
@@ -135,11 +151,6 @@ _LOGPROBS_TO_PROTO = {
 _LOGPROBS_FROM_PROTO: dict[int, LogprobsMode] = {
     int(trace_pb2.LOGPROBS_MODE_RAW): "raw",
     int(trace_pb2.LOGPROBS_MODE_PROCESSED): "processed",
-}
-_CODEC_TO_PROTO = {"exact": trace_pb2.CODEC_MODE_EXACT, "standard": trace_pb2.CODEC_MODE_STANDARD}
-_CODEC_FROM_PROTO: dict[int, CodecMode] = {
-    int(trace_pb2.CODEC_MODE_EXACT): "exact",
-    int(trace_pb2.CODEC_MODE_STANDARD): "standard",
 }
 
 

@@ -11,7 +11,7 @@ from typing import Literal, TypeAlias, get_args
 from lynearm.wire.errors import InvalidInputError
 
 LogprobsMode: TypeAlias = Literal["raw", "processed"]
-CodecMode: TypeAlias = Literal["exact", "standard"]
+CodecMode: TypeAlias = Literal["exact", "fine", "standard", "compact", "sampled"]
 CODEC_MODES: tuple[CodecMode, ...] = get_args(CodecMode)
 LOGPROBS_MODES: tuple[LogprobsMode, ...] = get_args(LogprobsMode)
 
@@ -20,6 +20,7 @@ NAME_PATTERN = re.compile(r"[a-z0-9][a-z0-9._-]{0,127}")
 
 MAX_VOCAB_SIZE = 1 << 20
 MAX_TOP_K = 1024
+MAX_DRAWS = 1 << 16
 
 
 def check_name(name: str, *, what: str = "stream name") -> str:
@@ -73,6 +74,11 @@ class CodecSpec:
 
     mode: CodecMode = "standard"
     top_k: int = 64
+    """Most entries kept per position."""
+    min_probability: float = 0.0
+    """Adaptive k: of those, the entries with at least this probability, and at least one; 0 keeps all."""
+    draws: int = 0
+    """Draws per position in mode "sampled"; 0 in every other mode."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,6 +118,12 @@ class StreamSpec:
             "tokenizer.chat_template_sha256 is neither empty nor 32 bytes": len(digests[1]) in (0, 32),
             f"codec.mode {self.codec.mode!r} is not known": self.codec.mode in CODEC_MODES,
             f"codec.top_k {self.codec.top_k} is outside 0..{MAX_TOP_K}": 0 <= self.codec.top_k <= MAX_TOP_K,
+            f"codec.min_probability {self.codec.min_probability} is outside 0..1": (
+                0 <= self.codec.min_probability <= 1
+            ),
+            f"codec.draws {self.codec.draws} does not suit mode {self.codec.mode!r}": (
+                0 < self.codec.draws <= MAX_DRAWS if self.codec.mode == "sampled" else self.codec.draws == 0
+            ),
             "license is empty": bool(self.license),
             "more than 64 labels": len(self.labels) <= 64,
         }

@@ -99,6 +99,11 @@ class Trace:
     tags: Mapping[str, str] = field(default_factory=dict[str, str])
     completion_text: str = ""
     """The completion as text, for readers without the tokenizer; empty when not recorded."""
+    prompt_top_k: TopK | None = None
+    """The teacher's distributions over the prompt, where they were scored: P − 1 positions; row i is the
+    distribution of prompt token i + 1."""
+    prompt_logprobs: Float32Array | None = None
+    """Logprob of prompt tokens 1 to P − 1 under those, shape [P − 1]; present with `prompt_top_k`."""
 
     def __post_init__(self) -> None:
         """Refuse shapes that contradict each other, NaN, and spans out of place.
@@ -115,6 +120,16 @@ class Trace:
             "top_k.logprobs": (self.top_k.logprobs, (positions, self.top_k.k)),
             "top_k.tail_mass": (self.top_k.tail_mass, (positions,)),
         }
+        if (self.prompt_top_k is None) != (self.prompt_logprobs is None):
+            raise self._error("prompt_top_k and prompt_logprobs come together, or not at all")
+        if self.prompt_top_k is not None and self.prompt_logprobs is not None:
+            rows = max(self.prompt_token_ids.size - 1, 0)
+            shapes |= {
+                "prompt_logprobs": (self.prompt_logprobs, (rows,)),
+                "prompt_top_k.token_ids": (self.prompt_top_k.token_ids, (rows, self.prompt_top_k.k)),
+                "prompt_top_k.logprobs": (self.prompt_top_k.logprobs, (rows, self.prompt_top_k.k)),
+                "prompt_top_k.tail_mass": (self.prompt_top_k.tail_mass, (rows,)),
+            }
         for name, (array, expected) in shapes.items():
             if array.shape != expected:
                 raise self._error(f"{name} has shape {array.shape}, expected {expected}")

@@ -13,6 +13,7 @@ from pathlib import Path
 from lynearm.traces.catalog import Catalog, StreamRecord, stream_not_found
 from lynearm.traces.commit import GroupCommitter
 from lynearm.traces.config import ServeConfig
+from lynearm.traces.dictionaries import KnownDictionaries
 from lynearm.traces.reader import BlockCache, BlockReader
 from lynearm.traces.sqlite_catalog import SqliteCatalog
 from lynearm.traces.store import BlockStore, LocalBlockStore, sync_directory
@@ -32,6 +33,7 @@ class Backend:
     tails: Tails
     reader: BlockReader
     committer: GroupCommitter
+    dictionaries: KnownDictionaries
 
     async def watch_stream(self, name: str) -> tuple[StreamRecord, StreamTail]:
         """A stream as it is, and the tail that tells of every commit from then on.
@@ -60,7 +62,7 @@ class Backend:
         return record
 
     async def delete_stream(self, name: str) -> None:
-        """Remove a stream with its blocks, and end the calls that use it.
+        """Remove a stream with its blocks and dictionaries, and end the calls that use it.
 
         Raises:
             StreamNotFoundError: there is no such stream.
@@ -81,7 +83,7 @@ async def open_backend(config: ServeConfig) -> AsyncGenerator[Backend]:
 
     Raises:
         PreconditionError: another server uses the directory.
-        ConfigError: another version of lynearm wrote it.
+        ConfigError: a later version of lynearm wrote it.
         StorageError: it cannot be used.
     """
     async with AsyncExitStack() as stack:
@@ -102,7 +104,8 @@ async def open_backend(config: ServeConfig) -> AsyncGenerator[Backend]:
             queue_bytes=config.queue_bytes,
         )
         await stack.enter_async_context(committer)
-        yield Backend(catalog, store, cache, tails, BlockReader(catalog, store, cache), committer)
+        reader = BlockReader(catalog, store, cache)
+        yield Backend(catalog, store, cache, tails, reader, committer, KnownDictionaries(catalog))
 
 
 @contextmanager

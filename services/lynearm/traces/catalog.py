@@ -1,4 +1,4 @@
-"""What is known about streams, blocks, producers and finished prompts, and the one place where it changes.
+"""What is known about streams, blocks, producers, finished prompts and dictionaries, and where it changes.
 
 Invariants of every catalog:
 
@@ -6,6 +6,7 @@ Invariants of every catalog:
   numbers and finished prompts, and hands out the offsets. Durable on return.
 - Offsets of a stream are 0, 1, 2, … without gaps, and never change.
 - A row never points at an object that was not durable when the row was committed.
+- A stream holds each dictionary that it was given, unchanged, until the stream is deleted.
 """
 
 from __future__ import annotations
@@ -112,7 +113,7 @@ class FinishedPrompt:
 
 
 class Catalog(Protocol):
-    """Streams, block index, producers and finished prompts, in a transactional database.
+    """Streams, block index, producers, finished prompts and dictionaries, in a transactional database.
 
     Every method raises StorageFullError or StorageError where the database fails.
     """
@@ -188,6 +189,34 @@ class Catalog(Protocol):
 
     async def list_finished_prompts(self, stream_id: int, after: int, count: int) -> list[FinishedPrompt]:
         """Up to `count` prompts with positions above `after`, ascending."""
+        ...
+
+    async def put_dictionary(self, stream_name: str, digest: bytes, content: bytes) -> None:
+        """Give a stream a dictionary; durable on return. Success when it is there already.
+
+        Args:
+            stream_name: The stream.
+            digest: Names the content.
+            content: The dictionary.
+
+        Raises:
+            StreamNotFoundError: there is no such stream.
+            StreamSealedError: the stream is sealed and does not hold the dictionary.
+            DictionaryLimitError: the stream holds as many others as it may.
+        """
+        ...
+
+    async def get_dictionary(self, stream_name: str, digest: bytes) -> bytes:
+        """A dictionary of a stream.
+
+        Raises:
+            StreamNotFoundError: there is no such stream.
+            DictionaryNotFoundError: the stream does not hold it.
+        """
+        ...
+
+    async def has_dictionary(self, stream_id: int, digest: bytes) -> bool:
+        """Whether the stream holds a dictionary; False when it was deleted."""
         ...
 
     async def find_unreferenced(self, object_keys: Sequence[str]) -> list[str]:

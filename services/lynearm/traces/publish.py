@@ -4,6 +4,7 @@ Invariants:
 
 - Blocks are committed in the order of their arrival; acknowledgements name them in that order.
 - Everything that was committed before an error is acknowledged before the call ends with it.
+- A block enters the queue only when the stream holds the dictionary that it needs.
 - A block is read only when the commit queue has room for the one before it: that holds a producer back.
 """
 
@@ -22,7 +23,7 @@ from lynearm.traces.catalog import BlockFacts, NewBlock, Producer
 from lynearm.traces.commit import PendingOffset
 from lynearm.traces.tail import StreamTail, run_until_end
 from lynearm.v1 import trace_service_pb2 as pb
-from lynearm.wire.blocks import verify_block
+from lynearm.wire.blocks import BlockHeader, verify_block
 from lynearm.wire.errors import DeadlineError, InvalidInputError, LynearmError
 from lynearm.wire.frames import PublishBlock, PublishOpen, parse_publish_request
 from lynearm.wire.specs import check_name
@@ -102,7 +103,10 @@ class PublishCall:
             request = parse_publish_request(message)
             if isinstance(request, PublishOpen):
                 raise InvalidInputError("Publish was opened twice", "use one call for each producer")
-            block = _new_block(producer, request)
+            header = verify_block(request.block)
+            block = _new_block(producer, request, header)
+            if needed := header.dictionary_digest:
+                await self._backend.dictionaries.check(producer, request.sequence, needed)
             offset = await self._backend.committer.submit(block, _without_message(request.block, message))
             await self._pending.put(_Pending(request.sequence, offset))
 
@@ -129,8 +133,7 @@ class PublishCall:
             await self._context.write(pb.PublishResponse(ack=ack))
 
 
-def _new_block(producer: Producer, request: PublishBlock) -> NewBlock:
-    header = verify_block(request.block)
+def _new_block(producer: Producer, request: PublishBlock, header: BlockHeader) -> NewBlock:
     if header.codec_mode != producer.codec_mode:
         raise InvalidInputError(
             f"block {request.sequence} is encoded in mode {header.codec_mode!r}, "

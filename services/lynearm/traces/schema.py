@@ -14,9 +14,11 @@ from sqlalchemy import (
     Table,
     Text,
     UniqueConstraint,
+    text,
 )
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
+"""A new number needs a step in `migrations`."""
 
 # SQLite makes rowid aliases, and so generated keys, of INTEGER columns only.
 _Key = BigInteger().with_variant(Integer(), "sqlite")
@@ -39,6 +41,8 @@ streams = Table(
     Column("completion_token_count", BigInteger, nullable=False),
     Column("size_bytes", BigInteger, nullable=False),
     Column("finished_prompt_count", BigInteger, nullable=False),
+    Column("dictionary_count", BigInteger, nullable=False, server_default=text("0")),
+    Column("dictionary_bytes", BigInteger, nullable=False, server_default=text("0")),
     # Ids are never used again: memory of a deleted stream must not match its successor.
     sqlite_autoincrement=True,
 )
@@ -92,4 +96,13 @@ finished_prompts = Table(
     UniqueConstraint("stream_id", "prompt_id"),
     Index("finished_prompts_by_position", "stream_id", "position"),
     sqlite_autoincrement=True,
+)
+
+# With rowid, unlike blocks: its index on the key then answers whether one is there without touching content.
+dictionaries = Table(
+    "dictionaries",
+    metadata,
+    Column("stream_id", _Key, ForeignKey("streams.id"), primary_key=True),
+    Column("digest", LargeBinary, primary_key=True),
+    Column("content", LargeBinary, nullable=False),
 )

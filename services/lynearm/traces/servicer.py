@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import Any
 
@@ -10,6 +11,7 @@ from google.protobuf.message import Message
 
 from lynearm.traces.backend import Backend
 from lynearm.traces.calls import CallGate, Context
+from lynearm.traces.dictionaries import check_digest, name_dictionary
 from lynearm.traces.publish import PublishCall
 from lynearm.traces.subscribe import SubscribeCall, fetch_blocks
 from lynearm.v1 import trace_service_pb2 as pb
@@ -88,6 +90,18 @@ class TraceServicer:
             await context.write(pb.ListFinishedPromptsResponse(prompt_ids=prompt_ids))
             position = page[-1].position
 
+    async def put_dictionary(self, request: pb.PutDictionaryRequest, _: Context) -> pb.PutDictionaryResponse:
+        """PutDictionary."""
+        digest = await asyncio.to_thread(name_dictionary, request.dictionary)
+        await self._backend.catalog.put_dictionary(request.stream, digest, request.dictionary)
+        return pb.PutDictionaryResponse(digest=digest)
+
+    async def get_dictionary(self, request: pb.GetDictionaryRequest, _: Context) -> pb.GetDictionaryResponse:
+        """GetDictionary."""
+        digest = check_digest(request.digest)
+        content = await self._backend.catalog.get_dictionary(request.stream, digest)
+        return pb.GetDictionaryResponse(dictionary=content)
+
 
 def service_handler(servicer: TraceServicer, gate: CallGate) -> grpc.GenericRpcHandler:
     """What a server registers. Blocks pass through as bytes; everything else is parsed by generated code."""
@@ -114,6 +128,8 @@ def service_handler(servicer: TraceServicer, gate: CallGate) -> grpc.GenericRpcH
             pb.ListFinishedPromptsRequest.FromString,
             _serialize,
         ),
+        "PutDictionary": unary(servicer.put_dictionary, pb.PutDictionaryRequest),
+        "GetDictionary": unary(servicer.get_dictionary, pb.GetDictionaryRequest),
     }
     return grpc.method_handlers_generic_handler(SERVICE_NAME, handlers)
 

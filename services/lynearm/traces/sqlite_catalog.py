@@ -19,7 +19,7 @@ from sqlalchemy import Connection, Engine, create_engine, event
 from sqlalchemy.exc import DBAPIError
 from sqlalchemy.pool import ConnectionPoolEntry
 
-from lynearm.traces import transactions
+from lynearm.traces import migrations, transactions
 from lynearm.traces.catalog import (
     BlockLocation,
     CommitOutcome,
@@ -53,15 +53,15 @@ class SqliteCatalog:
 
     @classmethod
     async def open(cls, path: Path) -> SqliteCatalog:
-        """Open the file, creating it and its tables when missing.
+        """Open the file, creating it and its tables when missing; an older version's is brought up to date.
 
         Raises:
-            ConfigError: another version of lynearm wrote the file.
+            ConfigError: a later version of lynearm wrote the file.
             StorageError: the file is not a catalog or cannot be read.
         """
         catalog = cls(path)
         try:
-            await catalog._write(lambda connection: transactions.prepare_schema(connection, str(path)))
+            await catalog._write(lambda connection: migrations.prepare_schema(connection, str(path)))
         except BaseException:
             await catalog.close()
             raise
@@ -110,6 +110,22 @@ class SqliteCatalog:
         return await self._read(
             lambda connection: transactions.list_finished_prompts(connection, stream_id, after, count)
         )
+
+    async def put_dictionary(self, stream_name: str, digest: bytes, content: bytes) -> None:
+        """See `Catalog.put_dictionary`."""
+        await self._write(
+            lambda connection: transactions.put_dictionary(connection, stream_name, digest, content)
+        )
+
+    async def get_dictionary(self, stream_name: str, digest: bytes) -> bytes:
+        """See `Catalog.get_dictionary`."""
+        return await self._read(
+            lambda connection: transactions.get_dictionary(connection, stream_name, digest)
+        )
+
+    async def has_dictionary(self, stream_id: int, digest: bytes) -> bool:
+        """See `Catalog.has_dictionary`."""
+        return await self._read(lambda connection: transactions.has_dictionary(connection, stream_id, digest))
 
     async def find_unreferenced(self, object_keys: Sequence[str]) -> list[str]:
         """See `Catalog.find_unreferenced`."""

@@ -9,7 +9,7 @@ import time
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, TypeVar
 
-from sqlalchemy import Connection, RowMapping, delete, insert, inspect, select, update
+from sqlalchemy import ColumnElement, Connection, RowMapping, delete, insert, select, update
 
 from lynearm.traces.admission import (
     GroupState,
@@ -30,19 +30,23 @@ from lynearm.traces.catalog import (
     StreamRecord,
     stream_not_found,
 )
+from lynearm.traces.dictionaries import MAX_DICTIONARIES, short_digest
 from lynearm.traces.schema import (
-    SCHEMA_VERSION,
     blocks,
+    dictionaries,
     finished_prompts,
-    metadata,
     objects,
     producers,
-    schema_version,
     streams,
 )
 from lynearm.traces.store import Span, StoredObject
 from lynearm.v1 import trace_pb2
-from lynearm.wire.errors import ConfigError, PreconditionError, StreamExistsError
+from lynearm.wire.errors import (
+    DictionaryLimitError,
+    DictionaryNotFoundError,
+    PreconditionError,
+    StreamExistsError,
+)
 from lynearm.wire.protobuf import StreamInfo, spec_from_proto, spec_to_proto
 from lynearm.wire.specs import StreamSpec
 
@@ -58,28 +62,9 @@ _PROGRESS = (
     "finished_prompt_count",
 )
 
+_DICTIONARIES = ("dictionary_count", "dictionary_bytes")
+
 T = TypeVar("T")
-
-
-def prepare_schema(connection: Connection, where: str) -> None:
-    """Create the tables in an empty database; else check that they are the ones known here.
-
-    Args:
-        connection: A connection in a transaction.
-        where: The database, for people.
-
-    Raises:
-        ConfigError: another version wrote them.
-    """
-    if not inspect(connection).has_table(schema_version.name):
-        metadata.create_all(connection)
-        connection.execute(insert(schema_version).values(version=SCHEMA_VERSION))
-    found = connection.scalar(select(schema_version.c.version))
-    if found != SCHEMA_VERSION:
-        raise ConfigError(
-            f"catalog {where} has schema version {found}, expected {SCHEMA_VERSION}",
-            "use the lynearm that wrote it, or another data directory",
-        )
 
 
 def get_stream(connection: Connection, name: str) -> StreamRecord:
@@ -130,7 +115,7 @@ def delete_stream(connection: Connection, name: str) -> DeletedStream:
     stream_id = get_stream(connection, name).stream_id
     of_stream = select(blocks.c.object_id).where(blocks.c.stream_id == stream_id).distinct()
     touched = list(connection.scalars(of_stream))
-    for table in (finished_prompts, blocks, producers):
+    for table in (finished_prompts, blocks, producers, dictionaries):
         connection.execute(delete(table).where(table.c.stream_id == stream_id))
     connection.execute(delete(streams).where(streams.c.id == stream_id))
     keys: list[str] = []
@@ -211,6 +196,47 @@ def list_finished_prompts(
     return [FinishedPrompt(row.position, row.prompt_id) for row in connection.execute(query)]
 
 
+def put_dictionary(connection: Connection, stream_name: str, digest: bytes, content: bytes) -> None:
+    """See `Catalog.put_dictionary`."""
+    stream = get_stream(connection, stream_name)
+    if has_dictionary(connection, stream.stream_id, digest):
+        return
+    if stream.info.sealed:
+        raise sealed(stream_name)
+    if stream.info.dictionary_count >= MAX_DICTIONARIES:
+        raise DictionaryLimitError(
+            f"stream {stream_name!r} holds {stream.info.dictionary_count} dictionaries, "
+            f"expected at most {MAX_DICTIONARIES}",
+            "encode with one that it holds, or publish to another stream",
+        )
+    connection.execute(
+        insert(dictionaries).values(stream_id=stream.stream_id, digest=digest, content=content)
+    )
+    grown = {
+        "dictionary_count": stream.info.dictionary_count + 1,
+        "dictionary_bytes": stream.info.dictionary_bytes + len(content),
+    }
+    connection.execute(update(streams).where(streams.c.id == stream.stream_id).values(grown))
+
+
+def get_dictionary(connection: Connection, stream_name: str, digest: bytes) -> bytes:
+    """See `Catalog.get_dictionary`."""
+    stream_id = get_stream(connection, stream_name).stream_id
+    content = connection.scalar(select(dictionaries.c.content).where(_is_dictionary(stream_id, digest)))
+    if content is None:
+        raise DictionaryNotFoundError(
+            f"stream {stream_name!r} holds no dictionary {short_digest(digest)}",
+            "put it there, or take the digest from the header of one of the stream's blocks",
+        )
+    return bytes(content)
+
+
+def has_dictionary(connection: Connection, stream_id: int, digest: bytes) -> bool:
+    """See `Catalog.has_dictionary`."""
+    found = select(dictionaries.c.stream_id).where(_is_dictionary(stream_id, digest))
+    return connection.scalar(found) is not None
+
+
 def find_unreferenced(connection: Connection, object_keys: Sequence[str]) -> list[str]:
     """See `Catalog.find_unreferenced`."""
     known: set[str] = set()
@@ -224,9 +250,13 @@ def _record(row: RowMapping) -> StreamRecord:
         spec=spec_from_proto(trace_pb2.StreamSpec.FromString(row["spec"])),
         sealed=row["sealed"],
         created_unix_nano=row["created_unix_nano"],
-        **{column: row[column] for column in _PROGRESS},
+        **{column: row[column] for column in (*_PROGRESS, *_DICTIONARIES)},
     )
     return StreamRecord(row["id"], info)
+
+
+def _is_dictionary(stream_id: int, digest: bytes) -> ColumnElement[bool]:
+    return (dictionaries.c.stream_id == stream_id) & (dictionaries.c.digest == digest)
 
 
 def _take_next_epoch(

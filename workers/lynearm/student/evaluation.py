@@ -74,7 +74,7 @@ def save_held_out(directory: Path, traces: Sequence[Trace], vocab_size: int) -> 
     """
     for number, part in enumerate(_block_sized(traces)):
         (directory / _held_out_name(number)).write_bytes(
-            encode_block(part, mode="exact", vocab_size=vocab_size)
+            encode_block(part, codec="exact", vocab_size=vocab_size)
         )
 
 

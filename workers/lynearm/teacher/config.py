@@ -13,7 +13,13 @@ from lynearm.wire.specs import CODEC_MODES, MAX_TOP_K, CodecMode, check_name
 
 Dtype: TypeAlias = Literal["auto", "float32", "bfloat16", "float16"]
 
-_BYTES_PER_ENTRY: Mapping[CodecMode, float] = {"exact": 8.0, "standard": 2.5}
+_BYTES_PER_ENTRY: Mapping[CodecMode, float] = {
+    "exact": 6.0,
+    "fine": 3.5,
+    "standard": 2.5,
+    "compact": 2.5,
+    "sampled": 4.0,
+}
 """Upper estimate of an encoded entry: an id and a logprob. Standard blocks measure below 2."""
 
 

@@ -120,7 +120,7 @@ class BlockWriter:
     def _publish(self, batch: Sequence[FinishedPrompt]) -> None:
         started = time.monotonic()
         traces = [trace for finished in batch for trace in finished.traces]
-        block = encode_block(traces, mode=self._config.codec, vocab_size=self._vocab_size)
+        block = encode_block(traces, codec=self._config.codec, vocab_size=self._vocab_size)
         self.encode_seconds += time.monotonic() - started
         tokens = _completion_tokens(batch)
         if tokens >= 256:

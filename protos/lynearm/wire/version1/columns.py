@@ -8,16 +8,15 @@ understood. Later writers can so add either kind without a new format version.
 from __future__ import annotations
 
 import struct
-from collections.abc import Sequence
 from enum import IntEnum
 from typing import TypeVar
 
 import numpy as np
 import numpy.typing as npt
 
-from lynearm.wire.errors import CodecError, CorruptBlockError, UnsupportedFormatError
-from lynearm.wire.integers import Int64Array, decode_numbers, encode_numbers
+from lynearm.wire.errors import CorruptBlockError, UnsupportedFormatError
 from lynearm.wire.traces import Float32Array
+from lynearm.wire.version1.integers import Int64Array, decode_numbers
 
 OPTIONAL_FROM = 0x8000
 
@@ -69,7 +68,7 @@ class Encoding(IntEnum):
     FLOAT32_PLANES = 6
     """First bytes of all elements, then second bytes, and so on: like bytes lie together."""
     NUMBERS = 7
-    """See `lynearm.wire.integers`."""
+    """See `lynearm.wire.version1.integers`."""
     STRINGS = 8
     """UTF-8: the size of each string in bytes as UINT32, then all strings without separators."""
 
@@ -81,59 +80,6 @@ _DTYPES: dict[Encoding, str] = {
     Encoding.INT64: "<i8",
     Encoding.FLOAT64: "<f8",
 }
-
-
-class ColumnWriter:
-    """Collects columns and joins them into the uncompressed content of a payload."""
-
-    def __init__(self) -> None:
-        self._columns: list[tuple[Column, Encoding, int, bytes]] = []
-
-    def numbers(self, column: Column, values: Int64Array | Sequence[int]) -> None:
-        """Add non-negative integers below 2^32.
-
-        Raises:
-            CodecError: if one is out of range.
-        """
-        array = np.asarray(values, np.int64).ravel()
-        self._columns.append((column, Encoding.NUMBERS, array.size, encode_numbers(array)))
-
-    def words(self, column: Column, encoding: Encoding, values: npt.ArrayLike) -> None:
-        """Add elements of a fixed width.
-
-        Raises:
-            CodecError: if an integer does not fit the width.
-        """
-        try:
-            array = np.asarray(values, dtype=_DTYPES[encoding])
-        except OverflowError as error:
-            raise CodecError(f"{column.name}: a value does not fit {encoding.name}") from error
-        self._columns.append((column, encoding, array.size, array.tobytes()))
-
-    def floats(self, column: Column, values: Float32Array) -> None:
-        """Add float32 values, bit for bit."""
-        planes = values.astype("<f4", copy=False).ravel().view(np.uint8).reshape(-1, 4).T
-        self._columns.append((column, Encoding.FLOAT32_PLANES, values.size, planes.tobytes()))
-
-    def strings(self, column: Column, values: Sequence[str]) -> None:
-        """Add text.
-
-        Raises:
-            CodecError: if a string holds a lone surrogate, which UTF-8 cannot say.
-        """
-        try:
-            encoded = [value.encode() for value in values]
-        except UnicodeEncodeError as error:
-            raise CodecError(f"{column.name}: text is not valid Unicode: {error.reason}") from error
-        sizes = np.asarray([len(value) for value in encoded], "<u4")
-        self._columns.append((column, Encoding.STRINGS, len(encoded), sizes.tobytes() + b"".join(encoded)))
-
-    def content(self) -> bytes:
-        """The table, then every column in the order in which it was added."""
-        table = [_COUNT.pack(len(self._columns))]
-        for column, encoding, count, data in self._columns:
-            table.append(_ENTRY.pack(column, encoding, count, len(data)))
-        return b"".join((*table, *(data for *_, data in self._columns)))
 
 
 class ColumnReader:

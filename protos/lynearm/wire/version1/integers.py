@@ -11,7 +11,7 @@ from __future__ import annotations
 import numpy as np
 import numpy.typing as npt
 
-from lynearm.wire.errors import CodecError, CorruptBlockError
+from lynearm.wire.errors import CorruptBlockError
 
 Int64Array = npt.NDArray[np.int64]
 Uint8Array = npt.NDArray[np.uint8]
@@ -20,38 +20,6 @@ MANTISSA_BITS = 3
 MAX_NUMBER = (1 << 32) - 1
 MAX_CLASS = 239
 """Class of `MAX_NUMBER`; higher class bytes are not used."""
-
-_PLAIN = 2 << MANTISSA_BITS
-"""Numbers below it are their own class."""
-
-
-def encode_numbers(values: Int64Array) -> bytes:
-    """Class bytes of all numbers, then their bit planes.
-
-    Args:
-        values: Shape [N], each in 0..`MAX_NUMBER`.
-
-    Raises:
-        CodecError: if a number is out of range.
-    """
-    if values.size == 0:
-        return b""
-    if values.min() < 0 or values.max() > MAX_NUMBER:
-        raise CodecError(f"numbers from {values.min()} to {values.max()} leave 0..{MAX_NUMBER}")
-    # frexp is exact for every integer below 2^53: value = fraction · 2^exponent, 0.5 <= fraction < 1.
-    exponents = np.frexp(values.astype(np.float64))[1].astype(np.int64) - 1
-    open_bits = np.where(values < _PLAIN, 0, exponents - MANTISSA_BITS)
-    classes = (values >> open_bits) + (open_bits << MANTISSA_BITS)
-    parts = [classes.astype(np.uint8).tobytes()]
-    bit = 0
-    while True:
-        chosen = open_bits > bit
-        values, open_bits = values[chosen], open_bits[chosen]
-        if values.size == 0:
-            return b"".join(parts)
-        plane = ((values >> bit) & 1).astype(np.uint8)
-        parts.append(np.packbits(plane, bitorder="little").tobytes())
-        bit += 1
 
 
 def decode_numbers(data: memoryview, count: int) -> Int64Array:

@@ -32,19 +32,6 @@ MAX_LEVEL = (1 << 16) - 1
 """Logprob about -7200; what lies below is put here, since its probability is 0 in any float."""
 
 
-def to_levels(logprobs: npt.NDArray[np.floating]) -> Int64Array:
-    """Nearest level of each logprob, in 0..`MAX_LEVEL`; positive logprobs count as 0.
-
-    Args:
-        logprobs: Natural logs, any shape, no NaN; −inf becomes `MAX_LEVEL`.
-    """
-    clipped = np.clip(logprobs.astype(np.float64), -1e4, 0.0)
-    likely = (2.0 / STEP_SCALE) * (1.0 - np.exp(np.maximum(clipped, KNEE_LOGPROB) / 2.0))
-    unlikely = KNEE_LEVEL + (KNEE_LOGPROB - clipped) / MAX_STEP
-    levels: npt.NDArray[np.float64] = np.rint(np.where(clipped > KNEE_LOGPROB, likely, unlikely))
-    return np.minimum(levels, MAX_LEVEL).astype(np.int64)
-
-
 def from_levels(levels: Int64Array) -> Float32Array:
     """Logprob of each level.
 

@@ -1,0 +1,396 @@
+"""Writes the worked example of docs/format.md: a small block, taken apart by the reference reader.
+
+    python docs/examples/format_example.py           # prints the section
+    python docs/examples/format_example.py --write   # encodes the traces anew, and replaces the section
+
+Run it with --write whenever the format changes; tests/wire/test_reference_reader.py holds the page to it.
+"""
+
+from __future__ import annotations
+
+import json
+import struct
+import sys
+from pathlib import Path
+
+import numpy as np
+
+ROOT = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(ROOT / "tests"))
+
+from wire import reference_reader as reference  # noqa: E402  # found by the line above
+
+from lynearm.v1 import trace_pb2  # noqa: E402
+from lynearm.wire.codec import encode_block  # noqa: E402
+from lynearm.wire.traces import SamplingParams, TokenSpan, TopK, Trace  # noqa: E402
+
+PAGE = ROOT / "docs" / "format.md"
+HEADING = "## A worked example\n"
+VOCAB_SIZE = 1000
+
+
+def example_traces() -> list[Trace]:
+    """One trace of three rows: a tie, a recent token, a row that keeps less, a sampled token outside."""
+    probabilities = np.array([[0.55, 0.2, 0.2], [0.6, 0.25, 0.1], [0.5, 0.1, 0.0]], np.float32)
+    logprobs = np.full(probabilities.shape, -np.inf, np.float32)
+    np.log(probabilities, out=logprobs, where=probabilities > 0)
+    token_ids = np.array([[7, 5, 9], [5, 700, 7], [9, 7, 0]], np.int32)
+    sampled_logprobs = np.array([logprobs[0, 0], logprobs[1, 1], -4.0], np.float32)
+    return [
+        Trace(
+            prompt_id="p1",
+            prompt_token_ids=np.array([1, 300], np.int32),
+            completion_token_ids=np.array([7, 700, 12], np.int32),
+            sampled_logprobs=sampled_logprobs,
+            top_k=TopK(token_ids, logprobs, np.array([0.05, 0.05, 0.4], np.float32)),
+            finish_reason="length",
+            spans=(TokenSpan("answer", 0, 3),),
+            sampling=SamplingParams(temperature=0.5, max_tokens=3, seed=7),
+            tags={"set": "a"},
+        )
+    ]
+
+
+def render(block: bytes) -> str:
+    """The section that takes a block apart, without its heading.
+
+    Args:
+        block: One trace, one lane, tables of its own, metadata that are not compressed.
+    """
+    hex_digits = block.hex()
+    lines = [hex_digits[start : start + 64] for start in range(0, len(hex_digits), 64)]
+    part = _NotedRows(block)
+    rows = part.read()
+    parts = [
+        f"One trace in mode `standard`, without a dictionary, as a block of {len(block)} bytes. "
+        "`docs/examples/format_example.py` wrote this section.",
+        _fence(lines),
+        "Its bytes, one part after the other:",
+        _fence(_byte_lines(block)),
+        "The codes that its tables hold, canonical words in the order in which their bits are read. The "
+        "codes that are not listed have no symbols:",
+        _fence(part.code_lines()),
+        _explain_nibbles(block),
+        "The number stream, bit by bit in reading order: a code word, then plain bits, lowest first.",
+        _fence(part.number_lines()),
+        "The lane. A symbol 42 + 43 · step + c is shown as its step and its token class c:",
+        _fence(part.entry_lines()),
+        part.explain_first_entry(),
+        "Read back (−4 is bit for bit; the other logprobs and masses are from the grid):",
+        _json(_values(block, part, rows)),
+    ]
+    return "\n\n".join(parts) + "\n"
+
+
+class _NotedBits(reference.BitReader):
+    """Bits, and how they were read: runs that belong together, with a blank between them."""
+
+    def __init__(self, data: bytes) -> None:
+        super().__init__(data)
+        self.runs: list[str] = []
+        self.symbols: list[int] = []
+
+    def word(self, code: reference.Code) -> int:
+        start = self.position
+        symbol = super().word(code)
+        self._note(start)
+        self.symbols.append(symbol)
+        return symbol
+
+    def plain(self, width: int) -> int:
+        start = self.position
+        value = super().plain(width)
+        self._note(start)
+        return value
+
+    def taken(self) -> tuple[str, list[int]]:
+        """Runs and symbols since the last call."""
+        runs, symbols = " ".join(self.runs), self.symbols
+        self.runs, self.symbols = [], []
+        return runs, symbols
+
+    def rest(self) -> str:
+        """Bits that are left over."""
+        bits = range(self.position, 8 * len(self.data))
+        return "".join(str(self.data[bit >> 3] >> (bit & 7) & 1) for bit in bits)
+
+    def _note(self, start: int) -> None:
+        run = (str(self.data[bit >> 3] >> (bit & 7) & 1) for bit in range(start, self.position))
+        self.runs += ["".join(run)] if self.position > start else []
+
+
+class _NotedRows(reference.RowsPart):
+    """The rows part, read by the reference reader, with a line for everything that it reads."""
+
+    _NAMES = {8: "KEPT", 9: "SAMPLED", 10: "OUTSIDE", 11: "FIRST", 12: "LOGIT"}  # noqa: RUF012
+
+    def __init__(self, block: bytes) -> None:
+        header, payload = reference.read_outer(block)
+        reader = reference.ByteReader(payload)
+        (message,) = reference.read_metadata(header, reader.take(reader.varint()))
+        widths = [message.top_k] * (message.prompt_rows + message.completion_length)
+        super().__init__(reader, header.codec_mode, None, widths)
+        self.numbers = self._numbers = _NotedBits(self.numbers.data)
+        self._lane = _NotedBits(self.lanes[0].data)
+        self.lanes = [self._lane]
+        self._number_lines: list[str] = []
+        self._entries: list[reference.Entries] = []
+
+    def column(self, count: int, code: int) -> list[int]:
+        numbers = []
+        for _ in range(count):
+            numbers += super().column(1, code)
+            self._note(self._NAMES[code], numbers[-1])
+        return numbers
+
+    def plain(self, count: int, width: int) -> list[int]:
+        numbers = []
+        for _ in range(count):
+            numbers += super().plain(1, width)
+            self._note("loose logprob", f"{numbers[-1]:08x} = {reference.float_of(numbers[-1])}")
+        return numbers
+
+    def read_tail(self, levels: list[int], logprobs: list[float]) -> float:
+        step = self.tables.tail_step(levels[-1] if levels else 0)
+        mass = super().read_tail(levels, logprobs)
+        expected = self.tables.base + self.tables.slope * step
+        level = min(range(self.scale.largest_level), key=lambda q: abs(self._mass(q) - mass))
+        said = f"expected {expected} + {level - expected} = level {level}, mass {mass:.7f}"
+        self._note(f"TAIL step {step}", said)
+        return mass
+
+    def read_entries(self, bits: reference.BitReader, count: int) -> reference.Entries:
+        entries = super().read_entries(bits, count)
+        self._entries.append(entries)
+        return entries
+
+    def code_lines(self) -> list[str]:
+        """Every code word of every code."""
+        names = {code: f"long step, bucket {code}" for code in range(8)} | self._NAMES
+        names |= {13 + step: f"TAIL, step {step}" for step in range(8)}
+        codes = [(f"entry code {index}", code) for index, code in enumerate(self.tables.entry_codes)]
+        codes += [
+            (f"number code {index} ({names[index]})", c) for index, c in enumerate(self.tables.number_codes)
+        ]
+        lines = []
+        for name, code in codes:
+            words = ", ".join(
+                f"{symbol} {word:0{length}b}" for (length, word), symbol in sorted(code.items())
+            )
+            lines += [f"{name}: {words}"] if words else []
+        return lines
+
+    def number_lines(self) -> list[str]:
+        """Every number."""
+        return [*self._number_lines, f"{self._numbers.rest():40} left over"]
+
+    def entry_lines(self) -> list[str]:
+        """Every entry, with its symbol, level, token code and token."""
+        runs, symbols = iter(self._lane.runs), iter(self._lane.symbols)
+        lines: list[str] = []
+        for row, entries in enumerate(self._entries):
+            for i in range(len(entries.levels)):
+                symbol, bits = next(symbols), [next(runs)]
+                bits += [next(runs) for _ in range(_open_runs(symbol))]
+                meaning = f"gap class {symbol}"
+                if symbol >= 42:
+                    step, token_class = divmod(symbol - 42, 43)
+                    meaning = f"step {step}, token class {token_class}"
+                    if step == 3:
+                        number = next(symbols)
+                        bits += [next(runs) for _ in range(1 + (number >= 8))]
+                        before = entries.levels[i - 1] if i else 0
+                        meaning += f", long step {entries.levels[i] - before - 3}"
+                name = f"row {row} rank {i}: symbol {symbol}, {meaning}"
+                said = f"level {entries.levels[i]}, token code {entries.token_codes[i]}"
+                lines.append(f"{' '.join(bits):40} {name}; {said}, token {entries.token_ids[i]}")
+        return [*lines, f"{self._lane.rest():40} left over"]
+
+    def explain_first_entry(self) -> str:
+        """The first entry, bit by bit."""
+        symbol, number = self._lane.symbols[:2]
+        step, token_class = divmod(symbol - 42, 43)
+        token_bits = self._lane.runs[1] if _open_runs(symbol) else "none"
+        data = self._lane.data[:3]
+        shown = " ".join(f"{byte:08b}"[::-1] for byte in data)
+        entries = self._entries[0]
+        return (
+            f"The first entry in words: the lane's first bytes `{data.hex(' ')}` are {shown}, each with its "
+            f"lowest bit first. `{self._lane.runs[0]}` is the word of symbol {symbol} = 42 + 43 · {step} + "
+            f"{token_class}: step {step}, token class {token_class}, which begins at rank "
+            f"{1 << (token_class - 23)} and leaves {token_class - 23} bits open. `{token_bits}`, lowest bit "
+            f"first, makes that rank {entries.token_codes[0] - 2048}, which is token {entries.token_ids[0]} "
+            f"(without a dictionary, ranks are ids). Step 3 says that a long step follows, in number code 0, "
+            f"since the entry has rank 0: symbol {number} begins at "
+            f"{(4 + (number & 3)) << ((number >> 2) - 1)} and leaves {(number >> 2) - 1} bits open; they "
+            f"make it {entries.levels[0] - 3}, so that the level is 3 + {entries.levels[0] - 3} = "
+            f"{entries.levels[0]}. This token code is 64 or above: the token goes to the list of recent "
+            f"ones, last of its row."
+        )
+
+    def _mass(self, level: int) -> float:
+        return 2.718281828459045 ** self.scale.logprob(0, level)
+
+    def _note(self, name: str, said: object) -> None:
+        runs, symbols = self._numbers.taken()
+        shown = f", symbol {symbols[0]}" if symbols else ""
+        self._number_lines.append(f"{runs:40} {name}{shown}: {said}")
+
+
+def _explain_nibbles(block: bytes) -> str:
+    """The first lengths of the entry codes, in words."""
+    line = next(line for line in _byte_lines(block) if "lengths of the entry codes" in line)
+    digits = "".join(byte[::-1] for byte in line[:48].split())
+    said: list[str] = []
+    symbol = at = 0
+    while len(said) < 3:
+        nibble = int(digits[at], 16)
+        if nibble:
+            said.append(f"`{digits[at]}` is the length of symbol {symbol}")
+            symbol, at = symbol + 1, at + 1
+            continue
+        run = int(digits[at + 1], 16) + 1
+        said.append(f"`{digits[at : at + 2]}` gives symbols {symbol} to {symbol + run - 1} no word")
+        symbol, at = symbol + run, at + 2
+    spaced = " ".join(digits[: at + 1])
+    return f"The lengths begin, low nibbles first, with {spaced} …: " + ", ".join(said) + ", and so on."
+
+
+def _open_runs(symbol: int) -> int:
+    """1 if open bits follow an entry's code word, else 0."""
+    gap_class = symbol if symbol < 42 else (symbol - 42) % 43
+    is_gap = symbol < 42 or gap_class < 22
+    return int(gap_class >= 4 if is_gap else gap_class >= 24)
+
+
+def _fence(lines: list[str]) -> str:
+    return "\n".join(["```", *(line.rstrip() for line in lines), "```"])
+
+
+def _json(values: dict[str, object]) -> str:
+    """One line for each key."""
+    lines = ",\n".join(f"  {json.dumps(key)}: {json.dumps(value)}" for key, value in values.items())
+    return f"```json\n{{\n{lines}\n}}\n```"
+
+
+def _byte_lines(block: bytes) -> list[str]:
+    """Parts of a block as hex, and what they are; the hex of all lines is the block."""
+    header, _ = reference.read_outer(block)
+    reader = reference.ByteReader(block)
+    lines: list[tuple[bytes, str]] = []
+
+    def note(size: int, what: str) -> None:
+        lines.append((reader.take(size), what))
+
+    def varint(what: str) -> int:
+        start = reader.position
+        value = reader.varint()
+        lines.append((block[start : reader.position], what.format(value)))
+        return value
+
+    note(1, "field 1, header")
+    varint("{} bytes")
+    _note_message(reader, lines, header.DESCRIPTOR.name, header.ByteSize())
+    note(1, "field 2, payload")
+    varint("{} bytes")
+    size = varint("{} bytes of metadata, as they are")
+    _note_message(reader, lines, "BlockMetadata", size)
+    flags = reader.data[reader.position]
+    names = ["own tables", "kept varies", "sampled apart", "four lanes", "order of the dictionary"]
+    note(1, "flags: " + ", ".join(f"{1 << i} {n}" for i, n in enumerate(names) if flags >> i & 1))
+    varint("V = {}")
+    note(1, "scale 0, Grid")
+    varint("c = {} · 10⁻⁶")
+    varint("D = {} · 10⁻⁵")
+    varint("{} bytes of tables")
+    merge, shift, origin, base, slope = struct.unpack_from("<BBIhh", block, reader.position)
+    note(1, f"merge {merge}")
+    note(1, f"tail rule: shift {shift}")
+    note(4, f"origin {origin}")
+    note(2, f"base {base}")
+    note(2, f"slope {slope}")
+    note(_nibble_bytes(reader, (1, 8, 32)[merge], 215), "lengths of the entry codes, in nibbles")
+    note(_nibble_bytes(reader, 21, 125), "lengths of the number codes, in nibbles")
+    size = varint("{} bytes of numbers")
+    note(size, "number stream")
+    note(len(block) - reader.position, "lane 0")
+    return [line for data, what in lines for line in _wrap(data, what)]
+
+
+def _nibble_bytes(reader: reference.ByteReader, codes: int, symbols: int) -> int:
+    ahead = reference.ByteReader(reader.data)
+    ahead.position = reader.position
+    reference.Tables.read_codes(ahead, codes, symbols)
+    return ahead.position - reader.position
+
+
+def _note_message(
+    reader: reference.ByteReader, lines: list[tuple[bytes, str]], name: str, size: int, indent: str = "  "
+) -> None:
+    """Lines of a message's fields, and of the messages in them."""
+    descriptor = trace_pb2.DESCRIPTOR.message_types_by_name[name]
+    end = reader.position + size
+    while reader.position < end:
+        start = reader.position
+        number, wire_type = divmod(reader.varint(), 8)
+        field = descriptor.fields_by_number[number]
+        label = f"{indent}{number} {field.name}"
+        if wire_type == 0:
+            value = reader.varint()
+            lines.append((reader.data[start : reader.position], f"{label}: {value}"))
+        elif wire_type == 1:
+            raw = reader.take(8)
+            is_float = field.type == field.TYPE_DOUBLE
+            shown = str(struct.unpack("<d", raw)[0]) if is_float else f"{struct.unpack('<Q', raw)[0]:016x}"
+            lines.append((reader.data[start : reader.position], f"{label}: {shown}"))
+        else:
+            inner = reader.varint()
+            if field.message_type is not None:
+                lines.append((reader.data[start : reader.position], f"{label}: {inner} bytes"))
+                _note_message(reader, lines, field.message_type.name, inner, indent + "  ")
+                continue
+            raw = reader.take(inner)
+            shown = repr(raw.decode()) if field.type == field.TYPE_STRING else _packed(raw)
+            lines.append((reader.data[start : reader.position], f"{label}: {shown}"))
+
+
+def _packed(raw: bytes) -> str:
+    reader = reference.ByteReader(raw)
+    values = []
+    while reader.position < len(raw):
+        values.append(str(reader.varint()))
+    return ", ".join(values)
+
+
+def _wrap(data: bytes, what: str) -> list[str]:
+    """Sixteen bytes a line."""
+    pieces = [data[start : start + 16].hex(" ") for start in range(0, len(data), 16)]
+    return [f"{piece:48} {what if not index else ''}" for index, piece in enumerate(pieces)]
+
+
+def _values(block: bytes, part: _NotedRows, rows: list[reference.Row]) -> dict[str, object]:
+    """What a reader must find, for the page and for the test."""
+    (trace,) = reference.read_block(block)
+    return {
+        "vocab_size": part.vocabulary,
+        "prompt_id": trace.metadata.prompt_id,
+        "prompt_token_ids": trace.prompt_token_ids,
+        "completion_token_ids": trace.completion_token_ids,
+        "sampled_logprobs": [round(row.sampled_logprob, 7) for row in rows],
+        "token_ids": [row.token_ids for row in rows],
+        "logprobs": [[round(logprob, 7) for logprob in row.logprobs] for row in rows],
+        "tail_mass": [round(row.tail_mass, 7) for row in rows],
+        "temperature": trace.metadata.sampling.temperature,
+        "max_tokens": trace.metadata.sampling.max_tokens,
+        "seed": trace.metadata.sampling.seed,
+        "tags": {tag.key: tag.value for tag in trace.metadata.tags},
+    }
+
+
+if __name__ == "__main__":
+    section = render(encode_block(example_traces(), codec="standard", vocab_size=VOCAB_SIZE))
+    if "--write" in sys.argv:
+        before = PAGE.read_text().split(HEADING)[0]
+        PAGE.write_text(f"{before}{HEADING}\n{section}")
+    else:
+        sys.stdout.write(section)

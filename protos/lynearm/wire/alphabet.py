@@ -1,0 +1,140 @@
+"""The symbols under which a block's entries and numbers are written.
+
+Every integer becomes a *class*, which a prefix code writes, and the bits that the class leaves open,
+which follow as they are. Two alphabets: `STEP` symbols name an entry of a position's row, its step in
+level together with the class of its token code; `NUMBER` symbols name everything else.
+
+A token code says which token an entry is: below `RECENT_WINDOW` it counts back in the list of tokens that
+the block met lately, from there on it is a rank in the vocabulary's order. Inside a row, entries stand
+ascending by (level, token code). An entry on the level of the one before it is therefore written as the
+gap between their token codes, and the order inside a level, which nobody needs, is not paid for.
+"""
+
+from __future__ import annotations
+
+from typing import Final
+
+import numpy as np
+import numpy.typing as npt
+
+from lynearm.wire.jit import Scalar, compiled, highest_bit, inlined
+
+Uint8Array = npt.NDArray[np.uint8]
+Uint32Array = npt.NDArray[np.uint32]
+
+RECENT_WINDOW: Final = 2048
+"""Token codes below it count back in the list of recent tokens."""
+
+REFRESH_DISTANCE: Final = 64
+"""An entry whose token code is at least this enters the list of recent tokens (again)."""
+
+STEP_CLASSES: Final = 4
+"""Steps 0, 1 and 2 have symbols of their own; the fourth says that a number, step − 3, follows."""
+
+LONG_STEP: Final = STEP_CLASSES - 1
+
+GAP_CLASSES: Final = 42
+"""One mantissa bit; gaps are below 2^21."""
+
+TOKEN_CLASSES: Final = 43
+"""22 for the window (one mantissa bit), 21 for ranks (whole octaves)."""
+
+_WINDOW_CLASSES = 22
+
+STEP_SYMBOLS: Final = GAP_CLASSES + STEP_CLASSES * TOKEN_CLASSES
+STEP_ESCAPE: Final = STEP_SYMBOLS
+"""Eight bits follow that name a symbol which has no code of its own in the table."""
+
+NUMBER_SYMBOLS: Final = 124
+"""Two mantissa bits; numbers are below 2^32."""
+
+NUMBER_ESCAPE: Final = NUMBER_SYMBOLS
+"""Thirty-two bits follow: the number itself, whose class has no code in the table."""
+
+TOKEN_OCTAVES: Final = 4
+"""How many kinds of preceding token code the tables tell apart; see `token_octave`."""
+
+RANK_BUCKETS: Final = 8
+"""How many ranges of ranks in a row the tables tell apart: 0, 1, 2–3, 4–7, …, 32–63, and above."""
+
+
+@inlined
+def token_octave(token_code: Scalar) -> Scalar:
+    """What the token code of the entry before says about the next one: 0 to 3."""
+    return (
+        np.uint64(token_code >= np.uint64(64))
+        + np.uint64(token_code >= np.uint64(512))
+        + np.uint64(token_code >= np.uint64(4096))
+    )
+
+
+@inlined
+def gap_symbol(gap: Scalar) -> Scalar:
+    """Symbol of an entry on its predecessor's level, `gap` token codes behind the next one."""
+    if gap < 4:
+        return gap
+    exponent = highest_bit(gap)
+    return 2 * exponent + ((gap >> (exponent - 1)) & 1)
+
+
+@inlined
+def token_symbol(step: Scalar, token_code: Scalar) -> Scalar:
+    """Symbol of any other entry: the first of a row, or one on a new level."""
+    base = GAP_CLASSES + min(step, LONG_STEP) * TOKEN_CLASSES
+    if token_code < RECENT_WINDOW:
+        return base + gap_symbol(token_code)
+    rank = token_code - RECENT_WINDOW
+    if rank < 2:
+        return base + _WINDOW_CLASSES + rank
+    return base + _WINDOW_CLASSES + 1 + highest_bit(rank)
+
+
+@inlined
+def number_symbol(number: Scalar) -> Scalar:
+    """Symbol of a number."""
+    if number < 8:
+        return number
+    exponent = highest_bit(number)
+    return 4 * (exponent - 1) + ((number >> (exponent - 2)) & 3)
+
+
+@compiled
+def number_symbols(numbers: Uint32Array) -> Uint8Array:
+    """Symbols of numbers, shape [n]."""
+    symbols = np.empty(numbers.size, np.uint8)
+    for index in range(numbers.size):
+        symbols[index] = number_symbol(np.int64(numbers[index]))
+    return symbols
+
+
+def _step_tables() -> tuple[Uint32Array, Uint8Array]:
+    """Base and number of open bits of every step symbol; the base of a gap counts from the gap's start."""
+    bases = np.zeros(STEP_SYMBOLS, np.uint32)
+    widths = np.zeros(STEP_SYMBOLS, np.uint8)
+    fine = [(value, 0) for value in range(4)]
+    fine += [((2 + half) << (e - 1), e - 1) for e in range(2, 21) for half in (0, 1)]
+    octaves = [(0, 0), (1, 0), *((1 << e, e) for e in range(1, 20))]
+    tokens = fine[:_WINDOW_CLASSES] + [(RECENT_WINDOW + base, width) for base, width in octaves]
+    for symbol, (base, width) in enumerate(fine + tokens * STEP_CLASSES):
+        bases[symbol], widths[symbol] = base, width
+    return bases, widths
+
+
+def _number_tables() -> tuple[Uint32Array, Uint8Array]:
+    pairs = [(value, 0) for value in range(8)]
+    pairs += [((4 + quarter) << (e - 2), e - 2) for e in range(3, 32) for quarter in range(4)]
+    return np.array([base for base, _ in pairs], np.uint32), np.array([width for _, width in pairs], np.uint8)
+
+
+STEP_BASES, STEP_WIDTHS = _step_tables()
+NUMBER_BASES, NUMBER_WIDTHS = _number_tables()
+
+BUCKET_OF_RANK: Final[Uint8Array] = np.minimum(
+    np.frexp(np.arange(1024, dtype=np.float64))[1], RANK_BUCKETS - 1
+).astype(np.uint8)
+"""Bucket of each rank of a row, shape [1024]."""
+
+
+def step_of_symbol(symbol: int) -> int:
+    """Step that a symbol says, `LONG_STEP` for any longer one; 0 for gaps, and for a row's first entry."""
+    return 0 if symbol < GAP_CLASSES else (symbol - GAP_CLASSES) // TOKEN_CLASSES

@@ -1,0 +1,356 @@
+"""The prefix codes of a block or a dictionary: one for each context, as lengths, and ready to use."""
+
+from __future__ import annotations
+
+import struct
+from dataclasses import dataclass
+from enum import IntEnum
+from functools import cached_property
+from typing import Final
+
+import numpy as np
+import numpy.typing as npt
+
+from lynearm.wire.alphabet import (
+    GAP_CLASSES,
+    LONG_STEP,
+    NUMBER_BASES,
+    NUMBER_ESCAPE,
+    NUMBER_SYMBOLS,
+    NUMBER_WIDTHS,
+    RANK_BUCKETS,
+    STEP_BASES,
+    STEP_ESCAPE,
+    STEP_SYMBOLS,
+    STEP_WIDTHS,
+    TOKEN_OCTAVES,
+    step_of_symbol,
+)
+from lynearm.wire.errors import CorruptBlockError
+from lynearm.wire.jit import compiled
+from lynearm.wire.kernels import STEP_ESCAPE_TOTAL
+from lynearm.wire.prefix_codes import (
+    MAX_CODE_LENGTH,
+    canonical_codes,
+    check_lengths,
+    code_lengths,
+    fill_table,
+)
+
+Int64Array = npt.NDArray[np.int64]
+Uint8Array = npt.NDArray[np.uint8]
+Uint32Array = npt.NDArray[np.uint32]
+Uint64Array = npt.NDArray[np.uint64]
+
+STEP_CONTEXTS: Final = RANK_BUCKETS * TOKEN_OCTAVES
+TAIL_CONTEXTS: Final = 8
+
+
+class NumberContext(IntEnum):
+    """What a number is; each has a code of its own."""
+
+    LONG_STEPS = 0
+    """And the following seven: by rank bucket."""
+    KEPT = 8
+    SAMPLED = 9
+    OUTSIDE = 10
+    FIRST = 11
+    LOGIT = 12
+    TAIL = 13
+    """And the following seven: by level of the row's last entry."""
+
+
+NUMBER_CONTEXTS: Final = NumberContext.TAIL + TAIL_CONTEXTS
+
+GROUPS_OF_MERGE: Final[tuple[Uint8Array, ...]] = (
+    np.zeros(STEP_CONTEXTS, np.uint8),
+    np.repeat(np.arange(RANK_BUCKETS, dtype=np.uint8), TOKEN_OCTAVES),
+    np.arange(STEP_CONTEXTS, dtype=np.uint8),
+)
+"""Which code each context of entries uses: one for all, one for each rank bucket, or one for each context."""
+
+_HEAD = struct.Struct("<BBIhh")
+"""Merge kind; tail rule: shift, origin, base, slope."""
+
+_REST_IS_ZERO = 12
+_ESCAPE_BITS = 8
+_NUMBER_ESCAPE_BITS = 32
+
+
+@dataclass(frozen=True)
+class SymbolCounts:
+    """How often each symbol occurs in each context."""
+
+    steps: Int64Array
+    """Shape [STEP_CONTEXTS, STEP_SYMBOLS + 1]."""
+    numbers: Int64Array
+    """Shape [NUMBER_CONTEXTS, NUMBER_SYMBOLS + 1]."""
+
+    @staticmethod
+    def zeros() -> SymbolCounts:
+        """Nothing counted yet."""
+        return SymbolCounts(
+            np.zeros((STEP_CONTEXTS, STEP_SYMBOLS + 1), np.int64),
+            np.zeros((NUMBER_CONTEXTS, NUMBER_SYMBOLS + 1), np.int64),
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class TailRule:
+    """How the level of a row's last entry foretells the level of its tail mass."""
+
+    origin: int
+    """Last levels up to this have step 0."""
+    shift: int
+    """2^shift levels are one step; there are 8."""
+    base: int
+    """Tail level expected at step 0."""
+    slope: int
+    """How much that rises with every step."""
+
+    def steps(self, last_levels_N: Uint32Array) -> Int64Array:
+        """Step of each row: clamp((last level − origin) >> shift, 0, 7)."""
+        away = np.maximum(last_levels_N.astype(np.int64) - self.origin, 0) >> self.shift
+        steps: Int64Array = np.minimum(away, TAIL_CONTEXTS - 1)
+        return steps
+
+    def expect(self, last_levels_N: Uint32Array) -> Int64Array:
+        """Level that each row's tail mass is expected at; may lie outside the grid."""
+        return self.base + self.slope * self.steps(last_levels_N)
+
+    def contexts(self, last_levels_N: Uint32Array) -> Uint8Array:
+        """Number context of each row's tail mass."""
+        return (NumberContext.TAIL + self.steps(last_levels_N)).astype(np.uint8)
+
+    @staticmethod
+    def fit(last_levels_N: Uint32Array, tail_levels_N: Uint32Array) -> TailRule:
+        """The rule that suits some rows."""
+        if last_levels_N.size == 0:
+            return TailRule(0, 0, 0, 0)
+        low, high = (int(level) for level in np.quantile(last_levels_N, (0.05, 0.95)))
+        rule = TailRule(low, max((high - low).bit_length() - 3, 0), 0, 0)
+        steps = rule.steps(last_levels_N)
+        first, last = steps <= steps.min(), steps >= steps.max()
+        base = float(np.median(tail_levels_N[first]))
+        rise = float(np.median(tail_levels_N[last])) - base
+        slope = round(rise / max(int(steps.max() - steps.min()), 1))
+        base = round(base - slope * int(steps.min()))
+        bound = (1 << 15) - 1
+        return TailRule(low, rule.shift, max(-bound, min(base, bound)), max(-bound, min(slope, bound)))
+
+
+@dataclass(frozen=True)
+class CodeTables:
+    """Code lengths of every context, and how tail masses choose theirs."""
+
+    merge: int
+    """Index into `GROUPS_OF_MERGE`."""
+    step_lengths: Uint8Array
+    """Shape [groups, STEP_SYMBOLS + 1]."""
+    number_lengths: Uint8Array
+    """Shape [NUMBER_CONTEXTS, NUMBER_SYMBOLS + 1]."""
+    tail_rule: TailRule
+
+    def cost_bits(self, counts: SymbolCounts) -> int:
+        """What the codes of these symbols take; open bits aside."""
+        groups = GROUPS_OF_MERGE[self.merge]
+        return _cost(counts.steps, self.step_lengths[groups], _ESCAPE_BITS) + _cost(
+            counts.numbers, self.number_lengths, _NUMBER_ESCAPE_BITS
+        )
+
+    @cached_property
+    def step_codes(self) -> Uint32Array:
+        """Code and length · 65536 of each symbol, shape [STEP_CONTEXTS, STEP_SYMBOLS + 1]."""
+        return _codes(self.step_lengths)[GROUPS_OF_MERGE[self.merge]]
+
+    @cached_property
+    def number_codes(self) -> Uint32Array:
+        """The same of numbers, shape [NUMBER_CONTEXTS, NUMBER_SYMBOLS + 1]."""
+        return _codes(self.number_lengths)
+
+    @cached_property
+    def step_table(self) -> Uint32Array:
+        """Decoding tables of all groups, for `kernels.read_rows`."""
+        return _fill(self.step_lengths, _STEP_ENTRIES, _NO_STEP, 5).astype(np.uint32)
+
+    @property
+    def step_strides(self) -> tuple[int, int]:
+        """Bytes from one rank bucket's decoding tables to the next one's, and from one octave's."""
+        size = 4 << MAX_CODE_LENGTH
+        return ((0, 0), (size, 0), (TOKEN_OCTAVES * size, size))[self.merge]
+
+    @cached_property
+    def number_table(self) -> Uint64Array:
+        """Decoding tables of all number contexts, for `kernels.read_numbers`."""
+        return _fill(self.number_lengths, _NUMBER_ENTRIES, _NO_NUMBER, 6)
+
+    def to_bytes(self) -> bytes:
+        """Merge kind, tail rule, and the lengths in nibbles."""
+        rule = self.tail_rule
+        head = _HEAD.pack(self.merge, rule.shift, rule.origin, rule.base, rule.slope)
+        return b"".join((head, _pack(self.step_lengths).tobytes(), _pack(self.number_lengths).tobytes()))
+
+    @staticmethod
+    def from_bytes(data: bytes | memoryview) -> CodeTables:
+        """What `to_bytes` wrote.
+
+        Raises:
+            CorruptBlockError: if the bytes are not that, or the lengths are no prefix code's.
+        """
+        if len(data) < _HEAD.size:
+            raise CorruptBlockError("tables of code lengths end inside their head")
+        merge, shift, origin, base, slope = _HEAD.unpack_from(data)
+        if merge >= len(GROUPS_OF_MERGE) or shift > 31:
+            raise CorruptBlockError(f"tables of code lengths of kind {merge}, tail shift {shift}")
+        packed = np.frombuffer(data, np.uint8, offset=_HEAD.size)
+        nibbles = np.stack((packed & 15, packed >> 4), axis=1).astype(np.uint8).ravel()
+        groups = _group_count(merge)
+        step_lengths = np.zeros((groups, STEP_SYMBOLS + 1), np.uint8)
+        number_lengths = np.zeros((NUMBER_CONTEXTS, NUMBER_SYMBOLS + 1), np.uint8)
+        end = _unpack(nibbles, 0, step_lengths)
+        # Each of the two parts fills whole bytes.
+        end = _unpack(nibbles, end + end % 2, number_lengths) if end >= 0 else end
+        if end < 0 or end + end % 2 != nibbles.size:
+            raise CorruptBlockError("tables of code lengths end too early, or too late")
+        check_lengths(step_lengths)
+        check_lengths(number_lengths)
+        return CodeTables(merge, step_lengths, number_lengths, TailRule(origin, shift, base, slope))
+
+
+def build_tables(counts: SymbolCounts, *, merge: int, tail_rule: TailRule, with_escapes: bool) -> CodeTables:
+    """The best codes for some counts.
+
+    Args:
+        counts: What to code.
+        merge: Index into `GROUPS_OF_MERGE`.
+        tail_rule: By which the tails were counted.
+        with_escapes: Whether symbols that were not counted must be codable too.
+    """
+    groups = GROUPS_OF_MERGE[merge]
+    steps = np.zeros((_group_count(merge), STEP_SYMBOLS + 1), np.int64)
+    np.add.at(steps, groups, counts.steps)
+    numbers = counts.numbers.copy()
+    if with_escapes:
+        # A symbol met once says how likely an unknown one is (Good 1953).
+        steps[:, STEP_ESCAPE] = 1 + (steps == 1).sum(axis=1)
+        numbers[:, NUMBER_ESCAPE] = 1 + (numbers == 1).sum(axis=1)
+    return CodeTables(merge, _lengths(steps), _lengths(numbers), tail_rule)
+
+
+def _group_count(merge: int) -> int:
+    return (1, RANK_BUCKETS, STEP_CONTEXTS)[merge]
+
+
+def _cost(counts: Int64Array, lengths: Uint8Array, escape_bits: int) -> int:
+    escape = lengths[:, -1:].astype(np.int64) + escape_bits
+    return int((counts * np.where(lengths > 0, lengths, escape)).sum())
+
+
+def _lengths(counts: Int64Array) -> Uint8Array:
+    return np.stack([code_lengths(row) for row in counts])
+
+
+def _codes(lengths: Uint8Array) -> Uint32Array:
+    codes: Uint32Array = np.stack([canonical_codes(row) for row in lengths])
+    codes |= lengths.astype(np.uint32) << 16
+    return codes
+
+
+def _fill(lengths: Uint8Array, entries: Uint64Array, absent: int, shift: int) -> Uint64Array:
+    """Decoding tables of some codes: entries with bits in all, and the code's length at `shift`, put in."""
+    table = np.full((len(lengths), 1 << MAX_CODE_LENGTH), absent, np.uint64)
+    is_escape = entries == STEP_ESCAPE_TOTAL
+    for row, row_lengths in zip(table, lengths, strict=True):
+        code_bits = row_lengths.astype(np.uint64)
+        fill_table(row_lengths, entries + np.where(is_escape, 0, code_bits) | code_bits << shift, row)
+    return table.ravel()
+
+
+@compiled
+def _pack(lengths: Uint8Array) -> Uint8Array:
+    """Nibbles, low one first: 1 to 11 a length; 0 and n: n + 1 zeros; 12: only zeros up to the row's end."""
+    nibbles = np.zeros(lengths.size * 2 + lengths.shape[0] + 2, np.uint8)
+    size = 0
+    for row in range(lengths.shape[0]):
+        last = lengths.shape[1] - 1
+        while last >= 0 and lengths[row, last] == 0:
+            last -= 1
+        i = 0
+        while i <= last:
+            if lengths[row, i]:
+                nibbles[size] = lengths[row, i]
+                size += 1
+                i += 1
+            else:
+                run = 1
+                while run < 16 and lengths[row, i + run] == 0:
+                    run += 1
+                nibbles[size + 1] = run - 1
+                size += 2
+                i += run
+        if last < lengths.shape[1] - 1:
+            nibbles[size] = _REST_IS_ZERO
+            size += 1
+    size += size & 1
+    packed: Uint8Array = (nibbles[0:size:2] | (nibbles[1:size:2] << 4)).astype(np.uint8)
+    return packed
+
+
+@compiled
+def _unpack(nibbles: Uint8Array, start: int, lengths: Uint8Array) -> int:
+    """Fill `lengths`, which are zeros; return the nibble behind them, or −1 if they are not there."""
+    at = start
+    for row in range(lengths.shape[0]):
+        i = 0
+        while i < lengths.shape[1]:
+            if at >= nibbles.size:
+                return -1
+            nibble = nibbles[at]
+            at += 1
+            if nibble == _REST_IS_ZERO:
+                break
+            if nibble > _REST_IS_ZERO:
+                return -1
+            if nibble == 0:
+                if at >= nibbles.size:
+                    return -1
+                i += nibbles[at] + 1
+                at += 1
+                if i > lengths.shape[1]:
+                    return -1
+            else:
+                lengths[row, i] = nibble
+                i += 1
+    return at
+
+
+_NO_STEP = 1 | 1 << 9 | ((1 << 21) - 1) << 11
+"""Where no code fits: a token code that is beyond every vocabulary."""
+
+_NO_NUMBER = 1 | 1 << 42
+"""Where no code fits: a number that is beyond all others."""
+
+
+def _step_entries() -> Uint64Array:
+    """Element of the decoding table of each symbol, for a code of no length."""
+    entries = np.empty(STEP_SYMBOLS + 1, np.uint64)
+    for symbol in range(STEP_SYMBOLS):
+        base, width = int(STEP_BASES[symbol]), int(STEP_WIDTHS[symbol])
+        # A gap is added to the token code before it, and 0 is the next one.
+        base += symbol < GAP_CLASSES
+        entries[symbol] = width | min(step_of_symbol(symbol), LONG_STEP) << 9 | base << 11
+    entries[STEP_ESCAPE] = STEP_ESCAPE_TOTAL
+    return entries
+
+
+def _number_entries() -> Uint64Array:
+    entries = NUMBER_WIDTHS.astype(np.uint64) | NUMBER_BASES.astype(np.uint64) << 10
+    return np.append(entries, np.uint64(_NUMBER_ESCAPE_BITS)).astype(np.uint64)
+
+
+_STEP_ENTRIES = _step_entries()
+_NUMBER_ENTRIES = _number_entries()
+PLAIN_STEP_ENTRIES: Final[Uint32Array] = np.concatenate(
+    [_STEP_ENTRIES[:STEP_SYMBOLS], np.full(256 - STEP_SYMBOLS, _NO_STEP)]
+).astype(np.uint32)
+"""Elements for the 256 symbols that an escape may name."""

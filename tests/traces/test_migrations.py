@@ -1,0 +1,95 @@
+"""Catalogs that earlier versions of lynearm left: opened, brought up to date, and used."""
+
+from __future__ import annotations
+
+import sqlite3
+from contextlib import closing
+from pathlib import Path
+
+import pytest
+from traces.harness import Producer, RunningServer, StartServer, create, fetch, make_block
+
+from lynearm.traces.schema import SCHEMA_VERSION
+from lynearm.v1 import trace_service_pb2 as pb
+from lynearm.wire.errors import ConfigError
+
+OLD_CATALOG = Path(__file__).parent / "data" / "catalog_v1.sql"
+"""Stream "old" with two blocks of producer "teacher", each of which finishes a prompt; stream "sealed"."""
+
+OLD_OBJECT = "da4e69c21cb5dd56e03b545a9f730a9d"
+OLD_BLOCKS = (
+    bytes.fromhex("0a1508011001180220032805301039ba92265d172e036012100100000001000000" + "01000000" * 2),
+    bytes.fromhex("0a15080110011802200328053010391f8cd548bfb7f5fe12100200000002000000" + "02000000" * 2),
+)
+
+
+@pytest.fixture
+def old_data_dir(tmp_path: Path) -> Path:
+    """What a server of schema version 1 left."""
+    data_dir = tmp_path / "old"
+    object_file = data_dir / "blocks" / OLD_OBJECT[:2] / OLD_OBJECT
+    object_file.parent.mkdir(parents=True)
+    object_file.write_bytes(b"".join(OLD_BLOCKS))
+    with closing(sqlite3.connect(data_dir / "catalog.sqlite3")) as catalog:
+        catalog.executescript(OLD_CATALOG.read_text())
+    return data_dir
+
+
+@pytest.fixture
+def migrated(old_data_dir: Path, start_server: StartServer) -> RunningServer:
+    """A server on that data, stopped and started again once it had opened it."""
+    start_server(data_dir=old_data_dir).stop()
+    return start_server(data_dir=old_data_dir)
+
+
+def structure(data_dir: Path) -> tuple[dict[str, str], list[tuple[object, ...]]]:
+    """Every table and index as it was made, but the one that was altered: of that, its columns."""
+    with closing(sqlite3.connect(data_dir / "catalog.sqlite3")) as catalog:
+        made = catalog.execute("SELECT name, trim(sql) FROM sqlite_master WHERE name <> 'streams'")
+        return dict(made), catalog.execute("PRAGMA table_info(streams)").fetchall()
+
+
+def test_an_old_catalog_keeps_its_streams_and_blocks(migrated: RunningServer) -> None:
+    streams = migrated.stub.ListStreams(pb.ListStreamsRequest()).streams
+    assert [(stream.spec.name, stream.state) for stream in streams] == [
+        ("old", pb.STREAM_STATE_OPEN),
+        ("sealed", pb.STREAM_STATE_SEALED),
+    ]
+    assert (streams[0].next_offset, streams[0].size_bytes, streams[0].finished_prompt_count) == (2, 82, 2)
+    assert list(fetch(migrated.stub, 0, 9, "old")) == list(enumerate(OLD_BLOCKS))
+
+
+def test_an_old_stream_takes_dictionaries_and_more_blocks(migrated: RunningServer) -> None:
+    stub = migrated.stub
+    digest = stub.PutDictionary(pb.PutDictionaryRequest(stream="old", dictionary=b"learned")).digest
+    producer = Producer(stub, "old", "teacher", epoch=1)
+    assert producer.next_sequence == 3
+    producer.send(3, make_block(3), ["p2"])
+    assert producer.close() == {3: 2}
+    stream = stub.GetStream(pb.GetStreamRequest(name="old")).stream
+    assert (stream.next_offset, stream.dictionary_count, stream.dictionary_bytes) == (3, 1, 7)
+    found = stub.GetDictionary(pb.GetDictionaryRequest(stream="old", digest=digest)).dictionary
+    assert found == b"learned"
+
+
+def test_a_catalog_brought_up_to_date_is_built_like_a_new_one(
+    migrated: RunningServer, start_server: StartServer
+) -> None:
+    fresh = start_server()
+    create(fresh.stub)
+    for server in (migrated, fresh):
+        server.stop()
+    assert structure(migrated.config.data_dir) == structure(fresh.config.data_dir)
+
+
+def test_a_catalog_of_a_later_version_is_refused_and_left_alone(
+    server: RunningServer, start_server: StartServer
+) -> None:
+    server.stop()
+    path = server.config.data_dir / "catalog.sqlite3"
+    with closing(sqlite3.connect(path)) as catalog, catalog:
+        catalog.execute("UPDATE schema_version SET version = 99")
+    with pytest.raises(ConfigError, match=f"schema version 99, expected {SCHEMA_VERSION}"):
+        start_server()
+    with closing(sqlite3.connect(path)) as catalog:
+        assert catalog.execute("SELECT version FROM schema_version").fetchall() == [(99,)]

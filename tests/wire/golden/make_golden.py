@@ -1,0 +1,242 @@
+"""Writes the golden files: blocks of each format version, and what they must decode to.
+
+    PYTHONPATH=tests .venv/bin/python tests/wire/golden/make_golden.py
+
+To be run once for each new format version, after its blocks were given a name in `make_all`; what is there
+already stays, since what was stored once is read for ever. `--again version3` writes the files of a version
+anew, for as long as it has not been released.
+
+The files of version 1 were made by lynearm at commit d34a911, whose contract came first on the path:
+
+    PYTHONPATH=/tmp/v1/protos:tests .venv/bin/python tests/wire/golden/make_golden.py
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from lynearm.wire import codec
+from lynearm.wire.blocks import FORMAT_VERSION
+from lynearm.wire.traces import SamplingParams, TokenSpan, TopK, Trace
+
+HERE = Path(__file__).parent
+VOCAB_SIZE = 1000
+
+_ROWS: list[list[tuple[int, float]]] = [
+    [(5, -0.25), (7, -2.0), (999, -4.5), (6, -4.5)],
+    [(7, -0.5), (9, -1.5)],
+    [(5, -0.0625), (300, -6.0), (301, -7.25)],
+    [(12, -1.5), (5, -1.5), (7, -1.5)],
+    [(640, -0.001)],
+]
+"""Token id and logprob of the entries of each row."""
+
+
+def rows(
+    entries: Sequence[Sequence[tuple[int, float]]], sampled: Sequence[int], outside: Sequence[float]
+) -> dict[str, Any]:
+    """Rows; the sampled token of each by index of its entry, or one outside, token 700, for −1."""
+    width = max((len(row) for row in entries), default=0)
+    token_ids = np.zeros((len(entries), width), np.int32)
+    logprobs = np.full((len(entries), width), -np.inf, np.float32)
+    for t, row in enumerate(entries):
+        token_ids[t, : len(row)] = [token for token, _ in row]
+        logprobs[t, : len(row)] = [logprob for _, logprob in row]
+    tails = np.maximum(1 - np.exp(logprobs.astype(np.float64)).sum(axis=1), 0).astype(np.float32)
+    loose = iter(outside)
+    drawn = [row[i] if i >= 0 else (700, next(loose)) for row, i in zip(entries, sampled, strict=True)]
+    return {
+        "completion_token_ids": np.array([token for token, _ in drawn], np.int32),
+        "sampled_logprobs": np.array([logprob for _, logprob in drawn], np.float32),
+        "top_k": TopK(token_ids, logprobs, tails),
+    }
+
+
+def said(**rows_of_trace: Any) -> Trace:
+    """A trace that says something in every field."""
+    fields: dict[str, Any] = {
+        "prompt_id": "frage-1-ä",
+        "prompt_token_ids": np.array([1, 300], np.int32),
+        "finish_reason": "length",
+        "sample_index": 3,
+        "spans": (TokenSpan("reasoning", 0, 2), TokenSpan("answer", 3, 5)),
+        "sampling": SamplingParams(
+            temperature=0.5, top_p=0.95, top_k=40, min_p=0.05, max_tokens=5, seed=7
+        ),
+        "tags": {"set": "a", "": "leer"},
+        "completion_text": "hi 日本",
+    }
+    return Trace(**{**fields, **rows_of_trace})
+
+
+def silent(**rows_of_trace: Any) -> Trace:
+    """A trace that says as little as it may."""
+    return Trace(
+        prompt_id="", prompt_token_ids=np.zeros(0, np.int32), finish_reason="stop", **rows_of_trace
+    )
+
+
+def any_rows() -> list[Trace]:
+    """Rows of uneven width, ties, sampled tokens outside, and an empty completion."""
+    return [said(**rows(_ROWS, [0, 1, -1, 2, 0], [-9.25])), silent(**rows([], [], []))]
+
+
+def prompt_rows() -> list[Trace]:
+    """A prompt with distributions, and rows without entries."""
+    scored = rows(_ROWS[:2], [1, -1], [-8.5])
+    trace = said(
+        **rows([[]] * 5, [-1] * 5, [-1, -2, -3, -4, -5]),
+        prompt_token_ids=np.concatenate([np.array([2], np.int32), scored["completion_token_ids"]]),
+        prompt_top_k=scored["top_k"],
+        prompt_logprobs=scored["sampled_logprobs"],
+    )
+    return [trace]
+
+
+def logits(step: float) -> list[Trace]:
+    """Rows that are log-softmaxes of logits on a coarse grid."""
+    entries: list[list[tuple[int, float]]] = []
+    for t in range(3):
+        logits_K = np.array([20 - step * (t + 1) * i * i for i in range(6)], np.float32)
+        gaps = logits_K - logits_K[0]
+        logprobs = gaps - np.log(np.exp(gaps).sum(dtype=np.float32))
+        entries.append([(10 + 3 * i + t, float(x)) for i, x in enumerate(logprobs)])
+    return [silent(**rows(entries, [0, 2, -1], [-10.0]))]
+
+
+def many_rows() -> list[Trace]:
+    """Rows enough for four lanes."""
+    entries = [[(t * t % 90, -0.125 - t % 5 / 8), (95, -3.0)][: 1 + t % 2] for t in range(66)]
+    return [silent(**rows(entries, [0] * 66, []))]
+
+
+def draws() -> list[Trace]:
+    """Counts of eight draws."""
+    counts = [[(5, 4), (7, 3), (999, 1)], [(7, 8)], [(5, 2), (12, 2), (13, 2), (700, 1), (14, 1)]]
+    entries = [[(token, float(np.log(count / 8))) for token, count in row] for row in counts]
+    drawn = rows(entries, [1, 0, -1], [-2.0])
+    top_k = TopK(drawn["top_k"].token_ids, drawn["top_k"].logprobs, np.zeros(3, np.float32))
+    return [silent(**{**drawn, "top_k": top_k})]
+
+
+def make_all(version: int) -> Iterator[tuple[str, str, list[Trace]]]:
+    """Name, mode and traces of every golden block of a version."""
+    yield "exact", "exact", any_rows()
+    yield "standard", "standard", any_rows()
+    if version == 1:
+        return
+    yield "fine", "fine", any_rows()
+    yield "compact", "compact", any_rows()
+    yield "sampled", "sampled", draws()
+    yield "prompt-rows", "exact", prompt_rows()
+    yield "bf16", "exact", logits(0.125)
+    yield "fp16", "exact", logits(0.015625)
+    yield "four-lanes", "standard", many_rows()
+
+
+def encode(traces: list[Trace], mode: str) -> Iterator[tuple[str, bytes, bytes]]:
+    """Suffix, block and dictionary."""
+    any_mode: Any = mode
+    if FORMAT_VERSION == 1:
+        yield "", codec.encode_block(traces, **{"mode": any_mode}, vocab_size=VOCAB_SIZE), b""
+        return
+    from lynearm.wire.codec import train_dictionary
+    from lynearm.wire.specs import CodecSpec
+
+    spec = CodecSpec(any_mode, draws=8 if mode == "sampled" else 0)
+    yield "", codec.encode_block(traces, codec=spec, vocab_size=VOCAB_SIZE), b""
+    dictionary = train_dictionary([traces], codec=spec, vocab_size=VOCAB_SIZE)
+    block = codec.encode_block(traces, codec=spec, vocab_size=VOCAB_SIZE, dictionary=dictionary)
+    yield "-dictionary", block, dictionary.encoded
+
+
+def describe(trace: Trace) -> dict[str, Any]:
+    """A trace as JSON: shortest decimals that give each float32 back, "-inf" for padding."""
+    described: dict[str, Any] = {
+        "prompt_id": trace.prompt_id,
+        "prompt_token_ids": trace.prompt_token_ids.tolist(),
+        "finish_reason": trace.finish_reason,
+        "sample_index": trace.sample_index,
+        "spans": [[span.kind, span.start, span.end] for span in trace.spans],
+        "sampling": {name: getattr(trace.sampling, name) for name in SamplingParams.__dataclass_fields__},
+        "tags": dict(trace.tags),
+        "completion_text": trace.completion_text,
+        "completion_token_ids": trace.completion_token_ids.tolist(),
+        "sampled_logprobs": floats(trace.sampled_logprobs),
+        "top_k": describe_rows(trace.top_k),
+    }
+    prompt_top_k: TopK | None = getattr(trace, "prompt_top_k", None)
+    if prompt_top_k is not None:
+        described["prompt_top_k"] = describe_rows(prompt_top_k)
+        described["prompt_logprobs"] = floats(trace.prompt_logprobs)
+    return described
+
+
+def describe_rows(top_k: TopK) -> dict[str, Any]:
+    """Rows as JSON; nothing orders entries of equal logprob, so here the ids do."""
+    order = np.lexsort((top_k.token_ids, -top_k.logprobs))
+    return {
+        "token_ids": np.take_along_axis(top_k.token_ids, order, 1).tolist(),
+        "logprobs": [floats(row) for row in np.take_along_axis(top_k.logprobs, order, 1)],
+        "tail_mass": floats(top_k.tail_mass),
+    }
+
+
+def floats(values: npt.NDArray[np.float32] | None) -> list[float | str]:
+    """float32 numbers as JSON."""
+    if values is None:
+        return []
+    return [float(str(value)) if np.isfinite(value) else str(value) for value in values]
+
+
+def write_json(path: Path, traces: Sequence[dict[str, Any]]) -> None:
+    """One line for each field of each trace."""
+    lines = [
+        ",\n".join(f"    {json.dumps(key)}: {json.dumps(value, ensure_ascii=False)}" for key, value in one.items())
+        for one in traces
+    ]
+    path.write_text("[\n" + ",\n".join(f"  {{\n{one}\n  }}" for one in lines) + "\n]\n")
+
+
+def main() -> None:
+    """Write what is not there."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0] if __doc__ else None)
+    parser.add_argument("--again", default="", help="write the files of this version anew: versionN")
+    again = parser.parse_args().again
+    version = f"version{FORMAT_VERSION}"
+    for name, mode, traces in make_all(FORMAT_VERSION):
+        described = None
+        for suffix, block, dictionary in encode(traces, mode):
+            path = HERE / f"{version}-{name}{suffix}.block"
+            if path.exists() and again != version:
+                continue
+            path.write_bytes(block)
+            if dictionary:
+                path.with_suffix(".dictionary").write_bytes(dictionary)
+            decoded = [describe(trace) for trace in read(block, dictionary)]
+            if described is None:
+                described = decoded
+                write_json(path.with_suffix(".json"), decoded)
+            if decoded != described:
+                raise AssertionError(f"{path.name} decodes to something else than without its dictionary")
+            print(path.name, len(block), len(dictionary))
+
+
+def read(block: bytes, dictionary: bytes) -> Sequence[Trace]:
+    """The block, decoded."""
+    if not dictionary:
+        return codec.decode_block(block)
+    from lynearm.wire.dictionaries import DictionaryReader
+
+    return codec.decode_block(block, dictionaries=DictionaryReader(lambda _: dictionary))
+
+
+if __name__ == "__main__":
+    main()

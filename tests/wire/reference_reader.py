@@ -1,0 +1,623 @@
+"""A second reader of block format version 2, written from docs/format.md and from nothing else.
+
+It shows that the page is enough, and is checked against lynearm's own reader, of which it imports nothing. It
+is slow on purpose: one bit at a time, plain Python numbers, the words and the order of the page.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import struct
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import xxhash
+import zstandard
+from google.protobuf.message import DecodeError
+
+from lynearm.v1 import trace_pb2
+
+EXACT, STANDARD, FINE, COMPACT, SAMPLED = 1, 2, 3, 4, 5
+GRID, BITS, BF16_LOGITS, FP16_LOGITS, COUNTS = range(5)
+KEPT_CODE, SAMPLED_CODE, OUTSIDE_CODE, FIRST_CODE, LOGIT_CODE, TAIL_CODE = 8, 9, 10, 11, 12, 13
+
+MAX_ENTRIES = 1 << 23
+MAX_VOCABULARY = 1 << 20
+
+
+class CorruptError(ValueError):
+    """The bytes are no block, or contradict themselves."""
+
+
+class NewerError(ValueError):
+    """The block uses something that this reader does not know."""
+
+
+@dataclass
+class Row:
+    """One position: entries in the order of the block, without padding."""
+
+    token_ids: list[int]
+    logprobs: list[float]
+    tail_mass: float
+    sampled_id: int
+    sampled_logprob: float
+
+
+@dataclass
+class Trace:
+    """One trace; `metadata` says everything else, with `sampling` filled in."""
+
+    metadata: trace_pb2.TraceMetadata
+    prompt_token_ids: list[int]
+    completion_token_ids: list[int]
+    prompt_rows: list[Row]
+    completion_rows: list[Row]
+
+
+def read_block(data: bytes, find_dictionary: Callable[[bytes], bytes] | None = None) -> list[Trace]:
+    """The traces of a block; `find_dictionary` returns a dictionary's bytes by its digest."""
+    header, payload = read_outer(data)
+    reader = ByteReader(payload)
+    messages = read_metadata(header, reader.take(reader.varint()))
+    dictionary = None
+    if header.dictionary_digest:
+        check(find_dictionary is not None, "the block needs a dictionary, and there is no way to find it")
+        assert find_dictionary is not None
+        found = find_dictionary(header.dictionary_digest)
+        digest = hashlib.sha256(found).digest()[:8]
+        check(digest == header.dictionary_digest, "the dictionary has another digest")
+        dictionary = Dictionary(found)
+    counts = [(trace.prompt_rows + trace.completion_length, trace.top_k) for trace in messages]
+    widths = [width for count, width in counts for _ in range(count)]
+    part = RowsPart(reader, header.codec_mode, dictionary, widths)
+    rows = part.read()
+    return list(join_traces(messages, rows, part.vocabulary))
+
+
+def check(holds: bool, problem: str) -> None:
+    """Refuse what does not hold."""
+    if not holds:
+        raise CorruptError(problem)
+
+
+class ByteReader:
+    """Bytes and varints from the front of some bytes."""
+
+    def __init__(self, data: bytes) -> None:
+        self.data = data
+        self.position = 0
+
+    def take(self, size: int) -> bytes:
+        check(size <= len(self.data) - self.position, f"{size} bytes wanted at {self.position}")
+        self.position += size
+        return self.data[self.position - size : self.position]
+
+    def varint(self) -> int:
+        value = 0
+        for group in range(10):
+            byte = self.take(1)[0]
+            value |= (byte & 0x7F) << (7 * group)
+            if byte < 0x80:
+                break
+        check(byte < 0x80 and value < 1 << 64, "a varint of more than 64 bits")
+        return value
+
+    def rest(self) -> bytes:
+        return self.take(len(self.data) - self.position)
+
+
+# The block ------------------------------------------------------------------------------------------------
+
+
+def fields_of(message: bytes) -> Iterator[tuple[int, int | bytes]]:
+    """Numbers and values of a protobuf message's fields, not looking into them."""
+    reader = ByteReader(message)
+    while reader.position < len(message):
+        number, wire_type = divmod(reader.varint(), 8)
+        check(wire_type in (0, 1, 2, 5) and number > 0, "not a protobuf message")
+        if wire_type == 0:
+            yield number, reader.varint()
+        elif wire_type == 2:
+            yield number, reader.take(reader.varint())
+        else:
+            yield number, int.from_bytes(reader.take(8 if wire_type == 1 else 4), "little")
+
+
+def read_outer(data: bytes) -> tuple[trace_pb2.BlockHeader, bytes]:
+    """Header and payload, checked against bounds and checksum."""
+    parts: dict[int, bytes] = {}
+    for number, value in fields_of(data):
+        if number in (1, 2):
+            check(isinstance(value, bytes) and number not in parts, "header or payload is there twice")
+            assert isinstance(value, bytes)
+            parts[number] = value
+    check(len(parts) == 2, "header or payload is missing")
+    try:
+        header = trace_pb2.BlockHeader.FromString(parts[1])
+    except DecodeError as error:
+        raise CorruptError("the header does not parse") from error
+    check(header.format_version > 0, "no format version")
+    if header.format_version > 2:
+        raise NewerError(f"format version {header.format_version}; this reader knows version 2")
+    if header.format_version < 2:
+        raise CorruptError("version 1 is specified by another page")
+    if header.codec_mode not in (EXACT, STANDARD, FINE, COMPACT, SAMPLED):
+        raise NewerError(f"codec mode {header.codec_mode}; this reader knows 1 to 5")
+    check(1 <= header.trace_count <= 65_536, "number of traces")
+    check(1 <= len(parts[2]) <= 3 << 20, "size of the payload")
+    check(1 <= header.uncompressed_size_bytes <= 64 << 20, "size of the metadata")
+    check(len(header.dictionary_digest) in (0, 8), "size of the digest")
+    check(xxhash.xxh3_64_intdigest(parts[2], seed=0) == header.payload_xxh3, "checksum")
+    return header, parts[2]
+
+
+def decompress(frame: bytes) -> bytes:
+    """One zstd frame whose declared size the caller has checked."""
+    try:
+        return zstandard.ZstdDecompressor().decompress(frame, allow_extra_data=False)
+    except zstandard.ZstdError as error:
+        raise CorruptError("a zstd frame does not decompress") from error
+
+
+def declared_size(frame: bytes) -> int:
+    """Content size that a zstd frame's header declares; without one, 2^64 − 1."""
+    try:
+        parameters = zstandard.get_frame_parameters(frame)
+    except zstandard.ZstdError as error:
+        raise CorruptError("not a zstd frame") from error
+    check(parameters.dict_id == 0, "a zstd dictionary")
+    return int(parameters.content_size)
+
+
+def read_metadata(header: trace_pb2.BlockHeader, stored: bytes) -> list[trace_pb2.TraceMetadata]:
+    """The metadata of every trace, with sizes checked."""
+    if len(stored) != header.uncompressed_size_bytes:
+        check(declared_size(stored) == header.uncompressed_size_bytes, "size of the metadata")
+        stored = decompress(stored)
+    parts = [value for number, value in fields_of(stored) if number == 1 and isinstance(value, bytes)]
+    check(len(parts) == header.trace_count, "number of traces in the metadata")
+    fields = sum(1 for part in parts for _ in fields_of(part))
+    check(fields <= (1 << 21) + 64 * len(parts), "fields of the metadata")
+    try:
+        traces = list(trace_pb2.BlockMetadata.FromString(stored).traces)
+    except DecodeError as error:
+        raise CorruptError("the metadata do not parse") from error
+    check(sum(len(trace.spans) for trace in traces) <= 1 << 20, "spans")
+    check(sum(len(trace.tags) for trace in traces) <= 1 << 20, "tags")
+    for trace in traces:
+        check(trace.top_k <= 1024, "K")
+        check(trace.prompt_rows == 0 or len(trace.prompt_token_ids) == 1, "a scored prompt's first token")
+    rows = sum(trace.prompt_rows + trace.completion_length for trace in traces)
+    check(rows * max(1, *(trace.top_k for trace in traces)) <= MAX_ENTRIES, "entries of the block")
+    prompt_tokens = sum(trace.prompt_rows + len(trace.prompt_token_ids) for trace in traces)
+    check(prompt_tokens == header.prompt_token_count <= MAX_ENTRIES, "prompt tokens")
+    completion_tokens = sum(trace.completion_length for trace in traces)
+    check(completion_tokens == header.completion_token_count, "completion tokens")
+    return traces
+
+
+def join_traces(messages: list[trace_pb2.TraceMetadata], rows: list[Row], vocabulary: int) -> Iterator[Trace]:
+    """Metadata and rows of every trace."""
+    sampling = trace_pb2.SamplingParams(temperature=1, top_p=1)
+    start = 0
+    for message in messages:
+        if message.HasField("sampling"):
+            sampling = message.sampling
+        else:
+            message.sampling.CopyFrom(sampling)
+        middle = start + message.prompt_rows
+        end = middle + message.completion_length
+        prompt = [*message.prompt_token_ids, *(row.sampled_id for row in rows[start:middle])]
+        check(all(token < vocabulary for token in prompt), "prompt tokens")
+        check(message.finish_reason in (1, 2, 3), "finish reason")
+        last = 0
+        for span in message.spans:
+            check(span.kind in (1, 2, 3) and span.length > 0 and span.start >= last, "span")
+            last = span.start + span.length
+        check(last <= message.completion_length, "span")
+        check(len({tag.key for tag in message.tags}) == len(message.tags), "a tag comes twice")
+        completion = [row.sampled_id for row in rows[middle:end]]
+        yield Trace(message, prompt, completion, rows[start:middle], rows[middle:end])
+        start = end
+
+
+# Code tables ----------------------------------------------------------------------------------------------
+
+
+class BitReader:
+    """The bits of one stream."""
+
+    def __init__(self, data: bytes) -> None:
+        self.data = data
+        self.position = 0
+
+    def bit(self) -> int:
+        check(self.position < 8 * len(self.data), "a stream ends too early")
+        value = self.data[self.position >> 3] >> (self.position & 7) & 1
+        self.position += 1
+        return value
+
+    def plain(self, width: int) -> int:
+        return sum(self.bit() << place for place in range(width))
+
+    def word(self, code: Code) -> int:
+        """The symbol whose code word comes next."""
+        word = 0
+        for length in range(1, 12):
+            word = 2 * word + self.bit()
+            if (length, word) in code:
+                return code[length, word]
+        raise CorruptError("no code word")
+
+    def expect_end(self) -> None:
+        check((self.position + 7) // 8 == len(self.data), "a stream ends too late")
+
+
+Code = dict[tuple[int, int], int]
+"""Symbol of each (length, code word)."""
+
+
+def canonical(lengths: list[int]) -> Code:
+    """The code of some lengths."""
+    check(sum(2 ** (11 - length) for length in lengths if length) <= 2**11, "lengths of no prefix code")
+    code: Code = {}
+    word = 0
+    for length in range(1, 12):
+        for symbol, its_length in enumerate(lengths):
+            if its_length == length:
+                code[length, word] = symbol
+                word += 1
+        word *= 2
+    return code
+
+
+class Tables:
+    """Merge, tail rule, and the codes of entries and numbers."""
+
+    def __init__(self, data: bytes) -> None:
+        reader = ByteReader(data)
+        head = struct.unpack("<BBIhh", reader.take(10))
+        self.merge, self.shift, self.origin, self.base, self.slope = head
+        check(self.merge <= 2 and self.shift <= 31, "merge or shift")
+        self.entry_codes = self.read_codes(reader, (1, 8, 32)[self.merge], 215)
+        self.number_codes = self.read_codes(reader, 21, 125)
+        check(reader.rest() == b"", "bytes behind the tables")
+
+    @staticmethod
+    def read_codes(reader: ByteReader, count: int, symbols: int) -> list[Code]:
+        def nibbles() -> Iterator[int]:
+            while True:
+                byte = reader.take(1)[0]
+                yield byte & 15
+                yield byte >> 4
+
+        nibble = nibbles()
+        codes: list[Code] = []
+        for _ in range(count):
+            lengths: list[int] = []
+            while len(lengths) < symbols:
+                value = next(nibble)
+                check(value <= 12, "a nibble above 12")
+                if value == 12:
+                    lengths += [0] * (symbols - len(lengths))
+                else:
+                    lengths += [0] * (next(nibble) + 1) if value == 0 else [value]
+            check(len(lengths) == symbols, "a run of zeros beyond the code")
+            codes.append(canonical(lengths))
+        return codes
+
+    def tail_step(self, last_level: int) -> int:
+        return min(max(last_level - self.origin, 0) >> self.shift, 7)
+
+
+class Dictionary:
+    """Vocabulary's order and tables."""
+
+    def __init__(self, data: bytes) -> None:
+        if data[:3] == b"LYD" and data[3:4] > b"2":
+            raise NewerError("a dictionary of a newer format")
+        check(data[:4] == b"LYD2" and len(data) <= 3 << 20, "not a dictionary")
+        check(declared_size(data[4:]) <= 4_259_860, "size of the dictionary")
+        reader = ByteReader(decompress(data[4:]))
+        self.vocabulary, c, d, common, table_bytes = struct.unpack("<5I", reader.take(20))
+        check(c == 0 or is_grid(c, d), "c or D")
+        check(1 <= self.vocabulary <= MAX_VOCABULARY and common <= self.vocabulary, "V or common tokens")
+        planes = reader.take(4 * common)
+        tokens: list[int] = []
+        for index in range(common):
+            (difference,) = struct.unpack("<i", planes[index::common])
+            tokens.append(difference + (tokens[-1] if tokens else 0))
+        check(all(0 <= token < self.vocabulary for token in tokens), "a common token outside V")
+        check(len(set(tokens)) == common, "a common token comes twice")
+        self.order = tokens + sorted(set(range(self.vocabulary)) - set(tokens))
+        self.tables = Tables(reader.take(table_bytes))
+        check(reader.rest() == b"", "bytes behind the dictionary's tables")
+
+
+# Alphabets ------------------------------------------------------------------------------------------------
+
+
+def read_number(bits: BitReader, code: Code) -> int:
+    """A number."""
+    symbol = bits.word(code)
+    if symbol == 124:
+        return bits.plain(32)
+    if symbol < 8:
+        return symbol
+    width = (symbol >> 2) - 1
+    return ((4 + (symbol & 3)) << width) + bits.plain(width)
+
+
+def read_gap(bits: BitReader, gap_class: int) -> int:
+    """A gap, or a token code below 2048."""
+    if gap_class < 4:
+        return gap_class
+    width = (gap_class >> 1) - 1
+    return ((2 + (gap_class & 1)) << width) + bits.plain(width)
+
+
+def read_token_code(bits: BitReader, token_class: int) -> int:
+    """A token code of a token class."""
+    if token_class < 22:
+        return read_gap(bits, token_class)
+    if token_class < 24:
+        return 2048 + token_class - 22
+    width = token_class - 23
+    return 2048 + (1 << width) + bits.plain(width)
+
+
+def unzigzag(number: int) -> int:
+    """The integer behind a number."""
+    return -(number >> 1) - 1 if number & 1 else number >> 1
+
+
+# Rows -----------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Entries:
+    """A row's levels and token codes, then its tokens."""
+
+    levels: list[int]
+    token_codes: list[int]
+    token_ids: list[int]
+
+
+class RowsPart:
+    """The part of a payload that holds the rows."""
+
+    def __init__(
+        self, reader: ByteReader, mode: int, dictionary: Dictionary | None, widths: list[int]
+    ) -> None:
+        self.widths = widths
+        self.flags = reader.take(1)[0]
+        if self.flags > 31:
+            raise NewerError(f"flags {self.flags:#x}; this reader knows 0x1f")
+        self.vocabulary = reader.varint()
+        check(1 <= self.vocabulary <= MAX_VOCABULARY, "V")
+        self.scale = read_scale(reader, mode)
+        self.order: list[int] | range = range(self.vocabulary)
+        if self.flags & 16 or not self.flags & 1:
+            check(dictionary is not None, "a dictionary is needed, and the header names none")
+            assert dictionary is not None
+            check(dictionary.vocabulary == self.vocabulary, "the dictionary is of another V")
+            self.order = dictionary.order if self.flags & 16 else self.order
+            self.tables = dictionary.tables
+        if self.flags & 1:
+            self.tables = Tables(reader.take(reader.varint()))
+        sizes = [reader.varint() for _ in range(4 if self.flags & 8 else 1)]
+        self.numbers = BitReader(reader.take(sizes[0]))
+        lanes = [reader.take(size) for size in sizes[1:]]
+        lanes.append(reader.rest())
+        self.lanes = [BitReader(lane) for lane in lanes]
+        check(len(widths) <= 8 * sizes[0], "more rows than bits")
+        self.lane_bits = 8 * sum(map(len, lanes))
+
+    def column(self, count: int, code: int) -> list[int]:
+        return [read_number(self.numbers, self.tables.number_codes[code]) for _ in range(count)]
+
+    def plain(self, count: int, width: int) -> list[int]:
+        return [self.numbers.plain(width) for _ in range(count)]
+
+    def read(self) -> list[Row]:
+        count = len(self.widths)
+        kept = self.column(count, KEPT_CODE) if self.flags & 2 else self.widths
+        check(all(k <= width for k, width in zip(kept, self.widths, strict=True)), "KEPT above K")
+        check(sum(kept) <= self.lane_bits, "more entries than bits")
+        sampled = self.column(count, SAMPLED_CODE)
+        check(all(j <= k for j, k in zip(sampled, kept, strict=True)), "SAMPLED above KEPT")
+        outside = self.column(sampled.count(0), OUTSIDE_CODE)
+        check(all(rank < self.vocabulary for rank in outside), "OUTSIDE beyond V")
+        from_logits = self.scale.kind in (BF16_LOGITS, FP16_LOGITS)
+        first = self.column(count if from_logits else 0, FIRST_CODE)
+        logit = self.column(count if from_logits else 0, LOGIT_CODE)
+        apart = bool(self.flags & 4)
+        loose = [float_of(bits) for bits in self.plain(count if apart else len(outside), 32)]
+        mantissas = self.plain(len(first), 23)
+        if from_logits:
+            self.scale.tops = [self.scale.top_place(number) for number in logit]
+            self.scale.firsts = [
+                float_of((383 - unzigzag(upper)) % 512 << 23 | lower)
+                for upper, lower in zip(first, mantissas, strict=True)
+            ]
+        rows: list[Row] = []
+        outside_ids, loose_logprobs = iter([self.order[rank] for rank in outside]), iter(loose)
+        for row, entries in enumerate(self.read_lanes(kept)):
+            logprobs = [self.scale.logprob(row, level) for level in entries.levels]
+            j = sampled[row]
+            sampled_id = entries.token_ids[j - 1] if j else next(outside_ids)
+            sampled_logprob = next(loose_logprobs) if apart or not j else logprobs[j - 1]
+            check(
+                all(logprob <= 0.01 for logprob in [*logprobs, sampled_logprob]), "a logprob NaN or above 0"
+            )
+            tail_mass = self.read_tail(entries.levels, logprobs)
+            check(-0.01 <= tail_mass <= 1.01, "a tail mass NaN or outside 0 to 1")
+            rows.append(Row(entries.token_ids, logprobs, tail_mass, sampled_id, sampled_logprob))
+        self.numbers.expect_end()
+        return rows
+
+    def read_lanes(self, kept: list[int]) -> Iterator[Entries]:
+        """Every row, with its tokens from the list of recent ones."""
+        recent: list[int] = []
+        for row, count in enumerate(kept):
+            entries = self.read_entries(self.lanes[row % len(self.lanes)], count)
+            before = len(recent)
+            for token_code in entries.token_codes:
+                if token_code < 2048:
+                    check(token_code < before, "a distance behind the list's begin")
+                    entries.token_ids.append(recent[before - 1 - token_code])
+                else:
+                    check(token_code - 2048 < self.vocabulary, "a rank beyond V")
+                    entries.token_ids.append(self.order[token_code - 2048])
+            for i in range(count - 1, -1, -1):
+                if entries.token_codes[i] >= 64:
+                    recent.append(entries.token_ids[i])
+            yield entries
+        for lane in self.lanes:
+            lane.expect_end()
+
+    def read_entries(self, bits: BitReader, count: int) -> Entries:
+        """Levels and token codes of a row."""
+        entries = Entries([], [], [])
+        level = token_code = 0
+        for i in range(count):
+            bucket = min(i.bit_length(), 7)
+            octave = sum(token_code >= bound for bound in (64, 512, 4096)) if i else 0
+            codes = self.tables.entry_codes
+            symbol = bits.word(codes[(0, bucket, 4 * bucket + octave)[self.tables.merge]])
+            if symbol == 214:
+                symbol = bits.plain(8)
+                check(symbol < 214, "an escape to a symbol that is not there")
+            if symbol < 42:
+                check(i > 0, "a gap in a first entry")
+                token_code += 1 + read_gap(bits, symbol)
+            else:
+                step, token_class = divmod(symbol - 42, 43)
+                check(i == 0 or step > 0, "a step of 0 behind the first entry")
+                token_code = read_token_code(bits, token_class)
+                if step == 3:
+                    step += read_number(bits, self.tables.number_codes[bucket])
+                level += step
+            check(level <= self.scale.largest_level, "a level above the largest")
+            entries.levels.append(level)
+            entries.token_codes.append(token_code)
+        return entries
+
+    def read_tail(self, levels: list[int], logprobs: list[float]) -> float:
+        """A row's tail mass."""
+        step = self.tables.tail_step(levels[-1] if levels else 0)
+        number = read_number(self.numbers, self.tables.number_codes[TAIL_CODE + step])
+        if self.scale.kind == GRID:
+            if number == 0:
+                return 0.0
+            level = self.tables.base + self.tables.slope * step + unzigzag(number - 1)
+            check(0 <= level <= self.scale.largest_level, "a tail mass outside its grid")
+            return float32(math.exp(self.scale.logprob(0, level)))
+        prediction = 0.0
+        if self.scale.kind != COUNTS:
+            rest = 1.0
+            for logprob in logprobs:
+                rest = rest - exponential(logprob)
+            prediction = float32(max(rest, 0.0))
+        return float_of((bits_of(prediction) + unzigzag(number)) % 2**32)
+
+
+def exponential(x: float) -> float:
+    """e^x in a fixed order of operations."""
+    if x < -700:
+        return 0.0
+    n = round(x * 1.4426950408889634)
+    r = (x - n * 0.6931471803691238) - n * 1.9082149292705877e-10
+    s = 1.0
+    for term in range(13, 0, -1):
+        s = 1.0 + (s * r) / term
+    return s * 2.0**n
+
+
+# Scales ---------------------------------------------------------------------------------------------------
+
+
+def float_of(bits: int) -> float:
+    """The float32 with these bits."""
+    return float(struct.unpack("<f", struct.pack("<I", bits))[0])
+
+
+def bits_of(number: float) -> int:
+    """The bits of a float32."""
+    return int(struct.unpack("<I", struct.pack("<f", number))[0])
+
+
+def float32(number: float) -> float:
+    """Rounded to float32. Sums of two float32 may be rounded to float64 before: nothing is rounded twice."""
+    try:
+        return float(struct.unpack("<f", struct.pack("<f", number))[0])
+    except OverflowError:
+        return math.copysign(math.inf, number)
+
+
+@dataclass
+class Scale:
+    """How levels become logprobs."""
+
+    kind: int
+    largest_level: int = 2**32 - 1
+    c: float = 0.0
+    d: float = 0.0
+    draws: int = 0
+    tops: list[int] | None = None
+    firsts: list[float] | None = None
+
+    @property
+    def shift(self) -> int:
+        return 23 - (7 if self.kind == BF16_LOGITS else 10)
+
+    def top_place(self, number: int) -> int:
+        if number < 4096:
+            return bits_of(number / 2) >> self.shift
+        place = number - 4096 - 2**20
+        check(abs(place) < 2 ** (31 - self.shift), "a top logit that is no number")
+        return place
+
+    def logit_at(self, place: int) -> float:
+        return float_of((place < 0) << 31 | (abs(place) << self.shift) % 2**31)
+
+    def logprob(self, row: int, level: int) -> float:
+        if self.kind == GRID:
+            knee_level = 2 / self.c - 2 / self.d
+            if level < knee_level:
+                return float32(2 * math.log1p(-level * self.c / 2))
+            return float32(2 * math.log(self.c / self.d) - (level - knee_level) * self.d)
+        if self.kind == BITS:
+            return float_of(level if level >= 2**31 else 2**31 - 1 - level)
+        if self.kind == COUNTS:
+            return float32(math.log((self.draws - level) / self.draws))
+        assert self.tops is not None
+        assert self.firsts is not None
+        top = self.tops[row]
+        gap = float32(self.logit_at(top - level) - self.logit_at(top))
+        return float32(gap + self.firsts[row])
+
+
+def is_grid(c: int, d: int) -> bool:
+    """Whether c and D, as integers, are within their bounds."""
+    return 200 <= c <= 500_000 and 400 <= d <= 500_000 and c <= 10 * d
+
+
+def read_scale(reader: ByteReader, mode: int) -> Scale:
+    """The scale that a block names."""
+    kind = reader.take(1)[0]
+    if kind > COUNTS:
+        raise NewerError(f"scale {kind}; this reader knows 0 to 4")
+    suits = {EXACT: (BITS, BF16_LOGITS, FP16_LOGITS), SAMPLED: (COUNTS,)}.get(mode, (GRID,))
+    check(kind in suits, "a scale that does not suit the mode")
+    if kind == GRID:
+        c, d = reader.varint(), reader.varint()
+        check(is_grid(c, d), "c or D")
+        return Scale(kind, 65_535, c * 1e-6, d * 1e-5)
+    if kind == COUNTS:
+        draws = reader.varint()
+        check(1 <= draws <= 65_536, "draws")
+        return Scale(kind, draws - 1, draws=draws)
+    return Scale(kind)
