@@ -335,6 +335,8 @@ def report_pieces(bench: Bench) -> float:
         for name, blocks in group_for_training(bench).items()
     }
     best = min(measured, key=lambda name: measured[name].small + measured[name].large)
+    overhead = measured[best].overhead
+    measured["none"] = measure_pieces(Coder(spec, bench.vocab_size), single, sixteen)
     head = (
         "dictionary trained on",
         f"bits/token\nat {_PIECE}",
@@ -357,7 +359,7 @@ def report_pieces(bench: Bench) -> float:
         for name, cost in measured.items()
     ]
     print_table(head, rows)
-    return measured[best].overhead
+    return overhead
 
 
 def measure_pieces(coder: Coder, small: Blocks, large: Blocks) -> PieceCost:

@@ -26,7 +26,6 @@ import numpy.typing as npt
 from codec_corpus import (
     Corpus,
     build_traces,
-    count_tokens,
     cut_trace,
     gather_rows,
     group_traces,
@@ -40,6 +39,8 @@ from codec_tables import print_table
 from lynearm.wire.specs import CodecSpec
 from lynearm.wire.traces import Trace
 
+IntRow = npt.NDArray[np.int64]
+
 _ROOT = Path(__file__).resolve().parents[1]
 _DATA = _ROOT.parent / "shared" / "data"
 _TEMPERATURE = 1.3
@@ -48,8 +49,6 @@ _BATCHES = {"smollm2": 4, "small-llama": 6}
 """Enough answers that a test split fills a block of 4,096 positions."""
 
 _LENGTH = 96
-IntRow = npt.NDArray[np.int64]
-
 _END_OF_TEXT = "<|endoftext|>"
 _CODECS = (CodecSpec("standard", 64), CodecSpec("standard", 64, min_probability=1e-3))
 
@@ -225,7 +224,7 @@ def report(corpus: Corpus) -> None:
 def _blocks(traces: list[Trace], tokens: int) -> list[list[Trace]]:
     if tokens >= 256:
         return group_traces(traces, tokens)
-    return [[piece] for trace in traces for piece in cut_trace(trace, tokens) if count_tokens([piece])]
+    return [[piece] for trace in traces for piece in cut_trace(trace, tokens)]
 
 
 if __name__ == "__main__":

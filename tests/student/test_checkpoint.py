@@ -28,7 +28,7 @@ from lynearm.student.model import StudentModel, load_student
 from lynearm.student.optimization import Optimization
 from lynearm.student.progress import EvaluationRecord, StepRecord
 from lynearm.wire.errors import CheckpointError
-from lynearm.wire.traces import Cursor, Trace
+from lynearm.wire.traces import Cursor, TopK, Trace
 
 RECORD = StepRecord(3, 0, 0.1 + 0.2, 0.3, 0.4, 99, 1e-3, 2.5)
 STATE = TrainState(
@@ -167,16 +167,19 @@ def test_a_model_that_cannot_be_loaded_is_refused(tmp_path: Path, student_dir: P
 
 
 def test_many_held_out_traces_span_several_blocks(tmp_path: Path, traces: list[Trace]) -> None:
+    generator = np.random.default_rng(0)
+    every_id = np.tile(np.arange(384, dtype=np.int32), (8000, 1))
     long = [
         replace(
             trace,
-            completion_token_ids=np.resize(trace.completion_token_ids, 6000),
-            sampled_logprobs=np.resize(trace.sampled_logprobs, 6000),
-            top_k=replace(
-                trace.top_k,
-                token_ids=np.resize(trace.top_k.token_ids, (6000, 64)),
-                logprobs=np.sort(np.resize(trace.top_k.logprobs, (6000, 64)))[:, ::-1].copy(),
-                tail_mass=np.zeros(6000, np.float32),
+            completion_token_ids=np.resize(trace.completion_token_ids, 8000),
+            sampled_logprobs=np.resize(trace.sampled_logprobs, 8000),
+            top_k=TopK(
+                token_ids=generator.permuted(np.tile(np.arange(384, dtype=np.int32), (8000, 1)), axis=1)[
+                    :, :96
+                ],
+                logprobs=np.sort(generator.normal(-9, 1, (8000, 96)).astype(np.float32))[:, ::-1].copy(),
+                tail_mass=np.zeros(8000, np.float32),
             ),
         )
         for trace in traces[:3]

@@ -59,7 +59,9 @@ def ray_here() -> Iterator[None]:
 
 def count_traces(target: str) -> Counter[str]:
     with TraceClient(target) as client, client.subscribe("lessons", follow=False) as blocks:
-        return Counter(trace.prompt_id for block in blocks for trace in decode_block(block.block))
+        dictionaries = client.dictionaries("lessons")
+        decoded = (decode_block(block.block, dictionaries=dictionaries) for block in blocks)
+        return Counter(trace.prompt_id for traces in decoded for trace in traces)
 
 
 @pytest.mark.slow

@@ -31,7 +31,8 @@ def make_spec(engine: TeacherEngine) -> StreamSpec:
 
 def read_all(target: str) -> list[Trace]:
     with TraceClient(target) as client, client.subscribe("lessons", follow=False) as blocks:
-        return [trace for block in blocks for trace in decode_block(block.block)]
+        dictionaries = client.dictionaries("lessons")
+        return [trace for block in blocks for trace in decode_block(block.block, dictionaries=dictionaries)]
 
 
 @pytest.fixture

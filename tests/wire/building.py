@@ -52,9 +52,7 @@ def build_trace(
         "finish_reason": "stop",
     }
     if prompt_rows:
-        scored, ids, logprobs = draw_rows(
-            rng, prompt - 1, k, vocab_size=vocab_size, slope=slope, dtype=dtype
-        )
+        scored, ids, logprobs = draw_rows(rng, prompt - 1, k, vocab_size=vocab_size, slope=slope, dtype=dtype)
         fields |= {
             "prompt_token_ids": np.concatenate([prompt_token_ids[:1], ids]),
             "prompt_top_k": scored,

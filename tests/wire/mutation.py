@@ -124,8 +124,12 @@ def spoil_block(pieces: Pieces, others: list[Pieces], rng: Random) -> bytes:
         for _ in range(rng.randint(1, 3)):
             tables[int(rng.random() * len(tables))] ^= rng.randint(1, 15) << 4 * rng.randint(0, 1)
         return put_together(dataclasses.replace(pieces, tables=bytes(tables)))
-    if kind < 0.83:
+    if kind < 0.81:
         return put_together(_spoil_metadata(pieces, rng))
+    if kind < 0.82:
+        return _spoil_frame(pieces, rng)
+    if kind < 0.83:
+        return spoil_bytes(put_together(pieces), rng)
     if kind < 0.93:
         return put_together(_splice(pieces, others[int(rng.random() * len(others))], rng))
     return put_together(_lie(pieces, rng))
@@ -142,6 +146,18 @@ def _spoil_metadata(pieces: Pieces, rng: Random) -> Pieces:
     return dataclasses.replace(pieces, metadata=metadata, header=header)
 
 
+def _spoil_frame(pieces: Pieces, rng: Random) -> bytes:
+    """The block with its metadata in a zstd frame, spoiled, or of a spoiled content."""
+    frame = zstandard.ZstdCompressor(level=1).compress(pieces.metadata)
+    if rng.random() < 0.5:
+        frame = spoil_bytes(frame, rng)
+    else:
+        frame = zstandard.ZstdCompressor(level=1).compress(spoil_bytes(pieces.metadata, rng))
+    size = len(pieces.metadata) + rng.choice((0, 0, 0, 1, -1, 1 << 20))
+    header = dataclasses.replace(pieces.header, uncompressed_size_bytes=max(size, 1))
+    return rejoin(header, varint(len(frame)) + frame + write_rows_part(pieces))
+
+
 def _splice(pieces: Pieces, other: Pieces, rng: Random) -> Pieces:
     kind = rng.randrange(6)
     if kind == 0:
@@ -154,7 +170,9 @@ def _splice(pieces: Pieces, other: Pieces, rng: Random) -> Pieces:
         return dataclasses.replace(pieces, metadata=other.metadata, header=other.header)
     if kind == 4:
         return dataclasses.replace(
-            pieces, scale=other.scale, header=dataclasses.replace(pieces.header, codec_mode=other.header.codec_mode)
+            pieces,
+            scale=other.scale,
+            header=dataclasses.replace(pieces.header, codec_mode=other.header.codec_mode),
         )
     digest = other.header.dictionary_digest
     return dataclasses.replace(pieces, header=dataclasses.replace(pieces.header, dictionary_digest=digest))

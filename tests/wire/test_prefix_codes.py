@@ -19,7 +19,13 @@ from lynearm.wire.code_tables import (
 )
 from lynearm.wire.errors import CorruptBlockError
 from lynearm.wire.kernels import LOOKAHEAD_BYTES, read_fixed, read_numbers, write_fixed, write_numbers
-from lynearm.wire.prefix_codes import MAX_CODE_LENGTH, canonical_codes, check_lengths, code_lengths, fill_table
+from lynearm.wire.prefix_codes import (
+    MAX_CODE_LENGTH,
+    canonical_codes,
+    check_lengths,
+    code_lengths,
+    fill_table,
+)
 
 COUNTS = st.lists(
     st.one_of(st.just(0), st.integers(0, 5), st.integers(0, 1 << 40)), min_size=1, max_size=216
@@ -99,7 +105,14 @@ def test_tables_come_back_from_their_bytes(merge: int, density: float, with_esca
     np.testing.assert_array_equal(decoded.step_lengths, tables.step_lengths)
     np.testing.assert_array_equal(decoded.number_lengths, tables.number_lengths)
     assert decoded.to_bytes() == encoded
-    for spoilt in (encoded[:-1], encoded[: len(encoded) // 2], encoded[:9], b"", encoded + b"\0", encoded * 2):
+    for spoilt in (
+        encoded[:-1],
+        encoded[: len(encoded) // 2],
+        encoded[:9],
+        b"",
+        encoded + b"\0",
+        encoded * 2,
+    ):
         with pytest.raises(CorruptBlockError):
             CodeTables.from_bytes(spoilt)
 

@@ -50,6 +50,7 @@ class Tail:
         self._client = client
         self._stream = stream
         self._as_json = as_json
+        self._dictionaries = client.dictionaries(stream, wait=True)
         self._console = Console(highlight=False, soft_wrap=False)
         self._next_offset = 0
         self._traces = 0
@@ -95,7 +96,7 @@ class Tail:
 
     def _print_block(self, received: ReceivedBlock, limit: float) -> bool:
         """Print a block's traces; whether the limit is reached."""
-        for index, trace in enumerate(decode_block(received.block)):
+        for index, trace in enumerate(decode_block(received.block, dictionaries=self._dictionaries)):
             if self._as_json:
                 print_json({"offset": received.offset, "trace_index": index, **_fields(trace)})
             else:

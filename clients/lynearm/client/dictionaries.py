@@ -6,7 +6,7 @@ import threading
 from collections import OrderedDict
 
 from lynearm.client.trace_client import TraceClient
-from lynearm.wire.errors import InvalidInputError
+from lynearm.wire.errors import InvalidInputError, ServiceUnavailableError
 
 DEFAULT_CAPACITY = 4
 """A stream's blocks name one for long stretches; at most 3 MiB each."""
@@ -22,17 +22,21 @@ class DictionaryCache:
         client: Of the service that keeps the stream; must stay open.
         stream: Name of the stream.
         capacity: Dictionaries to remember; those used last stay.
+        wait: For a service that is away, as long as it takes; otherwise say so.
 
     Raises:
         InvalidInputError: if `capacity` is below 1.
     """
 
-    def __init__(self, client: TraceClient, stream: str, *, capacity: int = DEFAULT_CAPACITY) -> None:
+    def __init__(
+        self, client: TraceClient, stream: str, *, capacity: int = DEFAULT_CAPACITY, wait: bool = False
+    ) -> None:
         if capacity < 1:
             raise InvalidInputError(f"capacity is {capacity}, expected at least 1")
         self._client = client
         self._stream = stream
         self._capacity = capacity
+        self._wait = wait
         # Held while the service answers; those who find what they need pass by.
         self._fetching = threading.Lock()
         self._guard = threading.Lock()
@@ -50,9 +54,18 @@ class DictionaryCache:
         with self._fetching:
             dictionary = self._recall(digest)
             if dictionary is None:
-                dictionary = self._client.get_dictionary(self._stream, digest)
+                dictionary = self._fetch(digest)
                 self._remember(digest, dictionary)
             return dictionary
+
+    def _fetch(self, digest: bytes) -> bytes:
+        while True:
+            try:
+                return self._client.get_dictionary(self._stream, digest)
+            except ServiceUnavailableError:
+                if not self._wait:
+                    raise
+            self._client.wait_until_ready()
 
     def _recall(self, digest: bytes) -> bytes | None:
         with self._guard:

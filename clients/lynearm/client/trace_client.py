@@ -6,7 +6,7 @@ import math
 import time
 from collections.abc import Callable, Iterator
 from types import TracebackType
-from typing import Literal, Self, TypeVar
+from typing import TYPE_CHECKING, Literal, Self, TypeVar
 
 import grpc
 
@@ -19,6 +19,9 @@ from lynearm.wire.errors import CorruptBlockError, InvalidInputError, ServiceUna
 from lynearm.wire.frames import parse_fetch_response
 from lynearm.wire.protobuf import StreamInfo, spec_to_proto, stream_from_proto
 from lynearm.wire.specs import StreamSpec, check_name
+
+if TYPE_CHECKING:
+    from lynearm.wire.dictionaries import DictionaryReader
 
 DEFAULT_TARGET = "127.0.0.1:7411"
 
@@ -197,6 +200,19 @@ class TraceClient:
                 "fetch it again; if that does not help, it is damaged on the server's disk",
             )
         return dictionary
+
+    def dictionaries(self, stream: str, *, wait: bool = False) -> DictionaryReader:
+        """What `decode_block` needs to read a stream's blocks: its dictionaries, each fetched once.
+
+        Args:
+            stream: Name of the stream.
+            wait: For a service that is away, as long as it takes; otherwise the decoding fails.
+        """
+        # The codec is compiled code, which takes a second to load: only readers of blocks pay for it.
+        from lynearm.client.dictionaries import DictionaryCache
+        from lynearm.wire.dictionaries import DictionaryReader
+
+        return DictionaryReader(DictionaryCache(self, check_name(stream), wait=wait))
 
     def finished_prompts(self, stream: str) -> set[str]:
         """Ids of the prompts that committed blocks have finished.

@@ -204,7 +204,12 @@ class _Demo:
         with TraceClient(self._heard.address) as client:
             stream = client.get_stream(STREAM)
             blocks = client.fetch(STREAM, 0, stream.next_offset)
-            traces = [trace for received in blocks for trace in decode_block(received.block)]
+            dictionaries = client.dictionaries(STREAM)
+            traces = [
+                trace
+                for received in blocks
+                for trace in decode_block(received.block, dictionaries=dictionaries)
+            ]
         held_out = [trace for trace in traces if trace.tags.get("split") == "held_out"]
         by_id = {trace.prompt_id: trace for trace in held_out or traces}
         of_each_topic: dict[str, Trace] = {}

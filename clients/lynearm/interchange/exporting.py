@@ -38,13 +38,14 @@ def export_parquet(
     started = time.monotonic()
     info = client.get_stream(stream)
     traces = tokens = blocks = size_bytes = 0
+    dictionaries = client.dictionaries(stream, wait=True)
     with ParquetTraceWriter(path, info.spec, overwrite=overwrite) as writer:
         with (
             client.subscribe(stream, start=0, follow=False) as subscription,
             stop_on_interrupt(wake=subscription.close) as interrupted,
         ):
             for received in subscription:
-                decoded = decode_block(received.block)
+                decoded = decode_block(received.block, dictionaries=dictionaries)
                 writer.write(decoded)
                 blocks += 1
                 traces += len(decoded)

@@ -260,10 +260,10 @@ def _check_rows(traces: Sequence[Trace], rows: Positions, vocab_size: int) -> No
         f"{name} above 0": array.size == 0 or float(array.max()) <= ROUNDING
         for name, array in logprobs.items()
     }
-    # Compared, not subtracted: −inf − −inf is NaN.
-    checks["rows that are not sorted by logprob, descending"] = not (
-        rows.logprobs[:, 1:] > rows.logprobs[:, :-1]
-    ).any()
+    # Compared, not subtracted: −inf − −inf is NaN. NaN itself compares as false.
+    checks["rows that are not sorted by logprob, descending"] = bool(
+        (rows.logprobs[:, 1:] <= rows.logprobs[:, :-1]).all()
+    )
     tail = rows.tail_mass
     checks["tail masses outside 0..1"] = tail.size == 0 or (
         float(tail.min()) >= -ROUNDING and float(tail.max()) <= 1 + ROUNDING

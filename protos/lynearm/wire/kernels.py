@@ -337,7 +337,9 @@ def read_numbers(
         open_bits = (word & ((U64(1) << total) - U64(1))) >> ((entry >> U64(6)) & U64(15))
         numbers[index] = (entry >> U64(10)) + open_bits
         position += total
-    return -1 if position > end else int(position)
+    # Of int64 and uint64, numba would make a float.
+    behind: Scalar = np.int64(position)
+    return -1 if position > end else behind
 
 
 @compiled
@@ -351,7 +353,7 @@ def read_fixed(stream: Uint8Array, bit: int, end_bit: int, width: int, numbers: 
     for index in range(numbers.size):
         numbers[index] = (load64(stream_at + (position >> U64(3))) >> (position & U64(7))) & mask
         position += U64(width)
-    return int(position)
+    return bit + numbers.size * width
 
 
 @inlined
@@ -412,6 +414,7 @@ def read_rows(
     bucket_of_rank: Uint8Array,
     token_of_rank_V: Int32Array,
     max_level: int,
+    scratch: Uint64Array,
     token_ids_NK: Int32Array,
     levels_NK: Uint32Array,
 ) -> bool:
@@ -433,6 +436,9 @@ def read_rows(
         bucket_of_rank: Shape [≥ K].
         token_of_rank_V: The vocabulary's order.
         max_level: Largest level allowed.
+        scratch: For token code and level of the entries of four rows, shape [≥ 4 K]. The caller's: numba
+            frees an array of a compiled function's own after its last use by name, which is not its last
+            use by address.
         token_ids_NK: Filled; 0 where a row keeps less than K entries.
         levels_NK: Filled where there are entries.
 
@@ -443,8 +449,6 @@ def read_rows(
     plain_at, long_steps_at = address_of(plain), address_of(long_steps)
     by_bucket, by_octave = U64(bucket_stride), U64(octave_stride)
     width = U64(token_ids_NK.shape[1])
-    # Token code and level of the entries of four rows, rank-major.
-    scratch = np.zeros(4 * max(token_ids_NK.shape[1], 1), np.uint64)
     scratch_at = address_of(scratch)
     lanes = U64(starts.size)
     count = U64(kept_N.size)
@@ -564,8 +568,8 @@ def look_up(levels_NK: Uint32Array, kept_N: Uint32Array, table: Float32Array, ou
 def predict_tails(logprobs_NK: Float32Array, kept_N: Uint32Array, tails_N: Float32Array) -> None:
     """Fill in 1 − Σ p of each row, at least 0, the same to the bit on every machine.
 
-    Additions, products and one division by a power of two, in this order and in float64, without fused
-    operations: library exponentials differ between machines.
+    Sums, products and quotients of float64, in this order and never fused: library exponentials differ
+    between machines.
     """
     for t in range(kept_N.size):
         rest = 1.0

@@ -12,7 +12,7 @@ from google.protobuf.message import DecodeError
 
 from lynearm.v1 import trace_pb2
 from lynearm.wire.errors import CodecError, CorruptBlockError
-from lynearm.wire.jit import compiled
+from lynearm.wire.jit import Scalar, compiled
 from lynearm.wire.specs import MAX_TOP_K
 from lynearm.wire.traces import FinishReason, Int32Array, SamplingParams, SpanKind, TokenSpan, Trace
 
@@ -278,7 +278,7 @@ def _varint_at(data: npt.NDArray[np.uint8], at: int, end: int) -> tuple[int, int
     for index in range(10):
         if at + index >= end:
             return 0, -1
-        byte = np.int64(data[at + index])
+        byte: Scalar = np.int64(data[at + index])
         value |= (byte & 0x7F) << (7 * index)
         if byte < 0x80:
             return value, at + index + 1

@@ -364,6 +364,7 @@ def read_positions(
         BUCKET_OF_RANK,
         order.token_of_rank,
         _max_level(scale),
+        np.empty(4 * width, np.uint64),
         token_ids,
         levels,
     )

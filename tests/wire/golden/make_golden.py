@@ -67,9 +67,7 @@ def said(**rows_of_trace: Any) -> Trace:
         "finish_reason": "length",
         "sample_index": 3,
         "spans": (TokenSpan("reasoning", 0, 2), TokenSpan("answer", 3, 5)),
-        "sampling": SamplingParams(
-            temperature=0.5, top_p=0.95, top_k=40, min_p=0.05, max_tokens=5, seed=7
-        ),
+        "sampling": SamplingParams(temperature=0.5, top_p=0.95, top_k=40, min_p=0.05, max_tokens=5, seed=7),
         "tags": {"set": "a", "": "leer"},
         "completion_text": "hi 日本",
     }
@@ -78,9 +76,7 @@ def said(**rows_of_trace: Any) -> Trace:
 
 def silent(**rows_of_trace: Any) -> Trace:
     """A trace that says as little as it may."""
-    return Trace(
-        prompt_id="", prompt_token_ids=np.zeros(0, np.int32), finish_reason="stop", **rows_of_trace
-    )
+    return Trace(prompt_id="", prompt_token_ids=np.zeros(0, np.int32), finish_reason="stop", **rows_of_trace)
 
 
 def any_rows() -> list[Trace]:
@@ -145,7 +141,7 @@ def encode(traces: list[Trace], mode: str) -> Iterator[tuple[str, bytes, bytes]]
     """Suffix, block and dictionary."""
     any_mode: Any = mode
     if FORMAT_VERSION == 1:
-        yield "", codec.encode_block(traces, **{"mode": any_mode}, vocab_size=VOCAB_SIZE), b""
+        yield "", codec.encode_block(traces, mode=any_mode, vocab_size=VOCAB_SIZE), b""
         return
     from lynearm.wire.codec import train_dictionary
     from lynearm.wire.specs import CodecSpec
@@ -199,7 +195,9 @@ def floats(values: npt.NDArray[np.float32] | None) -> list[float | str]:
 def write_json(path: Path, traces: Sequence[dict[str, Any]]) -> None:
     """One line for each field of each trace."""
     lines = [
-        ",\n".join(f"    {json.dumps(key)}: {json.dumps(value, ensure_ascii=False)}" for key, value in one.items())
+        ",\n".join(
+            f"    {json.dumps(key)}: {json.dumps(value, ensure_ascii=False)}" for key, value in one.items()
+        )
         for one in traces
     ]
     path.write_text("[\n" + ",\n".join(f"  {{\n{one}\n  }}" for one in lines) + "\n]\n")

@@ -17,6 +17,7 @@ from typing import Self
 
 from lynearm.client import ReceivedBlock
 from lynearm.wire.codec import decode_block
+from lynearm.wire.dictionaries import DictionaryReader
 from lynearm.wire.errors import CorruptBlockError
 from lynearm.wire.traces import Cursor, Trace
 
@@ -53,6 +54,7 @@ class TraceReader:
         blocks: A subscription that begins at `start.offset`, or any other blocks in offset order.
         start: First trace to give.
         prefetch_blocks: Decoded blocks that may wait.
+        dictionaries: Finds the codec dictionaries that blocks need.
         on_close: Called by `close`; has to end an iteration over `blocks` that waits.
     """
 
@@ -62,9 +64,11 @@ class TraceReader:
         *,
         start: Cursor,
         prefetch_blocks: int,
+        dictionaries: DictionaryReader | None = None,
         on_close: Callable[[], None] = lambda: None,
     ) -> None:
         self._blocks = blocks
+        self._dictionaries = dictionaries
         self._on_close = on_close
         self._start = start
         self._decoded: queue.Queue[_Decoded | _Failed | None] = queue.Queue(prefetch_blocks)
@@ -141,7 +145,7 @@ class TraceReader:
 
     def _decode(self, received: ReceivedBlock) -> tuple[PositionedTrace, ...]:
         try:
-            traces = decode_block(received.block)
+            traces = decode_block(received.block, dictionaries=self._dictionaries)
         except CorruptBlockError as error:
             raise CorruptBlockError(f"block {received.offset}: {error.message}", error.remedy) from error
         last = len(traces) - 1

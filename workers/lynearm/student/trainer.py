@@ -148,6 +148,7 @@ class _Run:
                 subscription,
                 start=start,
                 prefetch_blocks=self._config.prefetch_blocks,
+                dictionaries=client.dictionaries(self._config.stream, wait=True),
                 on_close=subscription.close,
             ) as reader,
         ):

@@ -8,15 +8,24 @@ from __future__ import annotations
 import hashlib
 import logging
 import os
+import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeAlias
 
 import numpy as np
+import numpy.typing as npt
 
 from lynearm.teacher.config import TeachConfig
-from lynearm.teacher.logprob_arrays import LogprobRows, collect_as_arrays, top_k_from_rows
+from lynearm.teacher.draws import draw_rows
+from lynearm.teacher.logprob_arrays import (
+    LogprobRows,
+    RowArrays,
+    collect_as_arrays,
+    rows_of,
+    top_k_from_rows,
+)
 from lynearm.teacher.tokenizer import PromptTokenizer, describe_tokenizer, end_tokens
 from lynearm.wire.errors import ConfigError, MissingDependencyError, TeacherError
 from lynearm.wire.specs import TeacherSpec, TokenizerSpec
@@ -69,7 +78,9 @@ class TeacherEngine:
         set_engine_environment(config)
         engine_args, llm_engine, self._vllm_version = _import_vllm()
         self._config = config
-        self._restore = collect_as_arrays() if arrays else None
+        self._generator = np.random.default_rng(config.seed)
+        self._restore = collect_as_arrays(self._draw if config.draws else None) if arrays else None
+        _shield_llvmlite()
         try:
             arguments = _engine_arguments(config)
             self._engine: Untyped = llm_engine.from_engine_args(engine_args(**arguments))
@@ -79,7 +90,9 @@ class TeacherEngine:
         model_config: Untyped = self._engine.model_config
         self.vocab_size = int(model_config.get_vocab_size())
         self.max_model_len = int(model_config.max_model_len)
-        self.top_k = min(config.top_k, self.vocab_size)
+        self.top_k = min(config.draws or config.top_k, self.vocab_size)
+        """Entries of a row at most."""
+        self._logprob_count = self.vocab_size if config.draws else self.top_k
         self._dtype = str(model_config.dtype).removeprefix("torch.")
         self._raw_tokenizer: Untyped = self._engine.get_tokenizer()
         self.tokenizer = PromptTokenizer(self._raw_tokenizer, config, max_model_len=self.max_model_len)
@@ -137,7 +150,7 @@ class TeacherEngine:
             top_p=sampling.top_p,
             max_tokens=sampling.max_tokens,
             seed=sampling.seed,
-            logprobs=self.top_k,
+            logprobs=self._logprob_count,
             flat_logprobs=True,
             detokenize=False,
             output_kind=RequestOutputKind.FINAL_ONLY,
@@ -166,7 +179,7 @@ class TeacherEngine:
         made: Untyped = output.outputs[0]
         token_ids = [int(token_id) for token_id in made.token_ids]
         self._finished_tokens += len(token_ids)
-        sampled_logprobs, top_k = top_k_from_rows(made.logprobs, token_ids, self.top_k)
+        sampled_logprobs, top_k = self._rows_of(made.logprobs, token_ids)
         reason = made.finish_reason
         return Completion(
             request_id=str(output.request_id),
@@ -175,6 +188,24 @@ class TeacherEngine:
             top_k=top_k,
             finish_reason=reason if reason in FINISH_REASONS else "abort",
         )
+
+    def _rows_of(self, container: Untyped, token_ids: Sequence[int]) -> tuple[Float32Array, TopK]:
+        if not self._config.draws:
+            return top_k_from_rows(container, token_ids, self.top_k)
+        if not isinstance(container, LogprobRows):
+            ids, logprobs = rows_of(container, len(token_ids), self._logprob_count)
+            container = LogprobRows()
+            container.append(*self._draw(ids, logprobs))
+        sampled_logprobs, top_k = top_k_from_rows(container, token_ids, self._config.draws)
+        # Draws stand for the whole distribution: there is nothing outside them.
+        return sampled_logprobs, replace(top_k, tail_mass=np.zeros_like(top_k.tail_mass))
+
+    def _draw(self, token_ids: npt.NDArray[np.generic], logprobs: npt.NDArray[np.generic]) -> RowArrays:
+        """Draws in place of whole distributions; the sampled token stays first."""
+        drawn_ids, drawn_logprobs = draw_rows(
+            token_ids[:, 1:], logprobs[:, 1:], self._config.draws, self._generator
+        )
+        return np.c_[token_ids[:, :1], drawn_ids], np.c_[logprobs[:, :1], drawn_logprobs]
 
 
 def set_engine_environment(config: TeachConfig) -> None:
@@ -228,6 +259,29 @@ def _import_vllm() -> tuple[Untyped, Untyped, str]:
     return EngineArgs, LLMEngine, str(vllm.__version__)
 
 
+def _shield_llvmlite() -> None:
+    """Let vLLM look through the modules that are loaded without tripping over llvmlite, numba's library.
+
+    vLLM 0.32 asks every object of every module for its `__dict__`; llvmlite 0.47 takes that for the name of
+    a function of LLVM's and returns a wrapper, on which vLLM fails. The codec needs numba, so both meet here.
+    """
+    ffi: Untyped = sys.modules.get("llvmlite.binding.ffi")
+    library: Untyped = getattr(ffi, "lib", None)
+    library_class: Untyped = library.__class__
+    find_symbol: Untyped = getattr(library_class, "__getattr__", None)
+    if find_symbol is None or getattr(find_symbol, "refuses_dunders", False):
+        return
+
+    def find_function(self: Untyped, name: str) -> Untyped:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        return find_symbol(self, name)
+
+    shield: Untyped = find_function
+    shield.refuses_dunders = True
+    library_class.__getattr__ = shield
+
+
 def _engine_arguments(config: TeachConfig) -> dict[str, object]:
     from transformers import AutoConfig
     from vllm.platforms import current_platform
@@ -239,7 +293,7 @@ def _engine_arguments(config: TeachConfig) -> dict[str, object]:
         "model": config.model,
         "max_model_len": max_model_len,
         "max_num_seqs": config.max_batch,
-        "max_logprobs": max(config.top_k, 1),
+        "max_logprobs": -1 if config.draws else max(config.top_k, 1),
         "logprobs_mode": "raw_logprobs",
         "dtype": config.dtype,
         "distributed_executor_backend": "uni",

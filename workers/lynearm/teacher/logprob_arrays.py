@@ -28,6 +28,11 @@ Untyped: TypeAlias = Any
 """An object of vLLM, which ships no types that a strict checker accepts."""
 
 
+RowArrays: TypeAlias = "tuple[npt.NDArray[np.generic], npt.NDArray[np.generic]]"
+ReduceRows: TypeAlias = "Callable[[npt.NDArray[np.generic], npt.NDArray[np.generic]], RowArrays]"
+"""Token ids and logprobs of some rows to those that are kept."""
+
+
 class LogprobRows:
     """The rows of one request, as arrays; takes the place of vLLM's list container."""
 
@@ -35,6 +40,9 @@ class LogprobRows:
 
     rows_seen: ClassVar[int] = 0
     """Rows collected in this process: the tokens generated so far, those of unfinished requests included."""
+
+    reduce: ClassVar[ReduceRows | None] = None
+    """What becomes of rows as they come, so that whole distributions need not be kept; None keeps them."""
 
     def __init__(self) -> None:
         self.token_ids: list[npt.NDArray[np.generic]] = []
@@ -46,13 +54,19 @@ class LogprobRows:
 
     def append(self, token_ids: npt.NDArray[np.generic], logprobs: npt.NDArray[np.generic]) -> None:
         """Copy rows in, shape [rows, K + 1] each: the originals are views of a whole batch."""
+        reduce = LogprobRows.reduce
+        if reduce is not None:
+            token_ids, logprobs = reduce(token_ids, logprobs)
         self.token_ids.append(np.array(token_ids))
         self.logprobs.append(np.array(logprobs))
         LogprobRows.rows_seen += token_ids.shape[0]
 
 
-def collect_as_arrays() -> Callable[[], None] | None:
+def collect_as_arrays(reduce: ReduceRows | None = None) -> Callable[[], None] | None:
     """Make vLLM keep logprobs as `LogprobRows`, for the whole process.
+
+    Args:
+        reduce: Applied to rows as they come, shape [rows, columns] each, the sampled token first.
 
     Returns:
         What undoes it; None when this vLLM does not look as expected, and nothing was changed.
@@ -87,7 +101,10 @@ def collect_as_arrays() -> Callable[[], None] | None:
         self.cumulative_logprob += float(logprobs[:, 0].sum())
 
     def restore() -> None:
+        LogprobRows.reduce = None
         processor._update_sample_logprobs = original
+
+    LogprobRows.reduce = reduce
 
     processor._update_sample_logprobs = update
     return restore
@@ -111,10 +128,11 @@ def top_k_from_rows(
         TeacherError: if rows are missing, malformed, or not about the completion's tokens.
     """
     positions = len(completion_token_ids)
-    ids, logprobs = _rows(container, positions, k)
+    ids, logprobs = rows_of(container, positions, k)
     if not np.array_equal(ids[:, 0], np.asarray(completion_token_ids, np.int32)):
         raise TeacherError("vLLM returned logprobs for other tokens than it generated")
-    if np.isnan(logprobs).any() or (k > 1 and bool((np.diff(logprobs[:, 1:], axis=1) > 0).any())):
+    # Compared, not subtracted: −inf − −inf is NaN.
+    if np.isnan(logprobs).any() or (k > 1 and bool((logprobs[:, 2:] > logprobs[:, 1:-1]).any())):
         raise TeacherError("vLLM returned logprobs that are NaN or not in descending order")
     kept_mass = np.exp(logprobs[:, 1:].astype(np.float64)).sum(axis=1)
     tail_mass = np.clip(1.0 - kept_mass, 0.0, 1.0).astype(np.float32)
@@ -122,7 +140,12 @@ def top_k_from_rows(
     return np.ascontiguousarray(logprobs[:, 0]), top_k
 
 
-def _rows(container: Untyped, positions: int, k: int) -> tuple[Int32Array, Float32Array]:
+def rows_of(container: Untyped, positions: int, k: int) -> tuple[Int32Array, Float32Array]:
+    """What vLLM collected for a completion: the sampled token, then k others, in each row.
+
+    Raises:
+        TeacherError: if there are not that many.
+    """
     shape = (positions, k + 1)
     if positions == 0:
         return np.zeros(shape, np.int32), np.zeros(shape, np.float32)

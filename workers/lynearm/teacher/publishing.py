@@ -15,7 +15,9 @@ from dataclasses import dataclass
 
 from lynearm.client import Publisher
 from lynearm.teacher.config import TeachConfig
+from lynearm.teacher.dictionary import DictionaryKeeper
 from lynearm.wire.codec import encode_block
+from lynearm.wire.specs import CodecSpec
 from lynearm.wire.traces import Trace
 
 _POLL_SECONDS = 0.1
@@ -34,13 +36,25 @@ class BlockWriter:
 
     Args:
         publisher: Where blocks go; the caller closes it.
-        config: Says how blocks are encoded and when they go out.
+        config: Says when blocks go out.
+        codec: How they are encoded.
+        dictionaries: Keeps what the codec learns about the teacher; None learns nothing.
         vocab_size: Width of the teacher's logits.
     """
 
-    def __init__(self, publisher: Publisher, config: TeachConfig, *, vocab_size: int) -> None:
+    def __init__(
+        self,
+        publisher: Publisher,
+        config: TeachConfig,
+        *,
+        codec: CodecSpec,
+        dictionaries: DictionaryKeeper | None,
+        vocab_size: int,
+    ) -> None:
         self._publisher = publisher
         self._config = config
+        self._codec = codec
+        self._dictionaries = dictionaries
         self._vocab_size = vocab_size
         self._bytes_per_token = config.bytes_per_token()
         self._queue: queue.Queue[FinishedPrompt | None] = queue.Queue(max(16, 2 * config.max_batch))
@@ -120,7 +134,15 @@ class BlockWriter:
     def _publish(self, batch: Sequence[FinishedPrompt]) -> None:
         started = time.monotonic()
         traces = [trace for finished in batch for trace in finished.traces]
-        block = encode_block(traces, codec=self._config.codec, vocab_size=self._vocab_size)
+        dictionaries = self._dictionaries
+        block = encode_block(
+            traces,
+            codec=self._codec,
+            vocab_size=self._vocab_size,
+            dictionary=None if dictionaries is None else dictionaries.current,
+        )
+        if dictionaries is not None:
+            dictionaries.learn(traces)
         self.encode_seconds += time.monotonic() - started
         tokens = _completion_tokens(batch)
         if tokens >= 256:

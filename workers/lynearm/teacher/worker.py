@@ -16,6 +16,7 @@ from dataclasses import dataclass, replace
 
 from lynearm.client import Publisher, TraceClient
 from lynearm.teacher.config import TeachConfig
+from lynearm.teacher.dictionary import DictionaryKeeper
 from lynearm.teacher.engine import Completion, TeacherEngine
 from lynearm.teacher.prompts import BadLine, Prompt
 from lynearm.teacher.publishing import BlockWriter, FinishedPrompt
@@ -92,7 +93,12 @@ class TeacherWorker:
             name=self._config.stream,
             teacher=teacher,
             tokenizer=tokenizer,
-            codec=CodecSpec(self._config.codec, self._engine.top_k),
+            codec=CodecSpec(
+                self._config.codec,
+                self._engine.top_k,
+                min_probability=self._config.min_probability,
+                draws=self._config.draws,
+            ),
             license=self._config.license,
             labels=dict(self._config.labels),
         )
@@ -111,7 +117,15 @@ class TeacherWorker:
                 self._publisher = publisher
                 finished = client.finished_prompts(self._config.stream)
                 waiting = deque(prompt for prompt in prompts if prompt.prompt_id not in finished)
-                self._writer = BlockWriter(publisher, self._config, vocab_size=self._loaded.vocab_size)
+                vocab_size = self._loaded.vocab_size
+                keeper = DictionaryKeeper(client, self._config.stream, spec.codec, vocab_size=vocab_size)
+                self._writer = BlockWriter(
+                    publisher,
+                    self._config,
+                    codec=spec.codec,
+                    dictionaries=keeper if self._config.dictionary else None,
+                    vocab_size=vocab_size,
+                )
                 self._generate(waiting, self._writer)
                 self._writer.close()
         return self.progress()

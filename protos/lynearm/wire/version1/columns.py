@@ -26,7 +26,7 @@ _Scalar = TypeVar("_Scalar", bound=np.generic)
 
 
 class Column(IntEnum):
-    """What a column holds; docs/format.md gives the number of elements of each."""
+    """What a column holds; docs/format-v1.md gives the number of elements of each."""
 
     VOCAB_SIZE = 1
     PROMPT_IDS = 2

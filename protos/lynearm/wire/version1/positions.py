@@ -120,6 +120,9 @@ def _read_standard(reader: ColumnReader, kept_KN: BoolArray) -> tuple[Int64Array
 
 
 def _read_dictionary(reader: ColumnReader, vocab_size: int) -> Int64Array:
+    for column in (Column.DICTIONARY_SIZES, Column.DICTIONARY_TOKENS):
+        if reader.count(column) > vocab_size:
+            raise CorruptBlockError(f"a dictionary of {reader.count(column)} for {vocab_size} tokens")
     sizes = reader.numbers(Column.DICTIONARY_SIZES, reader.count(Column.DICTIONARY_SIZES))
     gaps_D = reader.numbers(Column.DICTIONARY_TOKENS, reader.count(Column.DICTIONARY_TOKENS))
     if int(sizes.sum()) != gaps_D.size or (sizes == 0).any():

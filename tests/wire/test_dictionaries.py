@@ -1,0 +1,224 @@
+from __future__ import annotations
+
+import dataclasses
+import struct
+import tracemalloc
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+import zstandard
+from wire.building import VOCAB_SIZE, build_sampled_trace, build_trace
+from wire.comparing import assert_equal_exactly
+from wire.mutation import ORDER_OF_DICTIONARY, OWN_TABLES, put_together, take_apart
+
+from lynearm.wire.blocks import DIGEST_BYTES, dictionary_digest, verify_block
+from lynearm.wire.codec import decode_block, decode_rows, encode_block, train_dictionary
+from lynearm.wire.dictionaries import Dictionary, DictionaryReader, TokenOrder, order_tokens
+from lynearm.wire.errors import (
+    CodecError,
+    CorruptBlockError,
+    DictionaryNotFoundError,
+    UnsupportedFormatError,
+)
+from lynearm.wire.specs import CodecMode, CodecSpec
+
+SMALL = 400
+TRACES = [build_trace(seed, positions=40, k=8, vocab_size=SMALL) for seed in range(3)]
+DICTIONARY = train_dictionary([TRACES[:2]], codec="exact", vocab_size=SMALL)
+BLOCK = encode_block(TRACES[2:], codec="exact", vocab_size=SMALL, dictionary=DICTIONARY)
+
+
+def reader_of(*dictionaries: Dictionary) -> DictionaryReader:
+    found = {dictionary.digest: dictionary.encoded for dictionary in dictionaries}
+    return DictionaryReader(found.__getitem__)
+
+
+def test_a_block_names_its_dictionary_and_needs_it() -> None:
+    assert verify_block(BLOCK).dictionary_digest == DICTIONARY.digest
+    assert len(DICTIONARY.digest) == DIGEST_BYTES
+    (decoded,) = decode_block(BLOCK, dictionaries=reader_of(DICTIONARY))
+    assert_equal_exactly(decoded, TRACES[2])
+    for decode in (decode_block, decode_rows):
+        with pytest.raises(CodecError, match=f"needs dictionary {DICTIONARY.digest.hex()}.*DictionaryReader"):
+            decode(BLOCK)
+
+
+def test_a_block_without_one_asks_for_none() -> None:
+    def find(digest: bytes) -> bytes:
+        raise AssertionError(digest)
+
+    block = encode_block(TRACES, codec="exact", vocab_size=SMALL)
+    assert verify_block(block).dictionary_digest == b""
+    assert len(decode_block(block, dictionaries=DictionaryReader(find))) == 3
+
+
+def test_other_bytes_under_a_dictionarys_name_are_refused() -> None:
+    other = train_dictionary([TRACES[:1]], codec="exact", vocab_size=SMALL)
+    for found in (other.encoded, DICTIONARY.encoded + b"\0", b""):
+        with pytest.raises(CorruptBlockError, match="digest"):
+            decode_block(BLOCK, dictionaries=DictionaryReader(lambda _, found=found: found))
+
+
+def test_what_finding_a_dictionary_raises_comes_through() -> None:
+    def find(digest: bytes) -> bytes:
+        raise DictionaryNotFoundError(f"no dictionary {digest.hex()}")
+
+    with pytest.raises(DictionaryNotFoundError):
+        decode_block(BLOCK, dictionaries=DictionaryReader(find))
+
+
+def test_a_dictionary_is_fetched_once_and_some_are_kept() -> None:
+    asked: list[bytes] = []
+    many = [
+        train_dictionary(
+            [[build_trace(seed, positions=2, k=2, vocab_size=SMALL)]], codec="exact", vocab_size=SMALL
+        )
+        for seed in range(20)
+    ]
+    found = {dictionary.digest: dictionary.encoded for dictionary in many}
+
+    def find(digest: bytes) -> bytes:
+        asked.append(digest)
+        return found[digest]
+
+    reader = DictionaryReader(find)
+    digests = [dictionary.digest for dictionary in many]
+    assert reader.get(digests[0]) is reader.get(digests[0])
+    for digest in digests:
+        reader.get(digest)
+    assert asked == digests
+    reader.get(digests[-1])
+    reader.get(digests[0])
+    assert asked == [*digests, digests[0]]
+
+
+@pytest.mark.parametrize("mode", ["exact", "fine", "standard", "compact", "sampled"])
+def test_a_dictionary_comes_back_from_its_bytes(mode: CodecMode) -> None:
+    traces = TRACES
+    if mode == "sampled":
+        traces = [build_sampled_trace(seed, draws=9, vocab_size=SMALL) for seed in range(3)]
+    spec = CodecSpec(mode, draws=9 if mode == "sampled" else 0)
+    first, second = (train_dictionary([traces], codec=spec, vocab_size=SMALL) for _ in range(2))
+    assert first.encoded == second.encoded
+    decoded = Dictionary.decode(first.encoded)
+    assert decoded.encoded == first.encoded
+    assert decoded.digest == first.digest == dictionary_digest(first.encoded)
+    assert (decoded.grid is None) == (mode in ("exact", "sampled"))
+    assert decoded.grid == first.grid
+    np.testing.assert_array_equal(decoded.order.token_of_rank, first.order.token_of_rank)
+
+
+def test_small_blocks_are_smaller_with_a_dictionary_and_large_ones_no_larger() -> None:
+    traces = [build_trace(seed, positions=60, k=32) for seed in range(12)]
+    dictionary = train_dictionary([traces[6:]], codec="standard", vocab_size=VOCAB_SIZE)
+    for group in (traces[:1], traces[:6]):
+        sizes = [
+            len(encode_block(group, vocab_size=VOCAB_SIZE, dictionary=used)) for used in (dictionary, None)
+        ]
+        assert sizes[0] < sizes[1]
+
+
+def test_a_block_may_use_a_dictionarys_order_with_tables_of_its_own() -> None:
+    # Flat rows, which the dictionary does not expect, and enough of them to pay for tables.
+    traces = [build_trace(seed, positions=90, k=64, slope=0.1) for seed in range(2)]
+    peaked = [build_trace(7, positions=90, k=8, slope=3.0)]
+    dictionary = train_dictionary([peaked], codec="exact", vocab_size=VOCAB_SIZE)
+    block = encode_block(traces, codec="exact", vocab_size=VOCAB_SIZE, dictionary=dictionary)
+    assert take_apart(block).flags & (OWN_TABLES | ORDER_OF_DICTIONARY) == OWN_TABLES | ORDER_OF_DICTIONARY
+    for actual, expected in zip(decode_block(block, dictionaries=reader_of(dictionary)), traces, strict=True):
+        assert_equal_exactly(actual, expected)
+
+
+def test_a_dictionary_of_another_vocabulary_is_refused() -> None:
+    with pytest.raises(CodecError, match="400 tokens for traces over 300"):
+        encode_block([build_trace(vocab_size=300)], codec="exact", vocab_size=300, dictionary=DICTIONARY)
+    pieces = take_apart(BLOCK)
+    with pytest.raises(CorruptBlockError, match="over 500 tokens, a dictionary over 400"):
+        decode_block(
+            put_together(dataclasses.replace(pieces, vocab_size=500)), dictionaries=reader_of(DICTIONARY)
+        )
+
+
+def test_a_payload_that_needs_a_dictionary_which_its_header_hides_is_refused() -> None:
+    pieces = take_apart(BLOCK)
+    assert not pieces.flags & OWN_TABLES
+    header = dataclasses.replace(pieces.header, dictionary_digest=b"")
+    for flags in (pieces.flags, 0):
+        hidden = put_together(dataclasses.replace(pieces, header=header, flags=flags))
+        with pytest.raises(CorruptBlockError, match="names none"):
+            decode_block(hidden, dictionaries=reader_of(DICTIONARY))
+
+
+def test_training_needs_traces() -> None:
+    for blocks in ([], [[]]):
+        with pytest.raises(CodecError, match="0 traces"):
+            train_dictionary(blocks, codec="exact", vocab_size=SMALL)
+
+
+def test_tokens_stand_by_octave_of_their_count_and_then_by_id() -> None:
+    counts = np.array([0, 1, 3, 2, 9, 8, 0, 15, 1])
+    common = order_tokens(counts)
+    assert common.tolist() == [4, 5, 7, 2, 3, 1, 8]
+    order = TokenOrder.common_first(common, counts.size)
+    assert order.token_of_rank.tolist() == [4, 5, 7, 2, 3, 1, 8, 0, 6]
+    assert order.token_of_rank[order.rank_of_token].tolist() == list(range(9))
+
+
+def rebuild(change: Callable[[bytearray], object]) -> bytes:
+    content = bytearray(zstandard.ZstdDecompressor().decompress(DICTIONARY.encoded[4:]))
+    change(content)
+    return DICTIONARY.encoded[:4] + zstandard.ZstdCompressor().compress(bytes(content))
+
+
+def set_head(place: int, value: int) -> Callable[[bytearray], object]:
+    return lambda content: struct.pack_into("<I", content, 4 * place, value)
+
+
+def repeat_token(content: bytearray) -> None:
+    # The four planes of the second difference.
+    (common,) = struct.unpack_from("<I", content, 12)
+    for plane in range(4):
+        content[20 + plane * common + 1] = 0
+
+
+SPOILT: dict[str, Callable[[bytearray], object]] = {
+    "no vocabulary": set_head(0, 0),
+    "vocabulary below its tokens": set_head(0, 100),
+    "vocabulary beyond any": set_head(0, (1 << 20) + 1),
+    "grid too fine": set_head(1, 1),
+    "more tokens than bytes": set_head(3, 1 << 19),
+    "tables that are not there": set_head(4, 1 << 30),
+    "one token twice": repeat_token,
+    "tokens that are not there": lambda content: content.__setitem__(20 + 3, 0xFF),
+    "bytes too many": lambda content: content.append(0),
+    "bytes too few": lambda content: content.pop(),
+    "no head": lambda content: content.__delitem__(slice(10, None)),
+    "nothing": bytearray.clear,
+}
+
+
+@pytest.mark.parametrize("name", SPOILT)
+def test_a_dictionary_that_lies_is_refused(name: str) -> None:
+    assert Dictionary.decode(rebuild(lambda _: None)).vocab_size == SMALL
+    with pytest.raises(CorruptBlockError):
+        Dictionary.decode(rebuild(SPOILT[name]))
+
+
+def test_bytes_that_are_no_dictionary_are_refused_politely() -> None:
+    for data in (b"", b"LYD", b"LYD2", b"LYD1" + DICTIONARY.encoded[4:], b"x" * 100):
+        with pytest.raises(CorruptBlockError):
+            Dictionary.decode(data)
+    with pytest.raises(UnsupportedFormatError, match="upgrade"):
+        Dictionary.decode(b"LYD3" + DICTIONARY.encoded[4:])
+
+
+def test_a_bomb_for_a_dictionary_takes_no_memory() -> None:
+    bomb = b"LYD2" + zstandard.ZstdCompressor(level=1).compress(bytes(256 << 20))
+    tracemalloc.start()
+    try:
+        with pytest.raises(CorruptBlockError, match="declares"):
+            Dictionary.decode(bomb)
+        assert tracemalloc.get_traced_memory()[1] < 1 << 20
+    finally:
+        tracemalloc.stop()

@@ -1,0 +1,188 @@
+"""Rows that lie, in blocks whose sizes and checksum hold."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+from wire.building import build_rows
+from wire.hostile import (
+    OUTSIDE_7,
+    VOCAB_SIZE,
+    encode,
+    no_entries,
+    one_row,
+    small_traces,
+    tables_for,
+)
+from wire.mutation import (
+    OWN_TABLES,
+    Pieces,
+    put_together,
+)
+
+from lynearm.wire.code_tables import (
+    NUMBER_CONTEXTS,
+    CodeTables,
+    NumberContext,
+    SymbolCounts,
+    TailRule,
+    build_tables,
+)
+from lynearm.wire.codec import decode_block, decode_rows
+from lynearm.wire.errors import CorruptBlockError
+from lynearm.wire.kernels import write_numbers
+from lynearm.wire.specs import CodecMode
+
+LIES: dict[str, tuple[Callable[[], Pieces], str]] = {
+    "sampled entry that is not there": (
+        lambda: one_row(columns=[(NumberContext.SAMPLED, 3)], fixed=[]),
+        "an entry that is not there",
+    ),
+    "sampled rank of 32 bits": (
+        lambda: one_row(columns=[(NumberContext.SAMPLED, 2**32 - 1)], fixed=[]),
+        "an entry that is not there",
+    ),
+    "outside token beyond the vocabulary": (
+        lambda: one_row(columns=[(NumberContext.SAMPLED, 0), (NumberContext.OUTSIDE, VOCAB_SIZE)], fixed=[0]),
+        "token rank 300 in a vocabulary of 300",
+    ),
+    "outside logprob missing": (
+        lambda: one_row(columns=[(NumberContext.SAMPLED, 0), (NumberContext.OUTSIDE, 7)], fixed=[]),
+        "too early",
+    ),
+    "numbers missing": (lambda: one_row(columns=[], fixed=[]), "1 positions in 8 bytes"),
+    "no vocabulary": (
+        lambda: dataclasses.replace(encode(small_traces("exact"), "exact"), vocab_size=0),
+        "vocabulary of 0",
+    ),
+    "vocabulary beyond any": (
+        lambda: dataclasses.replace(encode(small_traces("exact"), "exact"), vocab_size=(1 << 20) + 1),
+        "vocabulary of 1048577",
+    ),
+    "vocabulary below its tokens": (
+        lambda: dataclasses.replace(encode(small_traces("exact"), "exact"), vocab_size=20),
+        "vocabulary of 20|do not decode",
+    ),
+    "grid without steps": (
+        lambda: dataclasses.replace(encode(small_traces("standard"), "standard"), scale=b"\0\0\0"),
+        "grid scale 0",
+    ),
+    "no draws": (
+        lambda: dataclasses.replace(encode(small_traces("sampled"), "sampled"), scale=b"\4\0"),
+        "0 draws",
+    ),
+    "draws beyond any": (
+        lambda: dataclasses.replace(encode(small_traces("sampled"), "sampled"), scale=b"\4\x81\x80\4"),
+        "65537 draws",
+    ),
+    "fewer draws than levels": (
+        lambda: dataclasses.replace(encode(small_traces("sampled"), "sampled"), scale=b"\4\1"),
+        "do not decode",
+    ),
+    "counts in an exact block": (
+        lambda: dataclasses.replace(encode(small_traces("exact"), "exact"), scale=b"\4\6"),
+        "mode 'exact' has scale 4",
+    ),
+    "floats in a block on a grid": (
+        lambda: dataclasses.replace(encode(small_traces("standard"), "standard"), scale=b"\1"),
+        "mode 'standard' has scale 1",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", LIES)
+def test_a_lie_is_refused_by_name(name: str) -> None:
+    build, message = LIES[name]
+    for decode in (decode_block, decode_rows):
+        with pytest.raises(CorruptBlockError, match=message):
+            decode(put_together(build()))
+
+
+FLOATS = {"NaN": 0x7FC00000, "negative NaN": 0xFFC12345, "infinity": 0x7F800000, "above 0": 0x3F800000}
+
+
+@pytest.mark.parametrize("name", FLOATS)
+def test_sampled_logprobs_that_cannot_be_are_refused(name: str) -> None:
+    block = put_together(no_entries(one_row(columns=OUTSIDE_7, fixed=[FLOATS[name]], tail=0)))
+    for decode in (decode_block, decode_rows):
+        with pytest.raises(CorruptBlockError, match="NaN or above"):
+            decode(block)
+
+
+@pytest.mark.parametrize("name", FLOATS)
+@pytest.mark.parametrize("mode", ["exact", "sampled"])
+def test_tail_masses_that_cannot_be_are_refused(mode: CodecMode, name: str) -> None:
+    # Tails count from 1 − Σ p, which is 1 without entries, and from 0 in sampled blocks. Two is too much.
+    bits = 0x40000000 if name == "above 0" else FLOATS[name]
+    away = (bits - (0x3F800000 if mode == "exact" else 0) + 2**31) % 2**32 - 2**31
+    zigzag = 2 * away if away >= 0 else -2 * away - 1
+    pieces = no_entries(one_row(columns=OUTSIDE_7, fixed=[0xBF800000], tail=zigzag))
+    if mode == "sampled":
+        header = dataclasses.replace(pieces.header, codec_mode="sampled")
+        pieces = dataclasses.replace(pieces, scale=b"\4\6", header=header)
+    for decode in (decode_block, decode_rows):
+        with pytest.raises(CorruptBlockError, match="tail masses"):
+            decode(put_together(pieces))
+
+
+def test_rows_of_our_own_decode() -> None:
+    """What the tests above spoil is right but for the lie."""
+    (trace,) = decode_block(put_together(no_entries(one_row(columns=OUTSIDE_7, fixed=[0xBF800000], tail=0))))
+    assert (trace.completion_token_ids.tolist(), trace.sampled_logprobs.tolist()) == ([7], [-1.0])
+    assert trace.top_k.tail_mass.tolist() == [1.0]
+
+
+def test_an_oversubscribed_code_is_refused() -> None:
+    pieces = encode(small_traces("exact"), "exact")
+    tables = CodeTables.from_bytes(pieces.tables)
+    tables.step_lengths[0, :3] = 1
+    with pytest.raises(CorruptBlockError, match="oversubscribed"):
+        decode_block(put_together(dataclasses.replace(pieces, tables=tables.to_bytes())))
+
+
+@pytest.mark.parametrize("entries", [b"\xff" * 8, b"\0" * 8, bytes(range(8))])
+def test_bits_that_no_code_of_an_incomplete_table_has_are_refused(entries: bytes) -> None:
+    pieces = encode([build_rows([[-0.5, -1.5]], [[3, 4]])], "exact")
+    tables = tables_for(*range(NUMBER_CONTEXTS), holes=True)
+    tables.step_lengths[:] = 0
+    spoilt = dataclasses.replace(
+        pieces, scale=b"\1", tables=tables.to_bytes(), streams=(b"\xff" * 8, entries), flags=OWN_TABLES
+    )
+    with pytest.raises(CorruptBlockError, match="do not decode"):
+        decode_block(put_together(spoilt))
+
+
+def test_a_reference_to_a_token_before_the_blocks_begin_is_refused() -> None:
+    pieces = encode([build_rows([[-0.5]], [[3]])], "exact")
+    counts = SymbolCounts.zeros()
+    counts.numbers[:] = 1
+    # Symbol 42: a first entry whose token is the latest one of the list.
+    counts.steps[:, 42] = 1
+    tables = build_tables(counts, merge=0, tail_rule=TailRule(0, 0, 0, 0), with_escapes=False)
+    out = np.zeros(100, np.uint8)
+    column = (np.array([1], np.uint32), np.array([NumberContext.SAMPLED], np.uint8))
+    bit = write_numbers(out, 0, *column, tables.number_codes)
+    for size in range((bit + 7) // 8, 12):
+        streams = (out[:size].tobytes(), b"\0")
+        spoilt = dataclasses.replace(
+            pieces, scale=b"\1", tables=tables.to_bytes(), streams=streams, flags=OWN_TABLES
+        )
+        with pytest.raises(CorruptBlockError, match="entries of the block's rows do not decode"):
+            decode_rows(put_together(spoilt))
+
+
+def test_escapes_to_symbols_that_do_not_exist_are_refused() -> None:
+    pieces = encode([build_rows([[-0.5, -1.5]], [[3, 4]])], "exact")
+    tables = tables_for(*range(NUMBER_CONTEXTS))
+    tables.step_lengths[:] = 0
+    tables.step_lengths[:, -1] = 1
+    for symbol in (214, 215, 250, 255):
+        entries = (symbol << 1).to_bytes(2, "little") + b"\0" * 6
+        columns = [(NumberContext.SAMPLED, 1)]
+        spoilt = one_row(columns=columns, fixed=[], entries=entries)
+        spoilt = dataclasses.replace(spoilt, tables=tables.to_bytes(), header=pieces.header)
+        with pytest.raises(CorruptBlockError, match="entries of the block's rows do not decode"):
+            decode_rows(put_together(spoilt))

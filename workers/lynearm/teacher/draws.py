@@ -1,0 +1,47 @@
+"""Draws from a teacher's whole distribution, in place of its likeliest entries.
+
+A top k is a biased view: what lies outside it is never taught. Draws with their counts are an unbiased
+one, and few suffice: the cross-entropy against count / draws has the full distribution's gradient in
+expectation (Anshumann et al. 2025, "Sparse Logit Sampling", ACL).
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import numpy.typing as npt
+
+Int32Array = npt.NDArray[np.int32]
+Float32Array = npt.NDArray[np.float32]
+
+
+def draw_rows(
+    token_ids_TV: npt.NDArray[np.generic],
+    logprobs_TV: npt.NDArray[np.generic],
+    draws: int,
+    generator: np.random.Generator,
+) -> tuple[Int32Array, Float32Array]:
+    """Rows of draws from rows of whole distributions.
+
+    Args:
+        token_ids_TV: Token ids, shape [T, V]; any order.
+        logprobs_TV: Their logprobs; rows sum to about 1.
+        draws: How many for each row, independent of each other.
+        generator: Source of chance.
+
+    Returns:
+        Token ids and log(count / draws), shape [T, draws]: distinct tokens, the most drawn first, padded
+        with id 0 at −inf.
+    """
+    positions = token_ids_TV.shape[0]
+    token_ids = np.zeros((positions, draws), np.int32)
+    logprobs = np.full((positions, draws), -np.inf, np.float32)
+    for t in range(positions):
+        cumulative_V: npt.NDArray[np.float64] = np.exp(logprobs_TV[t].astype(np.float64)).cumsum()
+        points = generator.random(draws) * cumulative_V[-1]
+        # Points lie below the sum, so that each falls on a token.
+        drawn = cumulative_V.searchsorted(points, side="right")
+        distinct, counts = np.unique(drawn, return_counts=True)
+        order = np.argsort(-counts, kind="stable")
+        token_ids[t, : distinct.size] = token_ids_TV[t, distinct[order]]
+        logprobs[t, : distinct.size] = np.log(counts[order] / draws)
+    return token_ids, logprobs
