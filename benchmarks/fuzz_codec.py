@@ -21,6 +21,7 @@ from __future__ import annotations
 
 import argparse
 import ctypes
+import dataclasses
 import functools
 import hashlib
 import mmap
@@ -121,15 +122,7 @@ def spoil_version_1(block: bytes, rng: Random) -> bytes:
     header, payload = split_block(block)
     content = spoil_bytes(_decompress(payload), rng)
     packed = _compress(content)
-    header = type(header)(
-        header.format_version,
-        header.codec_mode,
-        header.trace_count,
-        header.prompt_token_count,
-        header.completion_token_count,
-        len(content),
-        checksum(packed),
-    )
+    header = dataclasses.replace(header, uncompressed_size_bytes=len(content), payload_xxh3=checksum(packed))
     return join_block(header, packed)
 
 
@@ -138,6 +131,7 @@ class Judge:
 
     def __init__(self, corpus: Corpus, *, seconds: float, failing: Path, scratch: Path) -> None:
         self._reader = corpus.reader
+        self._pieces = [pieces for pieces in corpus.pieces if pieces.header.dictionary_digest]
         self._seconds = seconds
         self._failing = failing
         scratch.mkdir(parents=True, exist_ok=True)
@@ -156,7 +150,7 @@ class Judge:
         began = time.process_time()
         try:
             if kind == "dictionary":
-                Dictionary.decode(data)
+                self._use(Dictionary.decode(data))
             else:
                 self._decode(data)
             self.decoded += 1
@@ -168,6 +162,13 @@ class Judge:
         self.slowest = max(self.slowest, took)
         if took > self._seconds:
             self._keep(kind, data, f"{took:.2f} s")
+
+    def _use(self, dictionary: Dictionary) -> None:
+        """Decode a block that was written with another dictionary than this."""
+        pieces = self._pieces[self.decoded % len(self._pieces)]
+        header = dataclasses.replace(pieces.header, dictionary_digest=dictionary.digest)
+        data = put_together(dataclasses.replace(pieces, header=header, vocab_size=dictionary.vocab_size))
+        decode_block(data, dictionaries=DictionaryReader(lambda _: dictionary.encoded))
 
     def _decode(self, data: bytes) -> None:
         traces = decode_block(data, dictionaries=self._reader)
