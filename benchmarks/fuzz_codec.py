@@ -36,7 +36,7 @@ from random import Random
 from typing import Any
 
 import numpy as np
-from wire.building import build_sampled_trace, build_trace
+from wire.building import build_rows, build_sampled_trace, build_trace
 from wire.mutation import Pieces, put_together, spoil_block, spoil_bytes, take_apart, write_rows_part
 
 from lynearm.wire import code_tables, positions
@@ -103,7 +103,17 @@ def few_rows(mode: CodecMode, dtype: str) -> list[list[Trace]]:
         traces = [build_sampled_trace(seed, positions=5, draws=6, vocab_size=VOCAB_SIZE) for seed in range(2)]
         return [traces, [build_sampled_trace(3, positions=66, draws=3, vocab_size=VOCAB_SIZE)]]
     build = functools.partial(build_trace, vocab_size=VOCAB_SIZE, dtype=dtype)
+    # One row in nine is not on the grid of the others' logits.
+    mixed, plain = (
+        build_trace(6, positions=9, k=3, vocab_size=VOCAB_SIZE, dtype=one) for one in (dtype, "float32")
+    )
+    mixed.top_k.logprobs[4] = plain.top_k.logprobs[4]
+    # Gaps of eleven bits, for which no bf16 numbers are close enough to each other.
+    gaps = -np.array([[0, 257, 769, 770, 771, 837]] * 2, np.float32) / np.float32(64)
+    fine = build_rows(gaps - np.log(np.exp(gaps).sum(axis=1, keepdims=True)), [range(6), range(9, 3, -1)])
     return [
+        [mixed],
+        [fine],
         [build(0, positions=4, k=5, **said), build(1, positions=3, k=2)],
         [build(2, positions=2, k=3, prompt=4, prompt_rows=True)],
         [build(3, positions=70, k=2)],

@@ -214,18 +214,23 @@ class _NotedRows(reference.RowsPart):
         data = self._lane.data[:3]
         shown = " ".join(f"{byte:08b}"[::-1] for byte in data)
         entries = self._entries[0]
+        token_code = entries.token_codes[0]
+        assert token_class < 22, "the words below are about a distance in the list of recent tokens"
+        exponent = 0 if token_class < 4 else token_class // 2
+        open_bits = max(exponent - 1, 0)
+        begins = token_class if token_class < 4 else (2 + (token_class & 1)) << (exponent - 1)
         return (
             f"The first entry in words: the lane's first bytes `{data.hex(' ')}` are {shown}, each with its "
             f"lowest bit first. `{self._lane.runs[0]}` is the word of symbol {symbol} = 42 + 43 · {step} + "
-            f"{token_class}: step {step}, token class {token_class}, which begins at rank "
-            f"{1 << (token_class - 23)} and leaves {token_class - 23} bits open. `{token_bits}`, lowest bit "
-            f"first, makes that rank {entries.token_codes[0] - 2048}, which is token {entries.token_ids[0]} "
-            f"(without a dictionary, ranks are ids). Step 3 says that a long step follows, in number code 0, "
-            f"since the entry has rank 0: symbol {number} begins at "
-            f"{(4 + (number & 3)) << ((number >> 2) - 1)} and leaves {(number >> 2) - 1} bits open; they "
-            f"make it {entries.levels[0] - 3}, so that the level is 3 + {entries.levels[0] - 3} = "
-            f"{entries.levels[0]}. This token code is 64 or above: the token goes to the list of recent "
-            f"ones, last of its row."
+            f"{token_class}: step {step}, token class {token_class}, which begins at token code {begins} and "
+            f"leaves {_bits(open_bits)} open. `{token_bits}`, lowest bit "
+            f"first, makes that {token_code}: a distance in the list of recent tokens, which begins as the "
+            f"vocabulary's order, without a dictionary by id, so that this is token {entries.token_ids[0]}. "
+            f"Step 3 says that a long step follows, in number code 0, since the entry has rank 0: symbol "
+            f"{number} begins at {(4 + (number & 3)) << ((number >> 2) - 1)} and leaves "
+            f"{_bits((number >> 2) - 1)} open, which make it {entries.levels[0] - 3}, so that the level is "
+            f"3 + {entries.levels[0] - 3} = {entries.levels[0]}. This token code is below 64: the list of "
+            f"recent tokens stays as it is."
         )
 
     def _mass(self, level: int) -> float:
@@ -254,6 +259,10 @@ def _explain_nibbles(block: bytes) -> str:
         symbol, at = symbol + run, at + 2
     spaced = " ".join(digits[: at + 1])
     return f"The lengths begin, low nibbles first, with {spaced} …: " + ", ".join(said) + ", and so on."
+
+
+def _bits(count: int) -> str:
+    return f"{count} bit" if count == 1 else f"{count} bits"
 
 
 def _open_runs(symbol: int) -> int:

@@ -460,7 +460,7 @@ class RowsPart:
 
     def read_lanes(self, kept: list[int]) -> Iterator[Entries]:
         """Every row, with its tokens from the list of recent ones."""
-        recent: list[int] = []
+        recent = list(self.order[min(self.vocabulary, 2048) - 1 :: -1])
         for row, count in enumerate(kept):
             entries = self.read_entries(self.lanes[row % len(self.lanes)], count)
             before = len(recent)
@@ -566,14 +566,17 @@ class Scale:
     c: float = 0.0
     d: float = 0.0
     draws: int = 0
-    tops: list[int] | None = None
+    tops: list[int | None] | None = None
     firsts: list[float] | None = None
 
     @property
     def shift(self) -> int:
         return 23 - (7 if self.kind == BF16_LOGITS else 10)
 
-    def top_place(self, number: int) -> int:
+    def top_place(self, number: int) -> int | None:
+        """Place of a row's top logit; none for a plain row."""
+        if number == 0:
+            return None
         if number < 4096:
             return bits_of(number / 2) >> self.shift
         place = number - 4096 - 2**20
@@ -589,13 +592,13 @@ class Scale:
             if level < knee_level:
                 return float32(2 * math.log1p(-level * self.c / 2))
             return float32(2 * math.log(self.c / self.d) - (level - knee_level) * self.d)
-        if self.kind == BITS:
+        top = self.tops[row] if self.tops is not None else None
+        if self.kind == BITS or (self.kind in (BF16_LOGITS, FP16_LOGITS) and top is None):
             return float_of(level if level >= 2**31 else 2**31 - 1 - level)
         if self.kind == COUNTS:
             return float32(math.log((self.draws - level) / self.draws))
-        assert self.tops is not None
+        assert top is not None
         assert self.firsts is not None
-        top = self.tops[row]
         gap = float32(self.logit_at(top - level) - self.logit_at(top))
         return float32(gap + self.firsts[row])
 

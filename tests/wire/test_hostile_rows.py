@@ -23,6 +23,7 @@ from wire.mutation import (
     put_together,
 )
 
+from lynearm.v1 import trace_pb2
 from lynearm.wire.code_tables import (
     NUMBER_CONTEXTS,
     CodeTables,
@@ -155,18 +156,18 @@ def test_bits_that_no_code_of_an_incomplete_table_has_are_refused(entries: bytes
         decode_block(put_together(spoilt))
 
 
-def test_a_reference_to_a_token_before_the_blocks_begin_is_refused() -> None:
+def test_a_reference_to_a_token_before_the_lists_begin_is_refused() -> None:
     pieces = encode([build_rows([[-0.5]], [[3]])], "exact")
     counts = SymbolCounts.zeros()
     counts.numbers[:] = 1
-    # Symbol 42: a first entry whose token is the latest one of the list.
-    counts.steps[:, 42] = 1
+    # Symbol 60: a first entry whose token is 512 or more places back in a list of 300 at most.
+    counts.steps[:, 60] = 1
     tables = build_tables(counts, merge=0, tail_rule=TailRule(0, 0, 0, 0), with_escapes=False)
     out = np.zeros(100, np.uint8)
     column = (np.array([1], np.uint32), np.array([NumberContext.SAMPLED], np.uint8))
     bit = write_numbers(out, 0, *column, tables.number_codes)
     for size in range((bit + 7) // 8, 12):
-        streams = (out[:size].tobytes(), b"\0")
+        streams = (out[:size].tobytes(), bytes(2))
         spoilt = dataclasses.replace(
             pieces, scale=b"\1", tables=tables.to_bytes(), streams=streams, flags=OWN_TABLES
         )
@@ -184,5 +185,26 @@ def test_escapes_to_symbols_that_do_not_exist_are_refused() -> None:
         columns = [(NumberContext.SAMPLED, 1)]
         spoilt = one_row(columns=columns, fixed=[], entries=entries)
         spoilt = dataclasses.replace(spoilt, tables=tables.to_bytes(), header=pieces.header)
+        with pytest.raises(CorruptBlockError, match="entries of the block's rows do not decode"):
+            decode_rows(put_together(spoilt))
+
+
+def test_rows_that_run_on_behind_their_end_are_refused() -> None:
+    """Zeros, read as the longest entries that there are, ten kilobytes behind a stream of 128 bytes."""
+    pieces = encode([build_rows([[-0.5]], [[3]])], "exact")
+    message = trace_pb2.BlockMetadata.FromString(pieces.metadata)
+    message.traces[0].top_k = 1024
+    tables = tables_for(*range(NUMBER_CONTEXTS))
+    # The only code of each table: the rarest token after a long step, and the escape of that step's number.
+    tables.step_lengths[:] = 0
+    tables.step_lengths[:, 213] = 11
+    tables.number_lengths[:8] = 0
+    tables.number_lengths[:8, -1] = 11
+    for kept_bytes in (128, 129):
+        spoilt = dataclasses.replace(
+            one_row(columns=OUTSIDE_7, fixed=[0xBF800000], tail=0, entries=bytes(kept_bytes)),
+            metadata=message.SerializeToString(),
+            tables=tables.to_bytes(),
+        )
         with pytest.raises(CorruptBlockError, match="entries of the block's rows do not decode"):
             decode_rows(put_together(spoilt))

@@ -87,3 +87,13 @@ def test_places_beyond_every_float_are_some_number(mantissa_bits: int) -> None:
     out = np.zeros((4, 3), np.float32)
     logprobs_of(mantissa_bits, levels, first, tops, np.full(4, 2, np.uint32), out)
     assert (out[:, 2] == -np.inf).all()
+
+
+@DTYPES
+def test_a_few_rows_of_another_kind_stay_plain_on_the_others_grid(dtype: str) -> None:
+    rows = rounded_rows(dtype, centre=12.0, spread=3.0, k=100, seed=4)
+    rows[[5, 20]] = rounded_rows("float32", centre=12.0, spread=3.0, k=100, seed=4)[[5, 20]]
+    rows[30, :2] = [0.0, -0.0]
+    assert encode_exactly(rows) == KINDS[dtype]
+    rows[::3] = rounded_rows("float32", centre=12.0, spread=3.0, k=100, seed=4)[::3]
+    assert encode_exactly(rows) == 1

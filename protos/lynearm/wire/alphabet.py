@@ -5,7 +5,8 @@ which follow as they are. Two alphabets: `STEP` symbols name an entry of a posit
 level together with the class of its token code; `NUMBER` symbols name everything else.
 
 A token code says which token an entry is: below `RECENT_WINDOW` it counts back in the list of tokens that
-the block met lately, from there on it is a rank in the vocabulary's order. Inside a row, entries stand
+the block met lately, which begins with the vocabulary's commonest; from there on it is a rank in the
+vocabulary's order. Inside a row, entries stand
 ascending by (level, token code). An entry on the level of the one before it is therefore written as the
 gap between their token codes, and the order inside a level, which nobody needs, is not paid for.
 """

@@ -10,8 +10,9 @@ Levels are integers that rise as probability falls. Four scales:
 - **Counts**: draws, of a fixed number of them; exact.
 
 A uniform error inside a step of width s nats adds about p · s²/24 nats of KL for an entry of probability
-p (Gish & Pierce 1968), so that a row's added KL is c²/24 for each entry above p = (c/D)² and D²/24 times
-the mass below. `choose_grid` solves that for c: every block meets its mode's bound with its own rows.
+p (Gish & Pierce 1968), less what all entries of a row have in common, since rows are normalised. So a row's
+added KL is (1 − p) · c²/24 for each entry above p = (c/D)², and D²/24 times the mass below. `choose_grid`
+solves that for c: every block meets its mode's bound with its own rows.
 """
 
 from __future__ import annotations
@@ -203,6 +204,9 @@ GRID_LAWS: Final[dict[CodecMode, GridLaw]] = {
 entries at p = 1e-5 off by a nat."""
 
 
+_CAUTION = 0.98
+
+
 def choose_grid(mode: CodecMode, logprobs_NK: Float32Array, tail_mass_N: Float32Array) -> Grid:
     """The coarsest grid of a mode that keeps the expected added KL of some rows under its bound.
 
@@ -214,14 +218,15 @@ def choose_grid(mode: CodecMode, logprobs_NK: Float32Array, tail_mass_N: Float32
     law = GRID_LAWS[mode]
     above, below = _masses(logprobs_NK, tail_mass_N, 1.0 / law.cap_per_scale)
     weight = (above + law.cap_per_scale**2 * below) / 24.0 / max(len(tail_mass_N), 1)
-    scale = math.sqrt(law.added_kl / weight) if weight > 0 else 1.0
+    # A block of few rows may come out some per cent above what is expected of it.
+    scale = math.sqrt(_CAUTION * law.added_kl / weight) if weight > 0 else 1.0
     scale = min(max(scale, _FINEST_SCALE * SCALE_UNIT), law.largest_cap / 4)
     cap = min(scale * law.cap_per_scale, law.largest_cap)
     return Grid(math.floor(scale / SCALE_UNIT), max(math.floor(cap / CAP_UNIT), _FINEST_CAP))
 
 
 def _masses(logprobs: Float32Array, tail_mass: Float32Array, knee_root: float) -> tuple[float, float]:
-    """Buckets (entries and tails) above √p = `knee_root`, and the mass of those below."""
+    """Σ 1 − p of the buckets (entries and tails) above √p = `knee_root`, and the mass of those below."""
     roots = np.exp(logprobs.ravel() * np.float32(0.5))
     above, below = _count_above(roots, np.float32(knee_root))
     tails_above, tails_below = _count_above(np.sqrt(np.maximum(tail_mass, 0)), np.float32(knee_root))
@@ -230,14 +235,16 @@ def _masses(logprobs: Float32Array, tail_mass: Float32Array, knee_root: float) -
 
 @compiled
 def _count_above(roots: Float32Array, knee_root: Scalar) -> tuple[float, float]:
-    above = 0
+    above = 0.0
     below = 0.0
     for index in range(roots.size):
         root = roots[index]
         is_low = root <= knee_root
-        above += not is_low
-        below += np.float64(root) * np.float64(root) if is_low else 0.0
-    return float(above), below
+        mass = np.float64(root) * np.float64(root)
+        # What all entries of a row have in common is lost when the row is normalised: hence 1 − p.
+        above += 0.0 if is_low else 1.0 - mass
+        below += mass if is_low else 0.0
+    return above, below
 
 
 @compiled

@@ -84,7 +84,11 @@ def assign_token_codes(
     state_V2 = np.full((rank_of_V.size, 2), _NEVER, np.int32)
     keys = np.empty(token_ids_NK.shape[1], np.int64)
     ordered = np.empty(token_ids_NK.shape[1], np.int64)
-    head = 0
+    # The list begins with the commonest tokens, the commonest nearest.
+    head = min(rank_of_V.size, RECENT_WINDOW)
+    for token in range(rank_of_V.size):
+        if rank_of_V[token] < head:
+            state_V2[token, 0] = head - 1 - rank_of_V[token]
     for t in range(kept_N.size):
         kept = np.int64(kept_N[t])
         for i in range(kept):
@@ -458,7 +462,9 @@ def read_rows(
     codes = np.zeros(4, np.uint64)
     levels = np.zeros(4, np.uint64)
     recent = np.zeros(_RECENT_RING, np.int32)
-    head = U64(0)
+    head = U64(min(token_of_rank_V.size, RECENT_WINDOW))
+    for rank in range(U64(0), head):
+        recent[head - U64(1) - rank] = token_of_rank_V[rank]
     highest_rank = U64(0)
     last_rank = U64(token_of_rank_V.size - 1)
     t = U64(0)
@@ -519,7 +525,7 @@ def read_rows(
             bad |= U64(level > highest) | U64(position > ends[lane])
             positions[lane] = min(position, ends[lane])
             newest = head - U64(1)
-            # How far back the list goes; less than the window only near the block's begin.
+            # How far back the list goes; less than the window only in a small vocabulary.
             available = min(head, U64(RECENT_WINDOW))
             for back in range(U64(1), kept + U64(1)):
                 last = kept - back

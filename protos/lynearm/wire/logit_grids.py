@@ -7,7 +7,7 @@ places of the other logits on the type's grid, and float32 arithmetic returns ev
 The logits themselves are not given, and need not be found: any top logit under which every logprob comes
 back will do. A difference that is a multiple of 2^j and no more comes from a logit below 2^(j + m + 1),
 m mantissa bits, which bounds the top; the largest one that fits has the coarsest grid, hence the smallest
-numbers.
+numbers. A row for which none is found stays plain.
 """
 
 from __future__ import annotations
@@ -27,8 +27,16 @@ Uint32Array = npt.NDArray[np.uint32]
 MANTISSA_BITS = (7, 10)
 """bf16 and fp16."""
 
-_ATTEMPTS = 16
-"""Tops of one roundness that are tried."""
+PLAIN = -(1 << 31)
+"""In place of a top: the row is on no grid, and its levels are those of plain float32 numbers."""
+
+_PLAIN_SHARE = 8
+"""A grid on which more than one row in so many is plain is none."""
+
+_ROUND_TOPS = 16
+"""Multiples of a half that are tried."""
+
+_SMALLEST_TOP = 2.0**-6
 
 _FINEST = 14
 """Differences are told apart down to 2^−14; float32 rounds them at about 2^−21."""
@@ -44,7 +52,7 @@ class LogitRows:
     first_N: Float32Array
     """Logprob of the row's first entry."""
     tops_N: Int32Array
-    """Place of the row's top logit: the upper bits of its float32, sign taken as a minus."""
+    """Place of the row's top logit: the upper bits of its float32, sign taken as a minus. Or `PLAIN`."""
 
 
 def find_logit_grid(logprobs_NK: Float32Array, kept_N: Uint32Array) -> LogitRows | None:
@@ -72,14 +80,19 @@ def logprobs_of(
     kept_N: Uint32Array,
     out_NK: Float32Array,
 ) -> None:
-    """Logprobs of rows on a logit grid; −inf where a row keeps less than K entries."""
+    """Logprobs of rows on a logit grid, and of plain ones; −inf where a row keeps less than K entries."""
     bits = np.empty(2, np.uint32)
     floats = bits.view(np.float32)
     for t in range(kept_N.size):
+        kept = np.int64(kept_N[t])
+        is_plain = tops_N[t] == PLAIN
         bits[0] = _float_bits(np.int64(tops_N[t]), mantissa_bits)
         top = floats[0]
-        kept = np.int64(kept_N[t])
         for i in range(kept):
+            if is_plain:
+                bits[1] = _flip(levels_NK[t, i])
+                out_NK[t, i] = floats[1]
+                continue
             bits[1] = _float_bits(np.int64(tops_N[t]) - np.int64(levels_NK[t, i]), mantissa_bits)
             gap = np.float32(floats[1] - top)
             out_NK[t, i] = np.float32(gap + first_N[t])
@@ -112,44 +125,72 @@ def _find(
     levels_NK: Uint32Array,
     tops_N: Int32Array,
 ) -> bool:
-    """Fill levels and tops; whether every logprob comes back."""
+    """Fill levels and tops; whether this is the grid of all rows but a few, which are left plain."""
     scratch = np.zeros(2, np.uint32)
-    reach = 2.0 ** (mantissa_bits + 1)
+    plain = 0
+    placed = 0
     for t in range(kept_N.size):
         kept = np.int64(kept_N[t])
         if kept == 0:
-            tops_N[t] = 0
+            tops_N[t] = PLAIN
             continue
-        first = logprobs_NK[t, 0]
-        below = 64.0
-        for i in range(1, kept):
-            gap = np.float64(first) - np.float64(logprobs_NK[t, i])
-            if gap == 0.0:
-                continue
-            if not gap < 1e4:
+        tops_N[t] = _find_top(logprobs_NK[t], kept, mantissa_bits, scratch, levels_NK[t])
+        placed += tops_N[t] != PLAIN
+        if tops_N[t] == PLAIN:
+            plain += 1
+            if plain > 1 + t // _PLAIN_SHARE:
                 return False
-            grain = 1.0
-            while grain > 2.0**-_FINEST and abs(gap / grain - np.rint(gap / grain)) * grain > 2.0**-19:
-                grain *= 0.5
-            while grain < 64.0 and abs(gap / (2 * grain) - np.rint(gap / (2 * grain))) * grain <= 2.0**-20:
-                grain *= 2.0
-            below = min(below, gap + reach * grain)
-        # The roundest top that fits: most rows leave room for a multiple of a half, which costs few bits.
-        found = False
-        step = 0.5
-        while step > 2.0**-12 and not found:
-            top = np.ceil(below / step) * step - step
-            attempts = 0
-            while attempts < _ATTEMPTS and not found:
-                if _place_row(logprobs_NK[t], kept, mantissa_bits, top, scratch, levels_NK[t]):
-                    tops_N[t] = _place_of(top, mantissa_bits, scratch)
-                    found = True
-                top -= step
-                attempts += 1
-            step *= 0.5
-        if not found:
-            return False
-    return True
+            for i in range(kept):
+                scratch.view(np.float32)[0] = logprobs_NK[t, i]
+                levels_NK[t, i] = _flip(scratch[0])
+    return placed > 0
+
+
+@compiled
+def _flip(bits: Scalar) -> Scalar:
+    """Place of a float32 in the descending order of all, from its bits; and its bits from its place."""
+    return bits if bits & 0x80000000 else 0x7FFFFFFF - bits
+
+
+@compiled
+def _find_top(
+    logprobs_K: Float32Array, kept: Scalar, mantissa_bits: Scalar, scratch: Uint32Array, levels_K: Uint32Array
+) -> Scalar:
+    """Place of a top logit under which every logprob of a row comes back, and the row's levels; or PLAIN."""
+    reach = 2.0 ** (mantissa_bits + 1)
+    below = 64.0
+    odd = 0
+    for i in range(1, kept):
+        gap = np.float64(logprobs_K[0]) - np.float64(logprobs_K[i])
+        if gap == 0.0:
+            continue
+        if not gap < 1e4:
+            return PLAIN
+        grain = 1.0
+        while grain > 2.0**-_FINEST and abs(gap / grain - np.rint(gap / grain)) * grain > 2.0**-19:
+            grain *= 0.5
+        odd += abs(gap / grain - np.rint(gap / grain)) * grain > 2.0**-19
+        while grain < 64.0 and abs(gap / (2 * grain) - np.rint(gap / (2 * grain))) * grain <= 2.0**-20:
+            grain *= 2.0
+        below = min(below, gap + reach * grain)
+    if 4 * odd > kept:
+        return PLAIN
+    # The roundest top that fits: most rows leave room for a multiple of a half, which costs few bits.
+    top = np.ceil(below * 2.0) * 0.5 - 0.5
+    for _ in range(_ROUND_TOPS):
+        if top > 0 and _place_row(logprobs_K, kept, mantissa_bits, top, scratch, levels_K):
+            return _place_of(top, mantissa_bits, scratch)
+        top -= 0.5
+    # Then every place down to the smallest top that is any use.
+    place = _place_of(below, mantissa_bits, scratch)
+    lowest = _place_of(_SMALLEST_TOP, mantissa_bits, scratch)
+    while place >= lowest:
+        scratch[0] = _float_bits(place, mantissa_bits)
+        top = np.float64(scratch.view(np.float32)[0])
+        if _place_row(logprobs_K, kept, mantissa_bits, top, scratch, levels_K):
+            return place
+        place -= 1
+    return PLAIN
 
 
 @compiled

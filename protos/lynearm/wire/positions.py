@@ -58,7 +58,7 @@ from lynearm.wire.kernels import (
     write_numbers,
     write_rows,
 )
-from lynearm.wire.logit_grids import LogitRows, find_logit_grid, logprobs_of
+from lynearm.wire.logit_grids import PLAIN, LogitRows, find_logit_grid, logprobs_of
 from lynearm.wire.specs import MAX_VOCAB_SIZE, CodecMode
 from lynearm.wire.traces import Float32Array, Int32Array
 
@@ -600,21 +600,24 @@ def _unzigzag(numbers: npt.NDArray[np.integer]) -> Int64Array:
 
 
 def _pack_tops(rows: LogitRows) -> Uint32Array:
-    """Top logits in halves where they are such, which most are, and as places of the grid otherwise."""
+    """Top logits in halves where they are such, which most are, else as places of the grid; 0: plain."""
     tops = rows.tops_N.astype(np.int64)
     shift = 23 - rows.grid.mantissa_bits
     values = (tops << shift).astype(np.uint32).view(np.float32)
     halves = np.where(tops > 0, values * 2, 0.0)
     is_half = (halves > 0) & (halves < 4096) & (halves == np.rint(halves))
-    return np.where(is_half, halves, 4096 + _TOP_OFFSET + tops).astype(np.uint32)
+    numbers = np.where(is_half, halves, 4096 + _TOP_OFFSET + tops)
+    return np.where(tops == PLAIN, 0, numbers).astype(np.uint32)
 
 
 def _unpack_tops(numbers: Uint32Array, mantissa_bits: int) -> Int32Array:
     halves = (numbers.astype(np.float32) * np.float32(0.5)).view(np.uint32) >> (23 - mantissa_bits)
     places = numbers.astype(np.int64) - 4096 - _TOP_OFFSET
     tops = np.where(numbers < 4096, halves.astype(np.int64), places)
+    tops[numbers == 0] = 0
     if tops.size and np.abs(tops).max() >= 1 << (8 + mantissa_bits):
         raise CorruptBlockError("a top logit is no number")
+    tops[numbers == 0] = PLAIN
     return tops.astype(np.int32)
 
 

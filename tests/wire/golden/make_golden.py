@@ -96,12 +96,12 @@ def prompt_rows() -> list[Trace]:
     return [trace]
 
 
-def logits(step: float) -> list[Trace]:
-    """Rows that are log-softmaxes of logits on a coarse grid."""
+def logits(*gaps_in_64ths: float, coarse_rows: int = 2) -> list[Trace]:
+    """Rows that are log-softmaxes of logits on a coarse grid, and then some that are not; three in all."""
     entries: list[list[tuple[int, float]]] = []
     for t in range(3):
-        logits_K = np.array([20 - step * (t + 1) * i * i for i in range(6)], np.float32)
-        gaps = logits_K - logits_K[0]
+        grain = 1 / 64 if t < coarse_rows else 1 / 63
+        gaps = -np.array([0, *gaps_in_64ths[t:]], np.float32) * np.float32(grain)
         logprobs = gaps - np.log(np.exp(gaps).sum(dtype=np.float32))
         entries.append([(10 + 3 * i + t, float(x)) for i, x in enumerate(logprobs)])
     return [silent(**rows(entries, [0, 2, -1], [-10.0]))]
@@ -132,8 +132,9 @@ def make_all(version: int) -> Iterator[tuple[str, str, list[Trace]]]:
     yield "compact", "compact", any_rows()
     yield "sampled", "sampled", draws()
     yield "prompt-rows", "exact", prompt_rows()
-    yield "bf16", "exact", logits(0.125)
-    yield "fp16", "exact", logits(0.015625)
+    yield "bf16", "exact", logits(8, 8, 40, 120, 200, 344)
+    yield "fp16", "exact", logits(7, 257, 769, 770, 771, 837)
+    yield "float32", "exact", logits(7, 257, 769, 770, 771, 837, coarse_rows=0)
     yield "four-lanes", "standard", many_rows()
 
 
