@@ -310,6 +310,7 @@ def run_atheris(corpus: Corpus, judge: Judge, inputs: int, seed: int, scratch: P
         "-max_len=600",
         "-timeout=10",
         "-rss_limit_mb=1024",
+        f"-artifact_prefix={scratch}/",
         str(seeds),
     ]
     atheris.Setup([sys.argv[0], *options], one_input)

@@ -39,8 +39,7 @@ def draw_rows(
         cumulative_V: npt.NDArray[np.float64] = np.exp(logprobs_TV[t].astype(np.float64)).cumsum()
         points = generator.random(draws) * cumulative_V[-1]
         # Points lie below the sum, so that each falls on a token.
-        drawn = cumulative_V.searchsorted(points, side="right")
-        distinct, counts = np.unique(drawn, return_counts=True)
+        distinct, counts = np.unique(np.digitize(points, cumulative_V), return_counts=True)
         order = np.argsort(-counts, kind="stable")
         token_ids[t, : distinct.size] = token_ids_TV[t, distinct[order]]
         logprobs[t, : distinct.size] = np.log(counts[order] / draws)
