@@ -36,11 +36,10 @@ def draw_rows(
     token_ids = np.zeros((positions, draws), np.int32)
     logprobs = np.full((positions, draws), -np.inf, np.float32)
     for t in range(positions):
-        cumulative_V: npt.NDArray[np.float64] = np.exp(logprobs_TV[t].astype(np.float64)).cumsum()
-        points = generator.random(draws) * cumulative_V[-1]
-        # Points lie below the sum, so that each falls on a token.
-        distinct, counts = np.unique(np.digitize(points, cumulative_V), return_counts=True)
-        order = np.argsort(-counts, kind="stable")
-        token_ids[t, : distinct.size] = token_ids_TV[t, distinct[order]]
-        logprobs[t, : distinct.size] = np.log(counts[order] / draws)
+        mass_V = np.exp(logprobs_TV[t].astype(np.float64))
+        counts_V = generator.multinomial(draws, mass_V / mass_V.sum())
+        distinct = np.flatnonzero(counts_V)
+        distinct = distinct[np.argsort(-counts_V[distinct], kind="stable")]
+        token_ids[t, : distinct.size] = token_ids_TV[t, distinct]
+        logprobs[t, : distinct.size] = np.log(counts_V[distinct] / draws)
     return token_ids, logprobs
