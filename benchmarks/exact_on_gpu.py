@@ -6,6 +6,9 @@ A teacher in bf16 or fp16 computes logits in that type, and vLLM takes their log
 same device. Exact mode rests on how that rounds: (x − max) − log Σ. This makes such logits with a random
 head of a real size (no weights needed), takes the log-softmax as vLLM's sampler does, keeps the top 64, and
 encodes: the scale that was found, bits per token, and whether every float32 came back.
+
+On an NVIDIA H200 (torch 2.11): both grids are found, every float32 comes back; 1,212 bits a token for bf16,
+1,391 for fp16, 2,282 for float32 (a random head repeats itself less than a language model).
 """
 
 from __future__ import annotations
@@ -31,7 +34,9 @@ def main() -> int:
     parser.add_argument("--positions", type=int, default=POSITIONS)
     arguments = parser.parse_args()
     name = torch.cuda.get_device_name() if arguments.device.startswith("cuda") else "CPU"
-    print(f"{name}, torch {torch.__version__}, {arguments.positions} positions, V = {VOCAB_SIZE}, k = {TOP_K}")
+    print(
+        f"{name}, torch {torch.__version__}, {arguments.positions} positions, V = {VOCAB_SIZE}, k = {TOP_K}"
+    )
     failed = False
     for dtype in (torch.bfloat16, torch.float16, torch.float32):
         trace = make_trace(dtype, arguments.device, arguments.positions)
@@ -41,10 +46,10 @@ def main() -> int:
         (decoded,) = decode_block(block)
         same = np.array_equal(decoded.top_k.logprobs.view(np.uint32), trace.top_k.logprobs.view(np.uint32))
         grid = f"grid of {found.grid.mantissa_bits} mantissa bits" if found else "none: plain float32"
-        print(
-            f"{str(dtype).removeprefix('torch.'):<9} scale: {grid:<25} {len(block) * 8 / arguments.positions:7.1f} "
-            f"bits/token   bit-identical: {'yes' if same else 'NO'}"
-        )
+        name = str(dtype).removeprefix("torch.")
+        bits = len(block) * 8 / arguments.positions
+        verdict = "yes" if same else "NO"
+        print(f"{name:<9} scale: {grid:<25} {bits:7.1f} bits/token   bit-identical: {verdict}")
         expected = {torch.bfloat16: LogitGrid(7), torch.float16: LogitGrid(10)}.get(dtype)
         failed |= not same or (found.grid if found else None) != expected
     return 1 if failed else 0

@@ -175,9 +175,7 @@ def test_many_held_out_traces_span_several_blocks(tmp_path: Path, traces: list[T
             completion_token_ids=np.resize(trace.completion_token_ids, 8000),
             sampled_logprobs=np.resize(trace.sampled_logprobs, 8000),
             top_k=TopK(
-                token_ids=generator.permuted(np.tile(np.arange(384, dtype=np.int32), (8000, 1)), axis=1)[
-                    :, :96
-                ],
+                token_ids=generator.permuted(every_id, axis=1)[:, :96],
                 logprobs=np.sort(generator.normal(-9, 1, (8000, 96)).astype(np.float32))[:, ::-1].copy(),
                 tail_mass=np.zeros(8000, np.float32),
             ),

@@ -530,9 +530,9 @@ def exponential(x: float) -> float:
         return 0.0
     n = round(x * 1.4426950408889634)
     r = (x - n * 0.6931471803691238) - n * 1.9082149292705877e-10
-    s = 1.0
-    for term in range(13, 0, -1):
-        s = 1.0 + (s * r) / term
+    s = 0.0
+    for k in range(13, -1, -1):
+        s = s * r + 1.0 / math.factorial(k)
     return s * 2.0**n
 
 

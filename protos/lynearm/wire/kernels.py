@@ -8,6 +8,8 @@ Shape legend: N = positions of a block, K = entries of the widest row, V = vocab
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 import numpy.typing as npt
 
@@ -46,6 +48,12 @@ MAX_ENTRY_BITS = 2 * MAX_CODE_LENGTH + 8 + 20 + 32
 
 STEP_ESCAPE_TOTAL = 31
 """Marks an escape in a decoding table: a code and its open bits have 30 bits at most."""
+
+_RECIPROCAL_FACTORIALS = 1.0 / np.array([math.factorial(term) for term in range(14)], np.float64)
+
+_LOWEST_POWER = 1010
+_POWERS_OF_TWO = 2.0 ** np.arange(-_LOWEST_POWER, 3)
+"""e^−700 is about 2^−1010."""
 
 _RECENT_RING = 4096
 """Power of two, at least the window and the entries that one row adds."""
@@ -574,8 +582,8 @@ def look_up(levels_NK: Uint32Array, kept_N: Uint32Array, table: Float32Array, ou
 def predict_tails(logprobs_NK: Float32Array, kept_N: Uint32Array, tails_N: Float32Array) -> None:
     """Fill in 1 − Σ p of each row, at least 0, the same to the bit on every machine.
 
-    Sums, products and quotients of float64, in this order and never fused: library exponentials differ
-    between machines.
+    Sums and products of float64, in this order and never fused: library exponentials differ between
+    machines.
     """
     for t in range(kept_N.size):
         rest = 1.0
@@ -586,10 +594,15 @@ def predict_tails(logprobs_NK: Float32Array, kept_N: Uint32Array, tails_N: Float
 
 @inlined
 def _exponential(x: Scalar) -> Scalar:
-    """e^x to about 1e-15, 0 below −700: e^x = 2^n · e^r, |r| ≤ ln 2 / 2, and a Taylor polynomial for e^r."""
-    n = np.rint(max(x, -700.0) * 1.4426950408889634)
-    r = (max(x, -700.0) - n * 0.6931471803691238) - n * 1.9082149292705877e-10
-    sum_ = 1.0
-    for term in range(13, 0, -1):
-        sum_ = 1.0 + sum_ * r / term
-    return sum_ * 2.0**n if x >= -700.0 else 0.0
+    """e^x to about 1e-15, 0 below −700: e^x = 2^n · e^r, |r| ≤ ln 2 / 2, and Taylor's polynomial for e^r.
+
+    A logprob above 1, or NaN, has some value here: blocks with such are refused by others.
+    """
+    bounded = min(x, 1.0) if x >= -700.0 else 0.0
+    n = np.rint(bounded * 1.4426950408889634)
+    r = (bounded - n * 0.6931471803691238) - n * 1.9082149292705877e-10
+    result = 0.0
+    for term in range(13, -1, -1):
+        result = result * r + _RECIPROCAL_FACTORIALS[term]
+    result *= _POWERS_OF_TWO[np.int64(n) + _LOWEST_POWER]
+    return result if x >= -700.0 else 0.0

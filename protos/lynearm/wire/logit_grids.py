@@ -18,7 +18,7 @@ import numpy as np
 import numpy.typing as npt
 
 from lynearm.wire.grids import LogitGrid
-from lynearm.wire.jit import Scalar, compiled
+from lynearm.wire.jit import Scalar, compiled, inlined
 
 Float32Array = npt.NDArray[np.float32]
 Int32Array = npt.NDArray[np.int32]
@@ -100,7 +100,7 @@ def logprobs_of(
             out_NK[t, i] = -np.inf
 
 
-@compiled
+@inlined
 def _float_bits(place: Scalar, mantissa_bits: Scalar) -> Scalar:
     """Bits of the float32 at a place of a grid; places outside float32 wrap, and are then some number."""
     size = (abs(place) << (23 - mantissa_bits)) & 0x7FFFFFFF
@@ -146,7 +146,7 @@ def _find(
     return placed > 0
 
 
-@compiled
+@inlined
 def _flip(bits: Scalar) -> Scalar:
     """Place of a float32 in the descending order of all, from its bits; and its bits from its place."""
     return bits if bits & 0x80000000 else 0x7FFFFFFF - bits
