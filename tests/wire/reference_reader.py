@@ -605,7 +605,7 @@ class Scale:
 
 def is_grid(c: int, d: int) -> bool:
     """Whether c and D, as integers, are within their bounds."""
-    return 200 <= c <= 500_000 and 400 <= d <= 500_000 and c <= 10 * d
+    return 150 <= c <= 500_000 and 400 <= d <= 500_000 and c <= 10 * d
 
 
 def read_scale(reader: ByteReader, mode: int) -> Scale:

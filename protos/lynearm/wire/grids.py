@@ -17,7 +17,6 @@ solves that for c: every block meets its mode's bound with its own rows.
 
 from __future__ import annotations
 
-import functools
 import math
 from dataclasses import dataclass
 from typing import Final, TypeAlias
@@ -106,9 +105,14 @@ class Grid:
         )
         return levels.reshape(logprobs.shape)
 
-    def table(self) -> Float32Array:
-        """Logprob of every level, shape [`MAX_GRID_LEVEL` + 1]."""
-        return _grid_table(self)
+    def table(self, count: int = MAX_GRID_LEVEL + 1) -> Float32Array:
+        """Logprob of each of the first `count` levels."""
+        levels = np.arange(count, dtype=np.float64)
+        below_knee = np.minimum(levels, self.knee_level)
+        likely = 2.0 * np.log1p(-below_knee * self.scale / 2.0)
+        unlikely = self.knee_logprob - (levels - self.knee_level) * self.cap
+        table: Float64Array = np.where(levels < self.knee_level, likely, unlikely)
+        return table.astype(np.float32)
 
     def added_kl(self, logprobs: Float32Array, tail_mass: Float32Array) -> float:
         """Expected KL that this grid adds to all rows together, nats.
@@ -174,9 +178,9 @@ class Counts:
         levels: Float64Array = np.clip(self.draws - counts, 0, self.draws - 1)
         return levels.astype(np.uint32)
 
-    def table(self) -> Float32Array:
-        """log(count / draws) of every level, shape [draws]."""
-        counts = np.arange(self.draws, 0, -1, dtype=np.float64)
+    def table(self, count: int | None = None) -> Float32Array:
+        """log(count / draws) of each of the first `count` levels, or of all."""
+        counts = self.draws - np.arange(self.draws if count is None else count, dtype=np.float64)
         return np.log(counts / self.draws).astype(np.float32)
 
 
@@ -265,13 +269,3 @@ def _grid_levels(
         unlikely = (knee_logprob - logprob) * per_cap + knee_level
         level = likely if logprob > knee_logprob else unlikely
         levels[index] = np.uint32(np.int32(min(np.rint(level), np.float32(65535.0))))
-
-
-@functools.lru_cache(maxsize=256)
-def _grid_table(grid: Grid) -> Float32Array:
-    levels = np.arange(MAX_GRID_LEVEL + 1, dtype=np.float64)
-    below_knee = np.minimum(levels, grid.knee_level)
-    likely = 2.0 * np.log1p(-below_knee * grid.scale / 2.0)
-    unlikely = grid.knee_logprob - (levels - grid.knee_level) * grid.cap
-    table: Float64Array = np.where(levels < grid.knee_level, likely, unlikely)
-    return table.astype(np.float32)

@@ -371,7 +371,7 @@ def read_positions(
     if not whole:
         raise CorruptBlockError("the entries of the block's rows do not decode")
     last_levels = _last_levels(levels, kept)
-    logprobs = _from_levels(scale, levels, kept, first_N, tops)
+    logprobs = _from_levels(scale, levels, kept, last_levels, first_N, tops)
     tail_numbers = numbers.read_contexts(tables.tail_rule.contexts(last_levels))
     numbers.expect_end()
     tail_mass = _tails(scale, tail_numbers, logprobs, kept, tables.tail_rule.expect(last_levels))
@@ -474,6 +474,7 @@ def _from_levels(
     scale: Scale,
     levels: Uint32Array,
     kept: Uint32Array,
+    last_levels: Uint32Array,
     first_N: Float32Array | None,
     tops: Int32Array | None,
 ) -> Float32Array:
@@ -488,7 +489,8 @@ def _from_levels(
         assert tops is not None
         logprobs_of(scale.mantissa_bits, levels, first_N, tops, kept, logprobs)
     else:
-        look_up(levels, kept, scale.table(), logprobs)
+        # Levels do not fall along a row, so that its last one is its highest.
+        look_up(levels, kept, scale.table(int(last_levels.max(initial=0)) + 1), logprobs)
     return logprobs
 
 
@@ -554,7 +556,8 @@ def _tails(
         present = numbers > 0
         if (present & ((levels < 0) | (levels > MAX_GRID_LEVEL))).any():
             raise CorruptBlockError("a tail mass is outside its grid")
-        masses = np.exp(scale.table()[np.where(present, levels, 0)])
+        levels = np.where(present, levels, 0)
+        masses = np.exp(scale.table(int(levels.max(initial=0)) + 1)[levels])
         return np.where(present, masses, np.float32(0)).astype(np.float32)
     predicted = _predicted_tails(logprobs, kept, scale)
     away = _unzigzag(numbers).astype(np.int32).view(np.uint32)
