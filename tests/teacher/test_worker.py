@@ -12,7 +12,7 @@ from models.teaching import teach_config
 from lynearm.client import TraceClient
 from lynearm.teacher.engine import TeacherEngine
 from lynearm.teacher.prompts import ChatMessage, Prompt
-from lynearm.teacher.worker import TeacherWorker, open_stream
+from lynearm.teacher.worker import TeacherWorker
 from lynearm.wire.codec import decode_block
 from lynearm.wire.errors import StreamExistsError
 from lynearm.wire.specs import CodecSpec, StreamSpec
@@ -114,9 +114,9 @@ def test_a_stream_of_another_teacher_is_refused_with_the_difference(
     spec = make_spec(engine)
     other = replace(spec, teacher=replace(spec.teacher, model="other"), license="MIT")
     with TraceClient(service.target) as client:
-        open_stream(client, spec)
-        assert open_stream(client, spec).spec == spec
+        client.open_stream(spec)
+        assert client.open_stream(spec).spec == spec
         with pytest.raises(
             StreamExistsError, match=r"license .*'MIT'; teacher\.model is 'tiny', wanted 'other'"
         ):
-            open_stream(client, other)
+            client.open_stream(other)

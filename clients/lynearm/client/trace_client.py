@@ -15,10 +15,15 @@ from lynearm.client.publisher import DEFAULT_IN_FLIGHT_BYTES, Publisher
 from lynearm.client.subscription import DEFAULT_CREDIT_BYTES, ReceivedBlock, Subscription
 from lynearm.v1 import trace_service_pb2 as pb
 from lynearm.wire.blocks import MAX_DICTIONARY_BYTES, dictionary_digest
-from lynearm.wire.errors import CorruptBlockError, InvalidInputError, ServiceUnavailableError
+from lynearm.wire.errors import (
+    CorruptBlockError,
+    InvalidInputError,
+    ServiceUnavailableError,
+    StreamExistsError,
+)
 from lynearm.wire.frames import parse_fetch_response
 from lynearm.wire.protobuf import StreamInfo, spec_to_proto, stream_from_proto
-from lynearm.wire.specs import StreamSpec, check_name
+from lynearm.wire.specs import StreamSpec, check_name, spec_differences
 
 if TYPE_CHECKING:
     from lynearm.wire.dictionaries import DictionaryReader
@@ -113,6 +118,21 @@ class TraceClient:
         """
         request = pb.CreateStreamRequest(spec=spec_to_proto(spec), allow_existing=allow_existing)
         return stream_from_proto(self._call(self._connection.stub.CreateStream, request).stream)
+
+    def open_stream(self, spec: StreamSpec) -> StreamInfo:
+        """Create a stream, or open the one that exists with the same spec.
+
+        Raises:
+            StreamExistsError: if one of that name has another spec; the message names what differs.
+        """
+        try:
+            return self.create_stream(spec, allow_existing=True)
+        except StreamExistsError as error:
+            existing = self.get_stream(spec.name).spec
+            raise StreamExistsError(
+                f"stream {spec.name!r} exists and is another: {'; '.join(spec_differences(existing, spec))}",
+                "choose another stream name, or the settings that the stream was made with",
+            ) from error
 
     def get_stream(self, name: str) -> StreamInfo:
         """The stream as it is now.

@@ -13,11 +13,11 @@ from lynearm.interchange.config import ImportConfig
 from lynearm.interchange.openai_jsonl import OpenAiSource
 from lynearm.interchange.openai_responses import ResponseFacts, ResponseReader
 from lynearm.interchange.parquet_reader import ParquetTraceSource
-from lynearm.interchange.stream_specs import Facts, SpecFacts, resolve_spec, spec_differences
+from lynearm.interchange.stream_specs import Facts, SpecFacts, resolve_spec
 from lynearm.interchange.teacher_files import TeacherFiles, load_teacher_files
 from lynearm.interchange.tokens import TokenNames
 from lynearm.wire.errors import ConfigError, InvalidInputError, StreamNotFoundError
-from lynearm.wire.specs import StreamSpec
+from lynearm.wire.specs import StreamSpec, spec_differences
 from lynearm.wire.traces import SamplingParams
 
 logger = logging.getLogger(__name__)

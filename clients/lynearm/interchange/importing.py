@@ -25,7 +25,6 @@ from lynearm.interchange.progress import (
     OnImportProgress,
 )
 from lynearm.interchange.sources import PromptTraces
-from lynearm.interchange.stream_specs import open_stream
 from lynearm.wire.errors import InvalidInputError
 from lynearm.wire.specs import StreamSpec
 
@@ -79,7 +78,7 @@ class _Import:
         self._report_progress("checking")
         check_prompts(self._sources)
         spec = plan_stream(self._config, self._client, self._sources)
-        sealed = open_stream(self._client, spec).sealed
+        sealed = self._client.open_stream(spec).sealed
         finished = self._client.finished_prompts(spec.name)
         with stop_on_interrupt() as interrupted, self._stack:
             self._import(spec, finished, interrupted)

@@ -10,9 +10,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any, TypeAlias
 
-from lynearm.client import StreamInfo, TraceClient
 from lynearm.interchange.config import ImportConfig
-from lynearm.wire.errors import ConfigError, InvalidInputError, StreamExistsError
+from lynearm.wire.errors import ConfigError, InvalidInputError
 from lynearm.wire.specs import CodecSpec, StreamSpec, TeacherSpec, TokenizerSpec
 
 Facts: TypeAlias = Mapping[str, Any]
@@ -93,32 +92,6 @@ def resolve_spec(config: ImportConfig, known: SpecFacts) -> StreamSpec:
         raise ConfigError(error.message, error.remedy) from error
 
 
-def open_stream(client: TraceClient, spec: StreamSpec) -> StreamInfo:
-    """Create the stream, or open the one that exists with the same spec.
-
-    Raises:
-        StreamExistsError: naming what differs.
-    """
-    try:
-        return client.create_stream(spec, allow_existing=True)
-    except StreamExistsError as error:
-        existing = client.get_stream(spec.name).spec
-        raise StreamExistsError(
-            f"stream {spec.name!r} exists and is another: {'; '.join(spec_differences(existing, spec))}",
-            "choose another --stream, or give the flags that the stream was made with",
-        ) from error
-
-
-def spec_differences(existing: StreamSpec, wanted: StreamSpec) -> list[str]:
-    """What distinguishes two specs besides the name, one line for each field."""
-    before, after = _facts_of(existing), _facts_of(wanted)
-    return [
-        f"{name} is {_shown(before[name])}, wanted {_shown(after[name])}"
-        for name in before
-        if name != "name" and before[name] != after[name]
-    ]
-
-
 def _facts_of(spec: StreamSpec) -> dict[str, Any]:
     facts: dict[str, Any] = {"name": spec.name, "license": spec.license, "labels": dict(spec.labels)}
     for part, kind in _PARTS.items():
@@ -140,7 +113,3 @@ def _remedies(missing: list[str]) -> list[str]:
 
 def _listed(names: list[str]) -> str:
     return names[0] if len(names) == 1 else ", ".join(names[:-1]) + " and " + names[-1]
-
-
-def _shown(value: object) -> str:
-    return value.hex()[:12] if isinstance(value, bytes) else repr(value)

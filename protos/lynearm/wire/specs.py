@@ -172,3 +172,21 @@ def alignment_differences(teacher: TokenizerSpec, student: TokenizerSpec) -> lis
             f"end tokens: teacher {sorted(teacher.eos_token_ids)}, student {sorted(student.eos_token_ids)}"
         )
     return differences
+
+
+def spec_differences(existing: StreamSpec, wanted: StreamSpec) -> list[str]:
+    """What distinguishes two stream specs besides their names, one line for each field."""
+    pairs: list[tuple[str, object, object]] = [
+        ("license", existing.license, wanted.license),
+        ("labels", dict(existing.labels), dict(wanted.labels)),
+    ]
+    for part in ("teacher", "tokenizer", "codec"):
+        before, after = getattr(existing, part), getattr(wanted, part)
+        pairs += [
+            (f"{part}.{name}", getattr(before, name), getattr(after, name)) for name in before.__slots__
+        ]
+    return [f"{name} is {_shown(old)}, wanted {_shown(new)}" for name, old, new in pairs if old != new]
+
+
+def _shown(value: object) -> str:
+    return value.hex()[:12] if isinstance(value, bytes) else repr(value)

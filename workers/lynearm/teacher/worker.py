@@ -21,8 +21,7 @@ from lynearm.teacher.engine import Completion, TeacherEngine
 from lynearm.teacher.prompts import BadLine, Prompt
 from lynearm.teacher.publishing import BlockWriter, FinishedPrompt
 from lynearm.teacher.spans import find_spans
-from lynearm.wire.errors import ConfigError, InternalError, PromptTooLongError, StreamExistsError
-from lynearm.wire.protobuf import StreamInfo
+from lynearm.wire.errors import ConfigError, InternalError, PromptTooLongError
 from lynearm.wire.specs import CodecSpec, StreamSpec
 from lynearm.wire.traces import Int32Array, Trace
 
@@ -112,7 +111,7 @@ class TeacherWorker:
         """
         with TraceClient(self._config.service) as client:
             client.wait_until_ready()
-            open_stream(client, spec)
+            client.open_stream(spec)
             with client.publisher(self._config.stream, self._config.producer_id) as publisher:
                 self._publisher = publisher
                 finished = client.finished_prompts(self._config.stream)
@@ -227,37 +226,3 @@ class TeacherWorker:
     def _update(self, **changes: object) -> None:
         # Replaced whole, so that other threads always see one consistent state.
         self._progress = replace(self._progress, **changes)  # type: ignore[arg-type]  # fields by name
-
-
-def open_stream(client: TraceClient, spec: StreamSpec) -> StreamInfo:
-    """Create the stream, or open the one that exists with the same spec.
-
-    Raises:
-        StreamExistsError: naming what differs.
-    """
-    try:
-        return client.create_stream(spec, allow_existing=True)
-    except StreamExistsError as error:
-        existing = client.get_stream(spec.name).spec
-        raise StreamExistsError(
-            f"stream {spec.name!r} exists and is another: {'; '.join(spec_differences(existing, spec))}",
-            "choose another stream name, or the settings that the stream was made with",
-        ) from error
-
-
-def spec_differences(existing: StreamSpec, wanted: StreamSpec) -> list[str]:
-    """What distinguishes two stream specs, one line for each field."""
-    pairs: list[tuple[str, object, object]] = [
-        ("license", existing.license, wanted.license),
-        ("labels", dict(existing.labels), dict(wanted.labels)),
-    ]
-    for part in ("teacher", "tokenizer", "codec"):
-        before, after = getattr(existing, part), getattr(wanted, part)
-        pairs += [
-            (f"{part}.{name}", getattr(before, name), getattr(after, name)) for name in before.__slots__
-        ]
-    return [f"{name} is {_shown(old)}, wanted {_shown(new)}" for name, old, new in pairs if old != new]
-
-
-def _shown(value: object) -> str:
-    return value.hex()[:12] if isinstance(value, bytes) else repr(value)
