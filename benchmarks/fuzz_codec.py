@@ -3,7 +3,7 @@
     export PYTHONPATH=tests
     python benchmarks/fuzz_codec.py --inputs 5000000 --seed 1          # the fast loop
     python benchmarks/fuzz_codec.py --atheris --inputs 200000          # guided by the coverage of the Python
-    NUMBA_BOUNDSCHECK=1 NUMBA_CACHE_DIR=/tmp/checked \
+    NUMBA_BOUNDSCHECK=1 NUMBA_CACHE_DIR=runs/checked \
         python benchmarks/fuzz_codec.py --guard --inputs 200000        # with every access checked
 
 Inputs are blocks of every mode, with and without a dictionary, and of version 1, spoiled by `wire.mutation`,

@@ -76,7 +76,7 @@ def test_an_interrupted_job_goes_on_and_survives_the_death_of_service_and_teache
         completions=1,
         max_tokens=100,
         max_batch=4,
-        block_bytes=4000,
+        block_bytes=2000,
     )
     interrupted: list[int] = []
 

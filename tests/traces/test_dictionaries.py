@@ -127,7 +127,7 @@ def test_a_dictionary_that_the_stream_does_not_hold_is_not_found(stub: TraceServ
     assert (code(caught.value), error_name(caught.value)) == ("NOT_FOUND", "DictionaryNotFoundError")
 
 
-@pytest.mark.parametrize("digest", [b"", DIGEST[:31], DIGEST.hex().encode()], ids=["none", "short", "hex"])
+@pytest.mark.parametrize("digest", [b"", DIGEST[:7], DIGEST.hex().encode()], ids=["none", "short", "hex"])
 def test_a_digest_that_is_none_is_refused(stub: TraceServiceStub, digest: bytes) -> None:
     with pytest.raises(grpc.RpcError, match=f"digest of {len(digest)} bytes") as caught:
         get(stub, digest)

@@ -8,7 +8,7 @@ anew, for as long as it has not been released.
 
 The files of version 1 were made by lynearm at commit d34a911, whose contract came first on the path:
 
-    PYTHONPATH=/tmp/v1/protos:tests .venv/bin/python tests/wire/golden/make_golden.py
+    PYTHONPATH=v1/protos:tests .venv/bin/python tests/wire/golden/make_golden.py
 """
 
 from __future__ import annotations
