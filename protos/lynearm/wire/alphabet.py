@@ -4,9 +4,10 @@ Every integer becomes a *class*, which a prefix code writes, and the bits that t
 which follow as they are. Two alphabets: `STEP` symbols name an entry of a position's row, its step in
 level together with the class of its token code; `NUMBER` symbols name everything else.
 
-A token code says which token an entry is: below `RECENT_WINDOW` it counts back in the list of tokens that
-the block met lately, which begins with the vocabulary's commonest; from there on it is a rank in the
-vocabulary's order. Inside a row, entries stand
+A token code says which token an entry is: below `FOLLOWERS` it is a place in the list of tokens that often
+follow the token before, if the dictionary has one; the next `RECENT_WINDOW` count back in the list of tokens
+that the block met lately, which begins with the vocabulary's commonest; from `RANK_START` on it is a rank in
+the vocabulary's order. Inside a row, entries stand
 ascending by (level, token code). An entry on the level of the one before it is therefore written as the
 gap between their token codes, and the order inside a level, which nobody needs, is not paid for.
 """
@@ -23,11 +24,16 @@ from lynearm.wire.jit import Scalar, compiled, highest_bit, inlined
 Uint8Array = npt.NDArray[np.uint8]
 Uint32Array = npt.NDArray[np.uint32]
 
+FOLLOWERS: Final = 32
+"""Token codes below it are places in the list of the token before."""
+
 RECENT_WINDOW: Final = 2048
-"""Token codes below it count back in the list of recent tokens."""
+"""So many token codes from there on count back in the list of recent tokens."""
+
+RANK_START: Final = FOLLOWERS + RECENT_WINDOW
 
 REFRESH_DISTANCE: Final = 64
-"""An entry whose token code is at least this enters the list of recent tokens (again)."""
+"""An entry enters the list of recent tokens (again) unless it lies nearer than this in it."""
 
 STEP_CLASSES: Final = 4
 """Steps 0, 1 and 2 have symbols of their own; the fourth says that a number, step − 3, follows."""
@@ -37,9 +43,10 @@ LONG_STEP: Final = STEP_CLASSES - 1
 GAP_CLASSES: Final = 42
 """One mantissa bit; gaps are below 2^21."""
 
-TOKEN_CLASSES: Final = 43
-"""22 for the window (one mantissa bit), 21 for ranks (whole octaves)."""
+TOKEN_CLASSES: Final = 53
+"""10 for followers, 22 for the window (one mantissa bit each), 21 for ranks (whole octaves)."""
 
+_FOLLOWER_CLASSES = 10
 _WINDOW_CLASSES = 22
 
 STEP_SYMBOLS: Final = GAP_CLASSES + STEP_CLASSES * TOKEN_CLASSES
@@ -52,7 +59,7 @@ NUMBER_SYMBOLS: Final = 124
 NUMBER_ESCAPE: Final = NUMBER_SYMBOLS
 """Thirty-two bits follow: the number itself, whose class has no code in the table."""
 
-TOKEN_OCTAVES: Final = 4
+TOKEN_OCTAVES: Final = 6
 """How many kinds of preceding token code the tables tell apart; see `token_octave`."""
 
 RANK_BUCKETS: Final = 8
@@ -61,11 +68,13 @@ RANK_BUCKETS: Final = 8
 
 @inlined
 def token_octave(token_code: Scalar) -> Scalar:
-    """What the token code of the entry before says about the next one: 0 to 3."""
+    """What the token code of the entry before says about the next one: 0 to 5."""
     return (
-        np.uint64(token_code >= np.uint64(64))
-        + np.uint64(token_code >= np.uint64(512))
-        + np.uint64(token_code >= np.uint64(4096))
+        np.uint64(token_code >= np.uint64(FOLLOWERS // 2))
+        + np.uint64(token_code >= np.uint64(FOLLOWERS))
+        + np.uint64(token_code >= np.uint64(FOLLOWERS + 64))
+        + np.uint64(token_code >= np.uint64(FOLLOWERS + 512))
+        + np.uint64(token_code >= np.uint64(FOLLOWERS + 4096))
     )
 
 
@@ -82,12 +91,22 @@ def gap_symbol(gap: Scalar) -> Scalar:
 def token_symbol(step: Scalar, token_code: Scalar) -> Scalar:
     """Symbol of any other entry: the first of a row, or one on a new level."""
     base = GAP_CLASSES + min(step, LONG_STEP) * TOKEN_CLASSES
-    if token_code < RECENT_WINDOW:
+    if token_code < FOLLOWERS:
         return base + gap_symbol(token_code)
-    rank = token_code - RECENT_WINDOW
-    if rank < 2:
-        return base + _WINDOW_CLASSES + rank
-    return base + _WINDOW_CLASSES + 1 + highest_bit(rank)
+    base += _FOLLOWER_CLASSES
+    if token_code < RANK_START:
+        return base + gap_symbol(token_code - FOLLOWERS)
+    base += _WINDOW_CLASSES
+    rank = token_code - RANK_START
+    return base + rank if rank < 2 else base + 1 + highest_bit(rank)
+
+
+@inlined
+def token_open_value(token_code: Scalar) -> Scalar:
+    """What the class's open bits are taken from: the token code in its own third of all."""
+    if token_code < FOLLOWERS:
+        return token_code
+    return token_code - FOLLOWERS if token_code < RANK_START else token_code - RANK_START
 
 
 @inlined
@@ -115,7 +134,9 @@ def _step_tables() -> tuple[Uint32Array, Uint8Array]:
     fine = [(value, 0) for value in range(4)]
     fine += [((2 + half) << (e - 1), e - 1) for e in range(2, 21) for half in (0, 1)]
     octaves = [(0, 0), (1, 0), *((1 << e, e) for e in range(1, 20))]
-    tokens = fine[:_WINDOW_CLASSES] + [(RECENT_WINDOW + base, width) for base, width in octaves]
+    tokens = fine[:_FOLLOWER_CLASSES]
+    tokens += [(FOLLOWERS + base, width) for base, width in fine[:_WINDOW_CLASSES]]
+    tokens += [(RANK_START + base, width) for base, width in octaves]
     for symbol, (base, width) in enumerate(fine + tokens * STEP_CLASSES):
         bases[symbol], widths[symbol] = base, width
     return bases, widths

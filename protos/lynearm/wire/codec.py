@@ -34,12 +34,28 @@ from lynearm.wire.blocks import (
 )
 from lynearm.wire.code_tables import SymbolCounts, build_tables
 from lynearm.wire.compression import decompress
-from lynearm.wire.dictionaries import Dictionary, DictionaryReader, TokenOrder, order_tokens
+from lynearm.wire.dictionaries import (
+    Dictionary,
+    DictionaryReader,
+    FollowerLists,
+    TokenOrder,
+    list_followers,
+    order_tokens,
+)
 from lynearm.wire.errors import CodecError, CorruptBlockError
 from lynearm.wire.fields import ByteReader, varint
 from lynearm.wire.grids import Grid, choose_grid
+from lynearm.wire.kernels import AS_SAMPLED
 from lynearm.wire.metadata import TraceMetadata, parse_metadata, read_metadata, write_metadata
-from lynearm.wire.positions import ROUNDING, NamedRows, Positions, name_rows, read_positions, write_positions
+from lynearm.wire.positions import (
+    ROUNDING,
+    NamedRows,
+    Positions,
+    first_previous_tokens,
+    name_rows,
+    read_positions,
+    write_positions,
+)
 from lynearm.wire.specs import CODEC_MODES, MAX_TOP_K, MAX_VOCAB_SIZE, CodecMode, CodecSpec
 from lynearm.wire.traces import Float32Array, Int32Array, TopK, Trace
 from lynearm.wire.version1.reader import read_traces as read_version_1
@@ -180,34 +196,33 @@ def train_dictionary(
     _check_arguments(everything, spec, vocab_size, None)
     gathered = _gather_positions(everything)
     _check_rows(everything, gathered, vocab_size)
-    counts_V = np.bincount(gathered.token_ids[_kept_mask(gathered)], minlength=vocab_size)
-    common = order_tokens(counts_V)
-    order = TokenOrder.common_first(common, vocab_size)
+    common = order_tokens(np.bincount(gathered.token_ids[_kept_mask(gathered)], minlength=vocab_size))
     grid: Grid | None = None
     if spec.mode not in ("exact", "sampled"):
         grid = choose_grid(spec.mode, gathered.logprobs, gathered.tail_mass)
-    draft = _draft(everything, spec, order, grid, vocab_size, common)
+    order = TokenOrder.common_first(common, vocab_size, FollowerLists.none())
+    # A draft fixes grid and tail rule, by which the symbols of the final tables are counted.
+    rows = _name_rows(everything, spec, order, None, grid=grid)
+    draft = build_tables(rows.counts, merge=2, tail_rule=rows.tail_rule, with_escapes=True)
     counts = SymbolCounts.zeros()
-    for group in groups:
-        rows = _name_rows(group, spec, order, draft)
-        np.add(counts.steps, rows.counts.steps, out=counts.steps)
-        np.add(counts.numbers, rows.counts.numbers, out=counts.numbers)
-    tables = build_tables(counts, merge=2, tail_rule=draft.tables.tail_rule, with_escapes=True)
-    return Dictionary(vocab_size, common, tables, grid)
+    halves = (groups[::2], groups[1::2])
+    for counted, others in (halves, halves[::-1]):
+        # Lists made of the rows that are counted would seem better than they are for others.
+        lists = _follower_lists([trace for group in others or counted for trace in group])
+        known = Dictionary(vocab_size, common, lists, draft, grid)
+        for group in counted:
+            rows = _name_rows(group, spec, known.order, known)
+            np.add(counts.steps, rows.counts.steps, out=counts.steps)
+            np.add(counts.numbers, rows.counts.numbers, out=counts.numbers)
+    tables = build_tables(counts, merge=2, tail_rule=draft.tail_rule, with_escapes=True)
+    return Dictionary(vocab_size, common, _follower_lists(everything), tables, grid)
 
 
-def _draft(
-    traces: Sequence[Trace],
-    spec: CodecSpec,
-    order: TokenOrder,
-    grid: Grid | None,
-    vocab_size: int,
-    common: Int32Array,
-) -> Dictionary:
-    """A dictionary that fixes grid and tail rule, by which the symbols of the final one are counted."""
-    rows = _name_rows(traces, spec, order, None, grid=grid)
-    tables = build_tables(rows.counts, merge=2, tail_rule=rows.tail_rule, with_escapes=True)
-    return Dictionary(vocab_size, common, tables, grid)
+def _follower_lists(traces: Sequence[Trace]) -> FollowerLists:
+    rows = _gather_positions(traces)
+    first = first_previous_tokens([_row_count(t) for t in traces], [_token_before(t) for t in traces])
+    previous_N = np.where(first == AS_SAMPLED, np.roll(rows.sampled_ids, 1), first)
+    return list_followers(previous_N, rows.token_ids, _kept_mask(rows))
 
 
 def _order_of(dictionary: Dictionary | None, vocab_size: int) -> TokenOrder:
@@ -283,6 +298,14 @@ def _kept_mask(rows: Positions) -> npt.NDArray[np.bool_]:
     return mask_NK
 
 
+def _token_before(trace: Trace) -> int:
+    """Token before a trace's first row: its prompt's first one where the prompt has rows, else its last."""
+    prompt = trace.prompt_token_ids
+    if prompt.size == 0:
+        return -1
+    return int(prompt[0] if trace.prompt_top_k is not None and trace.prompt_top_k.positions else prompt[-1])
+
+
 def _row_count(trace: Trace) -> int:
     prompt_rows = 0 if trace.prompt_top_k is None else trace.prompt_top_k.positions
     return prompt_rows + trace.completion_token_ids.size
@@ -308,6 +331,7 @@ def _name_rows(
             positions,
             [_width(trace) for trace in traces],
             lengths,
+            first_previous_tokens(lengths, [_token_before(trace) for trace in traces]),
             mode=spec.mode,
             draws=spec.draws,
             order=order,
@@ -366,8 +390,16 @@ def _read_payload(
     dictionary: Dictionary | None = None
     if header.dictionary_digest:
         dictionary = (dictionaries or DictionaryReader()).get(header.dictionary_digest)
+    before = [trace.prompt_token_ids[-1] if trace.prompt_token_ids else -1 for trace in message.traces]
+    # What is no token id is refused below; until then it is none.
+    before = [token if token < MAX_VOCAB_SIZE else -1 for token in before]
     positions, vocab_size = read_positions(
-        reader.rest(), lengths, widths, mode=header.codec_mode, dictionary=dictionary
+        reader.rest(),
+        lengths,
+        widths,
+        first_previous_tokens(lengths, before),
+        mode=header.codec_mode,
+        dictionary=dictionary,
     )
     highest = max((max(trace.prompt_token_ids, default=0) for trace in message.traces), default=0)
     if highest >= vocab_size:

@@ -1,4 +1,4 @@
-"""What a codec has learned about a teacher: its commonest tokens, its prefix codes, and its grid.
+"""What a codec has learned about a teacher: its commonest tokens, what follows them, prefix codes, a grid.
 
 A dictionary is trained on a stream's own first blocks, or on others of the same teacher; it is sent once,
 kept with the stream, and named by its digest in the header of every block that needs it. It saves most
@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import TypeAlias
 
@@ -17,31 +17,79 @@ import numpy as np
 import numpy.typing as npt
 import zstandard
 
+from lynearm.wire.alphabet import FOLLOWERS
 from lynearm.wire.blocks import MAX_DICTIONARY_BYTES, dictionary_digest
 from lynearm.wire.code_tables import CodeTables
 from lynearm.wire.compression import decompress
 from lynearm.wire.errors import CodecError, CorruptBlockError, UnsupportedFormatError
+from lynearm.wire.fields import ByteReader
 from lynearm.wire.grids import Grid
 from lynearm.wire.specs import MAX_VOCAB_SIZE
 
 Int32Array = npt.NDArray[np.int32]
 Int64Array = npt.NDArray[np.int64]
+Uint8Array = npt.NDArray[np.uint8]
 
 FindDictionary: TypeAlias = "Callable[[bytes], bytes]"
 """Finds the bytes of a dictionary by its digest."""
 
 _MAGIC = b"LYD2"
-_HEAD = struct.Struct("<IIIII")
-"""Vocabulary size, scale and cap of the grid (0: none), tokens in the order, bytes of the tables."""
+_HEAD = struct.Struct("<IIIIIII")
+"""Vocabulary size; scale and cap of the grid, 0 for none; tokens in the order; lists, and tokens in them;
+bytes of the tables."""
 
-_MAX_CONTENT_BYTES = _HEAD.size + 4 * MAX_VOCAB_SIZE + (1 << 16)
+MAX_LISTS = 1 << 16
+_MAX_CONTENT_BYTES = _HEAD.size + 4 * MAX_VOCAB_SIZE + MAX_LISTS * (5 + 4 * FOLLOWERS) + (1 << 16)
+
+_MIN_OCCURRENCES = 3
+_MIN_COUNT = 2
+"""A token has a list if it was met so often, of the tokens that rows after it kept so often: rarer ones do
+not return, and would cost more to send than they save."""
+
+
+@dataclass(frozen=True)
+class FollowerLists:
+    """Which tokens a teacher holds likely after some others, the commonest first."""
+
+    owners: Int32Array
+    """Tokens that have a list, ascending, shape [lists]."""
+    counts: Uint8Array
+    """Tokens of each list, 1 to `FOLLOWERS`, shape [lists]."""
+    tokens: Int32Array
+    """Those of all lists, one after the other."""
+
+    @staticmethod
+    def none() -> FollowerLists:
+        """No lists at all."""
+        return FollowerLists(np.zeros(0, np.int32), np.zeros(0, np.uint8), np.zeros(0, np.int32))
+
+    def table(self) -> Int32Array:
+        """Lists as rows from 1 on, −1 where they end; row 0 is empty. Shape [lists + 1, FOLLOWERS]."""
+        table = np.full((self.owners.size + 1, FOLLOWERS), -1, np.int32)
+        table[1:][np.arange(FOLLOWERS) < self.counts[:, None]] = self.tokens
+        return table
 
 
 @dataclass(frozen=True)
 class TokenOrder:
-    """The vocabulary from the commonest token to the rarest."""
+    """The vocabulary from the commonest token to the rarest, and what follows some of them."""
 
     token_of_rank: Int32Array
+    lists: FollowerLists = field(default_factory=FollowerLists.none)
+
+    @cached_property
+    def followers(self) -> Int32Array:
+        """`FollowerLists.table`."""
+        return self.lists.table()
+
+    @cached_property
+    def list_of_token(self) -> Int32Array:
+        """Row of `followers` for each token, shape [V]; shape [0] where there are no lists."""
+        if self.lists.owners.size == 0:
+            return np.zeros(0, np.int32)
+        rows_V = np.zeros(self.token_of_rank.size, np.int32)
+        rows_V[self.lists.owners] = np.arange(1, self.lists.owners.size + 1)
+        return rows_V
 
     @cached_property
     def rank_of_token(self) -> Int32Array:
@@ -56,21 +104,22 @@ class TokenOrder:
         return TokenOrder(np.arange(vocab_size, dtype=np.int32))
 
     @staticmethod
-    def common_first(common: Int32Array, vocab_size: int) -> TokenOrder:
-        """Some distinct tokens, then the others by ascending id."""
+    def common_first(common: Int32Array, vocab_size: int, lists: FollowerLists) -> TokenOrder:
+        """Some distinct tokens, then the others by ascending id; and what follows which."""
         others_V = np.ones(vocab_size, np.bool_)
         others_V[common] = False
         others = np.flatnonzero(others_V).astype(np.int32)
-        return TokenOrder(np.concatenate([common, others]))
+        return TokenOrder(np.concatenate([common, others]), lists)
 
 
 @dataclass(frozen=True)
 class Dictionary:
-    """One teacher's token order, prefix codes and grid."""
+    """One teacher's token order, follower lists, prefix codes and grid."""
 
     vocab_size: int
     common_tokens: Int32Array
     """Distinct, the commonest first; tokens that are not here follow by id."""
+    lists: FollowerLists
     tables: CodeTables
     grid: Grid | None
     """Grid of the blocks that it was trained on; None for exact modes."""
@@ -78,19 +127,26 @@ class Dictionary:
     @cached_property
     def order(self) -> TokenOrder:
         """The whole vocabulary's order."""
-        return TokenOrder.common_first(self.common_tokens, self.vocab_size)
+        return TokenOrder.common_first(self.common_tokens, self.vocab_size, self.lists)
 
     @cached_property
     def encoded(self) -> bytes:
         """The dictionary as it is sent and kept."""
         tables = self.tables.to_bytes()
         grid = (self.grid.scale_millionths, self.grid.cap_hundred_thousandths) if self.grid else (0, 0)
-        head = _HEAD.pack(self.vocab_size, *grid, self.common_tokens.size, len(tables))
-        # Tokens of one octave of frequency ascend by id: their differences are small, and squeeze well.
-        differences = np.diff(self.common_tokens.astype(np.int64), prepend=0).astype("<i4")
-        planes = differences.view(np.uint8).reshape(-1, 4).T.tobytes()
+        lists = self.lists
+        sizes = (self.common_tokens.size, lists.owners.size, lists.tokens.size, len(tables))
+        content = (
+            _HEAD.pack(self.vocab_size, *grid, *sizes),
+            # Tokens of one octave of frequency ascend by id: their differences are small, and squeeze well.
+            _to_planes(np.diff(self.common_tokens, prepend=np.int32(0))),
+            _to_planes(np.diff(lists.owners, prepend=np.int32(0))),
+            lists.counts.tobytes(),
+            _to_planes(lists.tokens),
+            tables,
+        )
         compressor = zstandard.ZstdCompressor(level=19, write_checksum=True)
-        return _MAGIC + compressor.compress(head + planes + tables)
+        return _MAGIC + compressor.compress(b"".join(content))
 
     @cached_property
     def digest(self) -> bytes:
@@ -112,21 +168,85 @@ class Dictionary:
         content = decompress(memoryview(data)[4:], limit=_MAX_CONTENT_BYTES)
         if len(content) < _HEAD.size:
             raise CorruptBlockError("a codec dictionary ends inside its head")
-        vocab_size, scale, cap, common, table_bytes = _HEAD.unpack_from(content)
+        vocab_size, scale, cap, common, owners, listed, table_bytes = _HEAD.unpack_from(content)
         if not common <= vocab_size <= MAX_VOCAB_SIZE or vocab_size == 0:
             raise CorruptBlockError(f"a codec dictionary orders {common} of {vocab_size} tokens")
-        if len(content) != _HEAD.size + 4 * common + table_bytes:
+        if len(content) != _HEAD.size + 4 * common + 5 * owners + 4 * listed + table_bytes:
             raise CorruptBlockError(f"a codec dictionary of {len(content)} bytes contradicts its head")
-        planes = np.frombuffer(content, np.uint8, 4 * common, _HEAD.size).reshape(4, common)
-        tokens = planes.T.copy().view("<i4").ravel().astype(np.int64).cumsum()
+        part = ByteReader(memoryview(content)[_HEAD.size :])
+        tokens = _from_planes(part.take(4 * common)).cumsum()
         if common and (tokens.min() < 0 or tokens.max() >= vocab_size or np.unique(tokens).size != common):
             raise CorruptBlockError("a codec dictionary orders tokens that are not there, or one twice")
+        lists = _read_lists(part, owners, listed, vocab_size)
         return Dictionary(
             vocab_size=vocab_size,
             common_tokens=tokens.astype(np.int32),
-            tables=CodeTables.from_bytes(content[_HEAD.size + 4 * common :]),
+            lists=lists,
+            tables=CodeTables.from_bytes(part.rest()),
             grid=Grid(scale, cap) if scale else None,
         )
+
+
+def _to_planes(numbers: Int32Array) -> bytes:
+    """Lowest bytes of all numbers, then the next ones, and so on: like bytes lie together."""
+    return numbers.astype("<i4").view(np.uint8).reshape(-1, 4).T.tobytes()
+
+
+def _from_planes(data: memoryview) -> Int64Array:
+    planes = np.frombuffer(data, np.uint8).reshape(4, -1)
+    return planes.T.copy().view("<i4").ravel().astype(np.int64)
+
+
+def _read_lists(part: ByteReader, owner_count: int, token_count: int, vocab_size: int) -> FollowerLists:
+    owners = _from_planes(part.take(4 * owner_count)).cumsum()
+    counts = np.frombuffer(part.take(owner_count), np.uint8)
+    tokens = _from_planes(part.take(4 * token_count))
+    problems = {
+        f"{owner_count} lists, at most {MAX_LISTS} may be": owner_count > MAX_LISTS,
+        "lists of tokens that are not there, or one's twice": owner_count > 0
+        and (owners[0] < 0 or owners[-1] >= vocab_size or bool((np.diff(owners) <= 0).any())),
+        f"lists that are empty, or longer than {FOLLOWERS}": owner_count > 0
+        and (int(counts.min()) == 0 or int(counts.max()) > FOLLOWERS),
+        f"lists of {counts.sum(dtype=np.int64)} tokens, and {token_count} tokens": (
+            int(counts.sum(dtype=np.int64)) != token_count
+        ),
+        "listed tokens that are not there": token_count > 0
+        and (int(tokens.min()) < 0 or int(tokens.max()) >= vocab_size),
+    }
+    for problem, holds in problems.items():
+        if holds:
+            raise CorruptBlockError(f"a codec dictionary has {problem}")
+    return FollowerLists(owners.astype(np.int32), counts.copy(), tokens.astype(np.int32))
+
+
+def list_followers(
+    previous_N: Int32Array, token_ids_NK: Int32Array, kept_NK: npt.NDArray[np.bool_]
+) -> FollowerLists:
+    """The tokens that rows keep most often after each token that came often enough.
+
+    Args:
+        previous_N: Token before each row; −1 for none.
+        token_ids_NK: Entries of the rows.
+        kept_NK: Which of them count.
+    """
+    order = np.argsort(previous_N, kind="stable")
+    owners, starts, occurrences = np.unique(previous_N[order], return_index=True, return_counts=True)
+    worthy = np.flatnonzero((occurrences >= _MIN_OCCURRENCES) & (owners >= 0))
+    if worthy.size > MAX_LISTS:
+        worthy = np.sort(worthy[np.argsort(-occurrences[worthy], kind="stable")[:MAX_LISTS]])
+    found: list[tuple[int, Int32Array]] = []
+    for index in worthy.tolist():
+        rows = order[starts[index] : starts[index] + occurrences[index]]
+        tokens, counts = np.unique(token_ids_NK[rows][kept_NK[rows]], return_counts=True)
+        tokens, counts = tokens[counts >= _MIN_COUNT], counts[counts >= _MIN_COUNT]
+        likeliest = tokens[np.argsort(-counts, kind="stable")[:FOLLOWERS]]
+        if likeliest.size:
+            found.append((int(owners[index]), likeliest.astype(np.int32)))
+    return FollowerLists(
+        owners=np.array([owner for owner, _ in found], np.int32),
+        counts=np.array([tokens.size for _, tokens in found], np.uint8),
+        tokens=np.concatenate([np.zeros(0, np.int32), *(tokens for _, tokens in found)]),
+    )
 
 
 def order_tokens(counts_V: Int64Array) -> Int32Array:

@@ -14,17 +14,20 @@ import numpy as np
 import numpy.typing as npt
 
 from lynearm.wire.alphabet import (
-    GAP_CLASSES,
+    FOLLOWERS,
     LONG_STEP,
     NUMBER_ESCAPE,
     NUMBER_WIDTHS,
+    RANK_START,
     RECENT_WINDOW,
     REFRESH_DISTANCE,
     STEP_ESCAPE,
     STEP_WIDTHS,
+    TOKEN_OCTAVES,
     gap_symbol,
     number_symbol,
     token_octave,
+    token_open_value,
     token_symbol,
 )
 from lynearm.wire.jit import Scalar, address_of, compiled, inlined, load8, load32, load64, store64
@@ -58,6 +61,9 @@ _POWERS_OF_TWO = 2.0 ** np.arange(-_LOWEST_POWER, 3)
 _RECENT_RING = 4096
 """Power of two, at least the window and the entries that one row adds."""
 
+AS_SAMPLED = -2
+"""In place of the token before a position: the one that was sampled at the position before."""
+
 _SHORT_SORT = 24
 """Up to so many entries of one level are sorted by counting."""
 
@@ -70,6 +76,9 @@ def assign_token_codes(
     token_ids_NK: Int32Array,
     kept_N: Uint32Array,
     rank_of_V: Int32Array,
+    list_of_V: Int32Array,
+    followers: Int32Array,
+    previous_N: Int32Array,
     sampled_ids_N: Int32Array,
     token_codes_NK: Uint32Array,
     sampled_index_N: Uint32Array,
@@ -81,6 +90,9 @@ def assign_token_codes(
         token_ids_NK: Token ids, each in 0..V − 1; reordered with their entries.
         kept_N: How many entries of each row count.
         rank_of_V: Rank of each token in the vocabulary's order.
+        list_of_V: Row of `followers` for each token; empty where there are no lists.
+        followers: Tokens that often follow, −1 where a list ends, shape [lists, FOLLOWERS].
+        previous_N: Token before each position; −1 for none.
         sampled_ids_N: Sampled tokens.
         token_codes_NK: Filled.
         sampled_index_N: Filled with 1 + index of the sampled token's entry, 0 when it is not there.
@@ -88,26 +100,38 @@ def assign_token_codes(
     Returns:
         −1, or the number of a row that holds one token twice.
     """
-    # Side by side: where each token stands in the list of recent ones, and the row that named it last.
-    state_V2 = np.full((rank_of_V.size, 2), _NEVER, np.int32)
+    # Side by side: where each token stands in the list of recent ones, the row that named it last, the row
+    # whose followers it was among last, and its place among them.
+    state_V4 = np.full((rank_of_V.size, 4), _NEVER, np.int32)
     keys = np.empty(token_ids_NK.shape[1], np.int64)
     ordered = np.empty(token_ids_NK.shape[1], np.int64)
     # The list begins with the commonest tokens, the commonest nearest.
     head = min(rank_of_V.size, RECENT_WINDOW)
     for token in range(rank_of_V.size):
         if rank_of_V[token] < head:
-            state_V2[token, 0] = head - 1 - rank_of_V[token]
+            state_V4[token, 0] = head - 1 - rank_of_V[token]
     for t in range(kept_N.size):
         kept = np.int64(kept_N[t])
+        previous = previous_N[t]
+        if 0 <= previous < list_of_V.size:
+            for place in range(FOLLOWERS):
+                token = followers[list_of_V[previous], place]
+                if token < 0:
+                    break
+                state_V4[token, 2] = t
+                state_V4[token, 3] = place
         for i in range(kept):
             token = token_ids_NK[t, i]
-            if state_V2[token, 1] == t:
+            if state_V4[token, 1] == t:
                 return t
-            state_V2[token, 1] = t
-            last = state_V2[token, 0]
+            state_V4[token, 1] = t
+            last = state_V4[token, 0]
             distance = head - 1 - last
             is_recent = last >= 0 and distance < RECENT_WINDOW
-            code = distance if is_recent else RECENT_WINDOW + rank_of_V[token]
+            code = FOLLOWERS + distance if is_recent else RANK_START + rank_of_V[token]
+            # The smaller number is the likelier; a follower's place says more than a distance.
+            if state_V4[token, 2] == t and (not is_recent or state_V4[token, 3] <= distance):
+                code = state_V4[token, 3]
             keys[i] = np.int64(code) << 20 | token
             if i and levels_NK[t, i] < levels_NK[t, i - 1]:
                 levels_NK[t, i] = levels_NK[t, i - 1]
@@ -136,8 +160,8 @@ def assign_token_codes(
             token_ids_NK[t, i] = token
             if token == sampled_ids_N[t]:
                 sampled_index_N[t] = i + 1
-            if code >= REFRESH_DISTANCE:
-                state_V2[token, 0] = head
+            if not FOLLOWERS <= code < FOLLOWERS + REFRESH_DISTANCE:
+                state_V4[token, 0] = head
                 head += 1
     return -1
 
@@ -173,17 +197,15 @@ def name_entries(
             code = np.int64(token_codes_NK[t, i])
             step = np.int64(levels_NK[t, i]) - previous_level
             bucket = np.int64(bucket_of_rank[i])
-            context = bucket * 4 + octave
+            context = bucket * TOKEN_OCTAVES + octave
             if step == 0 and i > 0:
                 value = code - previous_code - 1
                 symbol = gap_symbol(value)
             else:
-                value = code
+                value = token_open_value(code)
                 symbol = token_symbol(step, code)
             symbols_NK[t, i] = context * 256 + symbol
             open_bits_NK[t, i] = value & ((1 << np.int64(STEP_WIDTHS[symbol])) - 1)
-            if symbol >= GAP_CLASSES and code >= RECENT_WINDOW:
-                open_bits_NK[t, i] = (code - RECENT_WINDOW) & ((1 << np.int64(STEP_WIDTHS[symbol])) - 1)
             counts[context, symbol] += 1
             if step >= LONG_STEP:
                 step_counts[bucket, number_symbol(step - LONG_STEP)] += 1
@@ -425,10 +447,16 @@ def read_rows(
     long_steps: Uint64Array,
     bucket_of_rank: Uint8Array,
     token_of_rank_V: Int32Array,
+    list_of_V: Int32Array,
+    followers: Int32Array,
+    first_previous_N: Int32Array,
+    sampled_index_N: Uint32Array,
+    outside_ids: Int32Array,
     max_level: int,
     scratch: Uint64Array,
     token_ids_NK: Int32Array,
     levels_NK: Uint32Array,
+    sampled_ids_N: Int32Array,
 ) -> bool:
     """Read rows that `write_rows` wrote into 1 or 4 lanes.
 
@@ -447,12 +475,18 @@ def read_rows(
         long_steps: Decoding tables of long steps, by bucket.
         bucket_of_rank: Shape [≥ K].
         token_of_rank_V: The vocabulary's order.
+        list_of_V: As for `assign_token_codes`.
+        followers: As for `assign_token_codes`.
+        first_previous_N: Token before each position; −1 for none, `AS_SAMPLED` for the position before's.
+        sampled_index_N: 1 + index of the sampled token's entry; 0: the next of `outside_ids`.
+        outside_ids: Sampled tokens that have no entry.
         max_level: Largest level allowed.
         scratch: For token code and level of the entries of four rows, shape [≥ 4 K]. The caller's: numba
             frees an array of a compiled function's own after its last use by name, which is not its last
             use by address.
         token_ids_NK: Filled; 0 where a row keeps less than K entries.
         levels_NK: Filled where there are entries.
+        sampled_ids_N: Filled.
 
     Returns:
         Whether every row was there, and nothing beside them.
@@ -474,6 +508,8 @@ def read_rows(
     for rank in range(U64(0), head):
         recent[head - U64(1) - rank] = token_of_rank_V[rank]
     highest_rank = U64(0)
+    sampled = np.int32(-1)
+    outside = U64(0)
     last_rank = U64(token_of_rank_V.size - 1)
     t = U64(0)
     while t < count:
@@ -532,27 +568,43 @@ def read_rows(
             # Levels do not fall along a row, so that its last one is its highest.
             bad |= U64(level > highest) | U64(position > ends[lane])
             positions[lane] = min(position, ends[lane])
-            newest = head - U64(1)
+            # Distances are counted from the first token code that is one.
+            newest = head - U64(1) + U64(FOLLOWERS)
+            previous = first_previous_N[t + lane]
+            previous = sampled if previous == AS_SAMPLED else previous
+            list_row = list_of_V[previous] if 0 <= previous < list_of_V.size else np.int32(0)
             # How far back the list goes; less than the window only in a small vocabulary.
             available = min(head, U64(RECENT_WINDOW))
             for back in range(U64(1), kept + U64(1)):
                 last = kept - back
                 packed = load64(scratch_at + (last << U64(5)) + (lane << U64(3)))
                 code = packed & U64(0xFFFFFFFF)
-                # Both are looked up, and one is taken: a branch here is wrong every third time.
+                # All are looked up, and one is taken: a branch here is wrong every third time.
                 again = recent[(newest - code) & U64(_RECENT_RING - 1)]
-                rank = max(code, U64(RECENT_WINDOW)) - U64(RECENT_WINDOW)
+                rank = max(code, U64(RANK_START)) - U64(RANK_START)
                 highest_rank = max(highest_rank, rank)
                 fresh = token_of_rank_V[min(rank, last_rank)]
-                is_recent = code < U64(RECENT_WINDOW)
-                bad |= U64(is_recent & (code >= available))
+                follower = followers[list_row, min(code, U64(FOLLOWERS - 1))]
+                is_follower = code < U64(FOLLOWERS)
+                is_recent = code < U64(RANK_START)
+                bad |= U64(is_recent & (code >= available + U64(FOLLOWERS)))
+                bad |= U64(is_follower & (follower < 0))
                 token = again if is_recent else fresh
+                token = follower if is_follower else token
                 token_ids_NK[t + lane, last] = token
                 levels_NK[t + lane, last] = packed >> U64(32)
                 recent[head & U64(_RECENT_RING - 1)] = token
-                head += U64(code >= U64(REFRESH_DISTANCE))
+                # Unsigned: followers wrap round to the largest numbers, and enter too.
+                head += U64(code - U64(FOLLOWERS) >= U64(REFRESH_DISTANCE))
             for i in range(kept, width):
                 token_ids_NK[t + lane, i] = 0
+            index = np.int64(sampled_index_N[t + lane])
+            if index > 0:
+                sampled = token_ids_NK[t + lane, index - 1]
+            else:
+                sampled = outside_ids[outside]
+                outside += U64(1)
+            sampled_ids_N[t + lane] = sampled
         t += abreast
     for lane in range(U64(0), lanes):
         bad |= U64((positions[lane] + U64(7)) >> U64(3) != ends[lane] >> U64(3))

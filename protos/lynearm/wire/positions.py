@@ -45,6 +45,7 @@ from lynearm.wire.grids import (
     choose_grid,
 )
 from lynearm.wire.kernels import (
+    AS_SAMPLED,
     LOOKAHEAD_BYTES,
     MAX_ENTRY_BITS,
     assign_token_codes,
@@ -146,6 +147,7 @@ def name_rows(
     positions: Positions,
     widths: Sequence[int],
     lengths: Sequence[int],
+    first_previous: Int32Array,
     *,
     mode: CodecMode,
     draws: int,
@@ -159,6 +161,7 @@ def name_rows(
         positions: Rows sorted descending; ids below V.
         widths: Largest number of entries of each trace.
         lengths: Rows of each trace.
+        first_previous: From `first_previous_tokens`.
         mode: How logprobs become levels.
         draws: Draws a row in "sampled" mode.
         order: The vocabulary's order.
@@ -176,7 +179,16 @@ def name_rows(
     codes = np.zeros(levels.shape, np.uint32)
     sampled_index = np.zeros(kept.size, np.uint32)
     double = assign_token_codes(
-        levels, token_ids, kept, order.rank_of_token, positions.sampled_ids, codes, sampled_index
+        levels,
+        token_ids,
+        kept,
+        order.rank_of_token,
+        order.list_of_token,
+        order.followers,
+        np.where(first_previous == AS_SAMPLED, np.roll(positions.sampled_ids, 1), first_previous),
+        positions.sampled_ids,
+        codes,
+        sampled_index,
     )
     if double >= 0:
         raise CodecError(f"position {double} of the block names one token twice")
@@ -229,6 +241,25 @@ def name_rows(
         counts=counts,
         tail_rule=rule,
     )
+
+
+def first_previous_tokens(lengths: Sequence[int], before: Sequence[int]) -> Int32Array:
+    """What stands before each row: a token for the first of a trace, and the sampled one before otherwise.
+
+    Args:
+        lengths: Rows of each trace.
+        before: Last token before the rows of each trace; −1 for none.
+
+    Returns:
+        Shape [N]: a token, −1, or `AS_SAMPLED`.
+    """
+    previous_N = np.full(sum(lengths), AS_SAMPLED, np.int32)
+    start = 0
+    for length, token in zip(lengths, before, strict=True):
+        if length:
+            previous_N[start] = token
+        start += length
+    return previous_N
 
 
 def write_positions(rows: NamedRows, *, vocab_size: int, dictionary: Dictionary | None) -> bytes:
@@ -285,6 +316,7 @@ def read_positions(
     data: memoryview,
     lengths: Sequence[int],
     widths: Sequence[int],
+    first_previous: Int32Array,
     *,
     mode: CodecMode,
     dictionary: Dictionary | None,
@@ -295,6 +327,7 @@ def read_positions(
         data: Exactly the bytes of one call; nothing in them is trusted.
         lengths: Rows of each trace; N in all, and N · K is bounded by the caller.
         widths: Entries of each trace's rows at most; K is the largest.
+        first_previous: From `first_previous_tokens`; not trusted either.
         mode: The block's mode, which the scale must suit.
         dictionary: The one that the block names.
 
@@ -352,6 +385,7 @@ def read_positions(
 
     token_ids = np.empty((count, width), np.int32)
     levels = np.empty((count, width), np.uint32)
+    sampled_ids = np.empty(count, np.int32)
     whole = read_rows(
         stream,
         ends[:-1].copy(),
@@ -363,10 +397,16 @@ def read_positions(
         tables.number_table,
         BUCKET_OF_RANK,
         order.token_of_rank,
+        order.list_of_token,
+        order.followers,
+        first_previous,
+        sampled_index,
+        order.token_of_rank[outside],
         _max_level(scale),
         np.empty(4 * width, np.uint64),
         token_ids,
         levels,
+        sampled_ids,
     )
     if not whole:
         raise CorruptBlockError("the entries of the block's rows do not decode")
@@ -375,9 +415,7 @@ def read_positions(
     tail_numbers = numbers.read_contexts(tables.tail_rule.contexts(last_levels))
     numbers.expect_end()
     tail_mass = _tails(scale, tail_numbers, logprobs, kept, tables.tail_rule.expect(last_levels))
-    sampled_ids, sampled_logprobs = _sampled(
-        sampled_index, order.token_of_rank[outside], loose, token_ids, logprobs, apart=apart
-    )
+    sampled_logprobs = loose if apart else _sampled_logprobs(sampled_index, loose, logprobs)
     positions = Positions(kept, token_ids, logprobs, tail_mass, sampled_ids, sampled_logprobs)
     # What grids and counts say is in bounds; a stranger's exact numbers may be anything.
     exact = (loose, logprobs) if isinstance(scale, Bits | LogitGrid) else (loose,)
@@ -571,26 +609,15 @@ def _predicted_tails(logprobs: Float32Array, kept: Uint32Array, scale: Scale) ->
     return predicted
 
 
-def _sampled(
-    sampled_index: Uint32Array,
-    outside_ids: Int32Array,
-    loose_logprobs: Float32Array,
-    token_ids: Int32Array,
-    logprobs: Float32Array,
-    *,
-    apart: bool,
-) -> tuple[Int32Array, Float32Array]:
-    ids_N = np.empty(sampled_index.size, np.int32)
+def _sampled_logprobs(
+    sampled_index: Uint32Array, loose_logprobs: Float32Array, logprobs: Float32Array
+) -> Float32Array:
     logprobs_N = np.empty(sampled_index.size, np.float32)
     inside_N = sampled_index > 0
     rows, entries = np.flatnonzero(inside_N), sampled_index[inside_N].astype(np.int64) - 1
-    ids_N[rows] = token_ids[rows, entries]
-    ids_N[~inside_N] = outside_ids
-    if apart:
-        return ids_N, loose_logprobs
     logprobs_N[rows] = logprobs[rows, entries]
     logprobs_N[~inside_N] = loose_logprobs
-    return ids_N, logprobs_N
+    return logprobs_N
 
 
 def _zigzag(values: Int64Array) -> Uint32Array:
