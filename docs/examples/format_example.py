@@ -73,7 +73,7 @@ def render(block: bytes) -> str:
         _explain_nibbles(block),
         "The number stream, bit by bit in reading order: a code word, then plain bits, lowest first.",
         _fence(part.number_lines()),
-        "The lane. A symbol 42 + 43 · step + c is shown as its step and its token class c:",
+        "The lane. A symbol 42 + 53 · step + c is shown as its step and its token class c:",
         _fence(part.entry_lines()),
         part.explain_first_entry(),
         "Read back (−4 is bit for bit; the other logprobs and masses are from the grid):",
@@ -129,7 +129,7 @@ class _NotedRows(reference.RowsPart):
         reader = reference.ByteReader(payload)
         (message,) = reference.read_metadata(header, reader.take(reader.varint()))
         widths = [message.top_k] * (message.prompt_rows + message.completion_length)
-        super().__init__(reader, header.codec_mode, None, widths)
+        super().__init__(reader, header.codec_mode, None, widths, reference.tokens_before([message]))
         self.numbers = self._numbers = _NotedBits(self.numbers.data)
         self._lane = _NotedBits(self.lanes[0].data)
         self.lanes = [self._lane]
@@ -194,7 +194,7 @@ class _NotedRows(reference.RowsPart):
                 bits += [next(runs) for _ in range(_open_runs(symbol))]
                 meaning = f"gap class {symbol}"
                 if symbol >= 42:
-                    step, token_class = divmod(symbol - 42, 43)
+                    step, token_class = divmod(symbol - 42, 53)
                     meaning = f"step {step}, token class {token_class}"
                     if step == 3:
                         number = next(symbols)
@@ -209,28 +209,30 @@ class _NotedRows(reference.RowsPart):
     def explain_first_entry(self) -> str:
         """The first entry, bit by bit."""
         symbol, number = self._lane.symbols[:2]
-        step, token_class = divmod(symbol - 42, 43)
+        step, token_class = divmod(symbol - 42, 53)
         token_bits = self._lane.runs[1] if _open_runs(symbol) else "none"
         data = self._lane.data[:3]
         shown = " ".join(f"{byte:08b}"[::-1] for byte in data)
         entries = self._entries[0]
         token_code = entries.token_codes[0]
-        assert token_class < 22, "the words below are about a distance in the list of recent tokens"
-        exponent = 0 if token_class < 4 else token_class // 2
+        assert 10 <= token_class < 32, "the words below are about a distance in the list of recent tokens"
+        gap_class = token_class - 10
+        exponent = 0 if gap_class < 4 else gap_class // 2
         open_bits = max(exponent - 1, 0)
-        begins = token_class if token_class < 4 else (2 + (token_class & 1)) << (exponent - 1)
+        begins = 32 + (gap_class if gap_class < 4 else (2 + (gap_class & 1)) << (exponent - 1))
         return (
             f"The first entry in words: the lane's first bytes `{data.hex(' ')}` are {shown}, each with its "
-            f"lowest bit first. `{self._lane.runs[0]}` is the word of symbol {symbol} = 42 + 43 · {step} + "
+            f"lowest bit first. `{self._lane.runs[0]}` is the word of symbol {symbol} = 42 + 53 · {step} + "
             f"{token_class}: step {step}, token class {token_class}, which begins at token code {begins} and "
             f"leaves {_bits(open_bits)} open. `{token_bits}`, lowest bit "
-            f"first, makes that {token_code}: a distance in the list of recent tokens, which begins as the "
-            f"vocabulary's order, without a dictionary by id, so that this is token {entries.token_ids[0]}. "
+            f"first, makes that {token_code}: distance {token_code - 32} in the list of recent tokens, which "
+            f"begins as the vocabulary's order, without a dictionary by id, so that this is token "
+            f"{entries.token_ids[0]}. "
             f"Step 3 says that a long step follows, in number code 0, since the entry has rank 0: symbol "
             f"{number} begins at {(4 + (number & 3)) << ((number >> 2) - 1)} and leaves "
             f"{_bits((number >> 2) - 1)} open, which make it {entries.levels[0] - 3}, so that the level is "
-            f"3 + {entries.levels[0] - 3} = {entries.levels[0]}. This token code is below 64: the list of "
-            f"recent tokens stays as it is."
+            f"3 + {entries.levels[0] - 3} = {entries.levels[0]}. This token code is one from 32 to 95: "
+            f"the list of recent tokens stays as it is."
         )
 
     def _mass(self, level: int) -> float:
@@ -267,9 +269,10 @@ def _bits(count: int) -> str:
 
 def _open_runs(symbol: int) -> int:
     """1 if open bits follow an entry's code word, else 0."""
-    gap_class = symbol if symbol < 42 else (symbol - 42) % 43
-    is_gap = symbol < 42 or gap_class < 22
-    return int(gap_class >= 4 if is_gap else gap_class >= 24)
+    if symbol < 42:
+        return int(symbol >= 4)
+    token_class = (symbol - 42) % 53
+    return int(4 <= token_class < 10 or 14 <= token_class < 32 or token_class >= 34)
 
 
 def _fence(lines: list[str]) -> str:

@@ -11,6 +11,7 @@ import math
 import struct
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from itertools import accumulate, pairwise
 
 import xxhash
 import zstandard
@@ -71,9 +72,20 @@ def read_block(data: bytes, find_dictionary: Callable[[bytes], bytes] | None = N
         dictionary = Dictionary(found)
     counts = [(trace.prompt_rows + trace.completion_length, trace.top_k) for trace in messages]
     widths = [width for count, width in counts for _ in range(count)]
-    part = RowsPart(reader, header.codec_mode, dictionary, widths)
+    part = RowsPart(reader, header.codec_mode, dictionary, widths, tokens_before(messages))
     rows = part.read()
     return list(join_traces(messages, rows, part.vocabulary))
+
+
+def tokens_before(messages: list[trace_pb2.TraceMetadata]) -> dict[int, int | None]:
+    """The token before the first row of each trace, by that row; none where there are no prompt tokens."""
+    before: dict[int, int | None] = {}
+    row = 0
+    for message in messages:
+        if message.prompt_rows + message.completion_length:
+            before[row] = message.prompt_token_ids[-1] if message.prompt_token_ids else None
+        row += message.prompt_rows + message.completion_length
+    return before
 
 
 def check(holds: bool, problem: str) -> None:
@@ -281,7 +293,7 @@ class Tables:
         head = struct.unpack("<BBIhh", reader.take(10))
         self.merge, self.shift, self.origin, self.base, self.slope = head
         check(self.merge <= 2 and self.shift <= 31, "merge or shift")
-        self.entry_codes = self.read_codes(reader, (1, 8, 32)[self.merge], 215)
+        self.entry_codes = self.read_codes(reader, (1, 8, 48)[self.merge], 255)
         self.number_codes = self.read_codes(reader, 21, 125)
         check(reader.rest() == b"", "bytes behind the tables")
 
@@ -319,21 +331,36 @@ class Dictionary:
         if data[:3] == b"LYD" and data[3:4] > b"2":
             raise NewerError("a dictionary of a newer format")
         check(data[:4] == b"LYD2" and len(data) <= 3 << 20, "not a dictionary")
-        check(declared_size(data[4:]) <= 4_259_860, "size of the dictionary")
+        check(declared_size(data[4:]) <= 12_976_156, "size of the dictionary")
         reader = ByteReader(decompress(data[4:]))
-        self.vocabulary, c, d, common, table_bytes = struct.unpack("<5I", reader.take(20))
+        head = struct.unpack("<7I", reader.take(28))
+        self.vocabulary, c, d, common, lists, listed, table_bytes = head
         check(c == 0 or is_grid(c, d), "c or D")
         check(1 <= self.vocabulary <= MAX_VOCABULARY and common <= self.vocabulary, "V or common tokens")
-        planes = reader.take(4 * common)
-        tokens: list[int] = []
-        for index in range(common):
-            (difference,) = struct.unpack("<i", planes[index::common])
-            tokens.append(difference + (tokens[-1] if tokens else 0))
+        tokens = list(accumulate(shuffled(reader, common)))
         check(all(0 <= token < self.vocabulary for token in tokens), "a common token outside V")
         check(len(set(tokens)) == common, "a common token comes twice")
         self.order = tokens + sorted(set(range(self.vocabulary)) - set(tokens))
+        check(lists <= 65_536, "lists of followers")
+        owners = list(accumulate(shuffled(reader, lists)))
+        counts = list(reader.take(lists))
+        followers = iter(shuffled(reader, listed))
+        check(all(1 <= count <= 32 for count in counts) and sum(counts) == listed, "followers of the lists")
+        check(all(left < right for left, right in pairwise(owners)), "owners that do not ascend")
+        self.followers = {
+            owner: [next(followers) for _ in range(count)]
+            for owner, count in zip(owners, counts, strict=True)
+        }
+        named = [*owners, *(token for tokens in self.followers.values() for token in tokens)]
+        check(all(0 <= token < self.vocabulary for token in named), "a list's token outside V")
         self.tables = Tables(reader.take(table_bytes))
         check(reader.rest() == b"", "bytes behind the dictionary's tables")
+
+
+def shuffled(reader: ByteReader, count: int) -> list[int]:
+    """Byte-shuffled int32 numbers."""
+    planes = reader.take(4 * count)
+    return [struct.unpack("<i", planes[index::count])[0] for index in range(count)]
 
 
 # Alphabets ------------------------------------------------------------------------------------------------
@@ -351,7 +378,7 @@ def read_number(bits: BitReader, code: Code) -> int:
 
 
 def read_gap(bits: BitReader, gap_class: int) -> int:
-    """A gap, or a token code below 2048."""
+    """A gap, or a token code in its third."""
     if gap_class < 4:
         return gap_class
     width = (gap_class >> 1) - 1
@@ -360,12 +387,14 @@ def read_gap(bits: BitReader, gap_class: int) -> int:
 
 def read_token_code(bits: BitReader, token_class: int) -> int:
     """A token code of a token class."""
-    if token_class < 22:
+    if token_class < 10:
         return read_gap(bits, token_class)
-    if token_class < 24:
-        return 2048 + token_class - 22
-    width = token_class - 23
-    return 2048 + (1 << width) + bits.plain(width)
+    if token_class < 32:
+        return 32 + read_gap(bits, token_class - 10)
+    if token_class < 34:
+        return 2080 + token_class - 32
+    width = token_class - 33
+    return 2080 + (1 << width) + bits.plain(width)
 
 
 def unzigzag(number: int) -> int:
@@ -389,9 +418,16 @@ class RowsPart:
     """The part of a payload that holds the rows."""
 
     def __init__(
-        self, reader: ByteReader, mode: int, dictionary: Dictionary | None, widths: list[int]
+        self,
+        reader: ByteReader,
+        mode: int,
+        dictionary: Dictionary | None,
+        widths: list[int],
+        before: dict[int, int | None],
     ) -> None:
         self.widths = widths
+        self.before = before
+        self.followers: dict[int | None, list[int]] = {}
         self.flags = reader.take(1)[0]
         if self.flags > 31:
             raise NewerError(f"flags {self.flags:#x}; this reader knows 0x1f")
@@ -403,7 +439,9 @@ class RowsPart:
             check(dictionary is not None, "a dictionary is needed, and the header names none")
             assert dictionary is not None
             check(dictionary.vocabulary == self.vocabulary, "the dictionary is of another V")
-            self.order = dictionary.order if self.flags & 16 else self.order
+            if self.flags & 16:
+                self.order = dictionary.order
+                self.followers = {**dictionary.followers}
             self.tables = dictionary.tables
         if self.flags & 1:
             self.tables = Tables(reader.take(reader.varint()))
@@ -443,11 +481,11 @@ class RowsPart:
                 for upper, lower in zip(first, mantissas, strict=True)
             ]
         rows: list[Row] = []
-        outside_ids, loose_logprobs = iter([self.order[rank] for rank in outside]), iter(loose)
-        for row, entries in enumerate(self.read_lanes(kept)):
+        loose_logprobs = iter(loose)
+        sampled_ids = [self.order[rank] for rank in outside]
+        for row, (entries, sampled_id) in enumerate(self.read_lanes(kept, sampled, sampled_ids)):
             logprobs = [self.scale.logprob(row, level) for level in entries.levels]
             j = sampled[row]
-            sampled_id = entries.token_ids[j - 1] if j else next(outside_ids)
             sampled_logprob = next(loose_logprobs) if apart or not j else logprobs[j - 1]
             check(
                 all(logprob <= 0.01 for logprob in [*logprobs, sampled_logprob]), "a logprob NaN or above 0"
@@ -458,23 +496,32 @@ class RowsPart:
         self.numbers.expect_end()
         return rows
 
-    def read_lanes(self, kept: list[int]) -> Iterator[Entries]:
-        """Every row, with its tokens from the list of recent ones."""
+    def read_lanes(
+        self, kept: list[int], sampled: list[int], outside_ids: list[int]
+    ) -> Iterator[tuple[Entries, int]]:
+        """Every row, with its tokens from the lists, and its sampled token."""
+        outside = iter(outside_ids)
+        sampled_id = 0
         recent = list(self.order[min(self.vocabulary, 2048) - 1 :: -1])
         for row, count in enumerate(kept):
             entries = self.read_entries(self.lanes[row % len(self.lanes)], count)
             before = len(recent)
+            followers = self.followers.get(self.before.get(row, sampled_id), [])
             for token_code in entries.token_codes:
-                if token_code < 2048:
-                    check(token_code < before, "a distance behind the list's begin")
-                    entries.token_ids.append(recent[before - 1 - token_code])
+                if token_code < 32:
+                    check(token_code < len(followers), "a place behind the followers' end")
+                    entries.token_ids.append(followers[token_code])
+                elif token_code < 2080:
+                    check(token_code - 32 < before, "a distance behind the list's begin")
+                    entries.token_ids.append(recent[before - 1 - (token_code - 32)])
                 else:
-                    check(token_code - 2048 < self.vocabulary, "a rank beyond V")
-                    entries.token_ids.append(self.order[token_code - 2048])
+                    check(token_code - 2080 < self.vocabulary, "a rank beyond V")
+                    entries.token_ids.append(self.order[token_code - 2080])
             for i in range(count - 1, -1, -1):
-                if entries.token_codes[i] >= 64:
+                if not 32 <= entries.token_codes[i] < 96:
                     recent.append(entries.token_ids[i])
-            yield entries
+            sampled_id = entries.token_ids[sampled[row] - 1] if sampled[row] else next(outside)
+            yield entries, sampled_id
         for lane in self.lanes:
             lane.expect_end()
 
@@ -484,17 +531,17 @@ class RowsPart:
         level = token_code = 0
         for i in range(count):
             bucket = min(i.bit_length(), 7)
-            octave = sum(token_code >= bound for bound in (64, 512, 4096)) if i else 0
+            octave = sum(token_code >= bound for bound in (16, 32, 96, 544, 4128)) if i else 0
             codes = self.tables.entry_codes
-            symbol = bits.word(codes[(0, bucket, 4 * bucket + octave)[self.tables.merge]])
-            if symbol == 214:
+            symbol = bits.word(codes[(0, bucket, 6 * bucket + octave)[self.tables.merge]])
+            if symbol == 254:
                 symbol = bits.plain(8)
-                check(symbol < 214, "an escape to a symbol that is not there")
+                check(symbol < 254, "an escape to a symbol that is not there")
             if symbol < 42:
                 check(i > 0, "a gap in a first entry")
                 token_code += 1 + read_gap(bits, symbol)
             else:
-                step, token_class = divmod(symbol - 42, 43)
+                step, token_class = divmod(symbol - 42, 53)
                 check(i == 0 or step > 0, "a step of 0 behind the first entry")
                 token_code = read_token_code(bits, token_class)
                 if step == 3:

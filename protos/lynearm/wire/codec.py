@@ -200,7 +200,7 @@ def train_dictionary(
     grid: Grid | None = None
     if spec.mode not in ("exact", "sampled"):
         grid = choose_grid(spec.mode, gathered.logprobs, gathered.tail_mass)
-    order = TokenOrder.common_first(common, vocab_size, FollowerLists.none())
+    order = TokenOrder.common_first(common, vocab_size)
     # A draft fixes grid and tail rule, by which the symbols of the final tables are counted.
     rows = _name_rows(everything, spec, order, None, grid=grid)
     draft = build_tables(rows.counts, merge=2, tail_rule=rows.tail_rule, with_escapes=True)
@@ -397,7 +397,7 @@ def _read_payload(
         reader.rest(),
         lengths,
         widths,
-        first_previous_tokens(lengths, before),
+        before,
         mode=header.codec_mode,
         dictionary=dictionary,
     )

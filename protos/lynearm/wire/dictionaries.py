@@ -104,12 +104,12 @@ class TokenOrder:
         return TokenOrder(np.arange(vocab_size, dtype=np.int32))
 
     @staticmethod
-    def common_first(common: Int32Array, vocab_size: int, lists: FollowerLists) -> TokenOrder:
+    def common_first(common: Int32Array, vocab_size: int, lists: FollowerLists | None = None) -> TokenOrder:
         """Some distinct tokens, then the others by ascending id; and what follows which."""
         others_V = np.ones(vocab_size, np.bool_)
         others_V[common] = False
         others = np.flatnonzero(others_V).astype(np.int32)
-        return TokenOrder(np.concatenate([common, others]), lists)
+        return TokenOrder(np.concatenate([common, others]), lists or FollowerLists.none())
 
 
 @dataclass(frozen=True)

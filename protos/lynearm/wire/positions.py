@@ -316,7 +316,7 @@ def read_positions(
     data: memoryview,
     lengths: Sequence[int],
     widths: Sequence[int],
-    first_previous: Int32Array,
+    before: Sequence[int],
     *,
     mode: CodecMode,
     dictionary: Dictionary | None,
@@ -327,7 +327,7 @@ def read_positions(
         data: Exactly the bytes of one call; nothing in them is trusted.
         lengths: Rows of each trace; N in all, and N · K is bounded by the caller.
         widths: Entries of each trace's rows at most; K is the largest.
-        first_previous: From `first_previous_tokens`; not trusted either.
+        before: Last token before the rows of each trace, at most `MAX_VOCAB_SIZE`; −1 for none.
         mode: The block's mode, which the scale must suit.
         dictionary: The one that the block names.
 
@@ -399,7 +399,7 @@ def read_positions(
         order.token_of_rank,
         order.list_of_token,
         order.followers,
-        first_previous,
+        first_previous_tokens(lengths, before),
         sampled_index,
         order.token_of_rank[outside],
         _max_level(scale),
