@@ -293,7 +293,7 @@ class Tables:
         head = struct.unpack("<BBIhh", reader.take(10))
         self.merge, self.shift, self.origin, self.base, self.slope = head
         check(self.merge <= 2 and self.shift <= 31, "merge or shift")
-        self.entry_codes = self.read_codes(reader, (1, 8, 48)[self.merge], 255)
+        self.entry_codes = self.read_codes(reader, (1, 8, 40)[self.merge], 255)
         self.number_codes = self.read_codes(reader, 21, 125)
         check(reader.rest() == b"", "bytes behind the tables")
 
@@ -531,9 +531,9 @@ class RowsPart:
         level = token_code = 0
         for i in range(count):
             bucket = min(i.bit_length(), 7)
-            octave = sum(token_code >= bound for bound in (16, 32, 96, 544, 4128)) if i else 0
+            octave = sum(token_code >= bound for bound in (32, 96, 544, 4128)) if i else 0
             codes = self.tables.entry_codes
-            symbol = bits.word(codes[(0, bucket, 6 * bucket + octave)[self.tables.merge]])
+            symbol = bits.word(codes[(0, bucket, 5 * bucket + octave)[self.tables.merge]])
             if symbol == 254:
                 symbol = bits.plain(8)
                 check(symbol < 254, "an escape to a symbol that is not there")

@@ -59,7 +59,7 @@ NUMBER_SYMBOLS: Final = 124
 NUMBER_ESCAPE: Final = NUMBER_SYMBOLS
 """Thirty-two bits follow: the number itself, whose class has no code in the table."""
 
-TOKEN_OCTAVES: Final = 6
+TOKEN_OCTAVES: Final = 5
 """How many kinds of preceding token code the tables tell apart; see `token_octave`."""
 
 RANK_BUCKETS: Final = 8
@@ -68,10 +68,9 @@ RANK_BUCKETS: Final = 8
 
 @inlined
 def token_octave(token_code: Scalar) -> Scalar:
-    """What the token code of the entry before says about the next one: 0 to 5."""
+    """What the token code of the entry before says about the next one: 0 to 4."""
     return (
-        np.uint64(token_code >= np.uint64(FOLLOWERS // 2))
-        + np.uint64(token_code >= np.uint64(FOLLOWERS))
+        np.uint64(token_code >= np.uint64(FOLLOWERS))
         + np.uint64(token_code >= np.uint64(FOLLOWERS + 64))
         + np.uint64(token_code >= np.uint64(FOLLOWERS + 512))
         + np.uint64(token_code >= np.uint64(FOLLOWERS + 4096))

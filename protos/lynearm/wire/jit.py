@@ -34,7 +34,9 @@ _Result = TypeVar("_Result")
 def compiled(function: Callable[_Parameters, _Result]) -> Callable[_Parameters, _Result]:
     """The function as machine code: no bounds checks, and other threads run beside it.
 
-    Everything that such a function reads from a block must have been checked, or be checked by it.
+    Everything that such a function reads from a block must have been checked, or be checked by it. numba
+    compiles anew when the function's own file has changed, and not when a constant of another file has:
+    delete __pycache__ after such a change.
     """
     jitted: object = numba.njit(cache=True, nogil=True, boundscheck=False, error_model="numpy")(function)
     return cast("Callable[_Parameters, _Result]", jitted)

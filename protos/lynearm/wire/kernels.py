@@ -510,6 +510,7 @@ def read_rows(
     highest_rank = U64(0)
     sampled = np.int32(-1)
     outside = U64(0)
+    signs = np.int32(0)
     last_rank = U64(token_of_rank_V.size - 1)
     t = U64(0)
     while t < count:
@@ -575,27 +576,46 @@ def read_rows(
             list_row = list_of_V[previous] if 0 <= previous < list_of_V.size else np.int32(0)
             # How far back the list goes; less than the window only in a small vocabulary.
             available = min(head, U64(RECENT_WINDOW))
-            for back in range(U64(1), kept + U64(1)):
-                last = kept - back
-                packed = load64(scratch_at + (last << U64(5)) + (lane << U64(3)))
-                code = packed & U64(0xFFFFFFFF)
-                # All are looked up, and one is taken: a branch here is wrong every third time.
-                again = recent[(newest - code) & U64(_RECENT_RING - 1)]
-                rank = max(code, U64(RANK_START)) - U64(RANK_START)
-                highest_rank = max(highest_rank, rank)
-                fresh = token_of_rank_V[min(rank, last_rank)]
-                follower = followers[list_row, min(code, U64(FOLLOWERS - 1))]
-                is_follower = code < U64(FOLLOWERS)
-                is_recent = code < U64(RANK_START)
-                bad |= U64(is_recent & (code >= available + U64(FOLLOWERS)))
-                bad |= U64(is_follower & (follower < 0))
-                token = again if is_recent else fresh
-                token = follower if is_follower else token
-                token_ids_NK[t + lane, last] = token
-                levels_NK[t + lane, last] = packed >> U64(32)
-                recent[head & U64(_RECENT_RING - 1)] = token
-                # Unsigned: followers wrap round to the largest numbers, and enter too.
-                head += U64(code - U64(FOLLOWERS) >= U64(REFRESH_DISTANCE))
+            if available < U64(RECENT_WINDOW):
+                for i in range(U64(0), kept):
+                    code = load64(scratch_at + (i << U64(5)) + (lane << U64(3))) & U64(0xFFFFFFFF)
+                    bad |= U64(code < U64(RANK_START)) & U64(code >= available + U64(FOLLOWERS))
+            if list_row > 0:
+                for back in range(U64(1), kept + U64(1)):
+                    last = kept - back
+                    packed = load64(scratch_at + (last << U64(5)) + (lane << U64(3)))
+                    code = packed & U64(0xFFFFFFFF)
+                    # All are looked up, and one is taken: a branch here is wrong every third time.
+                    again = recent[(newest - code) & U64(_RECENT_RING - 1)]
+                    rank = max(code, U64(RANK_START)) - U64(RANK_START)
+                    highest_rank = max(highest_rank, rank)
+                    fresh = token_of_rank_V[min(rank, last_rank)]
+                    follower = followers[list_row, min(code, U64(FOLLOWERS - 1))]
+                    token = again if code < U64(RANK_START) else fresh
+                    token = follower if code < U64(FOLLOWERS) else token
+                    # A list that is too short yields −1, whose sign stays.
+                    signs |= token
+                    token_ids_NK[t + lane, last] = token
+                    levels_NK[t + lane, last] = packed >> U64(32)
+                    recent[head & U64(_RECENT_RING - 1)] = token
+                    # Unsigned: followers wrap round to the largest numbers, and enter too.
+                    head += U64(code - U64(FOLLOWERS) >= U64(REFRESH_DISTANCE))
+            else:
+                for back in range(U64(1), kept + U64(1)):
+                    last = kept - back
+                    packed = load64(scratch_at + (last << U64(5)) + (lane << U64(3)))
+                    code = packed & U64(0xFFFFFFFF)
+                    again = recent[(newest - code) & U64(_RECENT_RING - 1)]
+                    rank = max(code, U64(RANK_START)) - U64(RANK_START)
+                    highest_rank = max(highest_rank, rank)
+                    fresh = token_of_rank_V[min(rank, last_rank)]
+                    bad |= U64(code < U64(FOLLOWERS))
+                    token = again if code < U64(RANK_START) else fresh
+                    token_ids_NK[t + lane, last] = token
+                    levels_NK[t + lane, last] = packed >> U64(32)
+                    recent[head & U64(_RECENT_RING - 1)] = token
+                    # Unsigned: followers wrap round to the largest numbers, and enter too.
+                    head += U64(code - U64(FOLLOWERS) >= U64(REFRESH_DISTANCE))
             for i in range(kept, width):
                 token_ids_NK[t + lane, i] = 0
             index = np.int64(sampled_index_N[t + lane])
@@ -608,7 +628,7 @@ def read_rows(
         t += abreast
     for lane in range(U64(0), lanes):
         bad |= U64((positions[lane] + U64(7)) >> U64(3) != ends[lane] >> U64(3))
-    return bool(bad == U64(0) and highest_rank <= last_rank)
+    return bool(bad == U64(0) and signs >= 0 and highest_rank <= last_rank)
 
 
 @compiled
