@@ -52,7 +52,7 @@ def digests_and_prompts(target: str) -> tuple[list[bytes], set[str]]:
 def test_a_stream_learns_a_dictionary_that_the_next_worker_takes_over(
     engine: TeacherEngine, tiny_model: Path, service: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(dictionary, "TRAINING_POSITIONS", 60)
+    monkeypatch.setattr(dictionary, "TRAINING_POSITIONS", (60,))
     make_worker(engine, tiny_model, service.target).run(make_spec(engine), PROMPTS[:40])
     digests, prompts = digests_and_prompts(service.target)
     assert prompts == {prompt.prompt_id for prompt in PROMPTS[:40]}
@@ -66,13 +66,26 @@ def test_a_stream_learns_a_dictionary_that_the_next_worker_takes_over(
         assert client.get_stream("lessons").dictionary_count == 1
 
 
+def test_a_better_dictionary_follows_when_there_is_more_to_learn_from(
+    engine: TeacherEngine, tiny_model: Path, service: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(dictionary, "TRAINING_POSITIONS", (60, 300))
+    make_worker(engine, tiny_model, service.target).run(make_spec(engine), PROMPTS)
+    digests, prompts = digests_and_prompts(service.target)
+    assert prompts == {prompt.prompt_id for prompt in PROMPTS}
+    first, second = (digest for digest in dict.fromkeys(digests) if digest)
+    assert digests == sorted(digests, key=[b"", first, second].index)
+    with TraceClient(service.target) as client:
+        assert client.get_stream("lessons").dictionary_count == 2
+
+
 def test_a_dictionary_that_is_not_taken_costs_nothing_but_bits(
     engine: TeacherEngine, tiny_model: Path, service: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def refuse(*_: object) -> bytes:
         raise DictionaryLimitError("the stream holds 64")
 
-    monkeypatch.setattr(dictionary, "TRAINING_POSITIONS", 60)
+    monkeypatch.setattr(dictionary, "TRAINING_POSITIONS", (60,))
     monkeypatch.setattr(TraceClient, "put_dictionary", refuse)
     make_worker(engine, tiny_model, service.target).run(make_spec(engine), PROMPTS[:20])
     digests, prompts = digests_and_prompts(service.target)
@@ -83,7 +96,7 @@ def test_a_dictionary_that_is_not_taken_costs_nothing_but_bits(
 def test_without_the_setting_nothing_is_learnt(
     engine: TeacherEngine, tiny_model: Path, service: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(dictionary, "TRAINING_POSITIONS", 1)
+    monkeypatch.setattr(dictionary, "TRAINING_POSITIONS", (1,))
     worker = make_worker(engine, tiny_model, service.target, dictionary=False)
     worker.run(make_spec(engine), PROMPTS[:8])
     assert set(digests_and_prompts(service.target)[0]) == {b""}

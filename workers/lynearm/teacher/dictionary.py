@@ -1,8 +1,9 @@
 """What the codec learns about the teacher from the stream's own first blocks, and where it is kept.
 
 A stream begins without a dictionary. Once enough positions have been encoded, one is trained on them, given
-to the stream, and used from the next block on; a worker that takes over uses the dictionary of the stream's
-last block. Without one nothing is lost but bits: whatever goes wrong here is said and passed over.
+to the stream, and used from the next block on; once there are many more, a better one. A worker that takes
+over uses the dictionary of the stream's last block. Without one nothing is lost but bits: whatever goes wrong
+here is said and passed over.
 """
 
 from __future__ import annotations
@@ -20,8 +21,13 @@ from lynearm.wire.traces import Trace
 
 logger = logging.getLogger(__name__)
 
-TRAINING_POSITIONS = 4096
-"""Codes learnt from so many positions are within 1 % of those learnt from ten times as many."""
+TRAINING_POSITIONS = (4096, 32_768)
+"""Positions after which a dictionary is trained, each time on all so far. On SmolLM2 at k = 64, in blocks of
+256, one that is learnt from 1,000 positions leaves 816 bits a token, from 2,000 806, from 4,100 786, from 6,400
+778; none leaves 820."""
+
+MAX_TRAINING_ENTRIES = 1 << 22
+"""What is kept for the training at most: 32 MiB of ids and logprobs."""
 
 
 class DictionaryKeeper:
@@ -41,17 +47,21 @@ class DictionaryKeeper:
         self._vocab_size = vocab_size
         self._seen: list[Sequence[Trace]] = []
         self._positions = 0
-        self._gave_up = False
+        self._entries = 0
         self.current: Dictionary | None = self._find_last()
         """None until there is one."""
+        self._still_to_train = [] if self.current is not None else list(TRAINING_POSITIONS)
 
     def learn(self, traces: Sequence[Trace]) -> None:
         """Take note of a block's traces; trains and keeps a dictionary when there have been enough."""
-        if self.current is not None or self._gave_up:
+        if not self._still_to_train:
             return
-        self._seen.append(traces)
-        self._positions += sum(trace.completion_token_ids.size for trace in traces)
-        if self._positions < TRAINING_POSITIONS:
+        positions = sum(trace.completion_token_ids.size for trace in traces)
+        self._positions += positions
+        self._entries += positions * max(trace.top_k.k for trace in traces)
+        if self._entries <= MAX_TRAINING_ENTRIES or not self._seen:
+            self._seen.append(traces)
+        if self._positions < self._still_to_train[0]:
             return
         try:
             trained = train_dictionary(self._seen, codec=self._codec, vocab_size=self._vocab_size)
@@ -61,11 +71,13 @@ class DictionaryKeeper:
             return
         except LynearmError as error:
             level = logging.INFO if isinstance(error, DictionaryLimitError) else logging.WARNING
-            logger.log(level, "stream %s goes on without a dictionary: %s", self._stream, error)
-            self._gave_up = True
+            logger.log(level, "stream %s gets no new dictionary: %s", self._stream, error)
+            self._still_to_train.clear()
         else:
             self.current = trained
-        self._seen.clear()
+            del self._still_to_train[0]
+        if not self._still_to_train:
+            self._seen.clear()
 
     def _find_last(self) -> Dictionary | None:
         try:
