@@ -22,9 +22,11 @@ from lynearm.wire.traces import Trace
 logger = logging.getLogger(__name__)
 
 TRAINING_POSITIONS = (4096, 32_768)
-"""Positions after which a dictionary is trained, each time on all so far. On SmolLM2 at k = 64, in blocks of
-256, one that is learnt from 1,000 positions leaves 816 bits a token, from 2,000 806, from 4,100 786, from 6,400
-778; none leaves 820."""
+"""Positions after which a dictionary is trained, each time on all so far.
+
+On SmolLM2 at k = 64, in blocks of 256, one that is learnt from 1,000 positions leaves 816 bits a token, from
+2,000 806, from 4,100 786, from 6,400 778; none leaves 820.
+"""
 
 MAX_TRAINING_ENTRIES = 1 << 22
 """What is kept for the training at most: 32 MiB of ids and logprobs."""
