@@ -6,13 +6,13 @@ prompt is in the stream whole or not at all, whenever the import dies.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 from lynearm.client import Publisher
 from lynearm.interchange.sources import PromptTraces
 from lynearm.wire.codec import encode_block
 from lynearm.wire.errors import CodecError, InvalidInputError
-from lynearm.wire.specs import CodecMode, StreamSpec
+from lynearm.wire.specs import BYTES_PER_ENTRY, StreamSpec
 from lynearm.wire.traces import Trace
 
 BLOCK_BYTES = 256 << 10
@@ -23,15 +23,6 @@ _MAX_PROMPTS = 1024
 
 _MAX_ENTRIES = 1 << 20
 """Positions times entries of a block, however well they compress: 8 MB of arrays."""
-
-_BYTES_PER_ENTRY: Mapping[CodecMode, float] = {
-    "exact": 6.0,
-    "fine": 3.5,
-    "standard": 2.5,
-    "compact": 2.5,
-    "sampled": 4.0,
-}
-"""Upper estimate of an encoded entry, as the teacher's."""
 
 
 class BlockWriter:
@@ -48,7 +39,7 @@ class BlockWriter:
         self._waiting: list[PromptTraces] = []
         self._waiting_bytes = 0.0
         self._waiting_entries = 0
-        self._bytes_per_token = 16 + spec.codec.top_k * _BYTES_PER_ENTRY[spec.codec.mode]
+        self._bytes_per_token = 16 + spec.codec.top_k * BYTES_PER_ENTRY[spec.codec.mode]
         self.prompts = self.traces = self.tokens = 0
         """Handed to the publisher, as are the blocks; tokens are those of completions."""
         self.blocks = 0

@@ -68,6 +68,16 @@ class TokenizerSpec:
     eos_token_ids: tuple[int, ...]
 
 
+BYTES_PER_ENTRY: Mapping[CodecMode, float] = {
+    "exact": 6.0,
+    "fine": 3.5,
+    "standard": 2.5,
+    "compact": 2.5,
+    "sampled": 4.0,
+}
+"""Upper estimate of an encoded entry, an id and a logprob; measured were 4.5, 2.1, 1.6, 1.4 and 2.1."""
+
+
 @dataclass(frozen=True, slots=True)
 class CodecSpec:
     """How the payloads of a stream are encoded."""

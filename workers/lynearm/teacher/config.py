@@ -9,18 +9,9 @@ from typing import Literal, TypeAlias
 
 from lynearm.wire.blocks import MAX_PAYLOAD_BYTES
 from lynearm.wire.errors import ConfigError, InvalidInputError
-from lynearm.wire.specs import CODEC_MODES, MAX_TOP_K, CodecMode, check_name
+from lynearm.wire.specs import BYTES_PER_ENTRY, CODEC_MODES, MAX_TOP_K, CodecMode, check_name
 
 Dtype: TypeAlias = Literal["auto", "float32", "bfloat16", "float16"]
-
-_BYTES_PER_ENTRY: Mapping[CodecMode, float] = {
-    "exact": 6.0,
-    "fine": 3.5,
-    "standard": 2.5,
-    "compact": 2.5,
-    "sampled": 4.0,
-}
-"""Upper estimate of an encoded entry: an id and a logprob. Standard blocks measure below 2."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -146,7 +137,7 @@ class TeachConfig:
 
     def bytes_per_token(self) -> float:
         """Upper estimate of an encoded position, bytes."""
-        return 16 + (self.draws or self.top_k) * _BYTES_PER_ENTRY.get(self.codec, 8.0)
+        return 16 + (self.draws or self.top_k) * BYTES_PER_ENTRY.get(self.codec, 8.0)
 
     def prompt_bytes_bound(self) -> float:
         """Upper estimate of everything that one prompt adds to a block, bytes."""
