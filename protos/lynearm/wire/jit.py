@@ -38,7 +38,12 @@ def compiled(function: Callable[_Parameters, _Result]) -> Callable[_Parameters, 
     compiles anew when the function's own file has changed, and not when a constant of another file has:
     delete __pycache__ after such a change.
     """
-    jitted: object = numba.njit(cache=True, nogil=True, boundscheck=False, error_model="numpy")(function)
+    options = {"nogil": True, "boundscheck": False, "error_model": "numpy"}
+    try:
+        jitted: object = numba.njit(cache=True, **options)(function)
+    except RuntimeError:
+        # Neither the package's directory nor the user's is writable: every process compiles for itself.
+        jitted = numba.njit(**options)(function)
     return cast("Callable[_Parameters, _Result]", jitted)
 
 
