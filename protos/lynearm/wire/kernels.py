@@ -100,9 +100,10 @@ def assign_token_codes(
     Returns:
         −1, or the number of a row that holds one token twice.
     """
-    # Side by side: where each token stands in the list of recent ones, the row that named it last, the row
-    # whose followers it was among last, and its place among them.
+    # Side by side, since a token's four are asked for together: where it stands in the list of recent ones,
+    # the row that named it last, the row and place where it was a follower last, and its rank.
     state_V4 = np.full((rank_of_V.size, 4), _NEVER, np.int32)
+    state_V4[:, 3] = rank_of_V
     keys = np.empty(token_ids_NK.shape[1], np.int64)
     ordered = np.empty(token_ids_NK.shape[1], np.int64)
     # The list begins with the commonest tokens, the commonest nearest.
@@ -118,8 +119,7 @@ def assign_token_codes(
                 token = followers[list_of_V[previous], place]
                 if token < 0:
                     break
-                state_V4[token, 2] = t
-                state_V4[token, 3] = place
+                state_V4[token, 2] = t * FOLLOWERS + place
         for i in range(kept):
             token = token_ids_NK[t, i]
             if state_V4[token, 1] == t:
@@ -128,10 +128,11 @@ def assign_token_codes(
             last = state_V4[token, 0]
             distance = head - 1 - last
             is_recent = last >= 0 and distance < RECENT_WINDOW
-            code = FOLLOWERS + distance if is_recent else RANK_START + rank_of_V[token]
+            code = FOLLOWERS + distance if is_recent else RANK_START + state_V4[token, 3]
             # The smaller number is the likelier; a follower's place says more than a distance.
-            if state_V4[token, 2] == t and (not is_recent or state_V4[token, 3] <= distance):
-                code = state_V4[token, 3]
+            place = state_V4[token, 2] - t * FOLLOWERS
+            if place >= 0 and (not is_recent or place <= distance):
+                code = place
             keys[i] = np.int64(code) << 20 | token
             if i and levels_NK[t, i] < levels_NK[t, i - 1]:
                 levels_NK[t, i] = levels_NK[t, i - 1]
