@@ -34,7 +34,7 @@ from lynearm.wire.prefix_codes import (
     canonical_codes,
     check_lengths,
     code_lengths,
-    fill_table,
+    fill_tables,
 )
 
 Int64Array = npt.NDArray[np.int64]
@@ -171,7 +171,9 @@ class CodeTables:
     @cached_property
     def step_table(self) -> Uint32Array:
         """Decoding tables of all groups, for `kernels.read_rows`."""
-        return _fill(self.step_lengths, _STEP_ENTRIES, _NO_STEP, 5).astype(np.uint32)
+        tables = np.empty((len(self.step_lengths), 1 << MAX_CODE_LENGTH), np.uint32)
+        fill_tables(self.step_lengths, _STEP_ENTRIES, _NO_STEP, 5, STEP_ESCAPE, tables)
+        return tables.ravel()
 
     @property
     def step_strides(self) -> tuple[int, int]:
@@ -182,7 +184,9 @@ class CodeTables:
     @cached_property
     def number_table(self) -> Uint64Array:
         """Decoding tables of all number contexts, for `kernels.read_numbers`."""
-        return _fill(self.number_lengths, _NUMBER_ENTRIES, _NO_NUMBER, 6)
+        tables = np.empty((len(self.number_lengths), 1 << MAX_CODE_LENGTH), np.uint64)
+        fill_tables(self.number_lengths, _NUMBER_ENTRIES, _NO_NUMBER, 6, -1, tables)
+        return tables.ravel()
 
     def to_bytes(self) -> bytes:
         """Merge kind, tail rule, and the lengths in nibbles."""
@@ -254,16 +258,6 @@ def _codes(lengths: Uint8Array) -> Uint32Array:
     codes: Uint32Array = np.stack([canonical_codes(row) for row in lengths])
     codes |= lengths.astype(np.uint32) << 16
     return codes
-
-
-def _fill(lengths: Uint8Array, entries: Uint64Array, absent: int, shift: int) -> Uint64Array:
-    """Decoding tables of some codes: entries with bits in all, and the code's length at `shift`, put in."""
-    table = np.full((len(lengths), 1 << MAX_CODE_LENGTH), absent, np.uint64)
-    is_escape = entries == STEP_ESCAPE_TOTAL
-    for row, row_lengths in zip(table, lengths, strict=True):
-        code_bits = row_lengths.astype(np.uint64)
-        fill_table(row_lengths, entries + np.where(is_escape, 0, code_bits) | code_bits << shift, row)
-    return table.ravel()
 
 
 @compiled

@@ -67,15 +67,20 @@ def _load(bits: int) -> Any:
     return load
 
 
-@intrinsic  # type: ignore[untyped-decorator]
-def _store64(_context: Any, address: Any, value: Any) -> Any:  # pyright: ignore  # as above
-    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        del signature
-        stored = builder.store(arguments[1], builder.inttoptr(arguments[0], ir.IntType(64).as_pointer()))
-        stored.align = 1
-        return context.get_dummy_value()
+def _store(bits: int) -> Any:
+    @intrinsic  # type: ignore[untyped-decorator]
+    def store(_context: Any, address: Any, value: Any) -> Any:  # pyright: ignore  # as above
+        def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+            del signature
+            narrow = ir.IntType(bits)
+            value = builder.trunc(arguments[1], narrow) if bits < 64 else arguments[1]
+            stored = builder.store(value, builder.inttoptr(arguments[0], narrow.as_pointer()))
+            stored.align = 1
+            return context.get_dummy_value()
 
-    return types.void(types.uint64, types.uint64), generate
+        return types.void(types.uint64, types.uint64), generate
+
+    return store
 
 
 @intrinsic  # type: ignore[untyped-decorator]
@@ -98,8 +103,9 @@ load32 = cast("Callable[[Any], Any]", _load(32))
 load64 = cast("Callable[[Any], Any]", _load(64))
 """The little-endian unsigned integer at an address, as uint64, at any alignment; the caller checks bounds."""
 
-store64 = cast("Callable[[Any, Any], None]", _store64)
-"""Puts a uint64 at an address, at any alignment; the caller checks bounds."""
+store32 = cast("Callable[[Any, Any], None]", _store(32))
+store64 = cast("Callable[[Any, Any], None]", _store(64))
+"""Puts the low bits of a uint64 at an address, at any alignment; the caller checks bounds."""
 
 
 @inlined

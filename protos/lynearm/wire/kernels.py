@@ -30,7 +30,7 @@ from lynearm.wire.alphabet import (
     token_open_value,
     token_symbol,
 )
-from lynearm.wire.jit import Scalar, address_of, compiled, inlined, load8, load32, load64, store64
+from lynearm.wire.jit import Scalar, address_of, compiled, inlined, load8, load32, load64, store32, store64
 from lynearm.wire.prefix_codes import MAX_CODE_LENGTH
 
 Int32Array = npt.NDArray[np.int32]
@@ -58,11 +58,16 @@ _LOWEST_POWER = 1010
 _POWERS_OF_TWO = 2.0 ** np.arange(-_LOWEST_POWER, 3)
 """e^−700 is about 2^−1010."""
 
-_RECENT_RING = 4096
+RECENT_RING = 4096
 """Power of two, at least the window and the entries that one row adds."""
 
 AS_SAMPLED = -2
 """In place of the token before a position: the one that was sampled at the position before."""
+
+_CODE_MASK = U64((1 << MAX_CODE_LENGTH) - 1)
+
+_LATE_RANK = 16
+"""From there on, a long step is rare enough to guess that there is none."""
 
 _SHORT_SORT = 24
 """Up to so many entries of one level are sorted by counting."""
@@ -405,12 +410,49 @@ def _read_entry(
 
     Where no code fits, tables hold a token code, or a step, that no block may have: that is noticed later.
 
-    Whether a step is long is a coin's toss for many entries: to look up a number that is not there costs
-    less than to guess wrong, which undoes the work of four rows.
+    Whether a step is long is a coin's toss for a row's first entries: to look up a number that is not there
+    costs less than to guess wrong, which undoes the work of four rows.
     """
-    mask = U64((1 << MAX_CODE_LENGTH) - 1)
+    position, code, step, word = _read_symbol(stream_at, position, table_at, plain_at, previous)
+    is_long = U64(step == U64(LONG_STEP))
+    number = load64(long_steps_at + ((word & _CODE_MASK) << U64(3))) & (U64(0) - is_long)
+    total = number & U64(63)
+    if total > U64(27):
+        word = load64(stream_at + (position >> U64(3))) >> (position & U64(7))
+    step += (number >> U64(10)) + ((word & ((U64(1) << total) - U64(1))) >> ((number >> U64(6)) & U64(15)))
+    return position + total, code, level + step
+
+
+@inlined
+def _read_late_entry(
+    stream_at: Scalar,
+    position: Scalar,
+    table_at: Scalar,
+    plain_at: Scalar,
+    long_steps_at: Scalar,
+    previous: Scalar,
+    level: Scalar,
+) -> tuple[Scalar, Scalar, Scalar]:
+    """As `_read_entry`, where long steps are rare."""
+    position, code, step, word = _read_symbol(stream_at, position, table_at, plain_at, previous)
+    if step == U64(LONG_STEP):
+        number = load64(long_steps_at + ((word & _CODE_MASK) << U64(3)))
+        total = number & U64(63)
+        word = load64(stream_at + (position >> U64(3))) >> (position & U64(7))
+        step += (number >> U64(10)) + (
+            (word & ((U64(1) << total) - U64(1))) >> ((number >> U64(6)) & U64(15))
+        )
+        position += total
+    return position, code, level + step
+
+
+@inlined
+def _read_symbol(
+    stream_at: Scalar, position: Scalar, table_at: Scalar, plain_at: Scalar, previous: Scalar
+) -> tuple[Scalar, Scalar, Scalar, Scalar]:
+    """An entry's symbol: the bit behind it, its token code, its step, and at least 27 of the bits behind."""
     word = load64(stream_at + (position >> U64(3))) >> (position & U64(7))
-    entry = load32(table_at + ((word & mask) << U64(2)))
+    entry = load32(table_at + ((word & _CODE_MASK) << U64(2)))
     total = entry & U64(31)
     if total == U64(STEP_ESCAPE_TOTAL):
         length = (entry >> U64(5)) & U64(15)
@@ -422,17 +464,7 @@ def _read_entry(
     step = (entry >> U64(9)) & U64(3)
     code = (entry >> U64(11)) + ((word & ((U64(1) << total) - U64(1))) >> ((entry >> U64(5)) & U64(15)))
     code += previous if step == U64(0) else U64(0)
-    position += total
-    is_long = U64(step == U64(LONG_STEP))
-    # The word has 57 bits at least, of which an entry takes 30 at most.
-    word >>= total
-    number = load64(long_steps_at + ((word & mask) << U64(3))) & (U64(0) - is_long)
-    total = number & U64(63)
-    if total > U64(27):
-        word = load64(stream_at + (position >> U64(3))) >> (position & U64(7))
-    step += (number >> U64(10)) + ((word & ((U64(1) << total) - U64(1))) >> ((number >> U64(6)) & U64(15)))
-    position += total
-    return position, code, level + step
+    return position + total, code, step, word >> total
 
 
 @compiled
@@ -455,6 +487,7 @@ def read_rows(
     outside_ids: Int32Array,
     max_level: int,
     scratch: Uint64Array,
+    recent: Int32Array,
     token_ids_NK: Int32Array,
     levels_NK: Uint32Array,
     sampled_ids_N: Int32Array,
@@ -477,14 +510,15 @@ def read_rows(
         bucket_of_rank: Shape [≥ K].
         token_of_rank_V: The vocabulary's order.
         list_of_V: As for `assign_token_codes`.
-        followers: As for `assign_token_codes`.
+        followers: As for `assign_token_codes`; its first list is empty.
         first_previous_N: Token before each position; −1 for none, `AS_SAMPLED` for the position before's.
         sampled_index_N: 1 + index of the sampled token's entry; 0: the next of `outside_ids`.
         outside_ids: Sampled tokens that have no entry.
         max_level: Largest level allowed.
-        scratch: For token code and level of the entries of four rows, shape [≥ 4 K]. The caller's: numba
-            frees an array of a compiled function's own after its last use by name, which is not its last
-            use by address.
+        scratch: For token code and level of the entries of four rows, shape [≥ 4 K]. The caller's, as the
+            next: numba frees an array of a compiled function's own after its last use by name, which is
+            not its last use by address.
+        recent: For the list of recent tokens, shape [`RECENT_RING`].
         token_ids_NK: Filled; 0 where a row keeps less than K entries.
         levels_NK: Filled where there are entries.
         sampled_ids_N: Filled.
@@ -496,7 +530,8 @@ def read_rows(
     plain_at, long_steps_at = address_of(plain), address_of(long_steps)
     by_bucket, by_octave = U64(bucket_stride), U64(octave_stride)
     width = U64(token_ids_NK.shape[1])
-    scratch_at = address_of(scratch)
+    scratch_at, recent_at = address_of(scratch), address_of(recent)
+    ids_at, levels_at = address_of(token_ids_NK), address_of(levels_NK)
     lanes = U64(starts.size)
     count = U64(kept_N.size)
     highest = U64(max_level)
@@ -504,14 +539,13 @@ def read_rows(
     positions = starts.copy()
     codes = np.zeros(4, np.uint64)
     levels = np.zeros(4, np.uint64)
-    recent = np.zeros(_RECENT_RING, np.int32)
     head = U64(min(token_of_rank_V.size, RECENT_WINDOW))
     for rank in range(U64(0), head):
         recent[head - U64(1) - rank] = token_of_rank_V[rank]
-    highest_rank = U64(0)
+    highest_code = U64(0)
     sampled = np.int32(-1)
     outside = U64(0)
-    signs = np.int32(0)
+    signs = U64(0)
     last_rank = U64(token_of_rank_V.size - 1)
     t = U64(0)
     while t < count:
@@ -523,7 +557,8 @@ def read_rows(
             l0 = l1 = l2 = l3 = U64(0)
             o0 = o1 = o2 = o3 = U64(0)
             done = U64(min(kept_N[t], kept_N[t + U64(1)], kept_N[t + U64(2)], kept_N[t + U64(3)]))
-            for i in range(U64(0), done):
+            early = min(done, U64(_LATE_RANK))
+            for i in range(U64(0), early):
                 bucket = U64(bucket_of_rank[i])
                 context_at = table_at + bucket * by_bucket
                 steps_at = long_steps_at + (bucket << U64(MAX_CODE_LENGTH + 3))
@@ -545,6 +580,28 @@ def read_rows(
                 store64(rank_at + U64(8), c1 | (l1 << U64(32)))
                 store64(rank_at + U64(16), c2 | (l2 << U64(32)))
                 store64(rank_at + U64(24), c3 | (l3 << U64(32)))
+            for i in range(early, done):
+                bucket = U64(bucket_of_rank[i])
+                context_at = table_at + bucket * by_bucket
+                steps_at = long_steps_at + (bucket << U64(MAX_CODE_LENGTH + 3))
+                p0, c0, l0 = _read_late_entry(
+                    stream_at, p0, context_at + o0 * by_octave, plain_at, steps_at, c0, l0
+                )
+                p1, c1, l1 = _read_late_entry(
+                    stream_at, p1, context_at + o1 * by_octave, plain_at, steps_at, c1, l1
+                )
+                p2, c2, l2 = _read_late_entry(
+                    stream_at, p2, context_at + o2 * by_octave, plain_at, steps_at, c2, l2
+                )
+                p3, c3, l3 = _read_late_entry(
+                    stream_at, p3, context_at + o3 * by_octave, plain_at, steps_at, c3, l3
+                )
+                o0, o1, o2, o3 = token_octave(c0), token_octave(c1), token_octave(c2), token_octave(c3)
+                rank_at = scratch_at + (i << U64(5))
+                store64(rank_at, c0 | (l0 << U64(32)))
+                store64(rank_at + U64(8), c1 | (l1 << U64(32)))
+                store64(rank_at + U64(16), c2 | (l2 << U64(32)))
+                store64(rank_at + U64(24), c3 | (l3 << U64(32)))
             positions[0], positions[1], positions[2], positions[3] = p0, p1, p2, p3
             codes[0], codes[1], codes[2], codes[3] = c0, c1, c2, c3
             levels[0], levels[1], levels[2], levels[3] = l0, l1, l2, l3
@@ -554,6 +611,7 @@ def read_rows(
             code = codes[lane] if done else U64(0)
             level = levels[lane] if done else U64(0)
             octave = token_octave(code) if done else U64(0)
+            lane_at = scratch_at + (lane << U64(3))
             for i in range(done, kept):
                 bucket = U64(bucket_of_rank[i])
                 position, code, level = _read_entry(
@@ -566,7 +624,7 @@ def read_rows(
                     level,
                 )
                 octave = token_octave(code)
-                store64(scratch_at + (i << U64(5)) + (lane << U64(3)), code | (level << U64(32)))
+                store64(lane_at + (i << U64(5)), code | (level << U64(32)))
             # Levels do not fall along a row, so that its last one is its highest.
             bad |= U64(level > highest) | U64(position > ends[lane])
             positions[lane] = min(position, ends[lane])
@@ -574,49 +632,32 @@ def read_rows(
             newest = head - U64(1) + U64(FOLLOWERS)
             previous = first_previous_N[t + lane]
             previous = sampled if previous == AS_SAMPLED else previous
-            list_row = list_of_V[previous] if 0 <= previous < list_of_V.size else np.int32(0)
+            list_row = U64(list_of_V[previous]) if 0 <= previous < list_of_V.size else U64(0)
             # How far back the list goes; less than the window only in a small vocabulary.
             available = min(head, U64(RECENT_WINDOW))
             if available < U64(RECENT_WINDOW):
                 for i in range(U64(0), kept):
-                    code = load64(scratch_at + (i << U64(5)) + (lane << U64(3))) & U64(0xFFFFFFFF)
+                    code = load64(lane_at + (i << U64(5))) & U64(0xFFFFFFFF)
                     bad |= U64(code < U64(RANK_START)) & U64(code >= available + U64(FOLLOWERS))
-            if list_row > 0:
-                for back in range(U64(1), kept + U64(1)):
-                    last = kept - back
-                    packed = load64(scratch_at + (last << U64(5)) + (lane << U64(3)))
-                    code = packed & U64(0xFFFFFFFF)
-                    # All are looked up, and one is taken: a branch here is wrong every third time.
-                    again = recent[(newest - code) & U64(_RECENT_RING - 1)]
-                    rank = max(code, U64(RANK_START)) - U64(RANK_START)
-                    highest_rank = max(highest_rank, rank)
-                    fresh = token_of_rank_V[min(rank, last_rank)]
-                    follower = followers[list_row, min(code, U64(FOLLOWERS - 1))]
-                    token = again if code < U64(RANK_START) else fresh
-                    token = follower if code < U64(FOLLOWERS) else token
-                    # A list that is too short yields −1, whose sign stays.
-                    signs |= token
-                    token_ids_NK[t + lane, last] = token
-                    levels_NK[t + lane, last] = packed >> U64(32)
-                    recent[head & U64(_RECENT_RING - 1)] = token
-                    # Unsigned: followers wrap round to the largest numbers, and enter too.
-                    head += U64(code - U64(FOLLOWERS) >= U64(REFRESH_DISTANCE))
-            else:
-                for back in range(U64(1), kept + U64(1)):
-                    last = kept - back
-                    packed = load64(scratch_at + (last << U64(5)) + (lane << U64(3)))
-                    code = packed & U64(0xFFFFFFFF)
-                    again = recent[(newest - code) & U64(_RECENT_RING - 1)]
-                    rank = max(code, U64(RANK_START)) - U64(RANK_START)
-                    highest_rank = max(highest_rank, rank)
-                    fresh = token_of_rank_V[min(rank, last_rank)]
-                    bad |= U64(code < U64(FOLLOWERS))
-                    token = again if code < U64(RANK_START) else fresh
-                    token_ids_NK[t + lane, last] = token
-                    levels_NK[t + lane, last] = packed >> U64(32)
-                    recent[head & U64(_RECENT_RING - 1)] = token
-                    # Unsigned: followers wrap round to the largest numbers, and enter too.
-                    head += U64(code - U64(FOLLOWERS) >= U64(REFRESH_DISTANCE))
+            row_at = (t + lane) * width * U64(4)
+            for back in range(U64(1), kept + U64(1)):
+                last = kept - back
+                packed = load64(lane_at + (last << U64(5)))
+                code = packed & U64(0xFFFFFFFF)
+                highest_code = max(highest_code, code)
+                again = U64(recent[(newest - code) & U64(RECENT_RING - 1)])
+                rank = max(code, U64(RANK_START)) - U64(RANK_START)
+                fresh = U64(token_of_rank_V[min(rank, last_rank)])
+                follower = U64(followers[list_row, min(code, U64(FOLLOWERS - 1))])
+                token = again if code < U64(RANK_START) else fresh
+                token = follower if code < U64(FOLLOWERS) else token
+                # A list that is too short yields −1, whose sign stays.
+                signs |= token
+                store32(ids_at + row_at + (last << U64(2)), token)
+                store32(levels_at + row_at + (last << U64(2)), packed >> U64(32))
+                store32(recent_at + ((head & U64(RECENT_RING - 1)) << U64(2)), token)
+                # Unsigned: followers wrap round to the largest numbers, and enter too.
+                head += U64(code - U64(FOLLOWERS) >= U64(REFRESH_DISTANCE))
             for i in range(kept, width):
                 token_ids_NK[t + lane, i] = 0
             index = np.int64(sampled_index_N[t + lane])
@@ -629,7 +670,7 @@ def read_rows(
         t += abreast
     for lane in range(U64(0), lanes):
         bad |= U64((positions[lane] + U64(7)) >> U64(3) != ends[lane] >> U64(3))
-    return bool(bad == U64(0) and signs >= 0 and highest_rank <= last_rank)
+    return bool(bad == U64(0) and signs >> U64(31) == U64(0) and highest_code <= last_rank + U64(RANK_START))
 
 
 @compiled

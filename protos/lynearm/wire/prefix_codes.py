@@ -20,9 +20,17 @@ Uint8Array = npt.NDArray[np.uint8]
 Uint32Array = npt.NDArray[np.uint32]
 Uint64Array = npt.NDArray[np.uint64]
 Int64Array = npt.NDArray[np.int64]
+DecodingTables = npt.NDArray[np.uint32] | npt.NDArray[np.uint64]
 
 MAX_CODE_LENGTH: Final = 11
 """Bits: a decoding table has 2^11 elements, and the tables of a stream fit a second-level cache."""
+
+
+_LAST_WORD = (1 << MAX_CODE_LENGTH) - 1
+_REVERSED: Uint32Array = np.array(
+    [int(f"{word:0{MAX_CODE_LENGTH}b}"[::-1], 2) for word in range(1 << MAX_CODE_LENGTH)], np.uint32
+)
+"""Each word with its bits the other way round: code words come highest bit first, plain bits lowest first."""
 
 
 @compiled
@@ -102,19 +110,46 @@ def canonical_codes(lengths: Uint8Array) -> Uint32Array:
 
 
 @compiled
-def fill_table(lengths: Uint8Array, entries: Uint64Array, table: Uint64Array) -> None:
-    """Put each symbol's entry wherever the next bits begin with its code.
+def fill_tables(
+    lengths: Uint8Array, entries: Uint64Array, absent: int, shift: int, escape: int, tables: DecodingTables
+) -> None:
+    """Decoding tables of some codes: what the next `MAX_CODE_LENGTH` bits begin with.
 
     Args:
-        lengths: Code lengths that fit a code, shape [n].
-        entries: What to put, shape [n]; the code's length is in its lowest four bits.
-        table: Shape [2^11]; left as it is where no code fits.
+        lengths: Code lengths, each row of which fits a code, shape [codes, n].
+        entries: What to put for each symbol, shape [n]; a code's length is added to it, and is put in at
+            `shift` too.
+        absent: What to put where no code fits.
+        shift: Where the length goes.
+        escape: Symbol to whose entry no length is added; −1 for none.
+        tables: Filled, shape [codes, 2^11].
     """
-    codes = canonical_codes(lengths)
-    for symbol in range(lengths.size):
-        length = lengths[symbol]
-        if length:
-            table[codes[symbol] :: 1 << length] = entries[symbol]
+    sorted_symbols = np.empty(lengths.shape[1], np.int64)
+    ends = np.empty(MAX_CODE_LENGTH + 2, np.int64)
+    for row in range(lengths.shape[0]):
+        ends[:] = 0
+        for symbol in range(lengths.shape[1]):
+            ends[lengths[row, symbol] + 1] += 1
+        for length in range(1, MAX_CODE_LENGTH + 2):
+            ends[length] += ends[length - 1]
+        # `ends` holds where each length starts, and is moved to where it ends.
+        for symbol in range(lengths.shape[1]):
+            length = lengths[row, symbol]
+            sorted_symbols[ends[length]] = symbol
+            ends[length] += 1
+        tables[row, 0] = absent
+        code = 0
+        for length in range(1, MAX_CODE_LENGTH + 1):
+            # One bit more behind the codes so far, whatever it is.
+            size = 1 << (length - 1)
+            tables[row, size : 2 * size] = tables[row, :size]
+            code <<= 1
+            for index in range(ends[length - 1], ends[length]):
+                symbol = sorted_symbols[index]
+                added = length << shift if symbol == escape else length << shift | length
+                place = _REVERSED[code & _LAST_WORD] >> (MAX_CODE_LENGTH - length)
+                tables[row, place] = entries[symbol] + np.uint64(added)
+                code += 1
 
 
 def check_lengths(lengths: Uint8Array) -> None:
