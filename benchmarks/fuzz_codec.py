@@ -234,13 +234,13 @@ def guard_kernels() -> None:
     module.read_numbers = guarded(positions.read_numbers, 0, 4)
     module.read_fixed = guarded(positions.read_fixed, 0)
     # Stream, starts, ends, kept, tables, plain elements, long steps, buckets, order, scratch.
-    module.read_rows = guarded(positions.read_rows, 0, 1, 2, 3, 4, 7, 8, 9, 10, 12)
+    module.read_rows = guarded(positions.read_rows, 0, 1, 2, 3, 4, 5, 8, 9, 11, 12, 13, 14, 15)
 
 
 class _Guard:
     """Memory whose last byte lies before a page that nobody may read."""
 
-    _BYTES = 5 << 20
+    _BYTES = 20 << 20
 
     def __init__(self) -> None:
         self._map = mmap.mmap(-1, self._BYTES + mmap.PAGESIZE)
@@ -253,6 +253,7 @@ class _Guard:
     def put(self, array: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
         # Where nothing is, a view would not know its type.
         copy = self._memory[self._BYTES - array.nbytes :].view(array.dtype) if array.nbytes else array.copy()
+        copy = copy.reshape(array.shape)
         copy[:] = array
         return copy
 

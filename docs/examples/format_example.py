@@ -73,7 +73,7 @@ def render(block: bytes) -> str:
         _explain_nibbles(block),
         "The number stream, bit by bit in reading order: a code word, then plain bits, lowest first.",
         _fence(part.number_lines()),
-        "The lane. A symbol 42 + 53 · step + c is shown as its step and its token class c:",
+        "The lane. A symbol 42 + 67 · step + c is shown as its step and its token class c:",
         _fence(part.entry_lines()),
         part.explain_first_entry(),
         "Read back (−4 is bit for bit; the other logprobs and masses are from the grid):",
@@ -122,7 +122,14 @@ class _NotedBits(reference.BitReader):
 class _NotedRows(reference.RowsPart):
     """The rows part, read by the reference reader, with a line for everything that it reads."""
 
-    _NAMES = {8: "KEPT", 9: "SAMPLED", 10: "OUTSIDE", 11: "FIRST", 12: "LOGIT"}  # noqa: RUF012
+    _NAMES = {  # noqa: RUF012
+        **{8 + digits: f"KEPT, level of {digits} digits" for digits in range(8)},
+        **{16 + digits: f"SAMPLED, level of {digits} digits" for digits in range(8)},
+        24: "OUTSIDE",
+        25: "LEVEL",
+        26: "FIRST",
+        27: "LOGIT",
+    }
 
     def __init__(self, block: bytes) -> None:
         header, payload = reference.read_outer(block)
@@ -136,11 +143,11 @@ class _NotedRows(reference.RowsPart):
         self._number_lines: list[str] = []
         self._entries: list[reference.Entries] = []
 
-    def column(self, count: int, code: int) -> list[int]:
+    def column(self, count: int, code: int, contexts: list[int] | None = None) -> list[int]:
         numbers = []
-        for _ in range(count):
-            numbers += super().column(1, code)
-            self._note(self._NAMES[code], numbers[-1])
+        for context in contexts or [0] * count:
+            numbers += super().column(1, code + context)
+            self._note(self._NAMES[code + context], numbers[-1])
         return numbers
 
     def plain(self, count: int, width: int) -> list[int]:
@@ -151,23 +158,23 @@ class _NotedRows(reference.RowsPart):
         return numbers
 
     def read_tail(self, levels: list[int], logprobs: list[float]) -> float:
-        step = self.tables.tail_step(levels[-1] if levels else 0)
+        code, expected = self.tail_code(levels)
         mass = super().read_tail(levels, logprobs)
-        expected = self.tables.base + self.tables.slope * step
         level = min(range(self.scale.largest_level), key=lambda q: abs(self._mass(q) - mass))
         said = f"expected {expected} + {level - expected} = level {level}, mass {mass:.7f}"
-        self._note(f"TAIL step {step}", said)
+        self._note(f"TAIL, code {code}", said)
         return mass
 
-    def read_entries(self, bits: reference.BitReader, count: int) -> reference.Entries:
-        entries = super().read_entries(bits, count)
+    def read_entries(self, bits: reference.BitReader, count: int, level: int) -> reference.Entries:
+        entries = super().read_entries(bits, count, level)
         self._entries.append(entries)
         return entries
 
     def code_lines(self) -> list[str]:
         """Every code word of every code."""
-        names = {code: f"long step, bucket {code}" for code in range(8)} | self._NAMES
-        names |= {13 + step: f"TAIL, step {step}" for step in range(8)}
+        names = {code: f"long step, context {code}" for code in range(8)} | self._NAMES
+        names |= {28 + step: f"TAIL, step {step}" for step in range(8)}
+        names |= {35 + octave: f"TAIL, rest of octave {octave}" for octave in range(1, 9)}
         codes = [(f"entry code {index}", code) for index, code in enumerate(self.tables.entry_codes)]
         codes += [
             (f"number code {index} ({names[index]})", c) for index, c in enumerate(self.tables.number_codes)
@@ -194,13 +201,12 @@ class _NotedRows(reference.RowsPart):
                 bits += [next(runs) for _ in range(_open_runs(symbol))]
                 meaning = f"gap class {symbol}"
                 if symbol >= 42:
-                    step, token_class = divmod(symbol - 42, 53)
+                    step, token_class = divmod(symbol - 42, 67)
                     meaning = f"step {step}, token class {token_class}"
                     if step == 3:
                         number = next(symbols)
                         bits += [next(runs) for _ in range(1 + (number >= 8))]
-                        before = entries.levels[i - 1] if i else 0
-                        meaning += f", long step {entries.levels[i] - before - 3}"
+                        meaning += f", long step {entries.levels[i] - entries.levels[i - 1] - 3}"
                 name = f"row {row} rank {i}: symbol {symbol}, {meaning}"
                 said = f"level {entries.levels[i]}, token code {entries.token_codes[i]}"
                 lines.append(f"{' '.join(bits):40} {name}; {said}, token {entries.token_ids[i]}")
@@ -208,31 +214,27 @@ class _NotedRows(reference.RowsPart):
 
     def explain_first_entry(self) -> str:
         """The first entry, bit by bit."""
-        symbol, number = self._lane.symbols[:2]
-        step, token_class = divmod(symbol - 42, 53)
+        symbol = self._lane.symbols[0]
+        token_class = symbol - 42
         token_bits = self._lane.runs[1] if _open_runs(symbol) else "none"
         data = self._lane.data[:3]
         shown = " ".join(f"{byte:08b}"[::-1] for byte in data)
         entries = self._entries[0]
         token_code = entries.token_codes[0]
-        assert 10 <= token_class < 32, "the words below are about a distance in the list of recent tokens"
-        gap_class = token_class - 10
+        assert 24 <= token_class < 46, "the words below are about a distance in the list of recent tokens"
+        gap_class = token_class - 24
         exponent = 0 if gap_class < 4 else gap_class // 2
         open_bits = max(exponent - 1, 0)
-        begins = 32 + (gap_class if gap_class < 4 else (2 + (gap_class & 1)) << (exponent - 1))
+        begins = 128 + (gap_class if gap_class < 4 else (2 + (gap_class & 1)) << (exponent - 1))
         return (
             f"The first entry in words: the lane's first bytes `{data.hex(' ')}` are {shown}, each with its "
-            f"lowest bit first. `{self._lane.runs[0]}` is the word of symbol {symbol} = 42 + 53 · {step} + "
-            f"{token_class}: step {step}, token class {token_class}, which begins at token code {begins} and "
+            f"lowest bit first. `{self._lane.runs[0]}` is the word of symbol {symbol} = 42 + 67 · 0 + "
+            f"{token_class}: token class {token_class}, which begins at token code {begins} and "
             f"leaves {_bits(open_bits)} open. `{token_bits}`, lowest bit "
-            f"first, makes that {token_code}: distance {token_code - 32} in the list of recent tokens, which "
-            f"begins as the vocabulary's order, without a dictionary by id, so that this is token "
-            f"{entries.token_ids[0]}. "
-            f"Step 3 says that a long step follows, in number code 0, since the entry has rank 0: symbol "
-            f"{number} begins at {(4 + (number & 3)) << ((number >> 2) - 1)} and leaves "
-            f"{_bits((number >> 2) - 1)} open, which make it {entries.levels[0] - 3}, so that the level is "
-            f"3 + {entries.levels[0] - 3} = {entries.levels[0]}. This token code is one from 32 to 95: "
-            f"the list of recent tokens stays as it is."
+            f"first, makes that {token_code}: distance {token_code - 128} in the list of recent tokens, "
+            f"which begins as the vocabulary's order, without a dictionary by id, so that this is token "
+            f"{entries.token_ids[0]}. Its level is LEVEL's, {entries.levels[0]}. This token code is one from "
+            f"128 to 191: the list of recent tokens stays as it is."
         )
 
     def _mass(self, level: int) -> float:
@@ -271,8 +273,9 @@ def _open_runs(symbol: int) -> int:
     """1 if open bits follow an entry's code word, else 0."""
     if symbol < 42:
         return int(symbol >= 4)
-    token_class = (symbol - 42) % 53
-    return int(4 <= token_class < 10 or 14 <= token_class < 32 or token_class >= 34)
+    token_class = (symbol - 42) % 67
+    begins = next(begin for begin in (46, 24, 12, 0) if token_class >= begin)
+    return int(token_class - begins >= (2 if begins == 46 else 4))
 
 
 def _fence(lines: list[str]) -> str:
@@ -308,21 +311,29 @@ def _byte_lines(block: bytes) -> list[str]:
     size = varint("{} bytes of metadata, as they are")
     _note_message(reader, lines, "BlockMetadata", size)
     flags = reader.data[reader.position]
-    names = ["own tables", "kept varies", "sampled apart", "four lanes", "order of the dictionary"]
+    names = [
+        "own tables",
+        "kept varies",
+        "sampled apart",
+        "four lanes",
+        "order of the dictionary",
+        "its scale",
+    ]
     note(1, "flags: " + ", ".join(f"{1 << i} {n}" for i, n in enumerate(names) if flags >> i & 1))
     varint("V = {}")
     note(1, "scale 0, Grid")
     varint("c = {} · 10⁻⁶")
     varint("D = {} · 10⁻⁵")
     varint("{} bytes of tables")
-    merge, shift, origin, base, slope = struct.unpack_from("<BBIhh", block, reader.position)
+    merge, step_shift, origin, shift, base, slope = struct.unpack_from("<BBIBhh", block, reader.position)
     note(1, f"merge {merge}")
-    note(1, f"tail rule: shift {shift}")
+    note(1, f"level rule: step shift {step_shift}")
     note(4, f"origin {origin}")
+    note(1, f"shift {shift}")
     note(2, f"base {base}")
     note(2, f"slope {slope}")
-    note(_nibble_bytes(reader, (1, 8, 32)[merge], 215), "lengths of the entry codes, in nibbles")
-    note(_nibble_bytes(reader, 21, 125), "lengths of the number codes, in nibbles")
+    note(_nibble_bytes(reader, (1, 8, 40)[merge], 311), "lengths of the entry codes, in nibbles")
+    note(_nibble_bytes(reader, 44, 125), "lengths of the number codes, in nibbles")
     size = varint("{} bytes of numbers")
     note(size, "number stream")
     note(len(block) - reader.position, "lane 0")

@@ -6,8 +6,9 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from wire.mutation import take_apart
+from wire.mutation import SCALE_OF_DICTIONARY, take_apart
 
+from lynearm.wire.dictionaries import Dictionary
 from lynearm.wire.fields import ByteReader
 from lynearm.wire.grids import Grid
 from lynearm.wire.traces import Float32Array, TopK, Trace
@@ -68,9 +69,14 @@ def assert_sorted(top_k: TopK) -> None:
     assert not top_k.token_ids[top_k.logprobs == -np.inf].any()
 
 
-def grid_of(block: bytes) -> Grid:
+def grid_of(block: bytes, dictionary: Dictionary | None = None) -> Grid:
     """The grid that a block says it is on."""
-    reader = ByteReader(memoryview(take_apart(block).scale))
+    pieces = take_apart(block)
+    if pieces.flags & SCALE_OF_DICTIONARY:
+        assert dictionary is not None
+        assert dictionary.grid is not None
+        return dictionary.grid
+    reader = ByteReader(memoryview(pieces.scale))
     assert reader.byte() == 0
     return Grid(reader.varint(), reader.varint())
 

@@ -23,9 +23,9 @@ from lynearm.wire.blocks import BlockHeader
 from lynearm.wire.code_tables import (
     NUMBER_CONTEXTS,
     CodeTables,
+    LevelRule,
     NumberContext,
     SymbolCounts,
-    TailRule,
     build_tables,
 )
 from lynearm.wire.codec import encode_block
@@ -80,7 +80,7 @@ def tables_for(*contexts: int, holes: bool = False) -> CodeTables:
     counts = SymbolCounts.zeros()
     counts.numbers[list(contexts)] = 1
     counts.steps[:] = 1
-    tables = build_tables(counts, merge=0, tail_rule=TailRule(0, 0, 0, 0), with_escapes=True)
+    tables = build_tables(counts, merge=0, level_rule=LevelRule.none(), with_escapes=True)
     if holes:
         tables.step_lengths[tables.step_lengths > 0] += 1
         tables.number_lengths[tables.number_lengths > 0] += 1
@@ -90,7 +90,10 @@ def tables_for(*contexts: int, holes: bool = False) -> CodeTables:
 def one_row(
     *, columns: list[tuple[int, int]], fixed: list[int], tail: int | None = None, entries: bytes = b"\0" * 8
 ) -> Pieces:
-    """A block with one row, whose numbers are given: (context, number) each, words of 32 bits, the tail's."""
+    """A block with one row, whose numbers are given: (context, number) each, words of 32 bits, the tail's.
+
+    Where there are columns, the level of the row's first entry stands before them, which is 0.
+    """
     pieces = encode([build_rows([[-0.5, -1.5]], [[3, 4]])], "exact")
     tables = tables_for(*range(NUMBER_CONTEXTS))
     out = np.zeros(400, np.uint8)
@@ -100,7 +103,7 @@ def one_row(
         return write_numbers(out, bit, *column, tables.number_codes)
 
     bit = 0
-    for context, number in columns:
+    for context, number in [(NumberContext.LEVEL, 0), *columns] if columns else []:
         bit = write(bit, context, number)
     bit = write_fixed(out, bit, np.array(fixed, np.uint32), 32)
     bit = bit if tail is None else write(bit, NumberContext.TAIL, tail)

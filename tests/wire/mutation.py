@@ -15,7 +15,9 @@ import zstandard
 from lynearm.wire.blocks import BlockHeader, checksum, join_block, split_block
 from lynearm.wire.fields import ByteReader, varint
 
-OWN_TABLES, KEPT_VARIES, SAMPLED_APART, FOUR_LANES, ORDER_OF_DICTIONARY = (1 << bit for bit in range(5))
+OWN_TABLES, KEPT_VARIES, SAMPLED_APART, FOUR_LANES, ORDER_OF_DICTIONARY, SCALE_OF_DICTIONARY = (
+    1 << bit for bit in range(6)
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,23 +43,23 @@ def take_apart(block: bytes) -> Pieces:
     stored = bytes(reader.take(reader.varint()))
     raw = len(stored) == header.uncompressed_size_bytes
     metadata = stored if raw else zstandard.ZstdDecompressor().decompress(stored)
-    flags, vocab_size = reader.byte(), reader.varint()
-    kind = reader.byte()
-    numbers = [varint(reader.varint()) for _ in range({0: 2, 4: 1}.get(kind, 0))]
+    flags, vocab_size, scale = reader.byte(), 0, b""
+    if not flags & SCALE_OF_DICTIONARY:
+        vocab_size, kind = reader.varint(), reader.byte()
+        scale = bytes((kind,)) + b"".join(varint(reader.varint()) for _ in range({0: 2, 4: 1}.get(kind, 0)))
     tables = bytes(reader.take(reader.varint())) if flags & OWN_TABLES else b""
     sizes = [reader.varint() for _ in range(4 if flags & FOUR_LANES else 1)]
     streams = [bytes(reader.take(size)) for size in sizes]
     streams.append(bytes(reader.rest()))
-    return Pieces(
-        header, metadata, flags, vocab_size, bytes((kind,)) + b"".join(numbers), tables, tuple(streams)
-    )
+    return Pieces(header, metadata, flags, vocab_size, scale, tables, tuple(streams))
 
 
 def write_rows_part(pieces: Pieces) -> bytes:
     """What follows the metadata."""
     sized = varint(len(pieces.tables)) + pieces.tables if pieces.flags & OWN_TABLES else b""
     sizes = b"".join(varint(len(stream)) for stream in pieces.streams[:-1])
-    head = bytes((pieces.flags,)) + varint(pieces.vocab_size) + pieces.scale + sized + sizes
+    vocab_size = b"" if pieces.flags & SCALE_OF_DICTIONARY else varint(pieces.vocab_size)
+    head = bytes((pieces.flags,)) + vocab_size + pieces.scale + sized + sizes
     return head + b"".join(pieces.streams)
 
 
@@ -119,7 +121,7 @@ def spoil_block(pieces: Pieces, others: list[Pieces], rng: Random) -> bytes:
         streams[index] = spoil_bytes(streams[index], rng)
         return put_together(dataclasses.replace(pieces, streams=tuple(streams)))
     if kind < 0.75 and pieces.tables:
-        # Behind the ten bytes of their head, lengths are nibbles: a change of one keeps the others in place.
+        # Behind the eleven bytes of their head, lengths are nibbles: a change keeps the others in place.
         tables = bytearray(pieces.tables)
         for _ in range(rng.randint(1, 3)):
             tables[int(rng.random() * len(tables))] ^= rng.randint(1, 15) << 4 * rng.randint(0, 1)

@@ -21,10 +21,12 @@ from lynearm.v1 import trace_pb2
 
 EXACT, STANDARD, FINE, COMPACT, SAMPLED = 1, 2, 3, 4, 5
 GRID, BITS, BF16_LOGITS, FP16_LOGITS, COUNTS = range(5)
-KEPT_CODE, SAMPLED_CODE, OUTSIDE_CODE, FIRST_CODE, LOGIT_CODE, TAIL_CODE = 8, 9, 10, 11, 12, 13
+KEPT_CODE, SAMPLED_CODE, OUTSIDE_CODE, LEVEL_CODE, FIRST_CODE, LOGIT_CODE = 8, 16, 24, 25, 26, 27
+TAIL_CODE, REST_CODE = 28, 36
 
 MAX_ENTRIES = 1 << 23
 MAX_VOCABULARY = 1 << 20
+MAX_DICTIONARY_CONTENT = 21_364_772
 
 
 class CorruptError(ValueError):
@@ -286,15 +288,15 @@ def canonical(lengths: list[int]) -> Code:
 
 
 class Tables:
-    """Merge, tail rule, and the codes of entries and numbers."""
+    """Merge, level rule, and the codes of entries and numbers."""
 
     def __init__(self, data: bytes) -> None:
         reader = ByteReader(data)
-        head = struct.unpack("<BBIhh", reader.take(10))
-        self.merge, self.shift, self.origin, self.base, self.slope = head
-        check(self.merge <= 2 and self.shift <= 31, "merge or shift")
-        self.entry_codes = self.read_codes(reader, (1, 8, 40)[self.merge], 255)
-        self.number_codes = self.read_codes(reader, 21, 125)
+        head = struct.unpack("<BBIBhh", reader.take(11))
+        self.merge, self.step_shift, self.origin, self.shift, self.base, self.slope = head
+        check(self.merge <= 2 and self.step_shift <= 31 and self.shift <= 31, "merge or shift")
+        self.entry_codes = self.read_codes(reader, (1, 8, 40)[self.merge], 311)
+        self.number_codes = self.read_codes(reader, 44, 125)
         check(reader.rest() == b"", "bytes behind the tables")
 
     @staticmethod
@@ -325,36 +327,42 @@ class Tables:
 
 
 class Dictionary:
-    """Vocabulary's order and tables."""
+    """Vocabulary's order, lists and tables."""
 
     def __init__(self, data: bytes) -> None:
         if data[:3] == b"LYD" and data[3:4] > b"2":
             raise NewerError("a dictionary of a newer format")
         check(data[:4] == b"LYD2" and len(data) <= 3 << 20, "not a dictionary")
-        check(declared_size(data[4:]) <= 12_976_156, "size of the dictionary")
+        check(declared_size(data[4:]) <= MAX_DICTIONARY_CONTENT, "size of the dictionary")
         reader = ByteReader(decompress(data[4:]))
-        head = struct.unpack("<7I", reader.take(28))
-        self.vocabulary, c, d, common, lists, listed, table_bytes = head
+        head = struct.unpack("<9I", reader.take(36))
+        self.vocabulary, c, d, common, lists, listed, more_lists, more_listed, table_bytes = head
         check(c == 0 or is_grid(c, d), "c or D")
+        self.grid = (c, d)
         check(1 <= self.vocabulary <= MAX_VOCABULARY and common <= self.vocabulary, "V or common tokens")
         tokens = list(accumulate(shuffled(reader, common)))
         check(all(0 <= token < self.vocabulary for token in tokens), "a common token outside V")
         check(len(set(tokens)) == common, "a common token comes twice")
         self.order = tokens + sorted(set(range(self.vocabulary)) - set(tokens))
-        check(lists <= 65_536, "lists of followers")
-        owners = list(accumulate(shuffled(reader, lists)))
-        counts = list(reader.take(lists))
-        followers = iter(shuffled(reader, listed))
-        check(all(1 <= count <= 32 for count in counts) and sum(counts) == listed, "followers of the lists")
-        check(all(left < right for left, right in pairwise(owners)), "owners that do not ascend")
-        self.followers = {
-            owner: [next(followers) for _ in range(count)]
-            for owner, count in zip(owners, counts, strict=True)
-        }
-        named = [*owners, *(token for tokens in self.followers.values() for token in tokens)]
-        check(all(0 <= token < self.vocabulary for token in named), "a list's token outside V")
+        self.followers = self.read_lists(reader, lists, listed)
+        self.companions = self.read_lists(reader, more_lists, more_listed)
         self.tables = Tables(reader.take(table_bytes))
         check(reader.rest() == b"", "bytes behind the dictionary's tables")
+
+    def read_lists(self, reader: ByteReader, lists: int, listed: int) -> dict[int | None, list[int]]:
+        """The list of each token that has one."""
+        check(lists <= 32_768, "lists")
+        owners = list(accumulate(shuffled(reader, lists)))
+        counts = list(reader.take(lists))
+        tokens = iter(shuffled(reader, listed))
+        check(all(1 <= count <= 64 for count in counts) and sum(counts) == listed, "tokens of the lists")
+        check(all(left < right for left, right in pairwise(owners)), "owners that do not ascend")
+        found: dict[int | None, list[int]] = {
+            owner: [next(tokens) for _ in range(count)] for owner, count in zip(owners, counts, strict=True)
+        }
+        named = [*owners, *(token for tokens in found.values() for token in tokens)]
+        check(all(0 <= token < self.vocabulary for token in named), "a list's token outside V")
+        return found
 
 
 def shuffled(reader: ByteReader, count: int) -> list[int]:
@@ -387,14 +395,16 @@ def read_gap(bits: BitReader, gap_class: int) -> int:
 
 def read_token_code(bits: BitReader, token_class: int) -> int:
     """A token code of a token class."""
-    if token_class < 10:
+    if token_class < 12:
         return read_gap(bits, token_class)
-    if token_class < 32:
-        return 32 + read_gap(bits, token_class - 10)
-    if token_class < 34:
-        return 2080 + token_class - 32
-    width = token_class - 33
-    return 2080 + (1 << width) + bits.plain(width)
+    if token_class < 24:
+        return 64 + read_gap(bits, token_class - 12)
+    if token_class < 46:
+        return 128 + read_gap(bits, token_class - 24)
+    if token_class < 48:
+        return 2048 + token_class - 46
+    width = token_class - 47
+    return 2048 + (1 << width) + bits.plain(width)
 
 
 def unzigzag(number: int) -> int:
@@ -428,20 +438,30 @@ class RowsPart:
         self.widths = widths
         self.before = before
         self.followers: dict[int | None, list[int]] = {}
+        self.companions: dict[int | None, list[int]] = {}
+        self.known_companions: set[int | None] = set()
         self.flags = reader.take(1)[0]
-        if self.flags > 31:
-            raise NewerError(f"flags {self.flags:#x}; this reader knows 0x1f")
-        self.vocabulary = reader.varint()
-        check(1 <= self.vocabulary <= MAX_VOCABULARY, "V")
-        self.scale = read_scale(reader, mode)
+        if self.flags > 63:
+            raise NewerError(f"flags {self.flags:#x}; this reader knows 0x3f")
+        if self.flags & 48 or not self.flags & 1:
+            check(dictionary is not None, "a dictionary is needed, and the header names none")
+        if self.flags & 32:
+            assert dictionary is not None
+            self.vocabulary = dictionary.vocabulary
+            self.scale = grid_of(dictionary, mode)
+        else:
+            self.vocabulary = reader.varint()
+            check(1 <= self.vocabulary <= MAX_VOCABULARY, "V")
+            self.scale = read_scale(reader, mode)
         self.order: list[int] | range = range(self.vocabulary)
         if self.flags & 16 or not self.flags & 1:
-            check(dictionary is not None, "a dictionary is needed, and the header names none")
             assert dictionary is not None
             check(dictionary.vocabulary == self.vocabulary, "the dictionary is of another V")
             if self.flags & 16:
                 self.order = dictionary.order
                 self.followers = {**dictionary.followers}
+                self.companions = {**dictionary.companions}
+                self.known_companions = set(dictionary.companions)
             self.tables = dictionary.tables
         if self.flags & 1:
             self.tables = Tables(reader.take(reader.varint()))
@@ -453,18 +473,21 @@ class RowsPart:
         check(len(widths) <= 8 * sizes[0], "more rows than bits")
         self.lane_bits = 8 * sum(map(len, lanes))
 
-    def column(self, count: int, code: int) -> list[int]:
-        return [read_number(self.numbers, self.tables.number_codes[code]) for _ in range(count)]
+    def column(self, count: int, code: int, contexts: list[int] | None = None) -> list[int]:
+        codes = [code] * count if contexts is None else [code + context for context in contexts]
+        return [read_number(self.numbers, self.tables.number_codes[code]) for code in codes]
 
     def plain(self, count: int, width: int) -> list[int]:
         return [self.numbers.plain(width) for _ in range(count)]
 
     def read(self) -> list[Row]:
         count = len(self.widths)
-        kept = self.column(count, KEPT_CODE) if self.flags & 2 else self.widths
+        self.first_levels = self.column(count, LEVEL_CODE)
+        digits = [min(level.bit_length(), 7) for level in self.first_levels]
+        kept = self.column(count, KEPT_CODE, digits) if self.flags & 2 else self.widths
         check(all(k <= width for k, width in zip(kept, self.widths, strict=True)), "KEPT above K")
         check(sum(kept) <= self.lane_bits, "more entries than bits")
-        sampled = self.column(count, SAMPLED_CODE)
+        sampled = self.column(count, SAMPLED_CODE, digits)
         check(all(j <= k for j, k in zip(sampled, kept, strict=True)), "SAMPLED above KEPT")
         outside = self.column(sampled.count(0), OUTSIDE_CODE)
         check(all(rank < self.vocabulary for rank in outside), "OUTSIDE beyond V")
@@ -504,62 +527,90 @@ class RowsPart:
         sampled_id = 0
         recent = list(self.order[min(self.vocabulary, 2048) - 1 :: -1])
         for row, count in enumerate(kept):
-            entries = self.read_entries(self.lanes[row % len(self.lanes)], count)
-            before = len(recent)
-            followers = self.followers.get(self.before.get(row, sampled_id), [])
-            for token_code in entries.token_codes:
-                if token_code < 32:
-                    check(token_code < len(followers), "a place behind the followers' end")
-                    entries.token_ids.append(followers[token_code])
-                elif token_code < 2080:
-                    check(token_code - 32 < before, "a distance behind the list's begin")
-                    entries.token_ids.append(recent[before - 1 - (token_code - 32)])
-                else:
-                    check(token_code - 2080 < self.vocabulary, "a rank beyond V")
-                    entries.token_ids.append(self.order[token_code - 2080])
+            entries = self.read_entries(self.lanes[row % len(self.lanes)], count, self.first_levels[row])
+            token_before = self.before.get(row, sampled_id)
+            self.name_tokens(entries, recent, self.followers.get(token_before, []))
+            if count:
+                if token_before is not None and token_before < self.vocabulary:
+                    self.followers[token_before] = entries.token_ids[:64]
+                first = entries.token_ids[0]
+                if first not in self.known_companions:
+                    self.companions[first] = entries.token_ids[1:65]
             for i in range(count - 1, -1, -1):
-                if not 32 <= entries.token_codes[i] < 96:
+                if not 128 <= entries.token_codes[i] < 192:
                     recent.append(entries.token_ids[i])
             sampled_id = entries.token_ids[sampled[row] - 1] if sampled[row] else next(outside)
             yield entries, sampled_id
         for lane in self.lanes:
             lane.expect_end()
 
-    def read_entries(self, bits: BitReader, count: int) -> Entries:
-        """Levels and token codes of a row."""
+    def name_tokens(self, entries: Entries, recent: list[int], followers: list[int]) -> None:
+        """The tokens of a row's token codes."""
+        before = len(recent)
+        companions: list[int] = []
+        for i, token_code in enumerate(entries.token_codes):
+            if token_code < 64:
+                check(token_code < len(followers), "a place behind the followers' end")
+                token = followers[token_code]
+            elif token_code < 128:
+                check(i > 0 and token_code - 64 < len(companions), "a place behind the companions' end")
+                token = companions[token_code - 64]
+            elif token_code < 2048:
+                check(token_code - 128 < before, "a distance behind the list's begin")
+                token = recent[before - 1 - (token_code - 128)]
+            else:
+                check(token_code - 2048 < self.vocabulary, "a rank beyond V")
+                token = self.order[token_code - 2048]
+            entries.token_ids.append(token)
+            if i == 0:
+                companions = self.companions.get(token, [])
+
+    def read_entries(self, bits: BitReader, count: int, level: int) -> Entries:
+        """Levels and token codes of a row whose first entry has this level."""
         entries = Entries([], [], [])
-        level = token_code = 0
+        token_code = 0
         for i in range(count):
             bucket = min(i.bit_length(), 7)
-            octave = sum(token_code >= bound for bound in (32, 96, 544, 4128)) if i else 0
+            octave = sum(token_code >= bound for bound in (64, 128, 512, 4096)) if i else 0
             codes = self.tables.entry_codes
             symbol = bits.word(codes[(0, bucket, 5 * bucket + octave)[self.tables.merge]])
-            if symbol == 254:
-                symbol = bits.plain(8)
-                check(symbol < 254, "an escape to a symbol that is not there")
+            if symbol == 310:
+                symbol = bits.plain(9)
+                check(symbol < 310, "an escape to a symbol that is not there")
             if symbol < 42:
                 check(i > 0, "a gap in a first entry")
                 token_code += 1 + read_gap(bits, symbol)
             else:
-                step, token_class = divmod(symbol - 42, 53)
-                check(i == 0 or step > 0, "a step of 0 behind the first entry")
+                step, token_class = divmod(symbol - 42, 67)
+                check((step == 0) == (i == 0), "a step of 0 behind the first entry, or none before it")
                 token_code = read_token_code(bits, token_class)
                 if step == 3:
-                    step += read_number(bits, self.tables.number_codes[bucket])
+                    context = min(level >> self.tables.step_shift, 7)
+                    step += read_number(bits, self.tables.number_codes[context])
                 level += step
             check(level <= self.scale.largest_level, "a level above the largest")
             entries.levels.append(level)
             entries.token_codes.append(token_code)
         return entries
 
+    def tail_code(self, levels: list[int]) -> tuple[int, int]:
+        """The number code of a row's tail, and on a grid the level that it is expected at."""
+        step = self.tables.tail_step(levels[-1] if levels else 0)
+        if self.scale.kind == GRID:
+            rest = max(2**40 - sum(map(self.scale.mass, levels)), 0) / 2**40
+            octave = min(math.frexp(rest / self.scale.c)[1] + 2, 8)
+            if rest > 0 and octave > 0:
+                return REST_CODE - 1 + octave, round((1 - math.sqrt(rest)) * (2 / self.scale.c))
+        return TAIL_CODE + step, self.tables.base + self.tables.slope * step
+
     def read_tail(self, levels: list[int], logprobs: list[float]) -> float:
         """A row's tail mass."""
-        step = self.tables.tail_step(levels[-1] if levels else 0)
-        number = read_number(self.numbers, self.tables.number_codes[TAIL_CODE + step])
+        code, expected = self.tail_code(levels)
+        number = read_number(self.numbers, self.tables.number_codes[code])
         if self.scale.kind == GRID:
             if number == 0:
                 return 0.0
-            level = self.tables.base + self.tables.slope * step + unzigzag(number - 1)
+            level = expected + unzigzag(number - 1)
             check(0 <= level <= self.scale.largest_level, "a tail mass outside its grid")
             return float32(math.exp(self.scale.logprob(0, level)))
         prediction = 0.0
@@ -633,6 +684,15 @@ class Scale:
     def logit_at(self, place: int) -> float:
         return float_of((place < 0) << 31 | (abs(place) << self.shift) % 2**31)
 
+    def mass(self, level: int) -> int:
+        """Probability of a level, in units of 2^-40."""
+        knee_level = 2 / self.c - 2 / self.d
+        if level < knee_level:
+            root = 1 - level * (self.c / 2)
+            return math.floor(root * root * 2**40)
+        knee_root = self.c / self.d
+        return math.floor(knee_root * knee_root * exponential((knee_level - level) * self.d) * 2**40)
+
     def logprob(self, row: int, level: int) -> float:
         if self.kind == GRID:
             knee_level = 2 / self.c - 2 / self.d
@@ -653,6 +713,13 @@ class Scale:
 def is_grid(c: int, d: int) -> bool:
     """Whether c and D, as integers, are within their bounds."""
     return 150 <= c <= 500_000 and 400 <= d <= 500_000 and c <= 10 * d
+
+
+def grid_of(dictionary: Dictionary, mode: int) -> Scale:
+    """The grid that a dictionary names."""
+    c, d = dictionary.grid
+    check(c > 0 and mode not in (EXACT, SAMPLED), "a dictionary's scale that does not suit the mode")
+    return Scale(GRID, 65_535, c * 1e-6, d * 1e-5)
 
 
 def read_scale(reader: ByteReader, mode: int) -> Scale:

@@ -41,7 +41,7 @@ def assert_round_trip(
         if mode in ("exact", "sampled"):
             assert_equal_exactly(actual, expected)
         else:
-            assert_close(actual, expected, grid_of(block))
+            assert_close(actual, expected, grid_of(block, dictionary))
     assert_rows_agree(block, decoded, reader)
     return block
 

@@ -10,11 +10,18 @@ import pytest
 import zstandard
 from wire.building import VOCAB_SIZE, build_sampled_trace, build_trace
 from wire.comparing import assert_equal_exactly
-from wire.mutation import ORDER_OF_DICTIONARY, OWN_TABLES, put_together, take_apart
+from wire.mutation import ORDER_OF_DICTIONARY, OWN_TABLES, SCALE_OF_DICTIONARY, put_together, take_apart
 
 from lynearm.wire.blocks import DIGEST_BYTES, dictionary_digest, verify_block
 from lynearm.wire.codec import decode_block, decode_rows, encode_block, train_dictionary
-from lynearm.wire.dictionaries import Dictionary, DictionaryReader, TokenOrder, order_tokens
+from lynearm.wire.dictionaries import (
+    Dictionary,
+    DictionaryReader,
+    TokenLists,
+    TokenOrder,
+    list_tokens,
+    order_tokens,
+)
 from lynearm.wire.errors import (
     CodecError,
     CorruptBlockError,
@@ -165,21 +172,70 @@ def test_tokens_stand_by_octave_of_their_count_and_then_by_id() -> None:
     assert order.token_of_rank[order.rank_of_token].tolist() == list(range(9))
 
 
+def test_a_block_needs_no_grid_where_its_dictionary_has_one() -> None:
+    for mode, expected in (("standard", SCALE_OF_DICTIONARY), ("exact", 0)):
+        dictionary = train_dictionary([TRACES], codec=mode, vocab_size=SMALL)
+        block = encode_block(TRACES, codec=mode, vocab_size=SMALL, dictionary=dictionary)
+        assert take_apart(block).flags & SCALE_OF_DICTIONARY == expected
+
+
+def test_a_block_on_the_grid_of_a_dictionary_that_has_none_is_refused() -> None:
+    dictionary = train_dictionary([TRACES], codec="exact", vocab_size=SMALL)
+    pieces = take_apart(encode_block(TRACES, codec="exact", vocab_size=SMALL, dictionary=dictionary))
+    for mode in ("exact", "standard"):
+        header = dataclasses.replace(pieces.header, codec_mode=mode)
+        flags = pieces.flags | SCALE_OF_DICTIONARY
+        spoilt = dataclasses.replace(pieces, header=header, flags=flags, scale=b"")
+        with pytest.raises(CorruptBlockError, match="scale of a dictionary without one"):
+            decode_block(put_together(spoilt), dictionaries=reader_of(dictionary))
+
+
+def test_tokens_that_go_with_others_stand_by_how_often_they_do() -> None:
+    owners = np.array([7, 7, 7, 5, 5, -1, -1, -1], np.int32)
+    tokens = np.array([[1, 2], [2, 3], [2, 1], [4, 4], [4, 4], [9, 9], [9, 9], [9, 9]], np.int32)
+    lists = list_tokens(owners, tokens, np.ones(tokens.shape, np.bool_))
+    # Token 5 was met twice only, and 3 was kept once.
+    assert (lists.owners.tolist(), lists.counts.tolist(), lists.tokens.tolist()) == ([7], [2], [2, 1])
+    order = TokenOrder.common_first(np.zeros(0, np.int32), 10, TokenLists.none(), lists)
+    assert order.list_rows[7].tolist() == [0, 1]
+    assert (order.list_sizes.tolist(), order.lists[1, :2].tolist()) == ([0, 2], [2, 1])
+
+
+LISTED = train_dictionary([TRACES[:2] * 3], codec="standard", vocab_size=SMALL)
+"""Every token of it was met three times, so that it has lists of both kinds."""
+
+
 def rebuild(change: Callable[[bytearray], object]) -> bytes:
-    content = bytearray(zstandard.ZstdDecompressor().decompress(DICTIONARY.encoded[4:]))
+    content = bytearray(zstandard.ZstdDecompressor().decompress(LISTED.encoded[4:]))
     change(content)
-    return DICTIONARY.encoded[:4] + zstandard.ZstdCompressor().compress(bytes(content))
+    return LISTED.encoded[:4] + zstandard.ZstdCompressor().compress(bytes(content))
 
 
 def set_head(place: int, value: int) -> Callable[[bytearray], object]:
     return lambda content: struct.pack_into("<I", content, 4 * place, value)
 
 
+HEAD_BYTES = 36
+
+
 def repeat_token(content: bytearray) -> None:
     # The four planes of the second difference.
     (common,) = struct.unpack_from("<I", content, 12)
     for plane in range(4):
-        content[20 + plane * common + 1] = 0
+        content[HEAD_BYTES + plane * common + 1] = 0
+
+
+def change_lists(kind: int, part: str, value: int) -> Callable[[bytearray], object]:
+    """Sets the lowest byte of the first owner, count or token of the followers (0) or companions (1)."""
+
+    def change(content: bytearray) -> None:
+        (common,) = struct.unpack_from("<I", content, 12)
+        lists, listed, more_lists, _ = struct.unpack_from("<4I", content, 16)
+        start = HEAD_BYTES + 4 * common + kind * (5 * lists + 4 * listed)
+        count = more_lists if kind else lists
+        content[start + {"owner": 3 * count, "count": 4 * count, "token": 5 * count}[part]] = value
+
+    return change
 
 
 SPOILT: dict[str, Callable[[bytearray], object]] = {
@@ -188,9 +244,16 @@ SPOILT: dict[str, Callable[[bytearray], object]] = {
     "vocabulary beyond any": set_head(0, (1 << 20) + 1),
     "grid too fine": set_head(1, 1),
     "more tokens than bytes": set_head(3, 1 << 19),
-    "tables that are not there": set_head(4, 1 << 30),
+    "lists of followers that are not there": set_head(4, 1 << 30),
+    "lists of companions that are not there": set_head(6, 1 << 30),
+    "tokens of lists that are not there": set_head(5, 1 << 30),
+    "tables that are not there": set_head(8, 1 << 30),
+    "owner that is not there": change_lists(0, "owner", 0xFF),
+    "owner of companions that is not there": change_lists(1, "owner", 0xFF),
+    "list without tokens": change_lists(0, "count", 0),
+    "list of too many tokens": change_lists(1, "count", 65),
     "one token twice": repeat_token,
-    "tokens that are not there": lambda content: content.__setitem__(20 + 3, 0xFF),
+    "tokens that are not there": lambda content: content.__setitem__(HEAD_BYTES + 3, 0xFF),
     "bytes too many": lambda content: content.append(0),
     "bytes too few": lambda content: content.pop(),
     "no head": lambda content: content.__delitem__(slice(10, None)),
@@ -200,7 +263,10 @@ SPOILT: dict[str, Callable[[bytearray], object]] = {
 
 @pytest.mark.parametrize("name", SPOILT)
 def test_a_dictionary_that_lies_is_refused(name: str) -> None:
-    assert Dictionary.decode(rebuild(lambda _: None)).vocab_size == SMALL
+    whole = Dictionary.decode(rebuild(lambda _: None))
+    assert whole.vocab_size == SMALL
+    assert whole.followers.owners.size
+    assert whole.companions.owners.size
     with pytest.raises(CorruptBlockError):
         Dictionary.decode(rebuild(SPOILT[name]))
 

@@ -91,7 +91,7 @@ def test_a_block_that_does_not_suit_its_dictionary_gets_a_grid_of_its_own(mode: 
     other = build_trace(9, positions=120, k=512, slope=0.2)
     for traces, same in (([likely[0]], True), ([other], False)):
         block = encode_block(traces, codec=mode, vocab_size=VOCAB_SIZE, dictionary=dictionary)
-        assert (grid_of(block) == dictionary.grid) == same
+        assert (grid_of(block, dictionary) == dictionary.grid) == same
         (decoded,) = decode_block(block, dictionaries=reader)
         # On the dictionary's grid a block may add twice of what the stream may in the mean.
         assert added_kl(traces[0], decoded).mean() <= (2.7 if same else 1.35) * GRID_LAWS[mode].added_kl

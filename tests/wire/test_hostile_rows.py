@@ -27,9 +27,9 @@ from lynearm.v1 import trace_pb2
 from lynearm.wire.code_tables import (
     NUMBER_CONTEXTS,
     CodeTables,
+    LevelRule,
     NumberContext,
     SymbolCounts,
-    TailRule,
     build_tables,
 )
 from lynearm.wire.codec import decode_block, decode_rows
@@ -156,15 +156,16 @@ def test_bits_that_no_code_of_an_incomplete_table_has_are_refused(entries: bytes
         decode_block(put_together(spoilt))
 
 
-def test_a_reference_to_a_token_before_the_lists_begin_is_refused() -> None:
+@pytest.mark.parametrize("symbol", [84, 42, 53, 54, 65], ids=str)
+def test_a_reference_to_a_token_that_is_in_no_list_is_refused(symbol: int) -> None:
+    """A first entry that is 512 or more places back in a list of 300, or in a list that there is not."""
     pieces = encode([build_rows([[-0.5]], [[3]])], "exact")
     counts = SymbolCounts.zeros()
     counts.numbers[:] = 1
-    # Symbol 60: a first entry whose token is 512 or more places back in a list of 300 at most.
-    counts.steps[:, 60] = 1
-    tables = build_tables(counts, merge=0, tail_rule=TailRule(0, 0, 0, 0), with_escapes=False)
+    counts.steps[:, symbol] = 1
+    tables = build_tables(counts, merge=0, level_rule=LevelRule.none(), with_escapes=False)
     out = np.zeros(100, np.uint8)
-    column = (np.array([1], np.uint32), np.array([NumberContext.SAMPLED], np.uint8))
+    column = (np.array([0, 1], np.uint32), np.array([NumberContext.LEVEL, NumberContext.SAMPLED], np.uint8))
     bit = write_numbers(out, 0, *column, tables.number_codes)
     for size in range((bit + 7) // 8, 12):
         streams = (out[:size].tobytes(), bytes(2))
@@ -180,7 +181,7 @@ def test_escapes_to_symbols_that_do_not_exist_are_refused() -> None:
     tables = tables_for(*range(NUMBER_CONTEXTS))
     tables.step_lengths[:] = 0
     tables.step_lengths[:, -1] = 1
-    for symbol in (214, 215, 250, 255):
+    for symbol in (310, 311, 400, 511):
         entries = (symbol << 1).to_bytes(2, "little") + b"\0" * 6
         columns = [(NumberContext.SAMPLED, 1)]
         spoilt = one_row(columns=columns, fixed=[], entries=entries)
@@ -197,7 +198,7 @@ def test_rows_that_run_on_behind_their_end_are_refused() -> None:
     tables = tables_for(*range(NUMBER_CONTEXTS))
     # The only code of each table: the rarest token after a long step, and the escape of that step's number.
     tables.step_lengths[:] = 0
-    tables.step_lengths[:, 213] = 11
+    tables.step_lengths[:, 309] = 11
     tables.number_lengths[:8] = 0
     tables.number_lengths[:8, -1] = 11
     for kept_bytes in (128, 129):

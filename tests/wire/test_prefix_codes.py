@@ -8,13 +8,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lynearm.wire.alphabet import NUMBER_SYMBOLS, STEP_SYMBOLS, number_symbols
+from lynearm.wire.alphabet import NUMBER_SYMBOLS, STEP_SYMBOLS, SYMBOL_BITS, number_symbols
 from lynearm.wire.code_tables import (
     GROUPS_OF_MERGE,
     NUMBER_CONTEXTS,
     CodeTables,
+    LevelRule,
     SymbolCounts,
-    TailRule,
     build_tables,
 )
 from lynearm.wire.errors import CorruptBlockError
@@ -100,19 +100,19 @@ def random_counts(seed: int, density: float) -> SymbolCounts:
 @pytest.mark.parametrize("density", [0.0, 0.01, 0.3, 1.0])
 @pytest.mark.parametrize("with_escapes", [False, True])
 def test_tables_come_back_from_their_bytes(merge: int, density: float, with_escapes: bool) -> None:
-    rule = TailRule(origin=2**32 - 1, shift=31, base=-(2**15), slope=2**15 - 1)
+    rule = LevelRule(step_shift=30, origin=2**32 - 1, shift=31, base=-(2**15), slope=2**15 - 1)
     counts = random_counts(merge, density)
-    tables = build_tables(counts, merge=merge, tail_rule=rule, with_escapes=with_escapes)
+    tables = build_tables(counts, merge=merge, level_rule=rule, with_escapes=with_escapes)
     encoded = tables.to_bytes()
     decoded = CodeTables.from_bytes(encoded)
-    assert (decoded.merge, decoded.tail_rule) == (merge, rule)
+    assert (decoded.merge, decoded.level_rule) == (merge, rule)
     np.testing.assert_array_equal(decoded.step_lengths, tables.step_lengths)
     np.testing.assert_array_equal(decoded.number_lengths, tables.number_lengths)
     assert decoded.to_bytes() == encoded
     for spoilt in (
         encoded[:-1],
         encoded[: len(encoded) // 2],
-        encoded[:9],
+        encoded[:10],
         b"",
         encoded + b"\0",
         encoded * 2,
@@ -121,11 +121,11 @@ def test_tables_come_back_from_their_bytes(merge: int, density: float, with_esca
             CodeTables.from_bytes(spoilt)
 
 
-@pytest.mark.parametrize("head", [b"\3\0" + bytes(8), b"\0\x20" + bytes(8)])
+@pytest.mark.parametrize("head", [b"\3" + bytes(10), b"\0\x20" + bytes(9), bytes(6) + b"\x20" + bytes(4)])
 def test_tables_of_an_unknown_kind_are_refused(head: bytes) -> None:
-    encoded = build_tables(random_counts(0, 0.1), merge=0, tail_rule=TailRule(0, 0, 0, 0), with_escapes=False)
+    encoded = build_tables(random_counts(0, 0.1), merge=0, level_rule=LevelRule.none(), with_escapes=False)
     with pytest.raises(CorruptBlockError, match="kind"):
-        CodeTables.from_bytes(head + encoded.to_bytes()[10:])
+        CodeTables.from_bytes(head + encoded.to_bytes()[11:])
 
 
 @pytest.mark.parametrize("known", [True, False], ids=["by code", "by escape"])
@@ -139,7 +139,7 @@ def test_numbers_of_every_size_come_back(known: bool, start: int) -> None:
     if known:
         counts.numbers[:, :NUMBER_SYMBOLS] = 1
     counts.numbers[:, NUMBER_SYMBOLS] = 1
-    tables = build_tables(counts, merge=0, tail_rule=TailRule(0, 0, 0, 0), with_escapes=True)
+    tables = build_tables(counts, merge=0, level_rule=LevelRule.none(), with_escapes=True)
     out = np.zeros(numbers.size * 6 + 64, np.uint8)
     end = write_numbers(out, start, numbers, contexts, tables.number_codes)
     stream = np.concatenate([out[: (end + 7) // 8], np.full(LOOKAHEAD_BYTES, 0xFF, np.uint8)])
@@ -168,4 +168,4 @@ def test_symbols_of_numbers_are_all_used_and_ascend() -> None:
     symbols = number_symbols(values.astype(np.uint32))
     np.testing.assert_array_equal(symbols[:-1], np.arange(NUMBER_SYMBOLS))
     assert symbols[-1] == NUMBER_SYMBOLS - 1
-    assert STEP_SYMBOLS < 256
+    assert STEP_SYMBOLS < 1 << SYMBOL_BITS

@@ -305,7 +305,7 @@ def test_both_readers_refuse_what_is_newer() -> None:
     block = encode_block([build_trace(9, 3, 4)], vocab_size=VOCAB_SIZE)
     payload = bytearray(split_block(block)[1])
     newer_flags, newer_scale = payload.copy(), payload.copy()
-    newer_flags[flags_at(block)] |= 32
+    newer_flags[flags_at(block)] |= 64
     newer_scale[flags_at(block) + 3] = 5
     for refused in (
         rebuild(block, bytes(payload), format_version=3),

@@ -4,12 +4,13 @@ Every integer becomes a *class*, which a prefix code writes, and the bits that t
 which follow as they are. Two alphabets: `STEP` symbols name an entry of a position's row, its step in
 level together with the class of its token code; `NUMBER` symbols name everything else.
 
-A token code says which token an entry is: below `FOLLOWERS` it is a place in the list of tokens that often
-follow the token before, if the dictionary has one; the next `RECENT_WINDOW` count back in the list of tokens
-that the block met lately, which begins with the vocabulary's commonest; from `RANK_START` on it is a rank in
-the vocabulary's order. Inside a row, entries stand
-ascending by (level, token code). An entry on the level of the one before it is therefore written as the
-gap between their token codes, and the order inside a level, which nobody needs, is not paid for.
+A token code says which token an entry is. The lowest are places in two short lists: the *followers* of the
+token before, and the *companions* of the row's first token. Each is what the last row of the block like this
+one kept, or else what the dictionary has seen. The next count back in the list of tokens that the block met
+lately, which begins with the vocabulary's commonest; from `RANK_START` on it is a rank in the vocabulary's
+order. Inside a row, entries stand ascending by (level, token code). An entry on the level of the one before
+it is therefore written as the gap between their token codes, and the order inside a level, which nobody
+needs, is not paid for.
 """
 
 from __future__ import annotations
@@ -24,13 +25,17 @@ from lynearm.wire.jit import Scalar, compiled, highest_bit, inlined
 Uint8Array = npt.NDArray[np.uint8]
 Uint32Array = npt.NDArray[np.uint32]
 
-FOLLOWERS: Final = 32
-"""Token codes below it are places in the list of the token before."""
+LIST_PLACES: Final = 64
+"""Length of the lists of followers and of companions. Token codes below it are places among the followers."""
 
-RECENT_WINDOW: Final = 2048
+COMPANION_START: Final = LIST_PLACES
+"""So many token codes from there on are places among the companions."""
+
+RECENT_START: Final = 2 * LIST_PLACES
+RECENT_WINDOW: Final = 1920
 """So many token codes from there on count back in the list of recent tokens."""
 
-RANK_START: Final = FOLLOWERS + RECENT_WINDOW
+RANK_START: Final = RECENT_START + RECENT_WINDOW
 
 REFRESH_DISTANCE: Final = 64
 """An entry enters the list of recent tokens (again) unless it lies nearer than this in it."""
@@ -43,15 +48,18 @@ LONG_STEP: Final = STEP_CLASSES - 1
 GAP_CLASSES: Final = 42
 """One mantissa bit; gaps are below 2^21."""
 
-TOKEN_CLASSES: Final = 53
-"""10 for followers, 22 for the window (one mantissa bit each), 21 for ranks (whole octaves)."""
+TOKEN_CLASSES: Final = 67
+"""12 for each list, 22 for the window (one mantissa bit each), 21 for ranks (whole octaves)."""
 
-_FOLLOWER_CLASSES = 10
+_LIST_CLASSES = 12
 _WINDOW_CLASSES = 22
 
 STEP_SYMBOLS: Final = GAP_CLASSES + STEP_CLASSES * TOKEN_CLASSES
 STEP_ESCAPE: Final = STEP_SYMBOLS
-"""Eight bits follow that name a symbol which has no code of its own in the table."""
+"""`SYMBOL_BITS` bits follow that name a symbol which has no code of its own in the table."""
+
+SYMBOL_BITS: Final = 9
+"""Enough for `STEP_SYMBOLS` and the escape."""
 
 NUMBER_SYMBOLS: Final = 124
 """Two mantissa bits; numbers are below 2^32."""
@@ -70,10 +78,10 @@ RANK_BUCKETS: Final = 8
 def token_octave(token_code: Scalar) -> Scalar:
     """What the token code of the entry before says about the next one: 0 to 4."""
     return (
-        np.uint64(token_code >= np.uint64(FOLLOWERS))
-        + np.uint64(token_code >= np.uint64(FOLLOWERS + 64))
-        + np.uint64(token_code >= np.uint64(FOLLOWERS + 512))
-        + np.uint64(token_code >= np.uint64(FOLLOWERS + 4096))
+        np.uint64(token_code >= np.uint64(COMPANION_START))
+        + np.uint64(token_code >= np.uint64(RECENT_START))
+        + np.uint64(token_code >= np.uint64(512))
+        + np.uint64(token_code >= np.uint64(4096))
     )
 
 
@@ -90,11 +98,13 @@ def gap_symbol(gap: Scalar) -> Scalar:
 def token_symbol(step: Scalar, token_code: Scalar) -> Scalar:
     """Symbol of any other entry: the first of a row, or one on a new level."""
     base = GAP_CLASSES + min(step, LONG_STEP) * TOKEN_CLASSES
-    if token_code < FOLLOWERS:
+    if token_code < COMPANION_START:
         return base + gap_symbol(token_code)
-    base += _FOLLOWER_CLASSES
+    if token_code < RECENT_START:
+        return base + _LIST_CLASSES + gap_symbol(token_code - COMPANION_START)
+    base += 2 * _LIST_CLASSES
     if token_code < RANK_START:
-        return base + gap_symbol(token_code - FOLLOWERS)
+        return base + gap_symbol(token_code - RECENT_START)
     base += _WINDOW_CLASSES
     rank = token_code - RANK_START
     return base + rank if rank < 2 else base + 1 + highest_bit(rank)
@@ -102,10 +112,10 @@ def token_symbol(step: Scalar, token_code: Scalar) -> Scalar:
 
 @inlined
 def token_open_value(token_code: Scalar) -> Scalar:
-    """What the class's open bits are taken from: the token code in its own third of all."""
-    if token_code < FOLLOWERS:
-        return token_code
-    return token_code - FOLLOWERS if token_code < RANK_START else token_code - RANK_START
+    """What the class's open bits are taken from: the token code in its own part of all."""
+    if token_code < RECENT_START:
+        return token_code & (LIST_PLACES - 1)
+    return token_code - RECENT_START if token_code < RANK_START else token_code - RANK_START
 
 
 @inlined
@@ -133,8 +143,9 @@ def _step_tables() -> tuple[Uint32Array, Uint8Array]:
     fine = [(value, 0) for value in range(4)]
     fine += [((2 + half) << (e - 1), e - 1) for e in range(2, 21) for half in (0, 1)]
     octaves = [(0, 0), (1, 0), *((1 << e, e) for e in range(1, 20))]
-    tokens = fine[:_FOLLOWER_CLASSES]
-    tokens += [(FOLLOWERS + base, width) for base, width in fine[:_WINDOW_CLASSES]]
+    tokens = fine[:_LIST_CLASSES]
+    tokens += [(COMPANION_START + base, width) for base, width in fine[:_LIST_CLASSES]]
+    tokens += [(RECENT_START + base, width) for base, width in fine[:_WINDOW_CLASSES]]
     tokens += [(RANK_START + base, width) for base, width in octaves]
     for symbol, (base, width) in enumerate(fine + tokens * STEP_CLASSES):
         bases[symbol], widths[symbol] = base, width

@@ -23,12 +23,13 @@ from lynearm.wire.alphabet import (
     STEP_ESCAPE,
     STEP_SYMBOLS,
     STEP_WIDTHS,
+    SYMBOL_BITS,
     TOKEN_OCTAVES,
     step_of_symbol,
 )
 from lynearm.wire.errors import CorruptBlockError
 from lynearm.wire.jit import compiled
-from lynearm.wire.kernels import STEP_ESCAPE_TOTAL
+from lynearm.wire.kernels import LONG_STEP_CONTEXTS, STEP_ESCAPE_TOTAL
 from lynearm.wire.prefix_codes import (
     MAX_CODE_LENGTH,
     canonical_codes,
@@ -43,24 +44,30 @@ Uint32Array = npt.NDArray[np.uint32]
 Uint64Array = npt.NDArray[np.uint64]
 
 STEP_CONTEXTS: Final = RANK_BUCKETS * TOKEN_OCTAVES
-TAIL_CONTEXTS: Final = 8
+LAST_LEVEL_CONTEXTS: Final = 8
+REST_CONTEXTS: Final = 8
 
 
 class NumberContext(IntEnum):
     """What a number is; each has a code of its own."""
 
     LONG_STEPS = 0
-    """And the following seven: by rank bucket."""
+    """And the following seven: by level of the entry before."""
     KEPT = 8
-    SAMPLED = 9
-    OUTSIDE = 10
-    FIRST = 11
-    LOGIT = 12
-    TAIL = 13
+    """And the following seven: by level of the row's first entry, as `level_context` says."""
+    SAMPLED = 16
+    """And the following seven: likewise."""
+    OUTSIDE = 24
+    LEVEL = 25
+    FIRST = 26
+    LOGIT = 27
+    TAIL = 28
     """And the following seven: by level of the row's last entry."""
+    REST = 36
+    """And the following seven: tails by what the row's entries leave over."""
 
 
-NUMBER_CONTEXTS: Final = NumberContext.TAIL + TAIL_CONTEXTS
+NUMBER_CONTEXTS: Final = NumberContext.REST + REST_CONTEXTS
 
 GROUPS_OF_MERGE: Final[tuple[Uint8Array, ...]] = (
     np.zeros(STEP_CONTEXTS, np.uint8),
@@ -69,11 +76,10 @@ GROUPS_OF_MERGE: Final[tuple[Uint8Array, ...]] = (
 )
 """Which code each context of entries uses: one for all, one for each rank bucket, or one for each context."""
 
-_HEAD = struct.Struct("<BBIhh")
-"""Merge kind; tail rule: shift, origin, base, slope."""
+_HEAD = struct.Struct("<BBIBhh")
+"""Merge kind; level rule: step shift, origin, shift, base, slope."""
 
 _REST_IS_ZERO = 12
-_ESCAPE_BITS = 8
 _NUMBER_ESCAPE_BITS = 32
 
 
@@ -96,39 +102,39 @@ class SymbolCounts:
 
 
 @dataclass(frozen=True, slots=True)
-class TailRule:
-    """How the level of a row's last entry foretells the level of its tail mass."""
+class LevelRule:
+    """How levels of a row's entries choose contexts, and foretell the level of its tail mass."""
 
+    step_shift: int
+    """2^step_shift levels share a context of long steps."""
     origin: int
-    """Last levels up to this have step 0."""
+    """Last levels up to this have tail step 0."""
     shift: int
-    """2^shift levels are one step; there are 8."""
+    """2^shift last levels are one tail step; there are 8."""
     base: int
-    """Tail level expected at step 0."""
+    """Tail level expected at tail step 0."""
     slope: int
-    """How much that rises with every step."""
+    """How much that rises with every tail step."""
 
     def steps(self, last_levels_N: Uint32Array) -> Int64Array:
-        """Step of each row: clamp((last level − origin) >> shift, 0, 7)."""
+        """Tail step of each row: clamp((last level − origin) >> shift, 0, 7)."""
         away = np.maximum(last_levels_N.astype(np.int64) - self.origin, 0) >> self.shift
-        steps: Int64Array = np.minimum(away, TAIL_CONTEXTS - 1)
+        steps: Int64Array = np.minimum(away, LAST_LEVEL_CONTEXTS - 1)
         return steps
 
-    def expect(self, last_levels_N: Uint32Array) -> Int64Array:
-        """Level that each row's tail mass is expected at; may lie outside the grid."""
-        return self.base + self.slope * self.steps(last_levels_N)
-
-    def contexts(self, last_levels_N: Uint32Array) -> Uint8Array:
-        """Number context of each row's tail mass."""
-        return (NumberContext.TAIL + self.steps(last_levels_N)).astype(np.uint8)
+    @staticmethod
+    def none() -> LevelRule:
+        """The rule that tells nothing apart."""
+        return LevelRule(0, 0, 0, 0, 0)
 
     @staticmethod
-    def fit(last_levels_N: Uint32Array, tail_levels_N: Uint32Array) -> TailRule:
+    def fit(last_levels_N: Uint32Array, tail_levels_N: Uint32Array) -> LevelRule:
         """The rule that suits some rows."""
         if last_levels_N.size == 0:
-            return TailRule(0, 0, 0, 0)
+            return LevelRule.none()
         low, high = (int(level) for level in np.quantile(last_levels_N, (0.05, 0.95)))
-        rule = TailRule(low, max((high - low).bit_length() - 3, 0), 0, 0)
+        step_shift = max((high // LONG_STEP_CONTEXTS).bit_length(), 0)
+        rule = LevelRule(step_shift, low, max((high - low).bit_length() - 3, 0), 0, 0)
         steps = rule.steps(last_levels_N)
         first, last = steps <= steps.min(), steps >= steps.max()
         base = float(np.median(tail_levels_N[first]))
@@ -136,12 +142,13 @@ class TailRule:
         slope = round(rise / max(int(steps.max() - steps.min()), 1))
         base = round(base - slope * int(steps.min()))
         bound = (1 << 15) - 1
-        return TailRule(low, rule.shift, max(-bound, min(base, bound)), max(-bound, min(slope, bound)))
+        bounded = (max(-bound, min(value, bound)) for value in (base, slope))
+        return LevelRule(step_shift, low, rule.shift, *bounded)
 
 
 @dataclass(frozen=True)
 class CodeTables:
-    """Code lengths of every context, and how tail masses choose theirs."""
+    """Code lengths of every context, and how levels choose among them."""
 
     merge: int
     """Index into `GROUPS_OF_MERGE`."""
@@ -149,12 +156,12 @@ class CodeTables:
     """Shape [groups, STEP_SYMBOLS + 1]."""
     number_lengths: Uint8Array
     """Shape [NUMBER_CONTEXTS, NUMBER_SYMBOLS + 1]."""
-    tail_rule: TailRule
+    level_rule: LevelRule
 
     def cost_bits(self, counts: SymbolCounts) -> int:
         """What the codes of these symbols take; open bits aside."""
         groups = GROUPS_OF_MERGE[self.merge]
-        return _cost(counts.steps, self.step_lengths[groups], _ESCAPE_BITS) + _cost(
+        return _cost(counts.steps, self.step_lengths[groups], SYMBOL_BITS) + _cost(
             counts.numbers, self.number_lengths, _NUMBER_ESCAPE_BITS
         )
 
@@ -189,9 +196,9 @@ class CodeTables:
         return tables.ravel()
 
     def to_bytes(self) -> bytes:
-        """Merge kind, tail rule, and the lengths in nibbles."""
-        rule = self.tail_rule
-        head = _HEAD.pack(self.merge, rule.shift, rule.origin, rule.base, rule.slope)
+        """Merge kind, level rule, and the lengths in nibbles."""
+        rule = self.level_rule
+        head = _HEAD.pack(self.merge, rule.step_shift, rule.origin, rule.shift, rule.base, rule.slope)
         return b"".join((head, _pack(self.step_lengths).tobytes(), _pack(self.number_lengths).tobytes()))
 
     @staticmethod
@@ -203,9 +210,9 @@ class CodeTables:
         """
         if len(data) < _HEAD.size:
             raise CorruptBlockError("tables of code lengths end inside their head")
-        merge, shift, origin, base, slope = _HEAD.unpack_from(data)
-        if merge >= len(GROUPS_OF_MERGE) or shift > 31:
-            raise CorruptBlockError(f"tables of code lengths of kind {merge}, tail shift {shift}")
+        merge, step_shift, origin, shift, base, slope = _HEAD.unpack_from(data)
+        if merge >= len(GROUPS_OF_MERGE) or max(step_shift, shift) > 31:
+            raise CorruptBlockError(f"tables of code lengths of kind {merge}, shifts {step_shift}, {shift}")
         packed = np.frombuffer(data, np.uint8, offset=_HEAD.size)
         nibbles = np.stack((packed & 15, packed >> 4), axis=1).astype(np.uint8).ravel()
         groups = _group_count(merge)
@@ -218,16 +225,20 @@ class CodeTables:
             raise CorruptBlockError("tables of code lengths end too early, or too late")
         check_lengths(step_lengths)
         check_lengths(number_lengths)
-        return CodeTables(merge, step_lengths, number_lengths, TailRule(origin, shift, base, slope))
+        return CodeTables(
+            merge, step_lengths, number_lengths, LevelRule(step_shift, origin, shift, base, slope)
+        )
 
 
-def build_tables(counts: SymbolCounts, *, merge: int, tail_rule: TailRule, with_escapes: bool) -> CodeTables:
+def build_tables(
+    counts: SymbolCounts, *, merge: int, level_rule: LevelRule, with_escapes: bool
+) -> CodeTables:
     """The best codes for some counts.
 
     Args:
         counts: What to code.
         merge: Index into `GROUPS_OF_MERGE`.
-        tail_rule: By which the tails were counted.
+        level_rule: By which the tails were counted.
         with_escapes: Whether symbols that were not counted must be codable too.
     """
     groups = GROUPS_OF_MERGE[merge]
@@ -238,7 +249,7 @@ def build_tables(counts: SymbolCounts, *, merge: int, tail_rule: TailRule, with_
         # A symbol met once says how likely an unknown one is (Good 1953).
         steps[:, STEP_ESCAPE] = 1 + (steps == 1).sum(axis=1)
         numbers[:, NUMBER_ESCAPE] = 1 + (numbers == 1).sum(axis=1)
-    return CodeTables(merge, _lengths(steps), _lengths(numbers), tail_rule)
+    return CodeTables(merge, _lengths(steps), _lengths(numbers), level_rule)
 
 
 def _group_count(merge: int) -> int:
@@ -345,6 +356,6 @@ def _number_entries() -> Uint64Array:
 _STEP_ENTRIES = _step_entries()
 _NUMBER_ENTRIES = _number_entries()
 PLAIN_STEP_ENTRIES: Final[Uint32Array] = np.concatenate(
-    [_STEP_ENTRIES[:STEP_SYMBOLS], np.full(256 - STEP_SYMBOLS, _NO_STEP)]
+    [_STEP_ENTRIES[:STEP_SYMBOLS], np.full((1 << SYMBOL_BITS) - STEP_SYMBOLS, _NO_STEP)]
 ).astype(np.uint32)
-"""Elements for the 256 symbols that an escape may name."""
+"""Elements for the symbols that an escape may name."""

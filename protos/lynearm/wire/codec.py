@@ -37,9 +37,9 @@ from lynearm.wire.compression import decompress
 from lynearm.wire.dictionaries import (
     Dictionary,
     DictionaryReader,
-    FollowerLists,
+    TokenLists,
     TokenOrder,
-    list_followers,
+    list_tokens,
     order_tokens,
 )
 from lynearm.wire.errors import CodecError, CorruptBlockError
@@ -201,28 +201,34 @@ def train_dictionary(
     if spec.mode not in ("exact", "sampled"):
         grid = choose_grid(spec.mode, gathered.logprobs, gathered.tail_mass)
     order = TokenOrder.common_first(common, vocab_size)
-    # A draft fixes grid and tail rule, by which the symbols of the final tables are counted.
+    # A draft fixes grid and level rule, by which the symbols of the final tables are counted.
     rows = _name_rows(everything, spec, order, None, grid=grid)
-    draft = build_tables(rows.counts, merge=2, tail_rule=rows.tail_rule, with_escapes=True)
+    draft = build_tables(rows.counts, merge=2, level_rule=rows.level_rule, with_escapes=True)
     counts = SymbolCounts.zeros()
     halves = (groups[::2], groups[1::2])
     for counted, others in (halves, halves[::-1]):
         # Lists made of the rows that are counted would seem better than they are for others.
-        lists = _follower_lists([trace for group in others or counted for trace in group])
-        known = Dictionary(vocab_size, common, lists, draft, grid)
+        lists = _token_lists([trace for group in others or counted for trace in group])
+        known = Dictionary(vocab_size, common, *lists, draft, grid)
         for group in counted:
             rows = _name_rows(group, spec, known.order, known)
             np.add(counts.steps, rows.counts.steps, out=counts.steps)
             np.add(counts.numbers, rows.counts.numbers, out=counts.numbers)
-    tables = build_tables(counts, merge=2, tail_rule=draft.tail_rule, with_escapes=True)
-    return Dictionary(vocab_size, common, _follower_lists(everything), tables, grid)
+    tables = build_tables(counts, merge=2, level_rule=draft.level_rule, with_escapes=True)
+    return Dictionary(vocab_size, common, *_token_lists(everything), tables, grid)
 
 
-def _follower_lists(traces: Sequence[Trace]) -> FollowerLists:
+def _token_lists(traces: Sequence[Trace]) -> tuple[TokenLists, TokenLists]:
+    """Followers of tokens, and companions of first tokens."""
     rows = _gather_positions(traces)
+    kept_NK = _kept_mask(rows)
     first = first_previous_tokens([_row_count(t) for t in traces], [_token_before(t) for t in traces])
     previous_N = np.where(first == AS_SAMPLED, np.roll(rows.sampled_ids, 1), first)
-    return list_followers(previous_N, rows.token_ids, _kept_mask(rows))
+    if kept_NK.shape[1] == 0:
+        return TokenLists.none(), TokenLists.none()
+    first_N = np.where(rows.kept > 0, rows.token_ids[:, 0], -1)
+    followers = list_tokens(previous_N, rows.token_ids, kept_NK)
+    return followers, list_tokens(first_N, rows.token_ids[:, 1:], kept_NK[:, 1:])
 
 
 def _order_of(dictionary: Dictionary | None, vocab_size: int) -> TokenOrder:

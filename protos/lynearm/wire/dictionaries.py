@@ -1,4 +1,4 @@
-"""What a codec has learned about a teacher: its commonest tokens, what follows them, prefix codes, a grid.
+"""What a codec has learned about a teacher: its commonest tokens, what goes with them, prefix codes, a grid.
 
 A dictionary is trained on a stream's own first blocks, or on others of the same teacher; it is sent once,
 kept with the stream, and named by its digest in the header of every block that needs it. It saves most
@@ -17,7 +17,7 @@ import numpy as np
 import numpy.typing as npt
 import zstandard
 
-from lynearm.wire.alphabet import FOLLOWERS
+from lynearm.wire.alphabet import LIST_PLACES
 from lynearm.wire.blocks import MAX_DICTIONARY_BYTES, dictionary_digest
 from lynearm.wire.code_tables import CodeTables
 from lynearm.wire.compression import decompress
@@ -34,12 +34,12 @@ FindDictionary: TypeAlias = "Callable[[bytes], bytes]"
 """Finds the bytes of a dictionary by its digest."""
 
 _MAGIC = b"LYD2"
-_HEAD = struct.Struct("<IIIIIII")
-"""Vocabulary size; scale and cap of the grid, 0 for none; tokens in the order; lists, and tokens in them;
-bytes of the tables."""
+_HEAD = struct.Struct("<IIIIIIIII")
+"""Vocabulary size; scale and cap of the grid, 0 for none; tokens in the order; lists of followers, and tokens
+in them; lists of companions, and tokens in them; bytes of the tables."""
 
-MAX_LISTS = 1 << 16
-_MAX_CONTENT_BYTES = _HEAD.size + 4 * MAX_VOCAB_SIZE + MAX_LISTS * (5 + 4 * FOLLOWERS) + (1 << 16)
+MAX_LISTS = 1 << 15
+_MAX_CONTENT_BYTES = _HEAD.size + 4 * MAX_VOCAB_SIZE + 2 * MAX_LISTS * (5 + 4 * LIST_PLACES) + (1 << 16)
 
 _MIN_OCCURRENCES = 3
 _MIN_COUNT = 2
@@ -48,48 +48,55 @@ not return, and would cost more to send than they save."""
 
 
 @dataclass(frozen=True)
-class FollowerLists:
-    """Which tokens a teacher holds likely after some others, the commonest first."""
+class TokenLists:
+    """Which tokens a teacher holds likely where some others are, the commonest first."""
 
     owners: Int32Array
     """Tokens that have a list, ascending, shape [lists]."""
     counts: Uint8Array
-    """Tokens of each list, 1 to `FOLLOWERS`, shape [lists]."""
+    """Tokens of each list, 1 to `LIST_PLACES`, shape [lists]."""
     tokens: Int32Array
     """Those of all lists, one after the other."""
 
     @staticmethod
-    def none() -> FollowerLists:
+    def none() -> TokenLists:
         """No lists at all."""
-        return FollowerLists(np.zeros(0, np.int32), np.zeros(0, np.uint8), np.zeros(0, np.int32))
-
-    def table(self) -> Int32Array:
-        """Lists as rows from 1 on, −1 where they end; row 0 is empty. Shape [lists + 1, FOLLOWERS]."""
-        table = np.full((self.owners.size + 1, FOLLOWERS), -1, np.int32)
-        table[1:][np.arange(FOLLOWERS) < self.counts[:, None]] = self.tokens
-        return table
+        return TokenLists(np.zeros(0, np.int32), np.zeros(0, np.uint8), np.zeros(0, np.int32))
 
 
 @dataclass(frozen=True)
 class TokenOrder:
-    """The vocabulary from the commonest token to the rarest, and what follows some of them."""
+    """The vocabulary from the commonest token to the rarest, and what goes with some of them."""
 
     token_of_rank: Int32Array
-    lists: FollowerLists = field(default_factory=FollowerLists.none)
+    followers: TokenLists = field(default_factory=TokenLists.none)
+    """By the token before a row: what the row keeps."""
+    companions: TokenLists = field(default_factory=TokenLists.none)
+    """By a row's first token: what else the row keeps."""
 
     @cached_property
-    def followers(self) -> Int32Array:
-        """`FollowerLists.table`."""
-        return self.lists.table()
+    def lists(self) -> Int32Array:
+        """An empty list, those of followers, those of companions; shape [rows, LIST_PLACES]."""
+        table = np.zeros((self.list_sizes.size, LIST_PLACES), np.int32)
+        named = np.concatenate([self.followers.tokens, self.companions.tokens])
+        table[np.arange(LIST_PLACES) < self.list_sizes[:, None]] = named
+        return table
 
     @cached_property
-    def list_of_token(self) -> Int32Array:
-        """Row of `followers` for each token, shape [V]; shape [0] where there are no lists."""
-        if self.lists.owners.size == 0:
-            return np.zeros(0, np.int32)
-        rows_V = np.zeros(self.token_of_rank.size, np.int32)
-        rows_V[self.lists.owners] = np.arange(1, self.lists.owners.size + 1)
-        return rows_V
+    def list_sizes(self) -> Int32Array:
+        """Tokens of each row of `lists`."""
+        counts = np.concatenate([[0], self.followers.counts, self.companions.counts])
+        return counts.astype(np.int32)
+
+    @cached_property
+    def list_rows(self) -> Int32Array:
+        """Rows of `lists` with each token's followers and companions, shape [V, 2]; 0 where it has none."""
+        rows_V2 = np.zeros((self.token_of_rank.size, 2), np.int32)
+        start = 1
+        for kind, lists in enumerate((self.followers, self.companions)):
+            rows_V2[lists.owners, kind] = np.arange(start, start + lists.owners.size)
+            start += lists.owners.size
+        return rows_V2
 
     @cached_property
     def rank_of_token(self) -> Int32Array:
@@ -104,22 +111,23 @@ class TokenOrder:
         return TokenOrder(np.arange(vocab_size, dtype=np.int32))
 
     @staticmethod
-    def common_first(common: Int32Array, vocab_size: int, lists: FollowerLists | None = None) -> TokenOrder:
-        """Some distinct tokens, then the others by ascending id; and what follows which."""
+    def common_first(common: Int32Array, vocab_size: int, *lists: TokenLists) -> TokenOrder:
+        """Some distinct tokens, then the others by ascending id; and lists of followers and companions."""
         others_V = np.ones(vocab_size, np.bool_)
         others_V[common] = False
         others = np.flatnonzero(others_V).astype(np.int32)
-        return TokenOrder(np.concatenate([common, others]), lists or FollowerLists.none())
+        return TokenOrder(np.concatenate([common, others]), *lists)
 
 
 @dataclass(frozen=True)
 class Dictionary:
-    """One teacher's token order, follower lists, prefix codes and grid."""
+    """One teacher's token order, lists, prefix codes and grid."""
 
     vocab_size: int
     common_tokens: Int32Array
     """Distinct, the commonest first; tokens that are not here follow by id."""
-    lists: FollowerLists
+    followers: TokenLists
+    companions: TokenLists
     tables: CodeTables
     grid: Grid | None
     """Grid of the blocks that it was trained on; None for exact modes."""
@@ -127,22 +135,20 @@ class Dictionary:
     @cached_property
     def order(self) -> TokenOrder:
         """The whole vocabulary's order."""
-        return TokenOrder.common_first(self.common_tokens, self.vocab_size, self.lists)
+        return TokenOrder.common_first(self.common_tokens, self.vocab_size, self.followers, self.companions)
 
     @cached_property
     def encoded(self) -> bytes:
         """The dictionary as it is sent and kept."""
         tables = self.tables.to_bytes()
         grid = (self.grid.scale_millionths, self.grid.cap_hundred_thousandths) if self.grid else (0, 0)
-        lists = self.lists
-        sizes = (self.common_tokens.size, lists.owners.size, lists.tokens.size, len(tables))
+        both = (self.followers, self.companions)
+        list_sizes = [size for lists in both for size in (lists.owners.size, lists.tokens.size)]
         content = (
-            _HEAD.pack(self.vocab_size, *grid, *sizes),
+            _HEAD.pack(self.vocab_size, *grid, self.common_tokens.size, *list_sizes, len(tables)),
             # Tokens of one octave of frequency ascend by id: their differences are small, and squeeze well.
             _to_planes(np.diff(self.common_tokens, prepend=np.int32(0))),
-            _to_planes(np.diff(lists.owners, prepend=np.int32(0))),
-            lists.counts.tobytes(),
-            _to_planes(lists.tokens),
+            *(part for lists in both for part in _write_lists(lists)),
             tables,
         )
         compressor = zstandard.ZstdCompressor(level=19, write_checksum=True)
@@ -168,7 +174,8 @@ class Dictionary:
         content = decompress(memoryview(data)[4:], limit=_MAX_CONTENT_BYTES)
         if len(content) < _HEAD.size:
             raise CorruptBlockError("a codec dictionary ends inside its head")
-        vocab_size, scale, cap, common, owners, listed, table_bytes = _HEAD.unpack_from(content)
+        vocab_size, scale, cap, common, *list_sizes, table_bytes = _HEAD.unpack_from(content)
+        owners, listed = sum(list_sizes[::2]), sum(list_sizes[1::2])
         if not common <= vocab_size <= MAX_VOCAB_SIZE or vocab_size == 0:
             raise CorruptBlockError(f"a codec dictionary orders {common} of {vocab_size} tokens")
         if len(content) != _HEAD.size + 4 * common + 5 * owners + 4 * listed + table_bytes:
@@ -177,11 +184,13 @@ class Dictionary:
         tokens = _from_planes(part.take(4 * common)).cumsum()
         if common and (tokens.min() < 0 or tokens.max() >= vocab_size or np.unique(tokens).size != common):
             raise CorruptBlockError("a codec dictionary orders tokens that are not there, or one twice")
-        lists = _read_lists(part, owners, listed, vocab_size)
+        followers = _read_lists(part, list_sizes[0], list_sizes[1], vocab_size)
+        companions = _read_lists(part, list_sizes[2], list_sizes[3], vocab_size)
         return Dictionary(
             vocab_size=vocab_size,
             common_tokens=tokens.astype(np.int32),
-            lists=lists,
+            followers=followers,
+            companions=companions,
             tables=CodeTables.from_bytes(part.rest()),
             grid=Grid(scale, cap) if scale else None,
         )
@@ -197,7 +206,12 @@ def _from_planes(data: memoryview) -> Int64Array:
     return planes.T.copy().view("<i4").ravel().astype(np.int64)
 
 
-def _read_lists(part: ByteReader, owner_count: int, token_count: int, vocab_size: int) -> FollowerLists:
+def _write_lists(lists: TokenLists) -> tuple[bytes, bytes, bytes]:
+    owners = np.diff(lists.owners, prepend=np.int32(0))
+    return _to_planes(owners), lists.counts.tobytes(), _to_planes(lists.tokens)
+
+
+def _read_lists(part: ByteReader, owner_count: int, token_count: int, vocab_size: int) -> TokenLists:
     owners = _from_planes(part.take(4 * owner_count)).cumsum()
     counts = np.frombuffer(part.take(owner_count), np.uint8)
     tokens = _from_planes(part.take(4 * token_count))
@@ -205,8 +219,8 @@ def _read_lists(part: ByteReader, owner_count: int, token_count: int, vocab_size
         f"{owner_count} lists, at most {MAX_LISTS} may be": owner_count > MAX_LISTS,
         "lists of tokens that are not there, or one's twice": owner_count > 0
         and (owners[0] < 0 or owners[-1] >= vocab_size or bool((np.diff(owners) <= 0).any())),
-        f"lists that are empty, or longer than {FOLLOWERS}": owner_count > 0
-        and (int(counts.min()) == 0 or int(counts.max()) > FOLLOWERS),
+        f"lists that are empty, or longer than {LIST_PLACES}": owner_count > 0
+        and (int(counts.min()) == 0 or int(counts.max()) > LIST_PLACES),
         f"lists of {counts.sum(dtype=np.int64)} tokens, and {token_count} tokens": (
             int(counts.sum(dtype=np.int64)) != token_count
         ),
@@ -216,21 +230,19 @@ def _read_lists(part: ByteReader, owner_count: int, token_count: int, vocab_size
     for problem, holds in problems.items():
         if holds:
             raise CorruptBlockError(f"a codec dictionary has {problem}")
-    return FollowerLists(owners.astype(np.int32), counts.copy(), tokens.astype(np.int32))
+    return TokenLists(owners.astype(np.int32), counts.copy(), tokens.astype(np.int32))
 
 
-def list_followers(
-    previous_N: Int32Array, token_ids_NK: Int32Array, kept_NK: npt.NDArray[np.bool_]
-) -> FollowerLists:
-    """The tokens that rows keep most often after each token that came often enough.
+def list_tokens(owner_N: Int32Array, token_ids_NK: Int32Array, kept_NK: npt.NDArray[np.bool_]) -> TokenLists:
+    """The tokens that rows keep most often where their owner came often enough.
 
     Args:
-        previous_N: Token before each row; −1 for none.
+        owner_N: Token that decides each row's list; −1 for none.
         token_ids_NK: Entries of the rows.
         kept_NK: Which of them count.
     """
-    order = np.argsort(previous_N, kind="stable")
-    owners, starts, occurrences = np.unique(previous_N[order], return_index=True, return_counts=True)
+    order = np.argsort(owner_N, kind="stable")
+    owners, starts, occurrences = np.unique(owner_N[order], return_index=True, return_counts=True)
     worthy = np.flatnonzero((occurrences >= _MIN_OCCURRENCES) & (owners >= 0))
     if worthy.size > MAX_LISTS:
         worthy = np.sort(worthy[np.argsort(-occurrences[worthy], kind="stable")[:MAX_LISTS]])
@@ -239,10 +251,10 @@ def list_followers(
         rows = order[starts[index] : starts[index] + occurrences[index]]
         tokens, counts = np.unique(token_ids_NK[rows][kept_NK[rows]], return_counts=True)
         tokens, counts = tokens[counts >= _MIN_COUNT], counts[counts >= _MIN_COUNT]
-        likeliest = tokens[np.argsort(-counts, kind="stable")[:FOLLOWERS]]
+        likeliest = tokens[np.argsort(-counts, kind="stable")[:LIST_PLACES]]
         if likeliest.size:
             found.append((int(owners[index]), likeliest.astype(np.int32)))
-    return FollowerLists(
+    return TokenLists(
         owners=np.array([owner for owner, _ in found], np.int32),
         counts=np.array([tokens.size for _, tokens in found], np.uint8),
         tokens=np.concatenate([np.zeros(0, np.int32), *(tokens for _, tokens in found)]),

@@ -26,10 +26,12 @@ import numpy.typing as npt
 
 from lynearm.wire.errors import CorruptBlockError
 from lynearm.wire.jit import Scalar, compiled
+from lynearm.wire.kernels import exponentials
 from lynearm.wire.specs import MAX_DRAWS, CodecMode
 
 Float32Array = npt.NDArray[np.float32]
 Float64Array = npt.NDArray[np.float64]
+Int64Array = npt.NDArray[np.int64]
 Uint32Array = npt.NDArray[np.uint32]
 
 MAX_GRID_LEVEL: Final = (1 << 16) - 1
@@ -113,6 +115,15 @@ class Grid:
         unlikely = self.knee_logprob - (levels - self.knee_level) * self.cap
         table: Float64Array = np.where(levels < self.knee_level, likely, unlikely)
         return table.astype(np.float32)
+
+    def masses(self, count: int) -> Int64Array:
+        """Probability of each of the first `count` levels in units of 2^−40, the same on every machine."""
+        levels = np.arange(count, dtype=np.float64)
+        root = 1.0 - np.minimum(levels, self.knee_level) * (self.scale / 2.0)
+        knee_root = self.scale / self.cap
+        beyond = np.minimum((self.knee_level - levels) * self.cap, 0.0)
+        masses = np.where(levels < self.knee_level, root * root, knee_root * knee_root * exponentials(beyond))
+        return np.floor(masses * float(1 << 40)).astype(np.int64)
 
     def added_kl(self, logprobs: Float32Array, tail_mass: Float32Array) -> float:
         """Expected KL that this grid adds to all rows together, nats.

@@ -14,15 +14,18 @@ import numpy as np
 import numpy.typing as npt
 
 from lynearm.wire.alphabet import (
-    FOLLOWERS,
+    COMPANION_START,
+    LIST_PLACES,
     LONG_STEP,
     NUMBER_ESCAPE,
     NUMBER_WIDTHS,
     RANK_START,
+    RECENT_START,
     RECENT_WINDOW,
     REFRESH_DISTANCE,
     STEP_ESCAPE,
     STEP_WIDTHS,
+    SYMBOL_BITS,
     TOKEN_OCTAVES,
     gap_symbol,
     number_symbol,
@@ -30,12 +33,25 @@ from lynearm.wire.alphabet import (
     token_open_value,
     token_symbol,
 )
-from lynearm.wire.jit import Scalar, address_of, compiled, inlined, load8, load32, load64, store32, store64
+from lynearm.wire.jit import (
+    Scalar,
+    address_of,
+    compiled,
+    copy_wide,
+    fill_wide,
+    inlined,
+    load8,
+    load32,
+    load64,
+    store32,
+    store64,
+)
 from lynearm.wire.prefix_codes import MAX_CODE_LENGTH
 
 Int32Array = npt.NDArray[np.int32]
 Int64Array = npt.NDArray[np.int64]
 Float32Array = npt.NDArray[np.float32]
+Float64Array = npt.NDArray[np.float64]
 Uint8Array = npt.NDArray[np.uint8]
 Uint16Array = npt.NDArray[np.uint16]
 Uint32Array = npt.NDArray[np.uint32]
@@ -46,7 +62,7 @@ U64 = np.uint64
 LOOKAHEAD_BYTES = 16
 """What must be readable behind the last bit of a stream while one entry is read."""
 
-MAX_ENTRY_BITS = 2 * MAX_CODE_LENGTH + 8 + 20 + 32
+MAX_ENTRY_BITS = 2 * MAX_CODE_LENGTH + SYMBOL_BITS + 20 + 32
 """Longest that one entry can be."""
 
 STEP_ESCAPE_TOTAL = 31
@@ -73,6 +89,12 @@ _SHORT_SORT = 24
 """Up to so many entries of one level are sorted by counting."""
 
 _NEVER = -1
+_FAR = 1 << 30
+
+_MARK_BITS = 7
+"""Of a code in one of the two lists."""
+
+LONG_STEP_CONTEXTS = 8
 
 
 @compiled
@@ -81,8 +103,9 @@ def assign_token_codes(
     token_ids_NK: Int32Array,
     kept_N: Uint32Array,
     rank_of_V: Int32Array,
-    list_of_V: Int32Array,
-    followers: Int32Array,
+    list_rows_V2: Int32Array,
+    lists: Int32Array,
+    list_sizes: Int32Array,
     previous_N: Int32Array,
     sampled_ids_N: Int32Array,
     token_codes_NK: Uint32Array,
@@ -95,8 +118,9 @@ def assign_token_codes(
         token_ids_NK: Token ids, each in 0..V − 1; reordered with their entries.
         kept_N: How many entries of each row count.
         rank_of_V: Rank of each token in the vocabulary's order.
-        list_of_V: Row of `followers` for each token; empty where there are no lists.
-        followers: Tokens that often follow, −1 where a list ends, shape [lists, FOLLOWERS].
+        list_rows_V2: Rows of `lists` that hold each token's followers and companions; 0: none. Used up.
+        lists: Tokens, shape [rows, LIST_PLACES]; row 0 is empty.
+        list_sizes: Tokens of each list, shape [rows].
         previous_N: Token before each position; −1 for none.
         sampled_ids_N: Sampled tokens.
         token_codes_NK: Filled.
@@ -105,10 +129,10 @@ def assign_token_codes(
     Returns:
         −1, or the number of a row that holds one token twice.
     """
-    # Side by side, since a token's four are asked for together: where it stands in the list of recent ones,
-    # the row that named it last, the row and place where it was a follower last, and its rank.
+    # Side by side, since they are asked for together: where a token stands in the list of recent ones, the
+    # latest row in whose lists it was and its code there (or the latest row that named it), its rank.
     state_V4 = np.full((rank_of_V.size, 4), _NEVER, np.int32)
-    state_V4[:, 3] = rank_of_V
+    state_V4[:, 2] = rank_of_V
     keys = np.empty(token_ids_NK.shape[1], np.int64)
     ordered = np.empty(token_ids_NK.shape[1], np.int64)
     # The list begins with the commonest tokens, the commonest nearest.
@@ -118,34 +142,20 @@ def assign_token_codes(
             state_V4[token, 0] = head - 1 - rank_of_V[token]
     for t in range(kept_N.size):
         kept = np.int64(kept_N[t])
-        previous = previous_N[t]
-        if 0 <= previous < list_of_V.size:
-            for place in range(FOLLOWERS):
-                token = followers[list_of_V[previous], place]
-                if token < 0:
-                    break
-                state_V4[token, 2] = t * FOLLOWERS + place
-        for i in range(kept):
-            token = token_ids_NK[t, i]
-            if state_V4[token, 1] == t:
-                return t
-            state_V4[token, 1] = t
-            last = state_V4[token, 0]
-            distance = head - 1 - last
-            is_recent = last >= 0 and distance < RECENT_WINDOW
-            code = FOLLOWERS + distance if is_recent else RANK_START + state_V4[token, 3]
-            # The smaller number is the likelier; a follower's place says more than a distance.
-            place = state_V4[token, 2] - t * FOLLOWERS
-            if place >= 0 and (not is_recent or place <= distance):
-                code = place
-            keys[i] = np.int64(code) << 20 | token
-            if i and levels_NK[t, i] < levels_NK[t, i - 1]:
-                levels_NK[t, i] = levels_NK[t, i - 1]
+        sampled_index_N[t] = 0
+        if kept == 0:
+            continue
+        _mark_list(previous_N[t], 0, t, token_ids_NK, kept_N, list_rows_V2, lists, list_sizes, state_V4)
+        for i in range(1, kept):
+            levels_NK[t, i] = max(levels_NK[t, i], levels_NK[t, i - 1])
         start = 0
         while start < kept:
             end = start + 1
             while end < kept and levels_NK[t, end] == levels_NK[t, start]:
                 end += 1
+            for i in range(start, end):
+                entry = np.int64(token_ids_NK[t, i])
+                keys[i] = _token_code(entry, t, head, state_V4) << 20 | entry
             if end - start > _SHORT_SORT:
                 ordered[start:end] = np.sort(keys[start:end])
             else:
@@ -156,20 +166,85 @@ def assign_token_codes(
                     for j in range(start, end):
                         place += keys[j] < key
                     ordered[place] = key
+            if start == 0:
+                # From here on, the row's first token is known.
+                first = ordered[0] & 0xFFFFF
+                _mark_list(first, 1, t, token_ids_NK, kept_N, list_rows_V2, lists, list_sizes, state_V4)
             start = end
-        sampled_index_N[t] = 0
         # The likeliest enters the recent list last, so that it lies nearest.
         for i in range(kept - 1, -1, -1):
             code = ordered[i] >> 20
             token = ordered[i] & 0xFFFFF
             token_codes_NK[t, i] = code
             token_ids_NK[t, i] = token
+            if state_V4[token, 1] == -2 - t:
+                return t
+            state_V4[token, 1] = -2 - t
             if token == sampled_ids_N[t]:
                 sampled_index_N[t] = i + 1
-            if not FOLLOWERS <= code < FOLLOWERS + REFRESH_DISTANCE:
+            if not RECENT_START <= code < RECENT_START + REFRESH_DISTANCE:
                 state_V4[token, 0] = head
                 head += 1
+        if 0 <= previous_N[t] < list_rows_V2.shape[0]:
+            list_rows_V2[previous_N[t], 0] = -1 - t
+        # A dictionary's companions are the better ones.
+        if list_rows_V2[token_ids_NK[t, 0], 1] <= 0:
+            list_rows_V2[token_ids_NK[t, 0], 1] = -1 - t
     return -1
+
+
+@inlined
+def _token_code(token: Scalar, t: Scalar, head: Scalar, state_V4: Scalar) -> Scalar:
+    """The smallest of a token's places and its distance, a place before an equal distance; or its rank."""
+    last = np.int64(state_V4[token, 0])
+    mark = np.int64(state_V4[token, 1])
+    distance = head - 1 - last if last >= 0 else _FAR
+    distance = distance if distance < RECENT_WINDOW else _FAR
+    place = mark & (LIST_PLACES - 1) if mark >> _MARK_BITS == t else _FAR + 1
+    code = RECENT_START + distance if distance < _FAR else RANK_START + np.int64(state_V4[token, 2])
+    return mark & (RECENT_START - 1) if place <= distance else code
+
+
+@inlined
+def _mark_list(
+    token: Scalar,
+    kind: Scalar,
+    t: Scalar,
+    token_ids_NK: Scalar,
+    kept_N: Scalar,
+    list_rows_V2: Scalar,
+    lists: Scalar,
+    list_sizes: Scalar,
+    state_V4: Scalar,
+) -> None:
+    """Note the places of a list's tokens for row t: a token's followers (kind 0) or companions (1)."""
+    if 0 <= token < list_rows_V2.shape[0]:
+        row = list_rows_V2[token, kind]
+        if row < 0:
+            row = -1 - row
+            size = min(np.int64(kept_N[row]) - kind, LIST_PLACES)
+            for place in range(size):
+                _mark(token_ids_NK[row, place + kind], kind, place, t, state_V4)
+        else:
+            for place in range(list_sizes[row]):
+                _mark(lists[row, place], kind, place, t, state_V4)
+
+
+@inlined
+def _mark(token: Scalar, kind: Scalar, place: Scalar, t: Scalar, state_V4: Scalar) -> None:
+    mark = np.int64(t) << _MARK_BITS | kind * COMPANION_START | place
+    if kind:
+        # A follower stays one, unless its place is the larger number.
+        old = np.int64(state_V4[token, 1])
+        stays = (old >> _MARK_BITS == t) & (old & (LIST_PLACES - 1) <= place)
+        mark = old if stays else mark
+    state_V4[token, 1] = mark
+
+
+@inlined
+def _step_context(level: Scalar, level_shift: Scalar) -> Scalar:
+    """Context of a long step from a level."""
+    return min(level >> level_shift, LONG_STEP_CONTEXTS - 1)
 
 
 @compiled
@@ -178,6 +253,7 @@ def name_entries(
     token_codes_NK: Uint32Array,
     kept_N: Uint32Array,
     bucket_of_rank: Uint8Array,
+    level_shift: int,
     symbols_NK: Uint16Array,
     open_bits_NK: Uint32Array,
     counts: Int64Array,
@@ -190,10 +266,11 @@ def name_entries(
         token_codes_NK: Ascending inside a level.
         kept_N: How many entries of each row count.
         bucket_of_rank: Shape [≥ K].
-        symbols_NK: Filled with context · 256 + symbol.
+        level_shift: 2^level_shift levels share a context of long steps.
+        symbols_NK: Filled with context · 2^SYMBOL_BITS + symbol.
         open_bits_NK: Filled with what the symbol leaves open.
         counts: Adds to shape [contexts, STEP_SYMBOLS + 1].
-        step_counts: Adds the symbols of long steps to shape [buckets, NUMBER_SYMBOLS + 1].
+        step_counts: Adds the symbols of long steps to shape [LONG_STEP_CONTEXTS, NUMBER_SYMBOLS + 1].
     """
     for t in range(kept_N.size):
         previous_code = np.int64(-1)
@@ -201,7 +278,8 @@ def name_entries(
         octave = np.int64(0)
         for i in range(np.int64(kept_N[t])):
             code = np.int64(token_codes_NK[t, i])
-            step = np.int64(levels_NK[t, i]) - previous_level
+            level = np.int64(levels_NK[t, i])
+            step = level - previous_level if i else 0
             bucket = np.int64(bucket_of_rank[i])
             context = bucket * TOKEN_OCTAVES + octave
             if step == 0 and i > 0:
@@ -210,13 +288,14 @@ def name_entries(
             else:
                 value = token_open_value(code)
                 symbol = token_symbol(step, code)
-            symbols_NK[t, i] = context * 256 + symbol
+            symbols_NK[t, i] = context << SYMBOL_BITS | symbol
             open_bits_NK[t, i] = value & ((1 << np.int64(STEP_WIDTHS[symbol])) - 1)
             counts[context, symbol] += 1
             if step >= LONG_STEP:
-                step_counts[bucket, number_symbol(step - LONG_STEP)] += 1
+                context = _step_context(previous_level, level_shift)
+                step_counts[context, number_symbol(step - LONG_STEP)] += 1
             previous_code = code
-            previous_level += step
+            previous_level = level
             octave = np.int64(token_octave(U64(code)))
 
 
@@ -292,7 +371,7 @@ def write_rows(
     symbols_NK: Uint16Array,
     open_bits_NK: Uint32Array,
     kept_N: Uint32Array,
-    bucket_of_rank: Uint8Array,
+    level_shift: int,
     codes: Uint32Array,
     step_codes: Uint32Array,
 ) -> int:
@@ -307,9 +386,9 @@ def write_rows(
         symbols_NK: From `name_entries`.
         open_bits_NK: From `name_entries`.
         kept_N: How many entries of each row count.
-        bucket_of_rank: Shape [≥ K].
+        level_shift: As given to `name_entries`.
         codes: Code and length · 65536 of each symbol in each context, 0 for none.
-        step_codes: The same for long steps, by bucket.
+        step_codes: The same for long steps, by context.
 
     Returns:
         The bit behind the last.
@@ -317,26 +396,27 @@ def write_rows(
     step_codes_at, widths_at = address_of(step_codes), address_of(NUMBER_WIDTHS)
     at, waiting, count = address_of(out) + (U64(start) >> U64(3)), U64(0), U64(0)
     for t in range(first_row, kept_N.size, lanes):
-        level = np.int64(0)
+        level = np.int64(levels_NK[t, 0]) if kept_N[t] else np.int64(0)
         for i in range(np.int64(kept_N[t])):
-            context = U64(symbols_NK[t, i]) >> U64(8)
-            symbol = U64(symbols_NK[t, i]) & U64(0xFF)
+            context = U64(symbols_NK[t, i]) >> U64(SYMBOL_BITS)
+            symbol = U64(symbols_NK[t, i]) & U64((1 << SYMBOL_BITS) - 1)
             code = U64(codes[context, symbol])
             width = U64(STEP_WIDTHS[symbol])
             value = U64(open_bits_NK[t, i])
             if code == U64(0):
                 code = U64(codes[context, STEP_ESCAPE])
-                value = value << U64(8) | symbol
-                width += U64(8)
+                value = value << U64(SYMBOL_BITS) | symbol
+                width += U64(SYMBOL_BITS)
             length = code >> U64(16)
             at, waiting, count = _put(
                 at, waiting, count, (code & U64(0xFFFF)) | (value << length), length + width
             )
             step = np.int64(levels_NK[t, i]) - level
-            level += step
             if step >= LONG_STEP:
-                bucket_at = step_codes_at + U64(bucket_of_rank[i]) * U64(4 * (NUMBER_ESCAPE + 1))
-                at, waiting, count = _put_number(at, waiting, count, step - LONG_STEP, bucket_at, widths_at)
+                context = U64(_step_context(level, level_shift))
+                row_at = step_codes_at + context * U64(4 * (NUMBER_ESCAPE + 1))
+                at, waiting, count = _put_number(at, waiting, count, step - LONG_STEP, row_at, widths_at)
+            level += step
     return int(((at - address_of(out)) << U64(3)) + count)
 
 
@@ -403,6 +483,7 @@ def _read_entry(
     table_at: Scalar,
     plain_at: Scalar,
     long_steps_at: Scalar,
+    level_shift: Scalar,
     previous: Scalar,
     level: Scalar,
 ) -> tuple[Scalar, Scalar, Scalar]:
@@ -415,7 +496,8 @@ def _read_entry(
     """
     position, code, step, word = _read_symbol(stream_at, position, table_at, plain_at, previous)
     is_long = U64(step == U64(LONG_STEP))
-    number = load64(long_steps_at + ((word & _CODE_MASK) << U64(3))) & (U64(0) - is_long)
+    table_at = _long_step_table(long_steps_at, level_shift, level)
+    number = load64(table_at + ((word & _CODE_MASK) << U64(3))) & (U64(0) - is_long)
     total = number & U64(63)
     if total > U64(27):
         word = load64(stream_at + (position >> U64(3))) >> (position & U64(7))
@@ -430,13 +512,15 @@ def _read_late_entry(
     table_at: Scalar,
     plain_at: Scalar,
     long_steps_at: Scalar,
+    level_shift: Scalar,
     previous: Scalar,
     level: Scalar,
 ) -> tuple[Scalar, Scalar, Scalar]:
     """As `_read_entry`, where long steps are rare."""
     position, code, step, word = _read_symbol(stream_at, position, table_at, plain_at, previous)
     if step == U64(LONG_STEP):
-        number = load64(long_steps_at + ((word & _CODE_MASK) << U64(3)))
+        table_at = _long_step_table(long_steps_at, level_shift, level)
+        number = load64(table_at + ((word & _CODE_MASK) << U64(3)))
         total = number & U64(63)
         word = load64(stream_at + (position >> U64(3))) >> (position & U64(7))
         step += (number >> U64(10)) + (
@@ -444,6 +528,12 @@ def _read_late_entry(
         )
         position += total
     return position, code, level + step
+
+
+@inlined
+def _long_step_table(long_steps_at: Scalar, level_shift: Scalar, level: Scalar) -> Scalar:
+    context = min(level >> level_shift, U64(LONG_STEP_CONTEXTS - 1))
+    return long_steps_at + (context << U64(MAX_CODE_LENGTH + 3))
 
 
 @inlined
@@ -456,8 +546,8 @@ def _read_symbol(
     total = entry & U64(31)
     if total == U64(STEP_ESCAPE_TOTAL):
         length = (entry >> U64(5)) & U64(15)
-        symbol = (word >> length) & U64(255)
-        position += length + U64(8)
+        symbol = (word >> length) & U64((1 << SYMBOL_BITS) - 1)
+        position += length + U64(SYMBOL_BITS)
         entry = load32(plain_at + (symbol << U64(2)))
         word = load64(stream_at + (position >> U64(3))) >> (position & U64(7))
         total = entry & U64(31)
@@ -473,44 +563,48 @@ def read_rows(
     starts: Uint64Array,
     ends: Uint64Array,
     kept_N: Uint32Array,
+    first_levels_N: Uint32Array,
     table: Uint32Array,
     bucket_stride: int,
     octave_stride: int,
     plain: Uint32Array,
     long_steps: Uint64Array,
+    level_shift: int,
     bucket_of_rank: Uint8Array,
     token_of_rank_V: Int32Array,
-    list_of_V: Int32Array,
-    followers: Int32Array,
+    list_rows_V2: Int32Array,
+    lists: Int32Array,
+    list_sizes: Int32Array,
     first_previous_N: Int32Array,
     sampled_index_N: Uint32Array,
     outside_ids: Int32Array,
     max_level: int,
     scratch: Uint64Array,
     recent: Int32Array,
+    listed_tokens: Int32Array,
     token_ids_NK: Int32Array,
     levels_NK: Uint32Array,
     sampled_ids_N: Int32Array,
 ) -> bool:
-    """Read rows that `write_rows` wrote into 1 or 4 lanes.
-
-    Four rows are read side by side, since one row alone waits for its own table look-ups. What is wrong is
-    noted, and reading goes on inside the bounds.
+    """Read rows that `write_rows` wrote.
 
     Args:
-        stream: Readable behind every end for `LOOKAHEAD_BYTES` plus K times `MAX_ENTRY_BITS`.
-        starts: Bit at which each lane begins, shape [lanes].
-        ends: Bit at which each lane ends, shape [lanes].
+        stream: Readable for `LOOKAHEAD_BYTES` and one row of the longest entries behind every lane's end.
+        starts: First bit of each lane, one or four.
+        ends: Bit behind each lane's last byte.
         kept_N: Entries of each row.
-        table: Decoding tables: bits in all, length << 5, step << 9, base << 11.
-        bucket_stride: Bytes from one rank bucket's tables to the next one's.
-        octave_stride: Bytes from one token octave's table to the next one's.
-        plain: Elements for symbols without a code, length 0, shape [256].
-        long_steps: Decoding tables of long steps, by bucket.
+        first_levels_N: Level of each row's first entry.
+        table: Decoding tables of the entries, as in `_step_entries`.
+        bucket_stride: Bytes from one bucket's tables to the next one's.
+        octave_stride: Bytes from one octave's tables to the next one's.
+        plain: Elements for symbols without a code, length 0, shape [2^SYMBOL_BITS].
+        long_steps: Decoding tables of long steps, shape [LONG_STEP_CONTEXTS · 2^11].
+        level_shift: As for `name_entries`.
         bucket_of_rank: Shape [≥ K].
         token_of_rank_V: The vocabulary's order.
-        list_of_V: As for `assign_token_codes`.
-        followers: As for `assign_token_codes`; its first list is empty.
+        list_rows_V2: As for `assign_token_codes`. Used up.
+        lists: As for `assign_token_codes`.
+        list_sizes: As for `assign_token_codes`.
         first_previous_N: Token before each position; −1 for none, `AS_SAMPLED` for the position before's.
         sampled_index_N: 1 + index of the sampled token's entry; 0: the next of `outside_ids`.
         outside_ids: Sampled tokens that have no entry.
@@ -519,19 +613,23 @@ def read_rows(
             next: numba frees an array of a compiled function's own after its last use by name, which is
             not its last use by address.
         recent: For the list of recent tokens, shape [`RECENT_RING`].
-        token_ids_NK: Filled; 0 where a row keeps less than K entries.
+        listed_tokens: For one row's followers and companions, shape [RECENT_START + LIST_PLACES].
+        token_ids_NK: Filled; 0 where a row keeps less than K entries. `LIST_PLACES` + 1 elements behind it
+            must be readable.
         levels_NK: Filled where there are entries.
         sampled_ids_N: Filled.
 
     Returns:
-        Whether every row was there, and nothing beside them.
+        Whether all codes were in their tables, all token codes and levels in their ranges, and every lane
+        ended in its last byte.
     """
     stream_at, table_at = address_of(stream), address_of(table)
     plain_at, long_steps_at = address_of(plain), address_of(long_steps)
-    by_bucket, by_octave = U64(bucket_stride), U64(octave_stride)
+    by_bucket, by_octave, shift = U64(bucket_stride), U64(octave_stride), U64(level_shift)
     width = U64(token_ids_NK.shape[1])
-    scratch_at, recent_at = address_of(scratch), address_of(recent)
-    ids_at, levels_at = address_of(token_ids_NK), address_of(levels_NK)
+    scratch_at, recent_at, listed_at = address_of(scratch), address_of(recent), address_of(listed_tokens)
+    lists_at, sizes_at, list_rows_at = address_of(lists), address_of(list_sizes), address_of(list_rows_V2)
+    ids_at, levels_at, kept_at = address_of(token_ids_NK), address_of(levels_NK), address_of(kept_N)
     lanes = U64(starts.size)
     count = U64(kept_N.size)
     highest = U64(max_level)
@@ -543,36 +641,35 @@ def read_rows(
     for rank in range(U64(0), head):
         recent[head - U64(1) - rank] = token_of_rank_V[rank]
     highest_code = U64(0)
+    signs = U64(0)
     sampled = np.int32(-1)
     outside = U64(0)
-    signs = U64(0)
     last_rank = U64(token_of_rank_V.size - 1)
     t = U64(0)
     while t < count:
-        abreast = min(lanes, count - t)
+        abreast = lanes if t + lanes <= count else U64(count - t)
         done = U64(0)
         if abreast == U64(4):
             p0, p1, p2, p3 = positions[0], positions[1], positions[2], positions[3]
             c0 = c1 = c2 = c3 = U64(0)
-            l0 = l1 = l2 = l3 = U64(0)
+            l0, l1 = U64(first_levels_N[t]), U64(first_levels_N[t + U64(1)])
+            l2, l3 = U64(first_levels_N[t + U64(2)]), U64(first_levels_N[t + U64(3)])
             o0 = o1 = o2 = o3 = U64(0)
             done = U64(min(kept_N[t], kept_N[t + U64(1)], kept_N[t + U64(2)], kept_N[t + U64(3)]))
             early = min(done, U64(_LATE_RANK))
             for i in range(U64(0), early):
-                bucket = U64(bucket_of_rank[i])
-                context_at = table_at + bucket * by_bucket
-                steps_at = long_steps_at + (bucket << U64(MAX_CODE_LENGTH + 3))
+                context_at = table_at + U64(bucket_of_rank[i]) * by_bucket
                 p0, c0, l0 = _read_entry(
-                    stream_at, p0, context_at + o0 * by_octave, plain_at, steps_at, c0, l0
+                    stream_at, p0, context_at + o0 * by_octave, plain_at, long_steps_at, shift, c0, l0
                 )
                 p1, c1, l1 = _read_entry(
-                    stream_at, p1, context_at + o1 * by_octave, plain_at, steps_at, c1, l1
+                    stream_at, p1, context_at + o1 * by_octave, plain_at, long_steps_at, shift, c1, l1
                 )
                 p2, c2, l2 = _read_entry(
-                    stream_at, p2, context_at + o2 * by_octave, plain_at, steps_at, c2, l2
+                    stream_at, p2, context_at + o2 * by_octave, plain_at, long_steps_at, shift, c2, l2
                 )
                 p3, c3, l3 = _read_entry(
-                    stream_at, p3, context_at + o3 * by_octave, plain_at, steps_at, c3, l3
+                    stream_at, p3, context_at + o3 * by_octave, plain_at, long_steps_at, shift, c3, l3
                 )
                 o0, o1, o2, o3 = token_octave(c0), token_octave(c1), token_octave(c2), token_octave(c3)
                 rank_at = scratch_at + (i << U64(5))
@@ -581,20 +678,18 @@ def read_rows(
                 store64(rank_at + U64(16), c2 | (l2 << U64(32)))
                 store64(rank_at + U64(24), c3 | (l3 << U64(32)))
             for i in range(early, done):
-                bucket = U64(bucket_of_rank[i])
-                context_at = table_at + bucket * by_bucket
-                steps_at = long_steps_at + (bucket << U64(MAX_CODE_LENGTH + 3))
+                context_at = table_at + U64(bucket_of_rank[i]) * by_bucket
                 p0, c0, l0 = _read_late_entry(
-                    stream_at, p0, context_at + o0 * by_octave, plain_at, steps_at, c0, l0
+                    stream_at, p0, context_at + o0 * by_octave, plain_at, long_steps_at, shift, c0, l0
                 )
                 p1, c1, l1 = _read_late_entry(
-                    stream_at, p1, context_at + o1 * by_octave, plain_at, steps_at, c1, l1
+                    stream_at, p1, context_at + o1 * by_octave, plain_at, long_steps_at, shift, c1, l1
                 )
                 p2, c2, l2 = _read_late_entry(
-                    stream_at, p2, context_at + o2 * by_octave, plain_at, steps_at, c2, l2
+                    stream_at, p2, context_at + o2 * by_octave, plain_at, long_steps_at, shift, c2, l2
                 )
                 p3, c3, l3 = _read_late_entry(
-                    stream_at, p3, context_at + o3 * by_octave, plain_at, steps_at, c3, l3
+                    stream_at, p3, context_at + o3 * by_octave, plain_at, long_steps_at, shift, c3, l3
                 )
                 o0, o1, o2, o3 = token_octave(c0), token_octave(c1), token_octave(c2), token_octave(c3)
                 rank_at = scratch_at + (i << U64(5))
@@ -609,55 +704,72 @@ def read_rows(
             kept = U64(kept_N[t + lane])
             position = positions[lane]
             code = codes[lane] if done else U64(0)
-            level = levels[lane] if done else U64(0)
+            level = levels[lane] if done else U64(first_levels_N[t + lane])
             octave = token_octave(code) if done else U64(0)
             lane_at = scratch_at + (lane << U64(3))
             for i in range(done, kept):
-                bucket = U64(bucket_of_rank[i])
+                context_at = table_at + U64(bucket_of_rank[i]) * by_bucket + octave * by_octave
                 position, code, level = _read_entry(
-                    stream_at,
-                    position,
-                    table_at + bucket * by_bucket + octave * by_octave,
-                    plain_at,
-                    long_steps_at + (bucket << U64(MAX_CODE_LENGTH + 3)),
-                    code,
-                    level,
+                    stream_at, position, context_at, plain_at, long_steps_at, shift, code, level
                 )
                 octave = token_octave(code)
                 store64(lane_at + (i << U64(5)), code | (level << U64(32)))
             # Levels do not fall along a row, so that its last one is its highest.
             bad |= U64(level > highest) | U64(position > ends[lane])
             positions[lane] = min(position, ends[lane])
-            # Distances are counted from the first token code that is one.
-            newest = head - U64(1) + U64(FOLLOWERS)
-            previous = first_previous_N[t + lane]
-            previous = sampled if previous == AS_SAMPLED else previous
-            list_row = U64(list_of_V[previous]) if 0 <= previous < list_of_V.size else U64(0)
             # How far back the list goes; less than the window only in a small vocabulary.
             available = min(head, U64(RECENT_WINDOW))
             if available < U64(RECENT_WINDOW):
                 for i in range(U64(0), kept):
                     code = load64(lane_at + (i << U64(5))) & U64(0xFFFFFFFF)
-                    bad |= U64(code < U64(RANK_START)) & U64(code >= available + U64(FOLLOWERS))
-            row_at = (t + lane) * width * U64(4)
+                    bad |= U64(code < U64(RANK_START)) & U64(code >= available + U64(RECENT_START))
+            row_at = ids_at + (t + lane) * width * U64(4)
+            previous = first_previous_N[t + lane]
+            previous = sampled if previous == AS_SAMPLED else previous
+            previous_at = U64(0)
+            if 0 <= previous < list_rows_V2.shape[0]:
+                previous_at = list_rows_at + U64(previous) * U64(8)
+                list_row = load32(previous_at)
+            else:
+                list_row = U64(0)
+            _copy_list(listed_at, list_row, U64(0), ids_at, width, kept_at, lists_at, sizes_at)
+            # Distances are counted from the first token code that is one.
+            newest = head - U64(1) + U64(RECENT_START)
+            if kept:
+                # The first token decides whose companions the others may be.
+                code = load64(lane_at) & U64(0xFFFFFFFF)
+                again = U64(recent[(newest - code) & U64(RECENT_RING - 1)])
+                fresh = U64(token_of_rank_V[min(max(code, U64(RANK_START)) - U64(RANK_START), last_rank)])
+                token = again if code < U64(RANK_START) else fresh
+                listed = load32(listed_at + (min(code, U64(COMPANION_START - 1)) << U64(2)))
+                token = listed if code < U64(COMPANION_START) else token
+                bad |= U64(code >= U64(COMPANION_START)) & U64(code < U64(RECENT_START))
+                first_at = list_rows_at + min(token, last_rank) * U64(8) + U64(4)
+                list_row = load32(first_at)
+                companions_at = listed_at + U64(4 * COMPANION_START)
+                _copy_list(companions_at, list_row, U64(1), ids_at, width, kept_at, lists_at, sizes_at)
+                # From now on, this row is the latest one; but a dictionary's companions are the better ones.
+                this_row = U64(0xFFFFFFFF) - (t + lane)
+                if previous_at:
+                    store32(previous_at, this_row)
+                store32(first_at, this_row if list_row - U64(1) >= U64(0x7FFFFFFF) else list_row)
             for back in range(U64(1), kept + U64(1)):
                 last = kept - back
                 packed = load64(lane_at + (last << U64(5)))
                 code = packed & U64(0xFFFFFFFF)
                 highest_code = max(highest_code, code)
                 again = U64(recent[(newest - code) & U64(RECENT_RING - 1)])
-                rank = max(code, U64(RANK_START)) - U64(RANK_START)
-                fresh = U64(token_of_rank_V[min(rank, last_rank)])
-                follower = U64(followers[list_row, min(code, U64(FOLLOWERS - 1))])
+                fresh = U64(token_of_rank_V[min(max(code, U64(RANK_START)) - U64(RANK_START), last_rank)])
+                listed = load32(listed_at + (min(code, U64(RECENT_START - 1)) << U64(2)))
                 token = again if code < U64(RANK_START) else fresh
-                token = follower if code < U64(FOLLOWERS) else token
-                # A list that is too short yields −1, whose sign stays.
+                token = listed if code < U64(RECENT_START) else token
+                # Behind the end of a list is −1, whose sign stays.
                 signs |= token
-                store32(ids_at + row_at + (last << U64(2)), token)
-                store32(levels_at + row_at + (last << U64(2)), packed >> U64(32))
+                store32(row_at + (last << U64(2)), token)
+                store32(levels_at + (row_at - ids_at) + (last << U64(2)), packed >> U64(32))
                 store32(recent_at + ((head & U64(RECENT_RING - 1)) << U64(2)), token)
-                # Unsigned: followers wrap round to the largest numbers, and enter too.
-                head += U64(code - U64(FOLLOWERS) >= U64(REFRESH_DISTANCE))
+                # Unsigned: places in lists wrap round to the largest numbers, and enter too.
+                head += U64(code - U64(RECENT_START) >= U64(REFRESH_DISTANCE))
             for i in range(kept, width):
                 token_ids_NK[t + lane, i] = 0
             index = np.int64(sampled_index_N[t + lane])
@@ -671,6 +783,31 @@ def read_rows(
     for lane in range(U64(0), lanes):
         bad |= U64((positions[lane] + U64(7)) >> U64(3) != ends[lane] >> U64(3))
     return bool(bad == U64(0) and signs >> U64(31) == U64(0) and highest_code <= last_rank + U64(RANK_START))
+
+
+@inlined
+def _copy_list(
+    listed_at: Scalar,
+    list_row: Scalar,
+    kind: Scalar,
+    ids_at: Scalar,
+    width: Scalar,
+    kept_at: Scalar,
+    lists_at: Scalar,
+    sizes_at: Scalar,
+) -> None:
+    """Put the tokens of a list, an earlier row's or the dictionary's, where they are looked up; −1 behind."""
+    if list_row >> U64(31):
+        row = U64(0xFFFFFFFF) - list_row
+        size = min(load32(kept_at + (row << U64(2))) - kind, U64(LIST_PLACES))
+        tokens_at = ids_at + ((row * width + kind) << U64(2))
+    else:
+        size = load32(sizes_at + (list_row << U64(2)))
+        tokens_at = lists_at + list_row * U64(4 * LIST_PLACES)
+    for i in range(U64(0), U64(4 * LIST_PLACES), U64(32)):
+        copy_wide(listed_at + i, tokens_at + i)
+    for i in range(U64(0), U64(4 * LIST_PLACES), U64(32)):
+        fill_wide(listed_at + (size << U64(2)) + i)
 
 
 @compiled
@@ -690,6 +827,32 @@ def look_up(levels_NK: Uint32Array, kept_N: Uint32Array, table: Float32Array, ou
             out_NK[t, i] = table[levels_NK[t, i]]
         for i in range(kept, width):
             out_NK[t, i] = -np.inf
+
+
+@compiled
+def sum_rests(levels_NK: Uint32Array, kept_N: Uint32Array, masses: Int64Array, rests_N: Float64Array) -> None:
+    """Fill in what the masses of each row's levels leave of 1, at least 0.
+
+    Args:
+        levels_NK: Levels, each below the table's size.
+        kept_N: Entries of each row.
+        masses: Probability of each level, in units of 2^−40: sums of integers are the same on every machine.
+        rests_N: Filled.
+    """
+    for t in range(kept_N.size):
+        rest = np.int64(1 << 40)
+        for i in range(np.int64(kept_N[t])):
+            rest -= masses[levels_NK[t, i]]
+        rests_N[t] = max(np.float64(rest), 0.0) * 2.0**-40
+
+
+@compiled
+def exponentials(values: Float64Array) -> Float64Array:
+    """e^x of values up to 1, the same to the bit on every machine."""
+    results = np.empty_like(values)
+    for index in range(values.size):
+        results[index] = _exponential(values[index])
+    return results
 
 
 @compiled

@@ -18,16 +18,14 @@ from typing import Final
 import numpy as np
 import numpy.typing as npt
 
-from lynearm.wire.alphabet import (
-    BUCKET_OF_RANK,
-    number_symbols,
-)
+from lynearm.wire.alphabet import BUCKET_OF_RANK, LIST_PLACES, RECENT_START, number_symbols
 from lynearm.wire.code_tables import (
     PLAIN_STEP_ENTRIES,
+    REST_CONTEXTS,
     CodeTables,
+    LevelRule,
     NumberContext,
     SymbolCounts,
-    TailRule,
     build_tables,
 )
 from lynearm.wire.dictionaries import Dictionary, TokenOrder
@@ -46,6 +44,7 @@ from lynearm.wire.grids import (
 )
 from lynearm.wire.kernels import (
     AS_SAMPLED,
+    LONG_STEP_CONTEXTS,
     LOOKAHEAD_BYTES,
     MAX_ENTRY_BITS,
     RECENT_RING,
@@ -56,6 +55,7 @@ from lynearm.wire.kernels import (
     read_fixed,
     read_numbers,
     read_rows,
+    sum_rests,
     write_fixed,
     write_numbers,
     write_rows,
@@ -78,7 +78,9 @@ _KEPT_VARIES = 2
 _SAMPLED_APART = 4
 _FOUR_LANES = 8
 _ORDER_OF_DICTIONARY = 16
-_KNOWN_FLAGS = 31
+_SCALE_OF_DICTIONARY = 32
+_KNOWN_FLAGS = 63
+_OF_DICTIONARY = _ORDER_OF_DICTIONARY | _SCALE_OF_DICTIONARY
 
 _LANES: Final = 4
 _MIN_LANE_ROWS = 64
@@ -141,7 +143,7 @@ class NamedRows:
     """Numbers that are written as they are, and their widths in bits."""
     flags: int
     counts: SymbolCounts
-    tail_rule: TailRule
+    level_rule: LevelRule
 
 
 def name_rows(
@@ -184,8 +186,9 @@ def name_rows(
         token_ids,
         kept,
         order.rank_of_token,
-        order.list_of_token,
-        order.followers,
+        order.list_rows.copy(),
+        order.lists,
+        order.list_sizes,
         np.where(first_previous == AS_SAMPLED, np.roll(positions.sampled_ids, 1), first_previous),
         positions.sampled_ids,
         codes,
@@ -196,20 +199,29 @@ def name_rows(
     counts = SymbolCounts.zeros()
     symbols = np.zeros(levels.shape, np.uint16)
     open_bits = np.zeros(levels.shape, np.uint32)
-    name_entries(levels, codes, kept, BUCKET_OF_RANK, symbols, open_bits, counts.steps, counts.numbers[:8])
+    last_levels = _last_levels(levels, kept)
+    tail_levels = _tail_levels(positions, scale)
+    rule = LevelRule.fit(last_levels, tail_levels) if dictionary is None else dictionary.tables.level_rule
+    long_steps = counts.numbers[:LONG_STEP_CONTEXTS]
+    name_entries(
+        levels, codes, kept, BUCKET_OF_RANK, rule.step_shift, symbols, open_bits, counts.steps, long_steps
+    )
 
     apart = isinstance(scale, Counts)
     inside = sampled_index > 0
     if not apart:
         inside &= _sampled_agree(positions, scale, levels, sampled_index)
         sampled_index = np.where(inside, sampled_index, 0).astype(np.uint32)
-    last_levels = _last_levels(levels, kept)
-    tail_levels = _tail_levels(positions, scale)
-    rule = TailRule.fit(last_levels, tail_levels) if dictionary is None else dictionary.tables.tail_rule
+    first_levels = _first_levels(levels, kept)
+    level_contexts = _level_contexts(first_levels)
     varies = bool((kept != np.repeat(np.asarray(widths, np.uint32), lengths)).any())
     columns = [
-        _column(NumberContext.KEPT, kept if varies else kept[:0]),
-        _column(NumberContext.SAMPLED, sampled_index),
+        _column(NumberContext.LEVEL, first_levels),
+        _Column(
+            NumberContext.KEPT + level_contexts if varies else level_contexts[:0],
+            kept if varies else kept[:0],
+        ),
+        _Column(NumberContext.SAMPLED + level_contexts, sampled_index),
         _column(NumberContext.OUTSIDE, order.rank_of_token[positions.sampled_ids[sampled_index == 0]]),
     ]
     loose = positions.sampled_logprobs if apart else positions.sampled_logprobs[~inside]
@@ -223,11 +235,8 @@ def name_rows(
             _column(NumberContext.LOGIT, _pack_tops(logit_rows)),
         ]
         fixed.append((first_bits & np.uint32((1 << _FIRST_SHIFT) - 1), _FIRST_SHIFT))
-    columns.append(
-        _Column(
-            rule.contexts(last_levels), _tail_numbers(positions, scale, tail_levels, rule.expect(last_levels))
-        )
-    )
+    tail_contexts, expected = _foresee_tails(rule, scale, levels, kept, last_levels)
+    columns.append(_Column(tail_contexts, _tail_numbers(positions, scale, tail_levels, expected)))
     for column in columns:
         np.add.at(counts.numbers, (column.contexts, number_symbols(column.numbers)), 1)
     return NamedRows(
@@ -240,7 +249,7 @@ def name_rows(
         fixed=tuple(fixed),
         flags=(_KEPT_VARIES if varies else 0) | (_SAMPLED_APART if apart else 0),
         counts=counts,
-        tail_rule=rule,
+        level_rule=rule,
     )
 
 
@@ -275,7 +284,9 @@ def write_positions(rows: NamedRows, *, vocab_size: int, dictionary: Dictionary 
     four_lanes = rows.kept.size >= _MIN_LANE_ROWS
     lanes = _LANES if four_lanes else 1
     flags = rows.flags | (_OWN_TABLES if encoded_tables else 0) | (_FOUR_LANES if four_lanes else 0)
+    known_scale = dictionary is not None and rows.scale == dictionary.grid
     flags |= _ORDER_OF_DICTIONARY if dictionary is not None else 0
+    flags |= _SCALE_OF_DICTIONARY if known_scale else 0
     entry_bits = int(rows.kept.sum(dtype=np.int64)) * MAX_ENTRY_BITS
     number_bits = sum(column.numbers.size for column in rows.columns) * 43
     fixed_bits = sum(numbers.size * width for numbers, width in rows.fixed)
@@ -297,16 +308,15 @@ def write_positions(rows: NamedRows, *, vocab_size: int, dictionary: Dictionary 
             rows.symbols,
             rows.open_bits,
             rows.kept,
-            BUCKET_OF_RANK,
+            tables.level_rule.step_shift,
             tables.step_codes,
-            tables.number_codes[:8],
+            tables.number_codes[:LONG_STEP_CONTEXTS],
         )
         ends.append(_bytes_of(bit))
     sizes = np.diff(ends, prepend=0).tolist()
     head = [
         bytes((flags,)),
-        varint(vocab_size),
-        _write_scale(rows.scale),
+        b"" if known_scale else varint(vocab_size) + _write_scale(rows.scale),
         varint(len(encoded_tables)) + encoded_tables if encoded_tables else b"",
         *(varint(size) for size in sizes[:-1]),
     ]
@@ -340,10 +350,9 @@ def read_positions(
     flags = head.byte()
     if flags & ~_KNOWN_FLAGS:
         raise UnsupportedFormatError(f"flags {flags:#x} are not known to this reader", "upgrade lynearm")
-    vocab_size = head.varint()
-    if not 0 < vocab_size <= MAX_VOCAB_SIZE:
-        raise CorruptBlockError(f"a vocabulary of {vocab_size}, expected 1 to {MAX_VOCAB_SIZE}")
-    scale = _read_scale(head, mode)
+    if dictionary is None and (flags & _OF_DICTIONARY or not flags & _OWN_TABLES):
+        raise CorruptBlockError("the payload needs a dictionary, and the header names none")
+    vocab_size, scale = _read_scale(head, flags, mode, dictionary)
     tables, order = _read_tables(head, flags, vocab_size, dictionary)
     lanes = _LANES if flags & _FOUR_LANES else 1
     sizes = [head.varint() for _ in range(lanes)]
@@ -360,14 +369,16 @@ def read_positions(
     ends = np.cumsum(sizes, dtype=np.uint64) * np.uint64(8)
     numbers = _NumberStream(stream, int(ends[0]), tables)
 
+    first_levels = numbers.read(NumberContext.LEVEL, count)
+    level_contexts = _level_contexts(first_levels)
     kept = np.repeat(np.asarray(widths, np.uint32), lengths)
     if flags & _KEPT_VARIES:
-        limits, kept = kept, numbers.read(NumberContext.KEPT, count)
+        limits, kept = kept, numbers.read_contexts(NumberContext.KEPT + level_contexts)
         if (kept > limits).any():
             raise CorruptBlockError("a position keeps more entries than its trace has room for")
     if int(kept.sum(dtype=np.int64)) > (len(body) - sizes[0]) * 8:
         raise CorruptBlockError(f"{kept.sum(dtype=np.int64)} entries in {len(body) - sizes[0]} bytes")
-    sampled_index = numbers.read(NumberContext.SAMPLED, count)
+    sampled_index = numbers.read_contexts(NumberContext.SAMPLED + level_contexts)
     if (sampled_index > kept).any():
         raise CorruptBlockError("a sampled token points at an entry that is not there")
     outside = numbers.read(NumberContext.OUTSIDE, int((sampled_index == 0).sum()))
@@ -384,7 +395,8 @@ def read_positions(
         low = numbers.read_fixed(count, _FIRST_SHIFT)
         first_N = ((first_high.astype(np.uint32) << _FIRST_SHIFT) | low).view(np.float32)
 
-    token_ids = np.empty((count, width), np.int32)
+    # An earlier row may be looked into as a list, which is longer than a narrow row.
+    token_ids = np.empty(count * width + LIST_PLACES + 1, np.int32)[: count * width].reshape(count, width)
     levels = np.empty((count, width), np.uint32)
     sampled_ids = np.empty(count, np.int32)
     whole = read_rows(
@@ -392,20 +404,24 @@ def read_positions(
         ends[:-1].copy(),
         ends[1:].copy(),
         kept,
+        first_levels,
         tables.step_table,
         *tables.step_strides,
         PLAIN_STEP_ENTRIES,
         tables.number_table,
+        tables.level_rule.step_shift,
         BUCKET_OF_RANK,
         order.token_of_rank,
-        order.list_of_token,
-        order.followers,
+        order.list_rows.copy(),
+        order.lists,
+        order.list_sizes,
         first_previous_tokens(lengths, before),
         sampled_index,
         order.token_of_rank[outside],
         _max_level(scale),
         np.empty(4 * width, np.uint64),
         np.zeros(RECENT_RING, np.int32),
+        np.zeros(RECENT_START + LIST_PLACES, np.int32),
         token_ids,
         levels,
         sampled_ids,
@@ -413,10 +429,11 @@ def read_positions(
     if not whole:
         raise CorruptBlockError("the entries of the block's rows do not decode")
     last_levels = _last_levels(levels, kept)
-    logprobs = _from_levels(scale, levels, kept, last_levels, first_N, tops)
-    tail_numbers = numbers.read_contexts(tables.tail_rule.contexts(last_levels))
+    tail_contexts, expected = _foresee_tails(tables.level_rule, scale, levels, kept, last_levels)
+    tail_numbers = numbers.read_contexts(tail_contexts)
     numbers.expect_end()
-    tail_mass = _tails(scale, tail_numbers, logprobs, kept, tables.tail_rule.expect(last_levels))
+    logprobs = _from_levels(scale, levels, kept, last_levels, first_N, tops)
+    tail_mass = _tails(scale, tail_numbers, logprobs, kept, expected)
     sampled_logprobs = loose if apart else _sampled_logprobs(sampled_index, loose, logprobs)
     positions = Positions(kept, token_ids, logprobs, tail_mass, sampled_ids, sampled_logprobs)
     # What grids and counts say is in bounds; a stranger's exact numbers may be anything.
@@ -548,6 +565,37 @@ def _last_levels(levels: Uint32Array, kept: Uint32Array) -> Uint32Array:
     return np.where(kept > 0, last, 0).astype(np.uint32)
 
 
+def _first_levels(levels: Uint32Array, kept: Uint32Array) -> Uint32Array:
+    """Level of each row's first entry; 0 for a row without entries."""
+    if levels.shape[1] == 0:
+        return np.zeros(kept.size, np.uint32)
+    return np.where(kept > 0, levels[:, 0], 0).astype(np.uint32)
+
+
+def _level_contexts(levels_N: Uint32Array) -> Uint8Array:
+    """Binary digits of each level, at most 7."""
+    digits: Int64Array = np.frexp(levels_N.astype(np.float64))[1].astype(np.int64)
+    return np.minimum(digits, 7).astype(np.uint8)
+
+
+def _foresee_tails(
+    rule: LevelRule, scale: Scale, levels: Uint32Array, kept: Uint32Array, last_levels: Uint32Array
+) -> tuple[Uint8Array, Int64Array]:
+    """Number context of each row's tail mass, and the level that it is expected at."""
+    steps = rule.steps(last_levels)
+    contexts, expected = NumberContext.TAIL + steps, rule.base + rule.slope * steps
+    if isinstance(scale, Grid):
+        rest_N = np.zeros(kept.size, np.float64)
+        sum_rests(levels, kept, scale.masses(int(last_levels.max(initial=0)) + 1), rest_N)
+        # The rest is known about as well as an entry of mass scale² / 12.
+        octaves = np.minimum(np.frexp(rest_N / scale.scale)[1] + 2, REST_CONTEXTS)
+        known = (rest_N > 0) & (octaves > 0)
+        contexts = np.where(known, NumberContext.REST - 1 + octaves, contexts)
+        foreseen = np.rint((1.0 - np.sqrt(rest_N)) * (2.0 / scale.scale))
+        expected = np.where(known, foreseen.astype(np.int64), expected)
+    return contexts.astype(np.uint8), expected
+
+
 def _sampled_agree(
     positions: Positions, scale: Scale, levels: Uint32Array, sampled_index: Uint32Array
 ) -> BoolArray:
@@ -663,7 +711,7 @@ def _choose_tables(rows: NamedRows, dictionary: Dictionary | None) -> tuple[Code
     # More codes fit the rows better, and cost about 400 bits each to send.
     merges = (0, 1) if entries < 4096 else (1, 2)
     for merge in merges if best is None or entries >= 2048 else ():
-        tables = build_tables(rows.counts, merge=merge, tail_rule=rows.tail_rule, with_escapes=False)
+        tables = build_tables(rows.counts, merge=merge, level_rule=rows.level_rule, with_escapes=False)
         encoded = tables.to_bytes()
         bits = tables.cost_bits(rows.counts) + 8 * len(encoded)
         if best is None or bits < best_bits:
@@ -676,13 +724,6 @@ def _read_tables(
     head: ByteReader, flags: int, vocab_size: int, dictionary: Dictionary | None
 ) -> tuple[CodeTables, TokenOrder]:
     order = TokenOrder.by_id(vocab_size)
-    if flags & _ORDER_OF_DICTIONARY or not flags & _OWN_TABLES:
-        if dictionary is None:
-            raise CorruptBlockError("the payload needs a dictionary, and the header names none")
-        if dictionary.vocab_size != vocab_size:
-            raise CorruptBlockError(
-                f"a payload over {vocab_size} tokens, a dictionary over {dictionary.vocab_size}"
-            )
     if flags & _ORDER_OF_DICTIONARY and dictionary is not None:
         order = dictionary.order
     if flags & _OWN_TABLES:
@@ -702,7 +743,22 @@ def _write_scale(scale: Scale) -> bytes:
     return bytes((_SCALE_BF16 if scale.mantissa_bits == 7 else _SCALE_FP16,))
 
 
-def _read_scale(head: ByteReader, mode: CodecMode) -> Scale:
+def _read_scale(
+    head: ByteReader, flags: int, mode: CodecMode, dictionary: Dictionary | None
+) -> tuple[int, Scale]:
+    """V and the scale."""
+    if flags & _SCALE_OF_DICTIONARY and dictionary is not None:
+        if dictionary.grid is None or mode not in GRID_LAWS:
+            raise CorruptBlockError(f"a block in mode {mode!r} has the scale of a dictionary without one")
+        return dictionary.vocab_size, dictionary.grid
+    vocab_size = head.varint()
+    if not 0 < vocab_size <= MAX_VOCAB_SIZE:
+        raise CorruptBlockError(f"a vocabulary of {vocab_size}, expected 1 to {MAX_VOCAB_SIZE}")
+    needs_its_own = flags & _OWN_TABLES and not flags & _ORDER_OF_DICTIONARY
+    if dictionary is not None and not needs_its_own and dictionary.vocab_size != vocab_size:
+        raise CorruptBlockError(
+            f"a payload over {vocab_size} tokens, a dictionary over {dictionary.vocab_size}"
+        )
     kind = head.byte()
     scale: Scale
     if kind == _SCALE_GRID:
@@ -721,4 +777,4 @@ def _read_scale(head: ByteReader, mode: CodecMode) -> Scale:
     }
     if kind not in suiting.get(mode, (_SCALE_GRID,)):
         raise CorruptBlockError(f"a block in mode {mode!r} has scale {kind}")
-    return scale
+    return vocab_size, scale
