@@ -11,6 +11,7 @@ from typing import Any, Protocol, TypeVar, cast
 import grpc
 from grpc_health.v1 import health_pb2
 
+from lynearm.client.credentials import Credentials, open_channel
 from lynearm.v1 import trace_service_pb2, trace_service_pb2_grpc
 from lynearm.wire.errors import (
     ERROR_NAME_METADATA_KEY,
@@ -66,10 +67,16 @@ class Connection:
 
     Args:
         target: host:port.
+        credentials: Of the client; None: what the environment says.
+
+    Raises:
+        ConfigError: if a token would go out in plain text.
     """
 
-    def __init__(self, target: str) -> None:
+    def __init__(self, target: str, credentials: Credentials | None = None) -> None:
         self.target = target
+        self.credentials = Credentials.from_environment() if credentials is None else credentials
+        self.credentials.check_target(target)
         self._channel: grpc.Channel | None = None
         self._pid = 0
 
@@ -77,7 +84,7 @@ class Connection:
     def channel(self) -> grpc.Channel:
         """The channel of this process."""
         if self._channel is None or self._pid != os.getpid():
-            self._channel = grpc.insecure_channel(self.target, options=_OPTIONS)
+            self._channel = open_channel(self.target, self.credentials, _OPTIONS)
             self._pid = os.getpid()
         return self._channel
 
