@@ -17,10 +17,12 @@ from lynearm.wire.errors import (
     ERROR_NAME_METADATA_KEY,
     REMEDY_METADATA_KEY,
     LynearmError,
+    RateLimitedError,
     ServiceUnavailableError,
     StorageFullError,
     error_from_status,
 )
+from lynearm.wire.status import STATUS_METADATA_KEY, StatusDetails, parse_status
 
 KEEPALIVE_SECONDS = 10
 """A peer that froze is noticed after this and `PING_TIMEOUT_SECONDS`; without both, after a minute."""
@@ -148,14 +150,18 @@ class Connection:
         call = cast("grpc.Call", failure)
         metadata = dict(call.trailing_metadata() or ())
         status = call.code().name
-        name = _text(metadata.get(ERROR_NAME_METADATA_KEY, ""))
+        details = _details(metadata.get(STATUS_METADATA_KEY, b""))
+        name = _text(metadata.get(ERROR_NAME_METADATA_KEY, "")) or details.reason
         if status == "UNAVAILABLE" and not name:
             return ServiceUnavailableError(
                 f"no trace service answers at {self.target} ({call.details()})",
                 "start one with `lynearm serve`, or name another with --service",
             )
         remedy = _text(metadata.get(REMEDY_METADATA_KEY, ""))
-        return error_from_status(status, call.details() or "", name, remedy)
+        error = error_from_status(status, call.details() or "", name, remedy)
+        if details.retry_seconds is not None:
+            error.retry_seconds = details.retry_seconds
+        return error
 
 
 def is_transient(failure: grpc.RpcError) -> bool:
@@ -165,7 +171,7 @@ def is_transient(failure: grpc.RpcError) -> bool:
     if code in (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.CANCELLED):
         return True
     name = _text(dict(call.trailing_metadata() or ()).get(ERROR_NAME_METADATA_KEY, ""))
-    if name == StorageFullError.__name__:
+    if name in (StorageFullError.__name__, RateLimitedError.__name__):
         return True
     # A server that is stopped or killed may also reset the stream, which gRPC reports in these two.
     reset = "RST_STREAM" in (call.details() or "")
@@ -201,6 +207,13 @@ class Backoff:
     def spent(self) -> bool:
         """Whether patience has run out."""
         return self._since is not None and time.monotonic() - self._since >= self._patience_seconds
+
+
+def _details(value: str | bytes) -> StatusDetails:
+    try:
+        return parse_status(value if isinstance(value, bytes) else b"")
+    except LynearmError:
+        return StatusDetails()  # written by something on the way, such as a proxy
 
 
 def _text(value: str | bytes) -> str:
