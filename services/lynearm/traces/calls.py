@@ -48,6 +48,11 @@ class CallGate:
         self._calls = 0
         self._idle = asyncio.Event()
         self._idle.set()
+        self._refusal: LynearmError | None = None
+
+    def close(self, reason: LynearmError) -> None:
+        """Let no more calls in; those that are in go on."""
+        self._refusal = reason
 
     def guard(
         self, handler: Callable[[Request, Context], Awaitable[Response]]
@@ -55,6 +60,8 @@ class CallGate:
         """The handler as gRPC may call it: it raises nothing but gRPC's own abort and cancellation."""
 
         async def call(request: Request, context: Context) -> Response | None:
+            if self._refusal is not None:
+                await abort(context, self._refusal)
             if self._calls >= self._max_calls:
                 await abort(context, _too_many(self._max_calls))
             self._calls += 1

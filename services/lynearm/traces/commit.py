@@ -252,4 +252,6 @@ def _wake(event: asyncio.Event) -> asyncio.Event:
 
 def stopping() -> ServiceUnavailableError:
     """The error of calls that meet a server on its way down."""
-    return ServiceUnavailableError("the trace service is stopping", "reconnect; resume from the last offset")
+    return ServiceUnavailableError(
+        "the trace service is stopping", "connect again, or to another server; resume from the last offset"
+    )

@@ -29,7 +29,20 @@ class ServeConfig:
     """TCP port; 0 takes any free one."""
 
     insecure: bool = False
-    """Listen beyond loopback although traffic is neither encrypted nor authenticated."""
+    """Listen beyond loopback without TLS or without tokens."""
+
+    tls_cert: Path | None = None
+    """PEM file of the server's certificate chain; it turns TLS on. Read anew when it changes."""
+
+    tls_key: Path | None = None
+    """PEM file of the certificate's private key, without a pass phrase."""
+
+    tls_client_ca: Path | None = None
+    """PEM file of the authorities that vouch for clients: none without a certificate of theirs gets in."""
+
+    tokens: Path | None = None
+    """TOML file of tokens (`lynearm tokens new`), one of which each call must carry; None: calls need none.
+    Read anew when it changes."""
 
     group_milliseconds: float = 5.0
     """Longest wait for more blocks before a group is written. About the cost of one sync on an SSD:
@@ -49,6 +62,21 @@ class ServeConfig:
     """Calls at the same time; more are refused at once, as unavailable, rather than queued. A call costs
     little memory beyond the blocks on their way to a reader, at most about 8 MiB."""
 
+    max_calls_per_caller: int = 512
+    """The same for each token, or without tokens for each address: half, so that one cannot shut out all."""
+
+    requests_per_second: float = 0.0
+    """Calls that each token, or without tokens each address, may begin; 0: as many as it likes."""
+
+    publish_bytes_per_second: float = 0.0
+    """Bytes that each token, or without tokens each address, may publish; 0: as many as it likes."""
+
+    max_streams: int = 10_000
+    """Streams in the catalog; further ones are refused. ListStreams answers with all of them at once."""
+
+    reflection: bool = False
+    """Tell tools such as grpcurl which services and messages there are; asks for a token with admin scope."""
+
     drain_seconds: float = 10.0
     """Time that running calls get to end when the server is asked to stop."""
 
@@ -65,13 +93,35 @@ class ServeConfig:
             f"queue_bytes is {self.queue_bytes}, expected at least {4 * MIB}": self.queue_bytes >= 4 * MIB,
             f"cache_bytes is {self.cache_bytes}, expected 0 or more": self.cache_bytes >= 0,
             f"max_calls is {self.max_calls}, expected at least 1": self.max_calls >= 1,
+            f"max_calls_per_caller is {self.max_calls_per_caller}, expected at least 1": (
+                self.max_calls_per_caller >= 1
+            ),
+            f"requests_per_second is {self.requests_per_second}, expected 0 or more": (
+                self.requests_per_second >= 0
+            ),
+            f"publish_bytes_per_second is {self.publish_bytes_per_second}, expected 0 or more": (
+                self.publish_bytes_per_second >= 0
+            ),
+            f"max_streams is {self.max_streams}, expected at least 1": self.max_streams >= 1,
             f"drain_seconds is {self.drain_seconds}, expected 0 or more": self.drain_seconds >= 0,
         }
         for problem, holds in checks.items():
             if not holds:
                 raise ConfigError(problem)
-        if not self.insecure and not is_loopback(self.host):
+        self._check_security()
+
+    def _check_security(self) -> None:
+        if (self.tls_cert is None) != (self.tls_key is None):
+            raise ConfigError("one of tls_cert and tls_key is given", "give both, or neither")
+        if self.tls_client_ca is not None and self.tls_cert is None:
+            raise ConfigError("tls_client_ca is given without tls_cert", "give tls_cert and tls_key too")
+        missing = [
+            name
+            for name, value in (("TLS (tls_cert, tls_key)", self.tls_cert), ("tokens", self.tokens))
+            if value is None
+        ]
+        if missing and not self.insecure and not is_loopback(self.host):
             raise ConfigError(
-                f"host {self.host!r} is not a loopback address, and this server has neither TLS nor tokens",
-                "listen on 127.0.0.1 and use a tunnel, or accept the risk with --insecure",
+                f"host {self.host!r} is not a loopback address, and there is no {' and no '.join(missing)}",
+                "add it, listen on 127.0.0.1 and use a tunnel, or accept the risk with --insecure",
             )
