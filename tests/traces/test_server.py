@@ -142,7 +142,7 @@ def test_stopping_acknowledges_all_that_is_kept_and_ends_every_call(
     server.stop()
     last_acks, failure = producer.fail()
     for error in (failure, reader.error()):
-        assert (code(error), error_name(error)) == ("UNAVAILABLE", "ServiceUnavailableError")
+        assert (code(error), error_name(error)) == ("UNAVAILABLE", "DrainingError")
     kept = [offset for offset, _ in fetch(start_server().stub, 0, 1000)]
     assert kept == list((acked | last_acks).values())
 
@@ -164,5 +164,5 @@ def test_sigterm_ends_the_process_well(tmp_path: Path) -> None:
         reader = Reader(server.stub)
         assert reader.is_quiet()
         server.process.send_signal(signal.SIGTERM)
-        assert error_name(reader.error()) == "ServiceUnavailableError"
+        assert error_name(reader.error()) == "DrainingError"
         assert server.process.wait(30) == 0

@@ -23,14 +23,14 @@ def test_google_reads_what_is_written() -> None:
     info, retry = details_pb2.ErrorInfo(), details_pb2.RetryInfo()
     assert status.details[0].Unpack(info)
     assert status.details[1].Unpack(retry)
-    assert (info.reason, info.domain) == ("RateLimitedError", "lynearm.dev")
+    assert (info.reason, info.domain) == ("RATE_LIMITED", "lynearm.dev")
     assert retry.retry_delay.ToTimedelta().total_seconds() == 2.25
 
 
 def test_no_retry_is_promised_where_none_helps() -> None:
     encoded = encode_status(5, "no such stream", StreamNotFoundError("no such stream"))
     assert len(status_pb2.Status.FromString(encoded).details) == 1
-    assert parse_status(encoded) == StatusDetails("StreamNotFoundError", None)
+    assert parse_status(encoded) == StatusDetails("STREAM_NOT_FOUND", None)
 
 
 def test_what_google_writes_is_read() -> None:
@@ -38,17 +38,17 @@ def test_what_google_writes_is_read() -> None:
     # A detail of a kind that nobody here knows comes first.
     status.details.add().Pack(details_pb2.DebugInfo(detail="y"))
     status.details.add().Pack(
-        details_pb2.ErrorInfo(reason="RateLimitedError", domain="lynearm.dev", metadata={"a": "b"})
+        details_pb2.ErrorInfo(reason="RATE_LIMITED", domain="lynearm.dev", metadata={"a": "b"})
     )
     retry = details_pb2.RetryInfo()
     retry.retry_delay.FromMilliseconds(1500)
     status.details.add().Pack(retry)
-    assert parse_status(status.SerializeToString()) == StatusDetails("RateLimitedError", 1.5)
+    assert parse_status(status.SerializeToString()) == StatusDetails("RATE_LIMITED", 1.5)
 
 
 def test_a_reason_of_another_domain_is_not_ours() -> None:
     status = status_pb2.Status(code=8)
-    status.details.add().Pack(details_pb2.ErrorInfo(reason="RateLimitedError", domain="example.org"))
+    status.details.add().Pack(details_pb2.ErrorInfo(reason="RATE_LIMITED", domain="example.org"))
     assert parse_status(status.SerializeToString()) == StatusDetails()
 
 

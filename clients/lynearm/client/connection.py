@@ -17,12 +17,10 @@ from lynearm.wire.errors import (
     ERROR_NAME_METADATA_KEY,
     REMEDY_METADATA_KEY,
     LynearmError,
-    RateLimitedError,
     ServiceUnavailableError,
-    StorageFullError,
     error_from_status,
 )
-from lynearm.wire.status import STATUS_METADATA_KEY, StatusDetails, parse_status
+from lynearm.wire.status import STATUS_METADATA_KEY, StatusDetails, error_name_of, parse_status
 
 KEEPALIVE_SECONDS = 10
 """A peer that froze is noticed after this and `PING_TIMEOUT_SECONDS`; without both, after a minute."""
@@ -151,7 +149,7 @@ class Connection:
         metadata = dict(call.trailing_metadata() or ())
         status = call.code().name
         details = _details(metadata.get(STATUS_METADATA_KEY, b""))
-        name = _text(metadata.get(ERROR_NAME_METADATA_KEY, "")) or details.reason
+        name = _text(metadata.get(ERROR_NAME_METADATA_KEY, "")) or error_name_of(details.reason)
         if status == "UNAVAILABLE" and not name:
             return ServiceUnavailableError(
                 f"no trace service answers at {self.target} ({call.details()})",
@@ -170,9 +168,11 @@ def is_transient(failure: grpc.RpcError) -> bool:
     code = call.code()
     if code in (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.CANCELLED):
         return True
-    name = _text(dict(call.trailing_metadata() or ()).get(ERROR_NAME_METADATA_KEY, ""))
-    if name in (StorageFullError.__name__, RateLimitedError.__name__):
-        return True
+    metadata = dict(call.trailing_metadata() or ())
+    name = _text(metadata.get(ERROR_NAME_METADATA_KEY, ""))
+    if code == grpc.StatusCode.RESOURCE_EXHAUSTED:
+        # The service says so where waiting helps: a full disk, a rate, too many calls at a time.
+        return _details(metadata.get(STATUS_METADATA_KEY, b"")).retry_seconds is not None
     # A server that is stopped or killed may also reset the stream, which gRPC reports in these two.
     reset = "RST_STREAM" in (call.details() or "")
     return not name and reset and code in (grpc.StatusCode.INTERNAL, grpc.StatusCode.UNKNOWN)

@@ -24,7 +24,7 @@ from lynearm.traces.catalog import Catalog, CommitOutcome, CommittedBlock, NewBl
 from lynearm.traces.reader import BlockCache
 from lynearm.traces.store import BlockStore, StoredObject
 from lynearm.traces.tail import Tails
-from lynearm.wire.errors import InternalError, LynearmError, ServiceUnavailableError, StorageFullError
+from lynearm.wire.errors import DrainingError, InternalError, LynearmError, StorageFullError
 
 logger = logging.getLogger(__name__)
 
@@ -250,8 +250,8 @@ def _wake(event: asyncio.Event) -> asyncio.Event:
     return asyncio.Event()
 
 
-def stopping() -> ServiceUnavailableError:
+def stopping() -> DrainingError:
     """The error of calls that meet a server on its way down."""
-    return ServiceUnavailableError(
+    return DrainingError(
         "the trace service is stopping", "connect again, or to another server; resume from the last offset"
     )
