@@ -38,6 +38,7 @@ MAX_TOKENS = 1000
 _PREFIX = "lyn_"
 """Begins every token, so that scanners for leaked secrets find them."""
 
+_TOKEN = re.compile(_PREFIX + r"[A-Za-z0-9_-]{16,}")
 _STREAMS = re.compile(r"[a-z0-9._-]{0,128}\*?")
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 _KEYS = (
@@ -154,6 +155,11 @@ def token_sha256(token: str) -> bytes:
     return hashlib.sha256(token.encode("utf-8", "surrogateescape")).digest()
 
 
+def redact(text: str) -> str:
+    """The text without what may be a token in it."""
+    return _TOKEN.sub(_PREFIX + "…", text)
+
+
 def find_entry(entries: Iterable[TokenEntry], token: str) -> TokenEntry | None:
     """The entry of a token. Takes the same time whatever the token, and wherever its entry stands."""
     presented, found = token_sha256(token), None
@@ -180,9 +186,17 @@ def parse_tokens(text: str, where: str) -> tuple[TokenEntry, ...]:
         ConfigError: naming the entry that is wrong, and never what may be a token.
     """
     try:
+        return _parse_document(text, where)
+    except ConfigError as error:
+        # People put tokens where names or hashes belong. Not chained: a traceback would show the original.
+        raise ConfigError(redact(error.message), error.remedy) from None
+
+
+def _parse_document(text: str, where: str) -> tuple[TokenEntry, ...]:
+    try:
         document: dict[str, object] = tomllib.loads(text)
     except tomllib.TOMLDecodeError as error:
-        raise ConfigError(f"{where} is not TOML: {error}", "see docs/operations.md for an example") from error
+        raise ConfigError(f"{where} is not TOML: {error}", "see docs/security.md for an example") from error
     tables = document.pop("tokens", [])
     if document or not isinstance(tables, list):
         raise ConfigError(f"{where} holds something besides [[tokens]]", "remove it")
