@@ -30,7 +30,9 @@ EXPECTED = {
 }
 """What a request may be answered with; any other, such as UNKNOWN, says that the server erred."""
 
-FUZZED = settings(deadline=None, max_examples=150, suppress_health_check=[HealthCheck.function_scoped_fixture])
+FUZZED = settings(
+    deadline=None, max_examples=150, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
 
 
 @pytest.fixture(scope="module")

@@ -1,8 +1,8 @@
 """Errors as `google.rpc.Status`, the form that gRPC tools of every language read.
 
 A server sends it in trailing metadata, beside the keys of `errors`: an ErrorInfo whose reason is the class
-of the error (DRAINING for DrainingError), and a RetryInfo where trying again makes sense. Written and read by hand: three small messages
-do not pay for a dependency.
+of the error (DRAINING for DrainingError), and a RetryInfo where trying again makes sense. Written and read
+by hand: three small messages do not pay for a dependency.
 Messages: https://github.com/googleapis/googleapis/blob/master/google/rpc/error_details.proto
 """
 

@@ -11,6 +11,7 @@ from lynearm.traces.servicer import SERVICE_NAME
 from lynearm.traces.tokens import Caller, Permission
 from lynearm.v1 import trace_service_pb2 as pb
 from lynearm.wire.errors import AccessDeniedError, InvalidInputError
+from lynearm.wire.fields import read_fields
 from lynearm.wire.frames import PublishOpen, parse_publish_request
 
 OPEN_SERVICES = frozenset({"grpc.health.v1.Health"})
@@ -32,6 +33,8 @@ class Rule:
     the permission on any stream opens, and which must look itself at what it shows."""
     is_metered: bool = False
     """The bytes of its messages count against the caller's rate."""
+    read_offset: Callable[[bytes], int] | None = None
+    """Offset of the block in a response, which shows how far a subscriber is."""
 
 
 def _name(request: Any) -> Target:
@@ -55,6 +58,12 @@ def _subscribe_opening(message: pb.SubscribeRequest) -> Target:
     return Target(message.open.stream)
 
 
+def _sent_offset(message: bytes) -> int:
+    # Field 1 of SubscribeResponse, which comes first; absent where it is 0.
+    number, value = next(iter(read_fields(message)), (0, 0))
+    return value if number == 1 and isinstance(value, int) else 0
+
+
 # A teacher makes, looks at, fills and seals its stream, and asks which prompts are finished.
 _TRACE_RULES: Mapping[str, Rule] = {
     "CreateStream": Rule(("publish",), lambda request: Target(request.spec.name)),
@@ -63,7 +72,7 @@ _TRACE_RULES: Mapping[str, Rule] = {
     "DeleteStream": Rule(("admin",), _name),
     "SealStream": Rule(("publish",), _name),
     "Publish": Rule(("publish",), _publish_opening, is_metered=True),
-    "Subscribe": Rule(("consume",), _subscribe_opening),
+    "Subscribe": Rule(("consume",), _subscribe_opening, read_offset=_sent_offset),
     "FetchBlocks": Rule(("consume",), _stream),
     "ListFinishedPrompts": Rule(("publish", "consume"), _stream),
     "PutDictionary": Rule(("publish",), _stream),

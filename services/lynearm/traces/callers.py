@@ -11,8 +11,9 @@ import logging
 import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Protocol, TypeAlias
+from typing import Protocol
 
+from lynearm.traces.current_call import Metadata
 from lynearm.traces.limits import CallerLimits, CallerQuota
 from lynearm.traces.tokens import Caller, Scope, TokenEntry, find_entry, parse_tokens
 from lynearm.wire.errors import AuthenticationError, ConfigError
@@ -25,8 +26,6 @@ CHECK_SECONDS = 1.0
 MAX_TOKEN_CHARACTERS = 512
 
 _MAX_FILE_BYTES = 4 << 20
-
-Metadata: TypeAlias = Sequence[tuple[str, str | bytes]]
 
 
 class Callers(Protocol):

@@ -14,6 +14,7 @@ from typing import Any, NoReturn, TypeAlias, TypeVar, cast
 import grpc
 import grpc.aio
 
+from lynearm.traces.current_call import note_end
 from lynearm.wire.errors import (
     ERROR_NAME_METADATA_KEY,
     REMEDY_METADATA_KEY,
@@ -21,7 +22,7 @@ from lynearm.wire.errors import (
     LynearmError,
     ServiceUnavailableError,
 )
-from lynearm.wire.status import STATUS_METADATA_KEY, encode_status
+from lynearm.wire.status import STATUS_METADATA_KEY, encode_status, reason_of
 
 logger = logging.getLogger(__name__)
 
@@ -89,6 +90,7 @@ async def abort(context: Context, error: LynearmError) -> NoReturn:
     code = grpc.StatusCode[error.status_code]
     number: int = cast("Any", code).value[0]  # typed by the name that Python gives it
     message = _shorten(error.message).decode()
+    note_end(error.status_code, reason_of(type(error)))
     metadata = (
         (ERROR_NAME_METADATA_KEY, type(error).__name__),
         (REMEDY_METADATA_KEY, _shorten(error.remedy)),

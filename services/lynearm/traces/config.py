@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 from lynearm.wire.addresses import is_loopback
 from lynearm.wire.errors import ConfigError
@@ -77,6 +78,16 @@ class ServeConfig:
     reflection: bool = False
     """Tell tools such as grpcurl which services and messages there are; asks for a token with admin scope."""
 
+    metrics_port: int | None = None
+    """TCP port of Prometheus metrics over HTTP; 0 takes any free one, None has none."""
+
+    metrics_host: str = "127.0.0.1"
+    """Address of that port, on which there is neither TLS nor a token: keep it to a network of your own. The
+    metrics name streams."""
+
+    log_format: Literal["text", "json"] = "text"
+    """json: one object a line, for programs, with every long or refused call."""
+
     drain_seconds: float = 10.0
     """Time that running calls get to end when the server is asked to stop."""
 
@@ -103,6 +114,9 @@ class ServeConfig:
                 self.publish_bytes_per_second >= 0
             ),
             f"max_streams is {self.max_streams}, expected at least 1": self.max_streams >= 1,
+            f"metrics_port is {self.metrics_port}, expected 0 to 65535": (
+                self.metrics_port is None or 0 <= self.metrics_port <= 65535
+            ),
             f"drain_seconds is {self.drain_seconds}, expected 0 or more": self.drain_seconds >= 0,
         }
         for problem, holds in checks.items():

@@ -7,6 +7,7 @@ Invariants:
 - A request that is no message of its type never raises inside gRPC, which would log a traceback and answer
   UNKNOWN; it is refused as invalid.
 - A long call ends when its token does.
+- Observers see every call that has a method, refused ones too, with the status that it ends with.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from __future__ import annotations
 import asyncio
 import inspect
 import logging
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeAlias, cast
 
@@ -23,12 +24,13 @@ import grpc.aio
 from google.protobuf.message import DecodeError
 
 from lynearm.traces.access import Rule, check_caller, check_target, is_open
-from lynearm.traces.callers import AnonymousCallers, Callers, Metadata
+from lynearm.traces.callers import AnonymousCallers, Callers
 from lynearm.traces.calls import Context, abort
-from lynearm.traces.current_call import Call, begin_call
+from lynearm.traces.current_call import Call, Metadata, begin_call
 from lynearm.traces.limits import CallerQuota
+from lynearm.traces.observation import Observer
 from lynearm.traces.tokens import Caller
-from lynearm.wire.errors import AuthenticationError, InvalidInputError, LynearmError
+from lynearm.wire.errors import AccessDeniedError, AuthenticationError, InvalidInputError, LynearmError
 
 logger = logging.getLogger(__name__)
 
@@ -43,9 +45,11 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
     Args:
         callers: Whom the server knows.
         max_open_calls: Calls at the same time from one address to what anybody may call.
+        observers: Who is told of each call.
     """
 
-    def __init__(self, callers: Callers, *, max_open_calls: int) -> None:
+    def __init__(self, callers: Callers, *, max_open_calls: int, observers: Sequence[Observer] = ()) -> None:
+        self.observers = tuple(observers)
         self._callers = callers
         self._strangers = AnonymousCallers(CallerQuota(max_open_calls))
 
@@ -88,61 +92,103 @@ class _GuardedMethod:
 
     async def serve(self, request: Untyped, context: Context) -> Untyped:
         """Answer, or end the call with the status of a typed error."""
+        call = Call(self._name, self._is_long, self._metadata)
+        begin_call(call)
+        for observer in self._interceptor.observers:
+            observer.begin_call(call)
         try:
-            caller = self._interceptor.identify(self._name, self._metadata, context.peer())
-            call = Call(self._name, caller)
-            begin_call(call)
+            return await self._answer(call, request, context)
+        except asyncio.CancelledError:
+            call.status = "CANCELLED"
+            raise
+        except grpc.aio.AbortError:
+            if call.status == "OK":  # what is not ours ended the call
+                call.status = _status_name(context)
+            raise
+        finally:
+            for observer in self._interceptor.observers:
+                observer.end_call(call)
+
+    async def _answer(self, call: Call, request: Untyped, context: Context) -> Untyped:
+        try:
+            caller = call.caller = self._interceptor.identify(self._name, self._metadata, context.peer())
             with caller.limits.call(caller.name):
-                return await self._serve(call, request, context)
+                return await self._serve(call, caller, request, context)
         except LynearmError as error:
             logger.debug("%s: %s: %s", self._name, type(error).__name__, error)
             await abort(context, error)
 
-    async def _serve(self, call: Call, request: Untyped, context: Context) -> Untyped:
+    async def _serve(self, call: Call, caller: Caller, request: Untyped, context: Context) -> Untyped:
         if is_open(self._name):
             return await self._behaviour(_checked(request), context)
-        guarded = _GuardedContext(context, call, check_caller(call.caller, self._name))
+        observers = self._interceptor.observers
+        guarded = _GuardedContext(context, call, check_caller(caller, self._name), observers)
         if self._takes_stream:
             request = guarded.messages()
         else:
-            guarded.check(request)
+            await guarded.take(request)
         work = _run(self._behaviour, request, guarded)
-        return await (_run_until_revoked(call.caller, work) if self._is_long else work)
+        response = await (_run_until_revoked(caller, work) if self._is_long else work)
+        if not self._is_long:
+            guarded.note_sent(response)
+        return response
 
 
 class _GuardedContext:
-    """A call's context that looks at each message before the method sees it."""
+    """A call's context that looks at each message before the method sees it, and counts what passes."""
 
-    def __init__(self, context: Context, call: Call, rule: Rule) -> None:
+    def __init__(self, context: Context, call: Call, rule: Rule, observers: Sequence[Observer]) -> None:
         self._context = context
         self._call = call
         self._rule = rule
-        # Bound once: the hot methods write each block through it.
-        self.write = context.write
+        self._observers = observers
 
     async def read(self) -> Untyped:
         """The next message, or grpc.aio.EOF."""
         message: Untyped = await self._context.read()
         if message is not grpc.aio.EOF:
-            self.check(message)
-            if self._rule.is_metered:
-                caller = self._call.caller
-                await caller.limits.pay_for_publish(caller.name, len(message))
+            await self.take(message)
         return message
+
+    async def write(self, message: Untyped) -> None:
+        """Send a message."""
+        await self._context.write(message)
+        self.note_sent(message)
 
     async def messages(self) -> AsyncIterator[Untyped]:
         """What a method gets that iterates over its requests."""
         while (message := await self.read()) is not grpc.aio.EOF:
             yield message
 
-    def check(self, message: Untyped) -> None:
-        """Refuse what is malformed, or, in a first message, about a stream of others."""
+    async def take(self, message: Untyped) -> None:
+        """Let a message through.
+
+        Raises:
+            LynearmError: it is malformed, a first one about a stream of others, or one too many.
+        """
         _checked(message)
-        if self._rule.target is None or self._call.target is not None:
-            return
-        target = self._rule.target(message)
-        check_target(self._call.caller, self._rule, target)
-        self._call.target = target
+        size_bytes = _size_bytes(message)
+        self._call.received_bytes += size_bytes
+        for observer in self._observers:
+            observer.received(self._call, size_bytes)
+        caller = self._call.caller
+        if caller is None:
+            raise AccessDeniedError("nobody is known to make this call")
+        if self._rule.target is not None and self._call.target is None:
+            target = self._rule.target(message)
+            check_target(caller, self._rule, target)
+            self._call.target = target
+        if self._rule.is_metered:
+            await caller.limits.pay_for_publish(caller.name, size_bytes)
+
+    def note_sent(self, message: Untyped) -> None:
+        """Count a message that went out."""
+        size_bytes = _size_bytes(message)
+        self._call.sent_bytes += size_bytes
+        if self._rule.read_offset is not None and self._observers:
+            self._call.sent_offset = self._rule.read_offset(message)
+        for observer in self._observers:
+            observer.sent(self._call, size_bytes)
 
     def __getattr__(self, name: str) -> Untyped:
         return getattr(self._context, name)
@@ -172,6 +218,15 @@ def _checked(message: Untyped) -> Untyped:
             "the request is not the message that this method takes", "use the protos of lynearm.v1"
         )
     return message
+
+
+def _size_bytes(message: Untyped) -> int:
+    return len(message) if isinstance(message, bytes) else int(message.ByteSize())
+
+
+def _status_name(context: Context) -> str:
+    code: Untyped = context.code()
+    return str(code.name) if isinstance(code, grpc.StatusCode) else "UNKNOWN"
 
 
 async def _run(behaviour: Untyped, request: Untyped, context: _GuardedContext) -> Untyped:

@@ -22,6 +22,7 @@ from lynearm.traces.commit import stopping
 from lynearm.traces.config import MIB, ServeConfig
 from lynearm.traces.security import open_security
 from lynearm.traces.servicer import SERVICE_NAME, TraceServicer, service_handler
+from lynearm.traces.watching import open_watching
 from lynearm.wire.errors import PreconditionError
 
 logger = logging.getLogger(__name__)
@@ -64,7 +65,7 @@ class TraceServer:
         config: Where to keep data and where to listen.
 
     Raises:
-        PreconditionError: on entering, when the port or the data directory is in use.
+        PreconditionError: on entering, when a port or the data directory is in use.
         ConfigError: on entering, when the TLS files or the tokens file cannot be used.
         StorageError: on entering, when the data directory cannot be used.
     """
@@ -72,12 +73,18 @@ class TraceServer:
     def __init__(self, config: ServeConfig) -> None:
         self._config = config
         self._port = 0
+        self._metrics_port = 0
         self._stack = AsyncExitStack()
 
     @property
     def port(self) -> int:
         """TCP port; the one that was found where the configuration says 0."""
         return self._port
+
+    @property
+    def metrics_port(self) -> int:
+        """TCP port of the metrics; 0 where there are none."""
+        return self._metrics_port
 
     @property
     def address(self) -> str:
@@ -89,8 +96,10 @@ class TraceServer:
         async with AsyncExitStack() as stack:
             config = self._config
             _check_port(config.host, config.port)
-            security = await stack.enter_async_context(open_security(config))
-            backend = await stack.enter_async_context(open_backend(config))
+            watching = await stack.enter_async_context(open_watching(config))
+            security = await stack.enter_async_context(open_security(config, watching.observation))
+            backend = await stack.enter_async_context(open_backend(config, watching.observation))
+            watching.watch_backend(backend)
             gate = CallGate(config.max_calls)
             server = grpc.aio.server(interceptors=(security.interceptor,), options=_OPTIONS)
             servicer = TraceServicer(backend, max_streams=config.max_streams)
@@ -100,12 +109,17 @@ class TraceServer:
             if config.reflection:
                 names = (SERVICE_NAME, health.SERVICE_NAME, reflection.SERVICE_NAME)
                 reflection.enable_server_reflection(names, server)
+            self._metrics_port = watching.metrics_port
             self._port = _bind(server, config, security.credentials)
             await server.start()
             stack.push_async_callback(self._drain, server, health_servicer, backend, gate)
+            stack.callback(watching.drain)
             await health_servicer.set(SERVICE_NAME, health_pb2.HealthCheckResponse.SERVING)
             self._stack = stack.pop_all()
-        logger.info("serving %s at %s (%s)", self._config.data_dir, self.address, security.summary)
+        shown = f"{config.metrics_host}:{self._metrics_port}" if self._metrics_port else "off"
+        logger.info(
+            "serving %s at %s (%s), metrics %s", config.data_dir, self.address, security.summary, shown
+        )
         return self
 
     async def __aexit__(
@@ -124,6 +138,7 @@ class TraceServer:
     ) -> None:
         await health_servicer.enter_graceful_shutdown()
         gate.close(stopping())
+        backend.committer.hurry()
         backend.tails.drain(stopping())
         if not await gate.wait_idle(self._config.drain_seconds):
             logger.warning("some calls did not end within %g s and are cut off", self._config.drain_seconds)
