@@ -75,17 +75,26 @@ def test_a_catalog_that_is_none_is_named(start_server: StartServer, tmp_path: Pa
         start_server()
 
 
-def test_an_address_beyond_loopback_needs_consent(tmp_path: Path) -> None:
+def test_an_address_beyond_loopback_needs_tls_and_tokens_or_consent(tmp_path: Path) -> None:
+    tls = {"tls_cert": tmp_path / "cert", "tls_key": tmp_path / "key"}
+    tokens = {"tokens": tmp_path / "tokens"}
     for host in ("0.0.0.0", "::", "10.0.0.1", "example.org"):
-        with pytest.raises(ConfigError, match="--insecure"):
-            ServeConfig(tmp_path, host=host)
-        ServeConfig(tmp_path, host=host, insecure=True)
+        for settings, missing in (({}, "no TLS .* and no tokens"), (tls, "no tokens"), (tokens, "no TLS")):
+            with pytest.raises(ConfigError, match=f"there is {missing}.*--insecure"):
+                ServeConfig(tmp_path, host=host, **settings)
+            ServeConfig(tmp_path, host=host, insecure=True, **settings)
+        ServeConfig(tmp_path, host=host, **tls, **tokens)
     for host in ("127.0.0.1", "127.8.8.8", "::1", "[::1]", "localhost"):
         ServeConfig(tmp_path, host=host)
 
 
 @pytest.mark.parametrize(
-    "field", ["port", "group_milliseconds", "group_bytes", "queue_bytes", "cache_bytes", "max_calls"]
+    "field",
+    [
+        *("port", "group_milliseconds", "group_bytes", "queue_bytes", "cache_bytes", "max_calls"),
+        *("max_calls_per_caller", "requests_per_second", "publish_bytes_per_second", "max_streams"),
+        *("metrics_port", "drain_seconds"),
+    ],
 )
 def test_a_setting_out_of_range_is_named(field: str) -> None:
     with pytest.raises(ConfigError, match=f"{field} is -1"):

@@ -118,7 +118,7 @@ def serve(
                 watch(address)
 
         run_server(settings, on_ready)
-    if report.for_people:
+    if report.for_people and settings.log_format == "text":
         typer.echo(
             f"stopped; all that was acknowledged is in {settings.data_dir}, "
             "and the same command serves it again",

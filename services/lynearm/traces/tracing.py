@@ -63,16 +63,20 @@ async def open_tracing() -> AsyncGenerator[Observer]:
             "the OTEL_* variables ask for traces, but OpenTelemetry is not installed",
             "pip install 'lynearm[tracing]', or set OTEL_TRACES_EXPORTER=none",
         ) from error
-    # What OTEL_SERVICE_NAME and OTEL_RESOURCE_ATTRIBUTES say comes before the name given here.
-    resource = Resource({SERVICE_NAME: "lynearm"}).merge(Resource.create())
-    if resource.attributes.get(SERVICE_NAME) == "unknown_service":
+    resource = Resource.create()  # with what OTEL_SERVICE_NAME and OTEL_RESOURCE_ATTRIBUTES say
+    if str(resource.attributes.get(SERVICE_NAME, "")).startswith("unknown_service"):
         resource = resource.merge(Resource({SERVICE_NAME: "lynearm"}))
     provider = TracerProvider(resource=resource, shutdown_on_exit=False)
-    provider.add_span_processor(BatchSpanProcessor(OTLPSpanExporter()))
+    exporter: Any = OTLPSpanExporter()  # half typed
+    provider.add_span_processor(BatchSpanProcessor(exporter))
     try:
         yield CallTracing(provider.get_tracer("lynearm.traces"))
     finally:
-        await asyncio.to_thread(provider.force_flush, int(_LAST_SPANS_SECONDS * 1000))
+        # The flush ignores a time limit of its own; the exporter, once shut down, gives up, and so it ends.
+        flushing = asyncio.create_task(asyncio.to_thread(provider.force_flush))
+        await asyncio.wait((flushing,), timeout=_LAST_SPANS_SECONDS)
+        await asyncio.to_thread(exporter.shutdown)
+        await flushing
         await asyncio.to_thread(provider.shutdown)
 
 
