@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import math
+import socket
 import time
 from pathlib import Path
 from typing import cast
@@ -217,3 +218,21 @@ def test_a_message_that_is_too_large_is_refused_before_it_is_read(start_server: 
     producer.send(1, make_block(1), ["x" * MAX_MESSAGE_BYTES])
     assert code(producer.error()) == "RESOURCE_EXHAUSTED"
     publish(stub, [1], producer_id="q")
+
+
+def test_connections_beyond_the_bound_are_dropped(start_server: StartServer) -> None:
+    server = start_server(max_connections=2)
+
+    def connect() -> socket.socket:
+        return socket.create_connection(("127.0.0.1", server.server.port), timeout=30)
+
+    kept = [connect(), connect()]
+    for peer in kept:
+        assert peer.recv(1), "a server speaks first in HTTP/2"
+    with connect() as dropped:
+        assert dropped.recv(1) == b""
+    for peer in kept:
+        peer.close()
+    with TraceClient(server.server.address, timeout_seconds=30) as client:
+        client.wait_until_ready(30)
+        assert client.list_streams() == []

@@ -59,6 +59,9 @@ def serve(
         Path | None,
         typer.Option(help="File of tokens, from `lynearm tokens new`; calls then need one of them."),
     ] = None,
+    max_connections: Annotated[
+        int | None, typer.Option(help="Connections at a time.", show_default="4096")
+    ] = None,
     max_calls_per_caller: Annotated[
         int | None, typer.Option(help="Calls at a time of one token or address.", show_default="512")
     ] = None,

@@ -63,6 +63,9 @@ class ServeConfig:
     """Calls at the same time; more are refused at once, as unavailable, rather than queued. A call costs
     little memory beyond the blocks on their way to a reader, at most about 8 MiB."""
 
+    max_connections: int = 4096
+    """Connections at the same time, of whoever; further ones are dropped. Each takes a file descriptor."""
+
     max_calls_per_caller: int = 512
     """The same for each token, or without tokens for each address: half, so that one cannot shut out all."""
 
@@ -104,6 +107,7 @@ class ServeConfig:
             f"queue_bytes is {self.queue_bytes}, expected at least {4 * MIB}": self.queue_bytes >= 4 * MIB,
             f"cache_bytes is {self.cache_bytes}, expected 0 or more": self.cache_bytes >= 0,
             f"max_calls is {self.max_calls}, expected at least 1": self.max_calls >= 1,
+            f"max_connections is {self.max_connections}, expected at least 1": self.max_connections >= 1,
             f"max_calls_per_caller is {self.max_calls_per_caller}, expected at least 1": (
                 self.max_calls_per_caller >= 1
             ),

@@ -30,6 +30,9 @@ logger = logging.getLogger(__name__)
 MAX_MESSAGE_BYTES = 4 * MIB
 """gRPC's default, so that any client reads what is sent; a block of 3 MiB with its prompt ids fits."""
 
+MAX_CALLS_PER_CONNECTION = 1024
+"""Further ones wait in the client: the last bound on calls that never say what they want."""
+
 MAX_METADATA_BYTES = 8192
 """Of a call's headers, gRPC's default; a token and a trace context take a few hundred."""
 
@@ -43,6 +46,9 @@ _OPTIONS: tuple[tuple[str, int], ...] = (
     # Both, since between them gRPC refuses by chance.
     ("grpc.max_metadata_size", MAX_METADATA_BYTES),
     ("grpc.absolute_max_metadata_size", MAX_METADATA_BYTES),
+    ("grpc.max_concurrent_streams", MAX_CALLS_PER_CONNECTION),
+    # Two minutes would be gRPC's patience with a peer that says nothing.
+    ("grpc.server_handshake_timeout_ms", 20_000),
     # A frozen peer is noticed after 15 s; without both timeouts gRPC waits a minute.
     ("grpc.keepalive_time_ms", 10_000),
     ("grpc.keepalive_timeout_ms", 5_000),
@@ -101,7 +107,8 @@ class TraceServer:
             backend = await stack.enter_async_context(open_backend(config, watching.observation))
             watching.watch_backend(backend)
             gate = CallGate(config.max_calls)
-            server = grpc.aio.server(interceptors=(security.interceptor,), options=_OPTIONS)
+            options = (*_OPTIONS, ("grpc.max_allowed_incoming_connections", config.max_connections))
+            server = grpc.aio.server(interceptors=(security.interceptor,), options=options)
             servicer = TraceServicer(backend, max_streams=config.max_streams)
             server.add_generic_rpc_handlers((service_handler(servicer, gate),))
             health_servicer = health.aio.HealthServicer()
