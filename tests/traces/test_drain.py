@@ -94,7 +94,7 @@ def test_a_draining_server_says_so_to_everybody(start_server: StartServer) -> No
             assert (code(caught.value), error_name(caught.value)) == ("UNAVAILABLE", "DrainingError")
             metadata = dict(cast("grpc.Call", caught.value).trailing_metadata() or ())
             details = parse_status(cast("bytes", metadata[STATUS_METADATA_KEY]))
-            assert details == StatusDetails("DRAINING", 1.0)
+            assert details == StatusDetails("DrainingError", 1.0)
         client = TraceClient(server.server.address, timeout_seconds=30)
         with client, pytest.raises(DrainingError, match="another server"):
             client.list_streams()

@@ -146,7 +146,7 @@ def test_too_many_calls_of_one_caller_are_refused_and_others_go_on(
         with pytest.raises(grpc.RpcError) as caught:
             stub.ListStreams(pb.ListStreamsRequest())
         assert (code(caught.value), error_name(caught.value)) == ("RESOURCE_EXHAUSTED", "LimitError")
-        assert status_details(caught.value) == StatusDetails("LIMIT", 1.0)
+        assert status_details(caught.value) == StatusDetails("LimitError", 1.0)
         publish(other, [1])
         for reader in readers:
             assert reader.next().offset == 0
@@ -170,7 +170,7 @@ def test_a_quota_of_one_token_takes_the_place_of_the_usual_one(
         with pytest.raises(grpc.RpcError) as caught:
             stub.ListStreams(pb.ListStreamsRequest())
     details = status_details(caught.value)
-    assert (code(caught.value), details.reason) == ("RESOURCE_EXHAUSTED", "RATE_LIMITED")
+    assert (code(caught.value), details.reason) == ("RESOURCE_EXHAUSTED", "RateLimitedError")
     assert 60 < (details.retry_seconds or 0) <= 100
 
 
@@ -194,7 +194,7 @@ def test_blocks_far_beyond_the_rate_are_refused_after_the_acks(start_server: Sta
     acks, error = producer.fail()
     details = status_details(error)
     assert acks == {1: 0}
-    assert (code(error), details.reason) == ("RESOURCE_EXHAUSTED", "RATE_LIMITED")
+    assert (code(error), details.reason) == ("RESOURCE_EXHAUSTED", "RateLimitedError")
     assert (details.retry_seconds or 0) > 100
 
 

@@ -30,7 +30,7 @@ def test_google_reads_what_is_written() -> None:
 def test_no_retry_is_promised_where_none_helps() -> None:
     encoded = encode_status(5, "no such stream", StreamNotFoundError("no such stream"))
     assert len(status_pb2.Status.FromString(encoded).details) == 1
-    assert parse_status(encoded) == StatusDetails("STREAM_NOT_FOUND", None)
+    assert parse_status(encoded) == StatusDetails("StreamNotFoundError", None)
 
 
 def test_what_google_writes_is_read() -> None:
@@ -43,7 +43,7 @@ def test_what_google_writes_is_read() -> None:
     retry = details_pb2.RetryInfo()
     retry.retry_delay.FromMilliseconds(1500)
     status.details.add().Pack(retry)
-    assert parse_status(status.SerializeToString()) == StatusDetails("RATE_LIMITED", 1.5)
+    assert parse_status(status.SerializeToString()) == StatusDetails("RateLimitedError", 1.5)
 
 
 def test_a_reason_of_another_domain_is_not_ours() -> None:

@@ -20,7 +20,7 @@ from lynearm.wire.errors import (
     ServiceUnavailableError,
     error_from_status,
 )
-from lynearm.wire.status import STATUS_METADATA_KEY, StatusDetails, error_name_of, parse_status
+from lynearm.wire.status import STATUS_METADATA_KEY, StatusDetails, parse_status
 
 KEEPALIVE_SECONDS = 10
 """A peer that froze is noticed after this and `PING_TIMEOUT_SECONDS`; without both, after a minute."""
@@ -149,7 +149,7 @@ class Connection:
         metadata = dict(call.trailing_metadata() or ())
         status = call.code().name
         details = _details(metadata.get(STATUS_METADATA_KEY, b""))
-        name = _text(metadata.get(ERROR_NAME_METADATA_KEY, "")) or error_name_of(details.reason)
+        name = _text(metadata.get(ERROR_NAME_METADATA_KEY, "")) or details.reason
         if status == "UNAVAILABLE" and not name:
             return ServiceUnavailableError(
                 f"no trace service answers at {self.target} ({call.details()})",

@@ -29,7 +29,7 @@ class StatusDetails:
     """What a Status says that the gRPC status itself does not."""
 
     reason: str = ""
-    """Such as DRAINING; empty when another domain's server sent it."""
+    """Name of the error's class; empty when another domain's server sent it."""
     retry_seconds: float | None = None
     """When to try again; None when that is not said."""
 
@@ -90,7 +90,7 @@ def _parse_reason(data: memoryview) -> str:
         for number, value in read_fields(data)
         if number in (1, 2)
     }
-    return texts.get(1, "") if texts.get(2) == ERROR_DOMAIN else ""
+    return error_name_of(texts.get(1, "")) if texts.get(2) == ERROR_DOMAIN else ""
 
 
 def _parse_delay(data: memoryview) -> float | None:
