@@ -49,7 +49,9 @@ def server(loop: LoopThread, tmp_path_factory: pytest.TempPathFactory) -> Iterat
 
 
 def check_health(server: RunningServer) -> None:
-    assert [block for _, block in fetch(server.stub, 0, 3, "kept")] == [make_block(number) for number in range(3)]
+    assert [block for _, block in fetch(server.stub, 0, 3, "kept")] == [
+        make_block(number) for number in range(3)
+    ]
 
 
 def call(channel: grpc.Channel, method: str, messages: Sequence[bytes], metadata: Any = ()) -> str:
