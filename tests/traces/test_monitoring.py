@@ -18,11 +18,22 @@ import grpc
 import pytest
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 from traces.certificates import CertificateFiles, TokenFile
-from traces.harness import Producer, Reader, RunningServer, StartServer, code, create, make_block, publish
+from traces.harness import (
+    LoopThread,
+    Producer,
+    Reader,
+    RunningServer,
+    StartServer,
+    code,
+    create,
+    make_block,
+    publish,
+)
 from traces.serving import ServeCommand, scrape
 
 from lynearm.client import Credentials
 from lynearm.client.credentials import open_channel
+from lynearm.traces.config import ServeConfig
 from lynearm.traces.current_call import Call, Target
 from lynearm.traces.logs import JsonFormatter, TokenFilter
 from lynearm.traces.metrics import MAX_NAMED_STREAMS, OTHER_STREAMS, ServerMetrics
@@ -127,16 +138,17 @@ def test_methods_that_nobody_has_make_no_series(start_server: StartServer) -> No
     assert set(metrics_of(server)) == before
 
 
-def test_failures_of_the_store_are_counted(start_server: StartServer) -> None:
-    server = start_server(metrics_port=0, cache_bytes=0)
+def test_failures_of_the_store_are_counted(loop: LoopThread, tmp_path: Path) -> None:
+    server = RunningServer(loop, ServeConfig(tmp_path / "data", port=0, metrics_port=0, cache_bytes=0))
     create(server.stub)
     publish(server.stub, [1])
-    for file in (server.config.data_dir / "blocks").rglob("*"):
+    for file in (tmp_path / "data" / "blocks").rglob("*"):
         if file.is_file():
             file.unlink()
     reader = Reader(server.stub)
     assert code(reader.error()) == "INTERNAL"
     assert metrics_of(server)["lynearm_storage_errors_total", "read", "store", "STORAGE"] == 1
+    server.close()
 
 
 def test_a_metrics_port_in_use_is_named(start_server: StartServer) -> None:
