@@ -29,11 +29,12 @@ from traces.harness import (
 
 from lynearm.client import Credentials, TraceClient
 from lynearm.client.credentials import open_channel
+from lynearm.traces.config import ServeConfig
 from lynearm.traces.limits import MAX_HOLD_SECONDS, CallerLimits, CallerQuota, TokenBucket
 from lynearm.traces.server import MAX_MESSAGE_BYTES
 from lynearm.v1 import trace_service_pb2 as pb
 from lynearm.v1.trace_service_pb2_grpc import TraceServiceStub
-from lynearm.wire.errors import LimitError, RateLimitedError, StreamLimitError
+from lynearm.wire.errors import ConfigError, LimitError, RateLimitedError, StreamLimitError
 from lynearm.wire.status import STATUS_METADATA_KEY, StatusDetails, parse_status
 
 
@@ -72,6 +73,18 @@ def test_a_bucket_never_gives_more_than_its_rate_and_a_second_of_slack(
         assert taken <= allowed * (1 + 1e-6) + 1e-6
         bucket.take(amount)
         taken += amount
+
+
+@pytest.mark.parametrize(
+    "field",
+    [
+        *("max_connections", "max_calls_per_caller", "requests_per_second", "publish_bytes_per_second"),
+        *("max_streams", "metrics_port", "drain_seconds"),
+    ],
+)
+def test_a_limit_out_of_range_is_named(field: str) -> None:
+    with pytest.raises(ConfigError, match=f"{field} is -1"):
+        ServeConfig(**{field: -1})  # type: ignore[arg-type]  # field by name
 
 
 def test_without_a_rate_nothing_waits() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -63,6 +64,9 @@ class ServeConfig:
     """Calls at the same time; more are refused at once, as unavailable, rather than queued. A call costs
     little memory beyond the blocks on their way to a reader, at most about 8 MiB."""
 
+    drain_seconds: float = 10.0
+    """Time that running calls get to end when the server is asked to stop."""
+
     max_connections: int = 4096
     """Connections at the same time, of whoever; further ones are dropped. Each takes a file descriptor."""
 
@@ -91,9 +95,6 @@ class ServeConfig:
     log_format: Literal["text", "json"] = "text"
     """json: one object a line, for programs, with every long or refused call."""
 
-    drain_seconds: float = 10.0
-    """Time that running calls get to end when the server is asked to stop."""
-
     def __post_init__(self) -> None:
         """Check every field."""
         checks = {
@@ -107,26 +108,29 @@ class ServeConfig:
             f"queue_bytes is {self.queue_bytes}, expected at least {4 * MIB}": self.queue_bytes >= 4 * MIB,
             f"cache_bytes is {self.cache_bytes}, expected 0 or more": self.cache_bytes >= 0,
             f"max_calls is {self.max_calls}, expected at least 1": self.max_calls >= 1,
-            f"max_connections is {self.max_connections}, expected at least 1": self.max_connections >= 1,
-            f"max_calls_per_caller is {self.max_calls_per_caller}, expected at least 1": (
-                self.max_calls_per_caller >= 1
-            ),
-            f"requests_per_second is {self.requests_per_second}, expected 0 or more": (
-                self.requests_per_second >= 0
-            ),
-            f"publish_bytes_per_second is {self.publish_bytes_per_second}, expected 0 or more": (
-                self.publish_bytes_per_second >= 0
-            ),
-            f"max_streams is {self.max_streams}, expected at least 1": self.max_streams >= 1,
-            f"metrics_port is {self.metrics_port}, expected 0 to 65535": (
-                self.metrics_port is None or 0 <= self.metrics_port <= 65535
-            ),
             f"drain_seconds is {self.drain_seconds}, expected 0 or more": self.drain_seconds >= 0,
         }
-        for problem, holds in checks.items():
-            if not holds:
-                raise ConfigError(problem)
+        _check(checks)
+        self._check_limits()
         self._check_security()
+
+    def _check_limits(self) -> None:
+        least = {
+            "max_connections": 1,
+            "max_calls_per_caller": 1,
+            "requests_per_second": 0,
+            "publish_bytes_per_second": 0,
+            "max_streams": 1,
+        }
+        values = {name: getattr(self, name) for name in least}
+        _check(
+            {
+                f"{name} is {value}, expected at least {least[name]}": value >= least[name]
+                for name, value in values.items()
+            }
+        )
+        port = self.metrics_port
+        _check({f"metrics_port is {port}, expected 0 to 65535": port is None or 0 <= port <= 65535})
 
     def _check_security(self) -> None:
         if (self.tls_cert is None) != (self.tls_key is None):
@@ -143,3 +147,9 @@ class ServeConfig:
                 f"host {self.host!r} is not a loopback address, and there is no {' and no '.join(missing)}",
                 "add it, listen on 127.0.0.1 and use a tunnel, or accept the risk with --insecure",
             )
+
+
+def _check(checks: Mapping[str, bool]) -> None:
+    for problem, holds in checks.items():
+        if not holds:
+            raise ConfigError(problem)
