@@ -48,6 +48,9 @@ COMMANDS = (
     ("streams", "tail"),
     ("streams", "export"),
     ("streams", "delete"),
+    ("tokens",),
+    ("tokens", "new"),
+    ("tokens", "list"),
     ("import",),
     ("demo",),
 )

@@ -31,6 +31,8 @@ VERBS = [
     ("streams", "tail"),
     ("streams", "export"),
     ("streams", "delete"),
+    ("tokens", "new"),
+    ("tokens", "list"),
     ("import",),
     ("demo",),
 ]
@@ -61,7 +63,7 @@ def loaded_by(code: str, *arguments: str) -> tuple[int, set[str], str]:
     return report["exit"], set(report["modules"]), result.stdout
 
 
-@pytest.mark.parametrize("verb", [(), ("export",), ("streams",), *VERBS], ids=" ".join)
+@pytest.mark.parametrize("verb", [(), ("export",), ("streams",), ("tokens",), *VERBS], ids=" ".join)
 def test_help_loads_nothing_heavy(verb: tuple[str, ...]) -> None:
     exit_code, modules, output = loaded_by(RUN_COMMAND, *verb, "--help")
     assert exit_code == 0

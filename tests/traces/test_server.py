@@ -75,11 +75,15 @@ def test_a_catalog_that_is_none_is_named(start_server: StartServer, tmp_path: Pa
         start_server()
 
 
-def test_an_address_beyond_loopback_needs_consent(tmp_path: Path) -> None:
+def test_an_address_beyond_loopback_needs_tls_and_tokens_or_consent(tmp_path: Path) -> None:
+    tls = {"tls_cert": tmp_path / "cert", "tls_key": tmp_path / "key"}
+    tokens = {"tokens": tmp_path / "tokens"}
     for host in ("0.0.0.0", "::", "10.0.0.1", "example.org"):
-        with pytest.raises(ConfigError, match="--insecure"):
-            ServeConfig(tmp_path, host=host)
-        ServeConfig(tmp_path, host=host, insecure=True)
+        for settings, missing in (({}, "no TLS .* and no tokens"), (tls, "no tokens"), (tokens, "no TLS")):
+            with pytest.raises(ConfigError, match=f"there is {missing}.*--insecure"):
+                ServeConfig(tmp_path, host=host, **settings)
+            ServeConfig(tmp_path, host=host, insecure=True, **settings)
+        ServeConfig(tmp_path, host=host, **tls, **tokens)
     for host in ("127.0.0.1", "127.8.8.8", "::1", "[::1]", "localhost"):
         ServeConfig(tmp_path, host=host)
 
@@ -142,7 +146,7 @@ def test_stopping_acknowledges_all_that_is_kept_and_ends_every_call(
     server.stop()
     last_acks, failure = producer.fail()
     for error in (failure, reader.error()):
-        assert (code(error), error_name(error)) == ("UNAVAILABLE", "ServiceUnavailableError")
+        assert (code(error), error_name(error)) == ("UNAVAILABLE", "DrainingError")
     kept = [offset for offset, _ in fetch(start_server().stub, 0, 1000)]
     assert kept == list((acked | last_acks).values())
 
@@ -164,5 +168,5 @@ def test_sigterm_ends_the_process_well(tmp_path: Path) -> None:
         reader = Reader(server.stub)
         assert reader.is_quiet()
         server.process.send_signal(signal.SIGTERM)
-        assert error_name(reader.error()) == "ServiceUnavailableError"
+        assert error_name(reader.error()) == "DrainingError"
         assert server.process.wait(30) == 0

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import pickle
+import re
 
 import grpc
 import pytest
 
 from lynearm.wire import errors
+from lynearm.wire.status import error_name_of, reason_of
 
 
 def leaves(root: type[errors.LynearmError]) -> list[type[errors.LynearmError]]:
@@ -29,6 +31,14 @@ def test_every_error_comes_back_from_its_status_and_name(cls: type[errors.Lynear
     assert cls.status_code in grpc.StatusCode.__members__
     back = errors.error_from_status(cls.status_code, "what", cls.__name__, "do this")
     assert type(back) is cls
+
+
+@pytest.mark.parametrize("cls", ALL, ids=lambda cls: cls.__name__)
+def test_every_reason_is_one_by_googles_rules_and_leads_back(cls: type[errors.LynearmError]) -> None:
+    reason = reason_of(cls)
+    # AIP-193 says what a reason looks like.
+    assert re.fullmatch(r"[A-Z][A-Z0-9_]+[A-Z0-9]", reason)
+    assert error_name_of(reason) == cls.__name__
 
 
 @pytest.mark.parametrize("cls", ALL, ids=lambda cls: cls.__name__)

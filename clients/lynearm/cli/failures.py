@@ -23,6 +23,8 @@ EXIT_INTERRUPTED = 130
 
 EXTRAS = {
     "sqlalchemy": "service",
+    "prometheus_client": "service",
+    "grpc_reflection": "service",
     "vllm": "teacher",
     "ray": "teacher",
     "torch": "student",

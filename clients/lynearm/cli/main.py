@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from lynearm.cli.credentials import take_credentials
 from lynearm.cli.demo import demo
 from lynearm.cli.export import export_app
 from lynearm.cli.import_files import import_files
@@ -9,14 +10,17 @@ from lynearm.cli.options import make_app
 from lynearm.cli.serve import serve
 from lynearm.cli.streams import streams_app
 from lynearm.cli.teach import teach
+from lynearm.cli.tokens import tokens_app
 from lynearm.cli.train import train
 
 app = make_app("Streams what a teacher model knows to the training loops of small students.")
+app.callback()(take_credentials)
 app.command()(serve)
 app.command()(teach)
 app.command()(train)
 app.add_typer(export_app, name="export")
 app.add_typer(streams_app, name="streams")
+app.add_typer(tokens_app, name="tokens")
 app.command("import")(import_files)
 app.command()(demo)
 

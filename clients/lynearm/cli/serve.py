@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -14,6 +15,13 @@ from lynearm.cli.options import Assignments, ConfigFile, Debug, Progress, Progre
 if TYPE_CHECKING:
     from lynearm.cli.progress import Status
     from lynearm.cli.traffic import Traffic
+
+
+class LogFormat(StrEnum):
+    """How the log is written."""
+
+    text = "text"
+    json = "json"
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,7 +46,48 @@ def serve(
     ] = None,
     insecure: Annotated[
         bool | None,
-        typer.Option("--insecure", help="Listen beyond loopback, neither encrypted nor authenticated."),
+        typer.Option("--insecure", help="Listen beyond loopback without TLS or without tokens."),
+    ] = None,
+    tls_cert: Annotated[
+        Path | None, typer.Option(help="Certificate chain, PEM; turns TLS on. Replaced files take effect.")
+    ] = None,
+    tls_key: Annotated[Path | None, typer.Option(help="Private key of the certificate, PEM.")] = None,
+    tls_client_ca: Annotated[
+        Path | None, typer.Option(help="Authorities of clients, PEM; clients then need a certificate.")
+    ] = None,
+    tokens: Annotated[
+        Path | None,
+        typer.Option(help="File of tokens, from `lynearm tokens new`; calls then need one of them."),
+    ] = None,
+    max_connections: Annotated[
+        int | None, typer.Option(help="Connections at a time.", show_default="4096")
+    ] = None,
+    max_calls_per_caller: Annotated[
+        int | None, typer.Option(help="Calls at a time of one token or address.", show_default="512")
+    ] = None,
+    requests_per_second: Annotated[
+        float | None,
+        typer.Option(help="Calls that one token or address may begin; 0: any.", show_default="0.0"),
+    ] = None,
+    publish_bytes_per_second: Annotated[
+        float | None,
+        typer.Option(help="Bytes that one token or address may publish; 0: any.", show_default="0.0"),
+    ] = None,
+    max_streams: Annotated[
+        int | None, typer.Option(help="Streams that may exist.", show_default="10000")
+    ] = None,
+    metrics_port: Annotated[int | None, typer.Option(help="TCP port of Prometheus metrics.")] = None,
+    metrics_host: Annotated[
+        str | None, typer.Option(help="Address of that port.", show_default="127.0.0.1")
+    ] = None,
+    reflection: Annotated[
+        bool | None, typer.Option("--reflection", help="Let tools such as grpcurl list methods and messages.")
+    ] = None,
+    log_format: Annotated[
+        LogFormat | None, typer.Option(help="text or json, on standard error.", show_default="text")
+    ] = None,
+    drain_seconds: Annotated[
+        float | None, typer.Option(help="Time that calls get to end at a stop.", show_default="10.0")
     ] = None,
     config: ConfigFile = None,
     assignments: Assignments = None,
@@ -57,18 +106,22 @@ def serve(
     settings = load_settings(
         ServeConfig, "serve", file=config, flags=flags(context), assignments=assignments or ()
     )
+    from lynearm.traces.logs import redact_logs
     from lynearm.traces.server import run_server
 
+    redact_logs(settings.log_format, debug=debug)
+    # It watches over a connection of its own, for which it has neither token nor authority.
+    is_open = settings.tls_cert is None and settings.tokens is None
     with Reporter("serve", progress, _describe) as report, watch_traffic(report) as watch:
 
         def on_ready(address: str) -> None:
             report(Ready(address, settings.data_dir))
             # Programs follow streams, not the service: only people are shown its traffic.
-            if report.for_people:
+            if report.for_people and is_open:
                 watch(address)
 
         run_server(settings, on_ready)
-    if report.for_people:
+    if report.for_people and settings.log_format == "text":
         typer.echo(
             f"stopped; all that was acknowledged is in {settings.data_dir}, "
             "and the same command serves it again",

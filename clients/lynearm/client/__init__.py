@@ -1,5 +1,6 @@
 """The SDK: create, publish to, follow and read streams of teacher traces."""
 
+from lynearm.client.credentials import Credentials, TlsConfig
 from lynearm.client.dictionaries import DictionaryCache
 from lynearm.client.interrupts import stop_on_interrupt
 from lynearm.client.publisher import Publisher
@@ -8,11 +9,13 @@ from lynearm.client.trace_client import TraceClient
 from lynearm.wire.protobuf import StreamInfo
 
 __all__ = [
+    "Credentials",
     "DictionaryCache",
     "Publisher",
     "ReceivedBlock",
     "StreamInfo",
     "Subscription",
+    "TlsConfig",
     "TraceClient",
     "stop_on_interrupt",
 ]

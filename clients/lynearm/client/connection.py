@@ -11,15 +11,16 @@ from typing import Any, Protocol, TypeVar, cast
 import grpc
 from grpc_health.v1 import health_pb2
 
+from lynearm.client.credentials import Credentials, open_channel
 from lynearm.v1 import trace_service_pb2, trace_service_pb2_grpc
 from lynearm.wire.errors import (
     ERROR_NAME_METADATA_KEY,
     REMEDY_METADATA_KEY,
     LynearmError,
     ServiceUnavailableError,
-    StorageFullError,
     error_from_status,
 )
+from lynearm.wire.status import STATUS_METADATA_KEY, StatusDetails, parse_status
 
 KEEPALIVE_SECONDS = 10
 """A peer that froze is noticed after this and `PING_TIMEOUT_SECONDS`; without both, after a minute."""
@@ -66,10 +67,16 @@ class Connection:
 
     Args:
         target: host:port.
+        credentials: Of the client; None: what the environment says.
+
+    Raises:
+        ConfigError: if a token would go out in plain text.
     """
 
-    def __init__(self, target: str) -> None:
+    def __init__(self, target: str, credentials: Credentials | None = None) -> None:
         self.target = target
+        self.credentials = Credentials.from_environment() if credentials is None else credentials
+        self.credentials.check_target(target)
         self._channel: grpc.Channel | None = None
         self._pid = 0
 
@@ -77,7 +84,7 @@ class Connection:
     def channel(self) -> grpc.Channel:
         """The channel of this process."""
         if self._channel is None or self._pid != os.getpid():
-            self._channel = grpc.insecure_channel(self.target, options=_OPTIONS)
+            self._channel = open_channel(self.target, self.credentials, _OPTIONS)
             self._pid = os.getpid()
         return self._channel
 
@@ -141,14 +148,18 @@ class Connection:
         call = cast("grpc.Call", failure)
         metadata = dict(call.trailing_metadata() or ())
         status = call.code().name
-        name = _text(metadata.get(ERROR_NAME_METADATA_KEY, ""))
+        details = _details(metadata.get(STATUS_METADATA_KEY, b""))
+        name = _text(metadata.get(ERROR_NAME_METADATA_KEY, "")) or details.reason
         if status == "UNAVAILABLE" and not name:
             return ServiceUnavailableError(
                 f"no trace service answers at {self.target} ({call.details()})",
                 "start one with `lynearm serve`, or name another with --service",
             )
         remedy = _text(metadata.get(REMEDY_METADATA_KEY, ""))
-        return error_from_status(status, call.details() or "", name, remedy)
+        error = error_from_status(status, call.details() or "", name, remedy)
+        if details.retry_seconds is not None:
+            error.retry_seconds = details.retry_seconds
+        return error
 
 
 def is_transient(failure: grpc.RpcError) -> bool:
@@ -157,9 +168,11 @@ def is_transient(failure: grpc.RpcError) -> bool:
     code = call.code()
     if code in (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.CANCELLED):
         return True
-    name = _text(dict(call.trailing_metadata() or ()).get(ERROR_NAME_METADATA_KEY, ""))
-    if name == StorageFullError.__name__:
-        return True
+    metadata = dict(call.trailing_metadata() or ())
+    name = _text(metadata.get(ERROR_NAME_METADATA_KEY, ""))
+    if code == grpc.StatusCode.RESOURCE_EXHAUSTED:
+        # The service says so where waiting helps: a full disk, a rate, too many calls at a time.
+        return _details(metadata.get(STATUS_METADATA_KEY, b"")).retry_seconds is not None
     # A server that is stopped or killed may also reset the stream, which gRPC reports in these two.
     reset = "RST_STREAM" in (call.details() or "")
     return not name and reset and code in (grpc.StatusCode.INTERNAL, grpc.StatusCode.UNKNOWN)
@@ -194,6 +207,13 @@ class Backoff:
     def spent(self) -> bool:
         """Whether patience has run out."""
         return self._since is not None and time.monotonic() - self._since >= self._patience_seconds
+
+
+def _details(value: str | bytes) -> StatusDetails:
+    try:
+        return parse_status(value if isinstance(value, bytes) else b"")
+    except LynearmError:
+        return StatusDetails()  # written by something on the way, such as a proxy
 
 
 def _text(value: str | bytes) -> str:

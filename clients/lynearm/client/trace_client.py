@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Literal, Self, TypeVar
 import grpc
 
 from lynearm.client.connection import Backoff, Connection, is_transient
+from lynearm.client.credentials import Credentials
 from lynearm.client.publisher import DEFAULT_IN_FLIGHT_BYTES, Publisher
 from lynearm.client.subscription import DEFAULT_CREDIT_BYTES, ReceivedBlock, Subscription
 from lynearm.v1 import trace_service_pb2 as pb
@@ -47,9 +48,11 @@ class TraceClient:
         target: host:port of the service.
         timeout_seconds: Deadline of each single call.
         patience_seconds: How long publishers and subscriptions wait for a service that went away.
+        credentials: TLS and token; None: what the environment says (`lynearm.client.credentials`).
 
     Raises:
         InvalidInputError: if the target is not host:port.
+        ConfigError: if a token would go out in plain text.
     """
 
     def __init__(
@@ -58,6 +61,7 @@ class TraceClient:
         *,
         timeout_seconds: float = 30.0,
         patience_seconds: float = math.inf,
+        credentials: Credentials | None = None,
     ) -> None:
         host, _, port = target.rpartition(":")
         if not host or not port.isdigit() or not 0 < int(port) < 1 << 16:
@@ -65,7 +69,7 @@ class TraceClient:
         self.target = target
         self._timeout_seconds = timeout_seconds
         self._patience_seconds = patience_seconds
-        self._connection = Connection(target)
+        self._connection = Connection(target, credentials)
 
     def __enter__(self) -> Self:
         """The client itself."""

@@ -13,7 +13,9 @@ from pathlib import Path
 from lynearm.traces.catalog import Catalog, StreamRecord, stream_not_found
 from lynearm.traces.commit import GroupCommitter
 from lynearm.traces.config import ServeConfig
+from lynearm.traces.current_call import note_tail
 from lynearm.traces.dictionaries import KnownDictionaries
+from lynearm.traces.observation import UNWATCHED, Observation
 from lynearm.traces.reader import BlockCache, BlockReader
 from lynearm.traces.sqlite_catalog import SqliteCatalog
 from lynearm.traces.store import BlockStore, LocalBlockStore, sync_directory
@@ -48,6 +50,7 @@ class Backend:
             latest = await self.catalog.get_stream(name)
             if latest.stream_id == record.stream_id:
                 tail.advance(latest.info.next_offset, sealed=latest.info.sealed)
+                note_tail(tail)
                 return latest, tail
             record = latest
 
@@ -78,8 +81,12 @@ class Backend:
 
 
 @asynccontextmanager
-async def open_backend(config: ServeConfig) -> AsyncGenerator[Backend]:
+async def open_backend(config: ServeConfig, observation: Observation = UNWATCHED) -> AsyncGenerator[Backend]:
     """Take the data directory, with nothing in it but what was committed; on leaving, commit and let go.
+
+    Args:
+        config: Where it is.
+        observation: Who watches.
 
     Raises:
         PreconditionError: another server uses the directory.
@@ -88,9 +95,9 @@ async def open_backend(config: ServeConfig) -> AsyncGenerator[Backend]:
     """
     async with AsyncExitStack() as stack:
         stack.enter_context(lock_directory(config.data_dir))
-        catalog = await SqliteCatalog.open(config.data_dir / "catalog.sqlite3")
+        catalog = observation.watch_catalog(await SqliteCatalog.open(config.data_dir / "catalog.sqlite3"))
         stack.push_async_callback(catalog.close)
-        store = LocalBlockStore(config.data_dir / "blocks")
+        store = observation.watch_store(LocalBlockStore(config.data_dir / "blocks"))
         stack.push_async_callback(store.close)
         await _sweep(catalog, store)
         cache, tails = BlockCache(config.cache_bytes), Tails()
@@ -105,7 +112,8 @@ async def open_backend(config: ServeConfig) -> AsyncGenerator[Backend]:
         )
         await stack.enter_async_context(committer)
         reader = BlockReader(catalog, store, cache)
-        yield Backend(catalog, store, cache, tails, reader, committer, KnownDictionaries(catalog))
+        watched = observation.watch_committer(committer)
+        yield Backend(catalog, store, cache, tails, reader, watched, KnownDictionaries(catalog))
 
 
 @contextmanager

@@ -9,11 +9,12 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Awaitable, Callable
-from typing import Any, NoReturn, TypeAlias, TypeVar
+from typing import Any, NoReturn, TypeAlias, TypeVar, cast
 
 import grpc
 import grpc.aio
 
+from lynearm.traces.current_call import note_end
 from lynearm.wire.errors import (
     ERROR_NAME_METADATA_KEY,
     REMEDY_METADATA_KEY,
@@ -21,11 +22,13 @@ from lynearm.wire.errors import (
     LynearmError,
     ServiceUnavailableError,
 )
+from lynearm.wire.status import STATUS_METADATA_KEY, encode_status, reason_of
 
 logger = logging.getLogger(__name__)
 
-MAX_TEXT_CHARACTERS = 1000
-"""Of a status message and of a remedy: together they must fit into the 8 KiB of a peer's metadata."""
+MAX_TEXT_BYTES = 1000
+"""Of a status message and of a remedy. They are sent as up to three times as many bytes, the message twice,
+and all must fit into the 8 KiB of a peer's metadata."""
 
 Request = TypeVar("Request")
 Response = TypeVar("Response")
@@ -46,6 +49,11 @@ class CallGate:
         self._calls = 0
         self._idle = asyncio.Event()
         self._idle.set()
+        self._refusal: LynearmError | None = None
+
+    def close(self, reason: LynearmError) -> None:
+        """Let no more calls in; those that are in go on."""
+        self._refusal = reason
 
     def guard(
         self, handler: Callable[[Request, Context], Awaitable[Response]]
@@ -53,6 +61,8 @@ class CallGate:
         """The handler as gRPC may call it: it raises nothing but gRPC's own abort and cancellation."""
 
         async def call(request: Request, context: Context) -> Response | None:
+            if self._refusal is not None:
+                await abort(context, self._refusal)
             if self._calls >= self._max_calls:
                 await abort(context, _too_many(self._max_calls))
             self._calls += 1
@@ -77,11 +87,16 @@ class CallGate:
 
 async def abort(context: Context, error: LynearmError) -> NoReturn:
     """End a call with the status of an error, and what a client needs to raise it again."""
+    code = grpc.StatusCode[error.status_code]
+    number: int = cast("Any", code).value[0]  # typed by the name that Python gives it
+    message = _shorten(error.message).decode()
+    note_end(error.status_code, reason_of(type(error)))
     metadata = (
         (ERROR_NAME_METADATA_KEY, type(error).__name__),
-        (REMEDY_METADATA_KEY, error.remedy[:MAX_TEXT_CHARACTERS].encode()),
+        (REMEDY_METADATA_KEY, _shorten(error.remedy)),
+        (STATUS_METADATA_KEY, encode_status(number, message, error)),
     )
-    await context.abort(grpc.StatusCode[error.status_code], error.message[:MAX_TEXT_CHARACTERS], metadata)
+    await context.abort(code, message, metadata)
 
 
 async def _answer(
@@ -99,6 +114,11 @@ async def _answer(
     except Exception:
         logger.exception("a call failed")
         await abort(context, InternalError("the server failed", "look at the server's log"))
+
+
+def _shorten(text: str) -> bytes:
+    # Lone surrogates, which file names may hold, have no UTF-8.
+    return text.encode("utf-8", "replace")[:MAX_TEXT_BYTES].decode("utf-8", "ignore").encode()
 
 
 def _too_many(max_calls: int) -> ServiceUnavailableError:

@@ -138,6 +138,10 @@ class Catalog(Protocol):
         """Every stream, ascending by name."""
         ...
 
+    async def count_streams(self, *, besides: str) -> int:
+        """How many streams there are, one of that name not counted."""
+        ...
+
     async def seal_stream(self, name: str) -> StreamRecord:
         """Let a stream take no more blocks; idempotent.
 

@@ -24,7 +24,7 @@ from lynearm.traces.catalog import Catalog, CommitOutcome, CommittedBlock, NewBl
 from lynearm.traces.reader import BlockCache
 from lynearm.traces.store import BlockStore, StoredObject
 from lynearm.traces.tail import Tails
-from lynearm.wire.errors import InternalError, LynearmError, ServiceUnavailableError, StorageFullError
+from lynearm.wire.errors import DrainingError, InternalError, LynearmError, StorageFullError
 
 logger = logging.getLogger(__name__)
 
@@ -109,6 +109,15 @@ class GroupCommitter:
         """Commit what is queued, take no more, and stop."""
         self._queue.close()
         await self._tasks.__aexit__(kind, error, trace)
+
+    @property
+    def queued_bytes(self) -> int:
+        """What is submitted and not yet answered, with what is charged for each block."""
+        return self._queue.held_bytes
+
+    def hurry(self) -> None:
+        """From now on, write each group without waiting for more blocks."""
+        self._queue.hurry()
 
     async def submit(self, block: NewBlock, data: bytes | memoryview) -> PendingOffset:
         """Queue a block; waits for room in the queue.
@@ -197,9 +206,14 @@ class _BoundedQueue:
         self._queued: deque[_Submission] = deque()
         self._queued_bytes = 0
         self._closed = False
+        self._hurried = False
         # Replaced and set whenever room or submissions appear, or the queue closes.
         self._freed = asyncio.Event()
         self._arrived = asyncio.Event()
+
+    @property
+    def held_bytes(self) -> int:
+        return self._held_bytes
 
     async def put(self, submission: _Submission) -> None:
         while not self._closed and not self._has_room(submission.charge_bytes):
@@ -222,7 +236,7 @@ class _BoundedQueue:
             await self._arrived.wait()
         with suppress(TimeoutError):
             async with asyncio.timeout(group_seconds):
-                while self._queued_bytes < group_bytes and not self._closed:
+                while self._queued_bytes < group_bytes and not self._hurried:
                     await self._arrived.wait()
         group: list[_Submission] = []
         size_bytes = 0
@@ -233,9 +247,14 @@ class _BoundedQueue:
         self._queued_bytes -= size_bytes
         return group
 
+    def hurry(self) -> None:
+        """Let no group wait for company."""
+        self._hurried = True
+        self._arrived = _wake(self._arrived)
+
     def close(self) -> None:
         """Refuse further submissions; those queued can still be taken."""
-        self._closed = True
+        self._closed = self._hurried = True
         self._freed = _wake(self._freed)
         self._arrived = _wake(self._arrived)
 
@@ -250,6 +269,8 @@ def _wake(event: asyncio.Event) -> asyncio.Event:
     return asyncio.Event()
 
 
-def stopping() -> ServiceUnavailableError:
+def stopping() -> DrainingError:
     """The error of calls that meet a server on its way down."""
-    return ServiceUnavailableError("the trace service is stopping", "reconnect; resume from the last offset")
+    return DrainingError(
+        "the trace service is stopping", "connect again, or to another server; resume from the last offset"
+    )

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-import ipaddress
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
+from lynearm.wire.addresses import is_loopback
 from lynearm.wire.errors import ConfigError
 
 MIB = 1 << 20
@@ -29,7 +31,20 @@ class ServeConfig:
     """TCP port; 0 takes any free one."""
 
     insecure: bool = False
-    """Listen beyond loopback although traffic is neither encrypted nor authenticated."""
+    """Listen beyond loopback without TLS or without tokens."""
+
+    tls_cert: Path | None = None
+    """PEM file of the server's certificate chain; it turns TLS on. Read anew when it changes."""
+
+    tls_key: Path | None = None
+    """PEM file of the certificate's private key, without a pass phrase."""
+
+    tls_client_ca: Path | None = None
+    """PEM file of the authorities that vouch for clients: none without a certificate of theirs gets in."""
+
+    tokens: Path | None = None
+    """TOML file of tokens (`lynearm tokens new`), one of which each call must carry; None: calls need none.
+    Read anew when it changes."""
 
     group_milliseconds: float = 5.0
     """Longest wait for more blocks before a group is written. About the cost of one sync on an SSD:
@@ -52,6 +67,34 @@ class ServeConfig:
     drain_seconds: float = 10.0
     """Time that running calls get to end when the server is asked to stop."""
 
+    max_connections: int = 4096
+    """Connections at the same time, of whoever; further ones are dropped. Each takes a file descriptor."""
+
+    max_calls_per_caller: int = 512
+    """The same for each token, or without tokens for each address: half, so that one cannot shut out all."""
+
+    requests_per_second: float = 0.0
+    """Calls that each token, or without tokens each address, may begin; 0: as many as it likes."""
+
+    publish_bytes_per_second: float = 0.0
+    """Bytes that each token, or without tokens each address, may publish; 0: as many as it likes."""
+
+    max_streams: int = 10_000
+    """Streams in the catalog; further ones are refused. ListStreams answers with all of them at once."""
+
+    reflection: bool = False
+    """Tell tools such as grpcurl which services and messages there are; asks for a token with admin scope."""
+
+    metrics_port: int | None = None
+    """TCP port of Prometheus metrics over HTTP; 0 takes any free one, None has none."""
+
+    metrics_host: str = "127.0.0.1"
+    """Address of that port, on which there is neither TLS nor a token: keep it to a network of your own. The
+    metrics name streams."""
+
+    log_format: Literal["text", "json"] = "text"
+    """json: one object a line, for programs, with every long or refused call."""
+
     def __post_init__(self) -> None:
         """Check every field."""
         checks = {
@@ -67,19 +110,46 @@ class ServeConfig:
             f"max_calls is {self.max_calls}, expected at least 1": self.max_calls >= 1,
             f"drain_seconds is {self.drain_seconds}, expected 0 or more": self.drain_seconds >= 0,
         }
-        for problem, holds in checks.items():
-            if not holds:
-                raise ConfigError(problem)
-        if not self.insecure and not is_loopback(self.host):
+        _check(checks)
+        self._check_limits()
+        self._check_security()
+
+    def _check_limits(self) -> None:
+        least = {
+            "max_connections": 1,
+            "max_calls_per_caller": 1,
+            "requests_per_second": 0,
+            "publish_bytes_per_second": 0,
+            "max_streams": 1,
+        }
+        values = {name: getattr(self, name) for name in least}
+        _check(
+            {
+                f"{name} is {value}, expected at least {least[name]}": value >= least[name]
+                for name, value in values.items()
+            }
+        )
+        port = self.metrics_port
+        _check({f"metrics_port is {port}, expected 0 to 65535": port is None or 0 <= port <= 65535})
+
+    def _check_security(self) -> None:
+        if (self.tls_cert is None) != (self.tls_key is None):
+            raise ConfigError("one of tls_cert and tls_key is given", "give both, or neither")
+        if self.tls_client_ca is not None and self.tls_cert is None:
+            raise ConfigError("tls_client_ca is given without tls_cert", "give tls_cert and tls_key too")
+        missing = [
+            name
+            for name, value in (("TLS (tls_cert, tls_key)", self.tls_cert), ("tokens", self.tokens))
+            if value is None
+        ]
+        if missing and not self.insecure and not is_loopback(self.host):
             raise ConfigError(
-                f"host {self.host!r} is not a loopback address, and this server has neither TLS nor tokens",
-                "listen on 127.0.0.1 and use a tunnel, or accept the risk with --insecure",
+                f"host {self.host!r} is not a loopback address, and there is no {' and no '.join(missing)}",
+                "add it, listen on 127.0.0.1 and use a tunnel, or accept the risk with --insecure",
             )
 
 
-def is_loopback(host: str) -> bool:
-    """Whether only this machine can reach the address. Names other than localhost are not resolved."""
-    try:
-        return ipaddress.ip_address(host.strip("[]")).is_loopback
-    except ValueError:
-        return host == "localhost"
+def _check(checks: Mapping[str, bool]) -> None:
+    for problem, holds in checks.items():
+        if not holds:
+            raise ConfigError(problem)

@@ -14,18 +14,27 @@ from typing import Self
 import grpc
 import grpc.aio
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
+from grpc_reflection.v1alpha import reflection
 
 from lynearm.traces.backend import Backend, open_backend
 from lynearm.traces.calls import CallGate
 from lynearm.traces.commit import stopping
 from lynearm.traces.config import MIB, ServeConfig
+from lynearm.traces.security import open_security
 from lynearm.traces.servicer import SERVICE_NAME, TraceServicer, service_handler
+from lynearm.traces.watching import open_watching
 from lynearm.wire.errors import PreconditionError
 
 logger = logging.getLogger(__name__)
 
 MAX_MESSAGE_BYTES = 4 * MIB
 """gRPC's default, so that any client reads what is sent; a block of 3 MiB with its prompt ids fits."""
+
+MAX_CALLS_PER_CONNECTION = 1024
+"""Further ones wait in the client: the last bound on calls that never say what they want."""
+
+MAX_METADATA_BYTES = 8192
+"""Of a call's headers, gRPC's default; a token and a trace context take a few hundred."""
 
 _LAST_WORDS_SECONDS = 0.5
 """For statuses on their way, and for watchers of the health service, who never leave by themselves."""
@@ -34,6 +43,12 @@ _OPTIONS: tuple[tuple[str, int], ...] = (
     # A second server on the port must fail, not share it.
     ("grpc.so_reuseport", 0),
     ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
+    # Both, since between them gRPC refuses by chance.
+    ("grpc.max_metadata_size", MAX_METADATA_BYTES),
+    ("grpc.absolute_max_metadata_size", MAX_METADATA_BYTES),
+    ("grpc.max_concurrent_streams", MAX_CALLS_PER_CONNECTION),
+    # Two minutes would be gRPC's patience with a peer that says nothing.
+    ("grpc.server_handshake_timeout_ms", 20_000),
     # A frozen peer is noticed after 15 s; without both timeouts gRPC waits a minute.
     ("grpc.keepalive_time_ms", 10_000),
     ("grpc.keepalive_timeout_ms", 5_000),
@@ -48,26 +63,34 @@ _OPTIONS: tuple[tuple[str, int], ...] = (
 class TraceServer:
     """Serves while its context is open: `async with TraceServer(config) as server: …`.
 
-    Leaving drains: health says NOT_SERVING, subscriptions end as unavailable, what publishers have sent is
-    committed and acknowledged, and whatever then still runs after `drain_seconds` is cut off.
+    Leaving drains: health says NOT_SERVING, new calls are refused and subscriptions end, both as unavailable,
+    what publishers have sent is committed and acknowledged, and whatever then still runs after
+    `drain_seconds` is cut off.
 
     Args:
         config: Where to keep data and where to listen.
 
     Raises:
-        PreconditionError: on entering, when the port or the data directory is in use.
+        PreconditionError: on entering, when a port or the data directory is in use.
+        ConfigError: on entering, when the TLS files or the tokens file cannot be used.
         StorageError: on entering, when the data directory cannot be used.
     """
 
     def __init__(self, config: ServeConfig) -> None:
         self._config = config
         self._port = 0
+        self._metrics_port = 0
         self._stack = AsyncExitStack()
 
     @property
     def port(self) -> int:
         """TCP port; the one that was found where the configuration says 0."""
         return self._port
+
+    @property
+    def metrics_port(self) -> int:
+        """TCP port of the metrics; 0 where there are none."""
+        return self._metrics_port
 
     @property
     def address(self) -> str:
@@ -77,19 +100,33 @@ class TraceServer:
     async def __aenter__(self) -> Self:
         """Open the data directory and listen."""
         async with AsyncExitStack() as stack:
-            _check_port(self._config.host, self._config.port)
-            backend = await stack.enter_async_context(open_backend(self._config))
-            gate = CallGate(self._config.max_calls)
-            server = grpc.aio.server(options=_OPTIONS)
-            server.add_generic_rpc_handlers((service_handler(TraceServicer(backend), gate),))
+            config = self._config
+            _check_port(config.host, config.port)
+            watching = await stack.enter_async_context(open_watching(config))
+            security = await stack.enter_async_context(open_security(config, watching.observation))
+            backend = await stack.enter_async_context(open_backend(config, watching.observation))
+            watching.watch_backend(backend)
+            gate = CallGate(config.max_calls)
+            options = (*_OPTIONS, ("grpc.max_allowed_incoming_connections", config.max_connections))
+            server = grpc.aio.server(interceptors=(security.interceptor,), options=options)
+            servicer = TraceServicer(backend, max_streams=config.max_streams)
+            server.add_generic_rpc_handlers((service_handler(servicer, gate),))
             health_servicer = health.aio.HealthServicer()
             health_pb2_grpc.add_HealthServicer_to_server(health_servicer, server)
-            self._port = _bind(server, self._config)
+            if config.reflection:
+                names = (SERVICE_NAME, health.SERVICE_NAME, reflection.SERVICE_NAME)
+                reflection.enable_server_reflection(names, server)
+            self._metrics_port = watching.metrics_port
+            self._port = _bind(server, config, security.credentials)
             await server.start()
             stack.push_async_callback(self._drain, server, health_servicer, backend, gate)
+            stack.callback(watching.drain)
             await health_servicer.set(SERVICE_NAME, health_pb2.HealthCheckResponse.SERVING)
             self._stack = stack.pop_all()
-        logger.info("serving %s at %s", self._config.data_dir, self.address)
+        shown = f"{config.metrics_host}:{self._metrics_port}" if self._metrics_port else "off"
+        logger.info(
+            "serving %s at %s (%s), metrics %s", config.data_dir, self.address, security.summary, shown
+        )
         return self
 
     async def __aexit__(
@@ -107,6 +144,8 @@ class TraceServer:
         gate: CallGate,
     ) -> None:
         await health_servicer.enter_graceful_shutdown()
+        gate.close(stopping())
+        backend.committer.hurry()
         backend.tails.drain(stopping())
         if not await gate.wait_idle(self._config.drain_seconds):
             logger.warning("some calls did not end within %g s and are cut off", self._config.drain_seconds)
@@ -157,9 +196,12 @@ def _check_port(host: str, port: int) -> None:
         raise _cannot_listen(host, port, error.strerror or str(error)) from error
 
 
-def _bind(server: grpc.aio.Server, config: ServeConfig) -> int:
+def _bind(server: grpc.aio.Server, config: ServeConfig, credentials: grpc.ServerCredentials | None) -> int:
+    address = _address(config.host, config.port)
     try:
-        return server.add_insecure_port(_address(config.host, config.port))
+        if credentials is None:
+            return server.add_insecure_port(address)
+        return server.add_secure_port(address, credentials)
     except RuntimeError as error:
         raise _cannot_listen(config.host, config.port, str(error)) from error
 

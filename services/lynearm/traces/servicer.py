@@ -11,11 +11,12 @@ from google.protobuf.message import Message
 
 from lynearm.traces.backend import Backend
 from lynearm.traces.calls import CallGate, Context
+from lynearm.traces.current_call import may_consume
 from lynearm.traces.dictionaries import check_digest, name_dictionary
 from lynearm.traces.publish import PublishCall
 from lynearm.traces.subscribe import SubscribeCall, fetch_blocks
 from lynearm.v1 import trace_service_pb2 as pb
-from lynearm.wire.errors import InvalidInputError
+from lynearm.wire.errors import InvalidInputError, StreamLimitError
 from lynearm.wire.protobuf import spec_from_proto, stream_to_proto
 
 SERVICE_NAME = pb.DESCRIPTOR.services_by_name["TraceService"].full_name
@@ -32,10 +33,12 @@ class TraceServicer:
 
     Args:
         backend: What the calls work on.
+        max_streams: Streams that the catalog may hold.
     """
 
-    def __init__(self, backend: Backend) -> None:
+    def __init__(self, backend: Backend, *, max_streams: int) -> None:
         self._backend = backend
+        self._max_streams = max_streams
 
     async def create_stream(self, request: pb.CreateStreamRequest, _: Context) -> pb.CreateStreamResponse:
         """CreateStream."""
@@ -45,8 +48,18 @@ class TraceServicer:
                 "put less into the labels",
             )
         spec = spec_from_proto(request.spec)
+        await self._check_room(spec.name)
         record = await self._backend.catalog.create_stream(spec, allow_existing=request.allow_existing)
         return pb.CreateStreamResponse(stream=stream_to_proto(record.info))
+
+    async def _check_room(self, name: str) -> None:
+        # Streams that are made at the same moment may exceed the bound by their number: it guards memory.
+        count = await self._backend.catalog.count_streams(besides=name)
+        if count >= self._max_streams:
+            raise StreamLimitError(
+                f"the trace service holds {count} streams, and may hold {self._max_streams}",
+                "delete some, or raise its max_streams",
+            )
 
     async def get_stream(self, request: pb.GetStreamRequest, _: Context) -> pb.GetStreamResponse:
         """GetStream."""
@@ -56,7 +69,8 @@ class TraceServicer:
     async def list_streams(self, _: pb.ListStreamsRequest, __: Context) -> pb.ListStreamsResponse:
         """ListStreams."""
         records = await self._backend.catalog.list_streams()
-        return pb.ListStreamsResponse(streams=[stream_to_proto(record.info) for record in records])
+        streams = [stream_to_proto(record.info) for record in records if may_consume(record.name)]
+        return pb.ListStreamsResponse(streams=streams)
 
     async def delete_stream(self, request: pb.DeleteStreamRequest, _: Context) -> pb.DeleteStreamResponse:
         """DeleteStream."""

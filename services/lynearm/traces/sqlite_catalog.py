@@ -81,6 +81,10 @@ class SqliteCatalog:
         """See `Catalog.list_streams`."""
         return await self._read(transactions.list_streams)
 
+    async def count_streams(self, *, besides: str) -> int:
+        """See `Catalog.count_streams`."""
+        return await self._read(lambda connection: transactions.count_streams(connection, besides))
+
     async def seal_stream(self, name: str) -> StreamRecord:
         """See `Catalog.seal_stream`."""
         return await self._write(lambda connection: transactions.seal_stream(connection, name))

@@ -9,7 +9,7 @@ import time
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, TypeVar
 
-from sqlalchemy import ColumnElement, Connection, RowMapping, delete, insert, select, update
+from sqlalchemy import ColumnElement, Connection, RowMapping, delete, func, insert, select, update
 
 from lynearm.traces.admission import (
     GroupState,
@@ -78,6 +78,11 @@ def get_stream(connection: Connection, name: str) -> StreamRecord:
 def list_streams(connection: Connection) -> list[StreamRecord]:
     """See `Catalog.list_streams`."""
     return [_record(row) for row in connection.execute(select(streams).order_by(streams.c.name)).mappings()]
+
+
+def count_streams(connection: Connection, besides: str) -> int:
+    """See `Catalog.count_streams`."""
+    return connection.scalar(select(func.count()).select_from(streams).where(streams.c.name != besides)) or 0
 
 
 def seal_stream(connection: Connection, name: str) -> StreamRecord:
