@@ -3,7 +3,8 @@
 from lynearm.client.dictionaries import DictionaryCache
 from lynearm.client.interrupts import stop_on_interrupt
 from lynearm.client.publisher import Publisher
-from lynearm.client.subscription import ReceivedBlock, Subscription
+from lynearm.client.reading_position import ReceivedBlock
+from lynearm.client.subscription import Subscription
 from lynearm.client.trace_client import TraceClient
 from lynearm.wire.protobuf import StreamInfo
 
