@@ -3,6 +3,7 @@
 from lynearm.client.async_publisher import AsyncPublisher
 from lynearm.client.async_subscription import AsyncSubscription
 from lynearm.client.async_trace_client import AsyncTraceClient
+from lynearm.client.credentials import Credentials, TlsConfig
 from lynearm.client.dictionaries import DictionaryCache
 from lynearm.client.interrupts import stop_on_interrupt
 from lynearm.client.publisher import Publisher
@@ -15,11 +16,13 @@ __all__ = [
     "AsyncPublisher",
     "AsyncSubscription",
     "AsyncTraceClient",
+    "Credentials",
     "DictionaryCache",
     "Publisher",
     "ReceivedBlock",
     "StreamInfo",
     "Subscription",
+    "TlsConfig",
     "TraceClient",
     "stop_on_interrupt",
 ]

@@ -13,6 +13,7 @@ import grpc.aio
 from lynearm.client import methods
 from lynearm.client.calls import Call
 from lynearm.client.connection import leave_to_parent
+from lynearm.client.credentials import Credentials
 from lynearm.client.endpoints import Endpoints
 from lynearm.client.retries import client_closed
 from lynearm.v1 import trace_service_pb2 as pb
@@ -42,10 +43,12 @@ class AsyncConnection:
 
     Args:
         endpoints: The addresses.
+        credentials: Of the client.
     """
 
-    def __init__(self, endpoints: Endpoints) -> None:
+    def __init__(self, endpoints: Endpoints, credentials: Credentials) -> None:
         self.endpoints = endpoints
+        self._credentials = credentials
         self.generation = 0
         """Grows when the connection is closed: what was made before belongs to the past."""
         self._channels: dict[str, grpc.aio.Channel] = {}
@@ -53,12 +56,16 @@ class AsyncConnection:
 
     def publish(self, target: str, requests: AsyncIterator[bytes]) -> AsyncResponses[pb.PublishResponse]:
         """Begin to publish; requests are framed by hand."""
-        call: AsyncResponses[pb.PublishResponse] = methods.publish_method(self._channel(target))(requests)
+        call: AsyncResponses[pb.PublishResponse] = methods.publish_method(self._channel(target))(
+            requests, metadata=self._credentials.call_metadata()
+        )
         return call
 
     def subscribe(self, target: str, requests: AsyncIterator[pb.SubscribeRequest]) -> AsyncResponses[bytes]:
         """Begin to subscribe; responses are bytes."""
-        call: AsyncResponses[bytes] = methods.subscribe_method(self._channel(target))(requests)
+        call: AsyncResponses[bytes] = methods.subscribe_method(self._channel(target))(
+            requests, metadata=self._credentials.call_metadata()
+        )
         return call
 
     def fetch(
@@ -66,7 +73,9 @@ class AsyncConnection:
     ) -> AsyncResponses[bytes]:
         """Begin to fetch; responses are bytes."""
         method = methods.fetch_method(self._channel(target))
-        call: AsyncResponses[bytes] = method(request, timeout=timeout_seconds)
+        call: AsyncResponses[bytes] = method(
+            request, timeout=timeout_seconds, metadata=self._credentials.call_metadata()
+        )
         return call
 
     async def ask(self, target: str, call: Call[Result], timeout_seconds: float) -> Result:
@@ -77,7 +86,9 @@ class AsyncConnection:
             ServiceUnavailableError: if the client was closed meanwhile.
         """
         generation = self.generation
-        calling = methods.call_method(self._channel(target), call)(call.request, timeout=timeout_seconds)
+        calling = methods.call_method(self._channel(target), call)(
+            call.request, timeout=timeout_seconds, metadata=self._credentials.call_metadata()
+        )
         try:
             answer = [one async for one in calling] if call.streamed else await calling
         except asyncio.CancelledError as error:
@@ -90,9 +101,12 @@ class AsyncConnection:
         """Whether the service at an address answers its health check with SERVING."""
         method = methods.health_method(self._channel(target))
         try:
-            return methods.is_serving(await method(methods.HEALTH_REQUEST, timeout=timeout_seconds))
+            answer = await method(
+                methods.HEALTH_REQUEST, timeout=timeout_seconds, metadata=self._credentials.call_metadata()
+            )
         except grpc.RpcError:
             return False
+        return methods.is_serving(answer)
 
     async def close(self) -> None:
         """Close the channels; calls on them end. The next call opens others."""
@@ -106,8 +120,7 @@ class AsyncConnection:
         self._leave_others()
         channel = self._channels.get(target)
         if channel is None:
-            channel = grpc.aio.insecure_channel(*methods.channel_arguments(target, None))
-            self._channels[target] = channel
+            channel = self._channels[target] = _open_channel(target, self._credentials)
         return channel
 
     def _leave_others(self) -> None:
@@ -116,6 +129,14 @@ class AsyncConnection:
             if self._owner[0] != owner[0]:
                 leave_to_parent(self._channels)
             self._channels, self._owner = {}, owner
+
+
+def _open_channel(target: str, credentials: Credentials) -> grpc.aio.Channel:
+    options = (*methods.CHANNEL_OPTIONS, *credentials.channel_options())
+    secure = credentials.channel_credentials()
+    if secure is None:
+        return grpc.aio.insecure_channel(target, options=options)
+    return grpc.aio.secure_channel(target, secure, options=options)
 
 
 def is_being_cancelled() -> bool:

@@ -17,6 +17,7 @@ from lynearm.client.async_publisher import AsyncPublisher
 from lynearm.client.async_subscription import AsyncSubscription, fetch_blocks
 from lynearm.client.calls import Call
 from lynearm.client.client_settings import DEFAULT_TIMEOUT_SECONDS, ClientSettings
+from lynearm.client.credentials import Credentials
 from lynearm.client.endpoints import DEFAULT_TARGET
 from lynearm.client.producer_window import DEFAULT_IN_FLIGHT_BYTES
 from lynearm.client.reading_position import (
@@ -47,9 +48,11 @@ class AsyncTraceClient(ClientSettings):
         target: host:port of the service; several servers of one catalog as a sequence, or with commas.
         timeout_seconds: Deadline of each single call, tries and waits included.
         patience_seconds: How long publishers and subscriptions wait for a service that went away.
+        credentials: TLS and token; None: what the environment says (`lynearm.client.credentials`).
 
     Raises:
         InvalidInputError: if an address is not host:port.
+        ConfigError: if a token would go out in plain text.
     """
 
     def __init__(
@@ -58,9 +61,15 @@ class AsyncTraceClient(ClientSettings):
         *,
         timeout_seconds: float = DEFAULT_TIMEOUT_SECONDS,
         patience_seconds: float = math.inf,
+        credentials: Credentials | None = None,
     ) -> None:
-        super().__init__(target, timeout_seconds=timeout_seconds, patience_seconds=patience_seconds)
-        self._connection = AsyncConnection(self._endpoints)
+        super().__init__(
+            target,
+            timeout_seconds=timeout_seconds,
+            patience_seconds=patience_seconds,
+            credentials=credentials,
+        )
+        self._connection = AsyncConnection(self._endpoints, self._credentials)
 
     async def __aenter__(self) -> Self:
         """The client itself."""

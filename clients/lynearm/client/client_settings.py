@@ -6,6 +6,7 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
+from lynearm.client.credentials import Credentials
 from lynearm.client.endpoints import DEFAULT_TARGET, Endpoints, parse_targets
 from lynearm.client.retries import Retries
 
@@ -19,7 +20,8 @@ DEFAULT_TIMEOUT_SECONDS = 30.0
 class ClientSettings:
     """A client of one trace service, sync or async; holds no connection.
 
-    A copy by pickle has the same settings and connects by itself.
+    A copy by pickle has the same settings and connects by itself. It reads credentials that were not given
+    from the environment of its own process, so that no pickle holds a token which its sender never named.
     """
 
     def __init__(
@@ -28,8 +30,13 @@ class ClientSettings:
         *,
         timeout_seconds: float = DEFAULT_TIMEOUT_SECONDS,
         patience_seconds: float = math.inf,
+        credentials: Credentials | None = None,
     ) -> None:
         self._endpoints = Endpoints(parse_targets(target))
+        self._given_credentials = credentials
+        self._credentials = Credentials.from_environment() if credentials is None else credentials
+        for one in self._endpoints.targets:
+            self._credentials.check_target(one)
         self._timeout_seconds = timeout_seconds
         self._patience_seconds = patience_seconds
 
@@ -47,7 +54,11 @@ class ClientSettings:
         return _make, (type(self), self._endpoints.targets, self._options())
 
     def _options(self) -> dict[str, Any]:
-        return {"timeout_seconds": self._timeout_seconds, "patience_seconds": self._patience_seconds}
+        return {
+            "timeout_seconds": self._timeout_seconds,
+            "patience_seconds": self._patience_seconds,
+            "credentials": self._given_credentials,
+        }
 
     def _long_retries(self, subject: str) -> Retries:
         return Retries(self._endpoints, self._patience_seconds, subject=subject)

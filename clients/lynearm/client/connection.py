@@ -10,6 +10,7 @@ import grpc
 
 from lynearm.client import methods
 from lynearm.client.calls import Call
+from lynearm.client.credentials import Credentials, open_channel
 from lynearm.client.endpoints import Endpoints
 from lynearm.client.interrupts import Interruptible
 from lynearm.client.methods import ResponseStream
@@ -28,10 +29,12 @@ class Connection:
 
     Args:
         endpoints: The addresses.
+        credentials: Of the client.
     """
 
-    def __init__(self, endpoints: Endpoints) -> None:
+    def __init__(self, endpoints: Endpoints, credentials: Credentials) -> None:
         self.endpoints = endpoints
+        self._credentials = credentials
         self.generation = 0
         """Grows when the connection is closed: what was made before belongs to the past."""
         self._channels: dict[str, grpc.Channel] = {}
@@ -95,7 +98,7 @@ class Connection:
         if channel is not None:
             return channel
         with Interruptible():
-            opened = grpc.insecure_channel(*methods.channel_arguments(target, None))
+            opened = open_channel(target, self._credentials, methods.CHANNEL_OPTIONS)
             channel = self._channels.setdefault(target, opened)
             if channel is not opened:  # another thread was faster
                 opened.close()

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any, Protocol, TypeAlias, TypeVar
 
-import grpc
 from google.protobuf.message import Message
 from grpc_health.v1 import health_pb2
 
@@ -109,14 +108,6 @@ HEALTH_REQUEST = health_pb2.HealthCheckRequest()
 def is_serving(response: health_pb2.HealthCheckResponse) -> bool:
     """What the answer of a health check means."""
     return response.status == health_pb2.HealthCheckResponse.SERVING
-
-
-def channel_arguments(
-    target: str, credentials: grpc.ChannelCredentials | None, options: tuple[tuple[str, int | str], ...] = ()
-) -> tuple[Any, ...]:
-    """Positional arguments of `secure_channel`, or of `insecure_channel` without credentials."""
-    every_option = (*CHANNEL_OPTIONS, *options)
-    return (target, every_option) if credentials is None else (target, credentials, every_option)
 
 
 def _serialize(message: Message) -> bytes:

@@ -14,6 +14,7 @@ from lynearm.client import calls
 from lynearm.client.calls import Call
 from lynearm.client.client_settings import DEFAULT_TIMEOUT_SECONDS, ClientSettings
 from lynearm.client.connection import Connection
+from lynearm.client.credentials import Credentials
 from lynearm.client.endpoints import DEFAULT_TARGET
 from lynearm.client.producer_window import DEFAULT_IN_FLIGHT_BYTES
 from lynearm.client.publisher import Publisher
@@ -46,9 +47,11 @@ class TraceClient(ClientSettings):
         target: host:port of the service; several servers of one catalog as a sequence, or with commas.
         timeout_seconds: Deadline of each single call, tries and waits included.
         patience_seconds: How long publishers and subscriptions wait for a service that went away.
+        credentials: TLS and token; None: what the environment says (`lynearm.client.credentials`).
 
     Raises:
         InvalidInputError: if an address is not host:port.
+        ConfigError: if a token would go out in plain text.
     """
 
     def __init__(
@@ -57,9 +60,15 @@ class TraceClient(ClientSettings):
         *,
         timeout_seconds: float = DEFAULT_TIMEOUT_SECONDS,
         patience_seconds: float = math.inf,
+        credentials: Credentials | None = None,
     ) -> None:
-        super().__init__(target, timeout_seconds=timeout_seconds, patience_seconds=patience_seconds)
-        self._connection = Connection(self._endpoints)
+        super().__init__(
+            target,
+            timeout_seconds=timeout_seconds,
+            patience_seconds=patience_seconds,
+            credentials=credentials,
+        )
+        self._connection = Connection(self._endpoints, self._credentials)
 
     def __enter__(self) -> Self:
         """The client itself."""
