@@ -83,7 +83,7 @@ def test_a_token_file_is_read_anew_and_no_pickle_holds_it(tmp_path: Path) -> Non
 def test_a_token_file_without_a_token_is_named(tmp_path: Path, content: str) -> None:
     file = tmp_path / "token"
     file.write_text(content)
-    with pytest.raises(ConfigError, match="first line of .*token"):
+    with pytest.raises(ConfigError, match=r"first line of .*token"):
         Credentials(token_file=file).call_metadata()
 
 

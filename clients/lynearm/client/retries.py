@@ -21,10 +21,12 @@ from lynearm.wire.errors import (
     REMEDY_METADATA_KEY,
     DeadlineError,
     LynearmError,
+    RateLimitedError,
     ServiceUnavailableError,
     StorageFullError,
     error_from_status,
 )
+from lynearm.wire.status import STATUS_METADATA_KEY, StatusDetails, parse_status
 
 logger = logging.getLogger(__name__)
 
@@ -87,8 +89,9 @@ class Retries:
 
     def lost(self, error: LynearmError, target: str = "", cause: BaseException | None = None) -> float:
         """As `failed`, of something that is known to be worth another try, with its error."""
-        pause_seconds = self._count(target)
-        if self.is_spent:
+        told_seconds = _told_to_wait_seconds(error)
+        pause_seconds = told_seconds + self._count(target)
+        if self.is_spent or told_seconds > self._patience_seconds:
             raise error from cause
         if self._subject and not self.waiting_reason:
             logger.warning("%s: waiting: %s", self._subject, error.message)
@@ -124,7 +127,8 @@ def error_of(failure: grpc.RpcError, target: str) -> LynearmError:
     """
     call = cast("_Status", failure)
     metadata = {key: _text(value) for key, value in call.trailing_metadata() or ()}
-    name, details = metadata.get(ERROR_NAME_METADATA_KEY, ""), call.details() or ""
+    status, details = _status_details(call), call.details() or ""
+    name = metadata.get(ERROR_NAME_METADATA_KEY, "") or status.reason
     if call.code() is grpc.StatusCode.UNAVAILABLE and not name:
         return ServiceUnavailableError(f"no trace service answers at {target} ({details})", START_IT)
     if call.code() is grpc.StatusCode.DEADLINE_EXCEEDED and not name:
@@ -132,7 +136,10 @@ def error_of(failure: grpc.RpcError, target: str) -> LynearmError:
             f"the trace service at {target} did not answer in time",
             "give a longer timeout_seconds, or look at the service's log",
         )
-    return error_from_status(call.code().name, details, name, metadata.get(REMEDY_METADATA_KEY, ""))
+    error = error_from_status(call.code().name, details, name, metadata.get(REMEDY_METADATA_KEY, ""))
+    if status.retry_seconds is not None:
+        error.retry_seconds = status.retry_seconds
+    return error
 
 
 def is_transient(failure: grpc.RpcError) -> bool:
@@ -141,7 +148,7 @@ def is_transient(failure: grpc.RpcError) -> bool:
     if call.code() in (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.CANCELLED):
         return True
     name = _error_name(call)
-    if name == StorageFullError.__name__:
+    if name in (StorageFullError.__name__, RateLimitedError.__name__):
         return True
     # A server that is stopped or killed may also reset the stream, which gRPC reports in these two.
     reset = "RST_STREAM" in (call.details() or "")
@@ -172,6 +179,12 @@ def service_hung_up(target: str) -> ServiceUnavailableError:
     )
 
 
+def _told_to_wait_seconds(error: LynearmError) -> float:
+    # Of a server that is away or stopping another may take the call at once; a full one said when to return.
+    is_full = isinstance(error, (RateLimitedError, StorageFullError))
+    return error.retry_seconds or 0.0 if is_full else 0.0
+
+
 def _never_began(failure: grpc.RpcError) -> bool:
     call = cast("_Status", failure)
     # The server said so itself, or there was no connection. gRPC has no code for the latter: if its words
@@ -188,6 +201,14 @@ def _maybe_done(error: LynearmError) -> LynearmError:
 
 def _error_name(call: _Status) -> str:
     return next((_text(v) for k, v in call.trailing_metadata() or () if k == ERROR_NAME_METADATA_KEY), "")
+
+
+def _status_details(call: _Status) -> StatusDetails:
+    encoded = next((value for key, value in call.trailing_metadata() or () if key == STATUS_METADATA_KEY), b"")
+    try:
+        return parse_status(encoded if isinstance(encoded, bytes) else b"")
+    except LynearmError:
+        return StatusDetails()  # written by something on the way, such as a proxy
 
 
 def _text(value: str | bytes) -> str:
