@@ -204,7 +204,9 @@ def _error_name(call: _Status) -> str:
 
 
 def _status_details(call: _Status) -> StatusDetails:
-    encoded = next((value for key, value in call.trailing_metadata() or () if key == STATUS_METADATA_KEY), b"")
+    encoded = next(
+        (value for key, value in call.trailing_metadata() or () if key == STATUS_METADATA_KEY), b""
+    )
     try:
         return parse_status(encoded if isinstance(encoded, bytes) else b"")
     except LynearmError:
