@@ -14,19 +14,21 @@ from lynearm.client import TraceClient
 from lynearm.wire.errors import LynearmError
 
 
+def unused_target() -> str:
+    """An address of this machine at which nothing listens."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return f"127.0.0.1:{probe.getsockname()[1]}"
+
+
 class ServiceProcess:
     """A trace server in a process of its own, on a port that survives its restarts."""
 
     def __init__(self, data_dir: Path) -> None:
         self._data_dir = data_dir
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            self.port = int(probe.getsockname()[1])
+        self.target = unused_target()
+        self.port = int(self.target.rpartition(":")[2])
         self._process: subprocess.Popen[bytes] | None = None
-
-    @property
-    def target(self) -> str:
-        return f"127.0.0.1:{self.port}"
 
     def start(self) -> None:
         code = (

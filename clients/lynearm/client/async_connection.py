@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import os
+import threading
+import weakref
 from collections.abc import AsyncIterator
 from typing import Any, Protocol, TypeVar
 
@@ -17,9 +19,16 @@ from lynearm.client.credentials import Credentials
 from lynearm.client.endpoints import Endpoints
 from lynearm.client.retries import client_closed
 from lynearm.v1 import trace_service_pb2 as pb
+from lynearm.wire.errors import PreconditionError
 
 Result = TypeVar("Result")
 _Response_co = TypeVar("_Response_co", covariant=True)
+
+_channels = weakref.WeakSet[grpc.aio.Channel]()
+"""Channels of this process that nobody has closed."""
+
+_lost_to_fork = threading.Event()
+"""Whether this process was forked while there were any."""
 
 
 class AsyncResponses(Protocol[_Response_co]):
@@ -40,6 +49,8 @@ class AsyncResponses(Protocol[_Response_co]):
 
 class AsyncConnection:
     """Channels to every address of a service, in one event loop; another loop or process opens its own.
+
+    A process that was forked while such a channel was open is refused, whoever had opened it.
 
     Args:
         endpoints: The addresses.
@@ -115,12 +126,14 @@ class AsyncConnection:
         channels, self._channels = self._channels, {}
         for channel in channels.values():
             await channel.close()
+            _channels.discard(channel)
 
     def _channel(self, target: str) -> grpc.aio.Channel:
         self._leave_others()
         channel = self._channels.get(target)
         if channel is None:
             channel = self._channels[target] = _open_channel(target, self._credentials)
+            _channels.add(channel)
         return channel
 
     def _leave_others(self) -> None:
@@ -132,11 +145,28 @@ class AsyncConnection:
 
 
 def _open_channel(target: str, credentials: Credentials) -> grpc.aio.Channel:
+    # Without it the child would hang, or crash: the thread that wakes asyncio stayed with the parent.
+    if _lost_to_fork.is_set():
+        raise PreconditionError(
+            "this process was forked from one whose AsyncTraceClient was connected; grpc.aio is broken here",
+            "start it by spawn or forkserver, close the client before the fork, or use TraceClient here",
+        )
     options = (*methods.CHANNEL_OPTIONS, *credentials.channel_options())
     secure = credentials.channel_credentials()
     if secure is None:
         return grpc.aio.insecure_channel(target, options=options)
     return grpc.aio.secure_channel(target, secure, options=options)
+
+
+def _after_fork() -> None:
+    inherited = list(_channels)
+    if inherited:
+        _lost_to_fork.set()
+        leave_to_parent(inherited)
+        _channels.clear()
+
+
+os.register_at_fork(after_in_child=_after_fork)
 
 
 def is_being_cancelled() -> bool:

@@ -115,8 +115,10 @@ class AsyncPublisher:
         check_block(block)
         self._start()
         started = time.monotonic()
-        await self._wait(lambda: self._closing or self._window.has_room(len(block)), None)
-        self._waiting_seconds += time.monotonic() - started
+        try:
+            await self._wait(lambda: self._closing or self._window.has_room(len(block)), None)
+        finally:
+            self._waiting_seconds += time.monotonic() - started
         if self._closing:
             raise too_late(self.stream)
         self._window.add(block, finished_prompt_ids)
