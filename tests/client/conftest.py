@@ -17,5 +17,5 @@ def shared_service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service
 @pytest.fixture
 def stream(request: pytest.FixtureRequest) -> str:
     """A name for a stream that no other test uses."""
-    name = "".join(c if c.isalnum() else "-" for c in request.node.name)
+    name = "".join(c if c.isalnum() else "-" for c in request.node.name.lower())
     return name[:100].strip("-")
