@@ -51,6 +51,13 @@ class ServiceProcess:
             self._process.wait(30)
             self._process = None
 
+    def freeze(self) -> None:
+        """Stop it as a debugger would: connections stay, nothing answers."""
+        self._send(signal.SIGSTOP)
+
+    def thaw(self) -> None:
+        self._send(signal.SIGCONT)
+
     def kill(self) -> None:
         self.stop(signal.SIGKILL)
 
@@ -62,3 +69,8 @@ class ServiceProcess:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.kill()
+
+    def _send(self, number: signal.Signals) -> None:
+        if self._process is None:
+            raise ValueError(f"no service runs that {number.name} could be sent to")
+        self._process.send_signal(number)
