@@ -6,12 +6,16 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from lynearm.client import TraceClient
 from lynearm.wire.blocks import BlockHeader, checksum, join_block
 from lynearm.wire.codec import encode_block
 from lynearm.wire.specs import CodecSpec, StreamSpec, TeacherSpec, TokenizerSpec
 from lynearm.wire.traces import TopK, Trace
 
 VOCAB_SIZE = 128
+
+PACKINGS = {"even": [10] * 5, "single": [1] * 50, "uneven": [1, 17, 3, 20, 9]}
+"""Streams of the traces 0 to 49, by the sizes of their blocks."""
 
 
 def make_spec(name: str = "s", license: str = "Apache-2.0") -> StreamSpec:
@@ -51,3 +55,13 @@ def encode_traces(numbers: Sequence[int]) -> bytes:
     return encode_block(
         [make_trace(number) for number in numbers], codec=CodecSpec("exact", 2), vocab_size=VOCAB_SIZE
     )
+
+
+def publish_traces(client: TraceClient, stream: str, sizes: Sequence[int]) -> None:
+    """A new stream of blocks of so many traces, numbered throughout."""
+    client.create_stream(make_spec(stream))
+    first = 0
+    with client.publisher(stream, "teacher") as publisher:
+        for size in sizes:
+            publisher.publish(encode_traces(range(first, first + size)))
+            first += size
