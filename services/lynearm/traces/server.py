@@ -15,6 +15,7 @@ import grpc
 import grpc.aio
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 
+from lynearm.traces import failpoints
 from lynearm.traces.backend import Backend, open_backend
 from lynearm.traces.calls import CallGate
 from lynearm.traces.commit import stopping
@@ -77,6 +78,7 @@ class TraceServer:
     async def __aenter__(self) -> Self:
         """Open the data directory and listen."""
         async with AsyncExitStack() as stack:
+            failpoints.arm_from_environment()
             _check_port(self._config.host, self._config.port)
             backend = await stack.enter_async_context(open_backend(self._config))
             gate = CallGate(self._config.max_calls)

@@ -23,6 +23,7 @@ from functools import partial
 from pathlib import Path
 from typing import Protocol, TypeVar
 
+from lynearm.traces import failpoints
 from lynearm.wire.errors import StorageError, StorageFullError
 
 READ_THREADS = 2
@@ -145,9 +146,11 @@ class LocalBlockStore:
     def _write(self, blocks: Sequence[bytes | memoryview]) -> StoredObject:
         key = secrets.token_hex(16)
         path = self._path(key)
+        failpoints.reach("store.before_write")
         descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o640)
         try:
             _write_all(descriptor, blocks)
+            failpoints.reach("store.before_sync")
             _sync_file(descriptor)
         except OSError as error:
             # Room comes back at once; whatever else went wrong, the start-up sweep takes the file.
@@ -158,6 +161,7 @@ class LocalBlockStore:
         finally:
             os.close(descriptor)
         sync_directory(path.parent)
+        failpoints.reach("store.after_write")
         return StoredObject(key, _spans(blocks))
 
     def _list_keys(self, subdirectories: Sequence[str]) -> list[str]:
