@@ -12,8 +12,8 @@ import json
 import os
 import random
 from collections import Counter
-from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 from pathlib import Path
 
 import xxhash
@@ -148,7 +148,7 @@ def judge(reading: Reading, acked: dict[str, int], finished: set[int]) -> Verdic
         due = max(acked.get(maker, 0), max(found, default=0))
         verdict.lost += due - len(set(found))
         verdict.duplicated += len(found) - len(set(found))
-        verdict.reordered += sum(later < earlier for earlier, later in _pairs(found))
+        verdict.reordered += sum(later < earlier for earlier, later in pairwise(found))
     _judge_prompts(reading, finished, verdict)
     return verdict
 
@@ -159,7 +159,3 @@ def _judge_prompts(reading: Reading, finished: set[int], verdict: Verdict) -> No
     verdict.duplicated += sum(count - 1 for count in counts.values())
     verdict.lost += len(finished - set(counts)) + len(set(counts) - finished)
     verdict.lost += max(counts, default=-1) + 1 - len(counts)
-
-
-def _pairs(values: Sequence[int]) -> Iterator[tuple[int, int]]:
-    return zip(values, values[1:], strict=False)

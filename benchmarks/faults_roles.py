@@ -174,5 +174,3 @@ def _begin(site: Site, role: str) -> None:
     log = os.open(site.directory / f"{role}.log", os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
     os.dup2(log, sys.stderr.fileno())
     logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(process)d %(name)s %(message)s")
-
-

@@ -17,8 +17,16 @@ from multiprocessing.connection import Connection
 from multiprocessing.context import ForkServerProcess
 from pathlib import Path
 
-from faults_ledger import Reading, Verdict, digest_of, judge, read_ledger, read_reading, stream_spec
-from faults_ledger import Identity as BlockIdentity
+from faults_ledger import (
+    Identity,
+    Reading,
+    Verdict,
+    digest_of,
+    judge,
+    read_ledger,
+    read_reading,
+    stream_spec,
+)
 from faults_roles import STREAM, Site, follow, publish, serve, work
 
 from lynearm.client import TraceClient
@@ -239,7 +247,7 @@ class _Run:
             client.subscribe(STREAM, follow=False) as blocks,
         ):
             for received in blocks:
-                identity = BlockIdentity.of(received.block)
+                identity = Identity.of(received.block)
                 reading.add(received.offset, identity, digest_of(received.block))
         return reading
 

@@ -40,6 +40,10 @@ def serve(
         bool | None,
         typer.Option("--insecure", help="Listen beyond loopback, neither encrypted nor authenticated."),
     ] = None,
+    min_free_bytes: Annotated[
+        int | None,
+        typer.Option(help="Refuse blocks that would leave less free on the disk.", show_default="256 MiB"),
+    ] = None,
     config: ConfigFile = None,
     assignments: Assignments = None,
     progress: Progress = ProgressMode.auto,

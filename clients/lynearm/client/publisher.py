@@ -271,6 +271,13 @@ class Publisher:
                         f"stream {self.stream!r}: the service has block {response.opened.next_sequence - 1} "
                         f"of this producer, which sent {self._last_sequence}"
                     )
+                if response.opened.next_sequence <= self._acked_blocks:
+                    raise InternalError(
+                        f"stream {self.stream!r}: the service has lost blocks of this producer that it had "
+                        f"acknowledged: {self._acked_blocks} were, "
+                        f"it has {response.opened.next_sequence - 1}",
+                        "was its data restored from an older copy? then publish the missing traces anew",
+                    )
                 self._acknowledge(response.opened.next_sequence - 1)
                 self._sent_sequence = response.opened.next_sequence - 1
                 self._opened = True

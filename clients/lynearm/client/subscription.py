@@ -53,12 +53,15 @@ class Subscription:
         follow: bool,
         credit_bytes: int,
         patience_seconds: float,
+        skip_damaged: bool = False,
     ) -> None:
         self.stream = stream
         self._connection = connection
         self._next_offset = start
         self._follow = follow
         self._credit_bytes = credit_bytes
+        self._skip_damaged = skip_damaged
+        self._damaged_offsets: list[int] = []
         self._consumed_bytes = 0
         self._backoff = Backoff(patience_seconds)
         self._waiting_reason = ""
@@ -99,13 +102,20 @@ class Subscription:
                     break
                 self._wait_after(failure)
                 continue
-            return self._receive(data)
+            received = self._receive(data)
+            if received is not None:
+                return received
         raise StopIteration
 
     @property
     def next_offset(self) -> int:
         """Offset of the block that the next iteration gives."""
         return self._next_offset
+
+    @property
+    def damaged_offsets(self) -> tuple[int, ...]:
+        """Offsets of the blocks that were skipped, being damaged; none unless that was asked for."""
+        return tuple(self._damaged_offsets)
 
     @property
     def waiting_reason(self) -> str:
@@ -125,6 +135,7 @@ class Subscription:
                 start_offset=self._next_offset,
                 follow=self._follow,
                 credit_bytes=self._credit_bytes,
+                skip_damaged=self._skip_damaged,
             )
             requests: SimpleQueue[trace_service_pb2.SubscribeRequest | None] = SimpleQueue()
             requests.put(trace_service_pb2.SubscribeRequest(open=opening))
@@ -135,7 +146,8 @@ class Subscription:
                 call.cancel()
         return call
 
-    def _receive(self, data: bytes) -> ReceivedBlock:
+    def _receive(self, data: bytes) -> ReceivedBlock | None:
+        """The block; None for one that is damaged and skipped."""
         received = parse_subscribe_response(data)
         if received.offset != self._next_offset:
             raise InternalError(
@@ -144,6 +156,10 @@ class Subscription:
         self._next_offset += 1
         self._waiting_reason = ""
         self._backoff.succeeded()
+        if received.damage:
+            logger.error("skipping a block: %s", received.damage)
+            self._damaged_offsets.append(received.offset)
+            return None
         self._grant(len(received.block))
         return ReceivedBlock(received.offset, received.block, received.next_offset)
 

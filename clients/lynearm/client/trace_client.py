@@ -272,6 +272,7 @@ class TraceClient:
         start: int | Literal["live"] = 0,
         follow: bool = True,
         credit_bytes: int = DEFAULT_CREDIT_BYTES,
+        on_corrupt: Literal["raise", "skip"] = "raise",
     ) -> Subscription:
         """The blocks of a stream in offset order.
 
@@ -280,6 +281,8 @@ class TraceClient:
             start: Offset of the first block; "live" for those committed from now on.
             follow: Wait for more until the stream is sealed; otherwise end where it ends now.
             credit_bytes: Blocks that the service may send ahead of the reader.
+            on_corrupt: At a block that is damaged in the service's store, "raise" CorruptBlockError, or
+                "skip" it: the iteration goes on behind it, and `Subscription.damaged_offsets` names it.
 
         Raises:
             StreamNotFoundError: if `start` is "live" and there is no such stream. With a number, the
@@ -293,6 +296,7 @@ class TraceClient:
             follow=follow,
             credit_bytes=credit_bytes,
             patience_seconds=self._patience_seconds,
+            skip_damaged=on_corrupt == "skip",
         )
 
     def fetch(self, stream: str, offset: int, count: int = 1) -> Iterator[ReceivedBlock]:

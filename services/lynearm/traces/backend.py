@@ -14,6 +14,7 @@ from lynearm.traces.catalog import Catalog, StreamRecord, stream_not_found
 from lynearm.traces.commit import GroupCommitter
 from lynearm.traces.config import ServeConfig
 from lynearm.traces.dictionaries import KnownDictionaries
+from lynearm.traces.free_space import FreeSpace
 from lynearm.traces.reader import BlockCache, BlockReader
 from lynearm.traces.sqlite_catalog import SqliteCatalog
 from lynearm.traces.store import BlockStore, LocalBlockStore, sync_directory
@@ -34,6 +35,7 @@ class Backend:
     reader: BlockReader
     committer: GroupCommitter
     dictionaries: KnownDictionaries
+    space: FreeSpace
 
     async def watch_stream(self, name: str) -> tuple[StreamRecord, StreamTail]:
         """A stream as it is, and the tail that tells of every commit from then on.
@@ -70,6 +72,7 @@ class Backend:
         deleted = await self.catalog.delete_stream(name)
         self.tails.end(deleted.stream_id, stream_not_found(name))
         self.cache.drop_stream(deleted.stream_id)
+        self.reader.quarantine.drop_stream(deleted.stream_id)
         for key in deleted.object_keys:
             try:
                 await self.store.delete(key)
@@ -90,7 +93,8 @@ async def open_backend(config: ServeConfig) -> AsyncGenerator[Backend]:
         stack.enter_context(lock_directory(config.data_dir))
         catalog = await SqliteCatalog.open(config.data_dir / "catalog.sqlite3")
         stack.push_async_callback(catalog.close)
-        store = LocalBlockStore(config.data_dir / "blocks")
+        space = FreeSpace(config.data_dir, config.min_free_bytes)
+        store = LocalBlockStore(config.data_dir / "blocks", space)
         stack.push_async_callback(store.close)
         await _sweep(catalog, store)
         cache, tails = BlockCache(config.cache_bytes), Tails()
@@ -105,7 +109,7 @@ async def open_backend(config: ServeConfig) -> AsyncGenerator[Backend]:
         )
         await stack.enter_async_context(committer)
         reader = BlockReader(catalog, store, cache)
-        yield Backend(catalog, store, cache, tails, reader, committer, KnownDictionaries(catalog))
+        yield Backend(catalog, store, cache, tails, reader, committer, KnownDictionaries(catalog), space)
 
 
 @contextmanager

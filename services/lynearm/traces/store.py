@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import Protocol, TypeVar
 
 from lynearm.traces import failpoints
+from lynearm.traces.free_space import FreeSpace
 from lynearm.wire.errors import StorageError, StorageFullError
 
 READ_THREADS = 2
@@ -97,13 +98,15 @@ class LocalBlockStore:
 
     Args:
         root: The directory, created when missing; its parent exists.
+        space: Says whether there is room for an object.
 
     Raises:
         StorageError: the directory cannot be used.
     """
 
-    def __init__(self, root: Path) -> None:
+    def __init__(self, root: Path, space: FreeSpace | None = None) -> None:
         self._root = root
+        self._space = space
         self._writer = ThreadPoolExecutor(1, "block-writer")
         self._readers = ThreadPoolExecutor(READ_THREADS, "block-reader")
         try:
@@ -147,6 +150,8 @@ class LocalBlockStore:
         key = secrets.token_hex(16)
         path = self._path(key)
         failpoints.reach("store.before_write")
+        if self._space is not None:
+            self._space.check(sum(map(len, blocks)))
         descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o640)
         try:
             _write_all(descriptor, blocks)
