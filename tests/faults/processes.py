@@ -27,6 +27,10 @@ run_server(config, lambda address: print(address, flush=True))
 """
 
 
+class ServerEnded(Exception):
+    """The server did not start; its log says why."""
+
+
 class Server:
     """A trace server to be frozen, starved, or told to fail. Its standard error goes to a file.
 
@@ -59,7 +63,9 @@ class Server:
             )
         assert self.process.stdout is not None
         self.target = self.process.stdout.readline().strip()
-        assert self.target, self.log
+        if not self.target:
+            self.__exit__()
+            raise ServerEnded(self.log)
 
     @property
     def log(self) -> str:

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from faults.processes import Server, object_files, publish_singly, read_all
+from faults.processes import Server, ServerEnded, object_files, publish_singly, read_all
 from traces.harness import make_block, make_spec
 
 from lynearm.client import TraceClient
@@ -37,12 +37,15 @@ def publish_until_refused(client: TraceClient, stream: str = "s", *, size_bytes:
     """Publish blocks one after the other until one is refused; how many were acknowledged."""
     client.create_stream(make_spec(stream), allow_existing=True)
     publisher = client.publisher(stream, "filler")
-    try:
+
+    def fill() -> None:
         for number in range(1000):
             publisher.publish(make_block(number, size_bytes))
             publisher.flush()
-    except StorageFullError as error:
-        assert "free space or delete streams" in error.remedy
+
+    with pytest.raises(StorageFullError) as caught:
+        fill()
+    assert "free space" in caught.value.remedy
     with contextlib.suppress(LynearmError):
         publisher.close()
     return publisher.acked_blocks
@@ -67,7 +70,7 @@ def test_writes_are_refused_before_the_disk_is_full_and_reads_go_on(small_disk: 
             client.put_dictionary("s", bytes(1 << 20))
         client.create_stream(make_spec("other"))
         client.delete_stream("s")
-        assert publish_until_refused(client, "other") >= count - 2
+        assert publish_until_refused(client, "other") >= count // 2
 
 
 def test_a_publisher_waits_out_a_disk_without_room(tmp_path: Path) -> None:
@@ -137,11 +140,15 @@ def test_a_limit_on_file_sizes_that_stops_the_catalog_loses_nothing_acknowledged
     ):
         client.create_stream(make_spec())
         publisher = client.publisher("s", "p")
-        with pytest.raises((StorageError, StorageFullError)):
+
+        def fill() -> None:
             for number in range(5000):
                 publisher.publish(make_block(number, 100), [f"prompt {number} {'x' * 200}"])
                 if number % 20 == 0:
                     publisher.flush()
+
+        with pytest.raises((StorageError, StorageFullError)):
+            fill()
         acked = publisher.acked_blocks
         assert acked > 20
         kept = read_all(client)
@@ -189,5 +196,5 @@ def test_a_commit_that_fails_leaves_nothing_of_its_group(tmp_path: Path) -> None
 
 def test_a_failpoint_that_does_not_exist_is_refused(tmp_path: Path) -> None:
     for wrong in ("store=kill", "store.before_write=explode", "store.before_write=kill@0"):
-        with pytest.raises(AssertionError, match=NAMES[0]):
+        with pytest.raises(ServerEnded, match=NAMES[0]):
             Server(tmp_path / "data", failpoints=wrong)

@@ -281,8 +281,8 @@ class Publisher:
                 self._acknowledge(response.opened.next_sequence - 1)
                 self._sent_sequence = response.opened.next_sequence - 1
                 self._opened = True
-                self._waiting_reason = ""
-                self._backoff.succeeded()
+                if not self._unacknowledged:
+                    self._progressed()
             else:
                 self._acknowledge(response.ack.first_sequence + len(response.ack.offsets) - 1)
             self._changed.notify_all()
@@ -291,6 +291,12 @@ class Publisher:
         while self._unacknowledged and self._unacknowledged[0].sequence <= sequence:
             self._in_flight_bytes -= len(self._unacknowledged.popleft().frame)
             self._acked_blocks += 1
+            self._progressed()
+
+    def _progressed(self) -> None:
+        # Not when a service merely answers: one whose disk is full does, and then refuses the same blocks.
+        self._waiting_reason = ""
+        self._backoff.succeeded()
 
     def _disconnected(self, failure: grpc.RpcError) -> float | None:
         error = self._connection.error(failure)

@@ -47,7 +47,7 @@ class ServeConfig:
 
     min_free_bytes: int = 256 * MIB
     """What blocks and dictionaries must leave free on the disk of data_dir; beyond it, publishers wait for
-    room and readers go on. A few groups and the catalog's log, which must not meet a full disk. 0: nothing."""
+    room and readers go on. A few groups and the catalog's log, which must not meet a full disk."""
 
     max_calls: int = 1024
     """Calls at the same time; more are refused at once, as unavailable, rather than queued. A call costs
