@@ -1,4 +1,4 @@
-"""Peers that stall, freeze, move their clock, or come back with less than they had."""
+"""Peers that stall, freeze, or come back with less than they had."""
 
 from __future__ import annotations
 
@@ -104,35 +104,6 @@ def _has_room(client: TraceClient) -> bool:
     except LynearmError:
         return False
     return True
-
-
-CLOCKS = {
-    "in the past": "time.time = lambda: 1.0; time.time_ns = lambda: 10**9",
-    "far ahead": "time.time = lambda: 4e9; time.time_ns = lambda: 4 * 10**18",
-    "jumping": (
-        "import itertools; jumps = itertools.cycle((1.0, 4e9, 1.5e9)); time.time = lambda: next(jumps); "
-        "time.time_ns = lambda: int(next(jumps) * 1e9)"
-    ),
-}
-
-
-@pytest.mark.parametrize("clock", CLOCKS)
-def test_a_clock_that_is_wrong_or_jumps_changes_nothing_but_the_date(tmp_path: Path, clock: str) -> None:
-    prelude = "import time; " + CLOCKS[clock]
-    with (
-        Server(tmp_path / "data", prelude=prelude, group_milliseconds=5.0) as server,
-        TraceClient(server.target, timeout_seconds=20) as client,
-    ):
-        publish_singly(client, range(3))
-        blocks = iter(client.subscribe("s"))
-        assert [next(blocks).offset for _ in range(3)] == [0, 1, 2]
-        publish_singly(client, range(3, 5))
-        assert [bytes(next(blocks).block) for _ in range(2)] == [make_block(3), make_block(4)]
-        created = client.get_stream("s").created_unix_nano
-        assert created in (10**9, 15 * 10**17, 4 * 10**18)
-    with Server(tmp_path / "data") as server, TraceClient(server.target) as client:
-        publish_singly(client, range(5, 6))
-        assert read_all(client) == [make_block(number) for number in range(6)]
 
 
 def test_a_service_that_lost_acknowledged_blocks_is_not_taken_for_the_same(tmp_path: Path) -> None:
