@@ -9,6 +9,7 @@ from __future__ import annotations
 import multiprocessing
 import random
 import socket
+import threading
 import time
 from collections import Counter
 from collections.abc import Callable
@@ -43,6 +44,10 @@ STALL_SECONDS = 90.0
 _CLIENTS: dict[str, Callable[..., None]] = {"publisher": publish, "worker": work, "subscriber": follow}
 _KILLED = -9
 _context = multiprocessing.get_context("forkserver")
+
+# Starting a process, multiprocessing looks whether any other has ended; two threads that look at the same
+# one both read its exit status, which is there once.
+_lock = threading.Lock()
 
 
 class FaultFound(Exception):
@@ -105,7 +110,7 @@ class _Run:
         rng = self._rng
         roles = ["server", *_CLIENTS]
         role = "server" if is_last else rng.choices(roles, [6, 2, 2, 2])[0]
-        if not self._processes["server"].is_alive():
+        if not _is_alive(self._processes["server"]):
             role = "server"
         if rng.random() < 0.05 and not is_last:
             self._kill_all()
@@ -153,7 +158,7 @@ class _Run:
     def end(self) -> None:
         for process in self._processes.values():
             process.kill()
-            process.join()
+            _wait(process)
 
     def _kill_all(self) -> None:
         """Kill everybody in the same instant, as far as there is one."""
@@ -179,11 +184,11 @@ class _Run:
     def _kill_server(self) -> None:
         process = self._processes["server"]
         if self._point:
-            process.join(POINT_SECONDS)
-        elif process.is_alive():
+            _wait(process, POINT_SECONDS)
+        elif _is_alive(process):
             time.sleep(self._rng.uniform(0, 0.15))
-        how = self._point if not process.is_alive() else "server, any instant"
-        if process.is_alive() and not self._is_ready():
+        how = self._point if not _is_alive(process) else "server, any instant"
+        if _is_alive(process) and not self._is_ready():
             how = "server, starting"
         self._kill("server")
         self._outcome.kills[how] += 1
@@ -191,7 +196,7 @@ class _Run:
     def _kill(self, role: str) -> None:
         process = self._processes[role]
         process.kill()
-        process.join()
+        _wait(process)
         if process.exitcode != _KILLED:
             raise FaultFound(f"the {role} ended by itself with {process.exitcode}{self._last_log(role)}")
 
@@ -209,8 +214,9 @@ class _Run:
         self._start(role, _CLIENTS[role], *arguments)
 
     def _start(self, role: str, body: Callable[..., None], *arguments: object) -> None:
-        process = _context.Process(target=body, args=arguments, daemon=True)
-        process.start()
+        with _lock:
+            process = _context.Process(target=body, args=arguments, daemon=True)
+            process.start()
         self._processes[role] = process
 
     def _is_ready(self) -> bool:
@@ -223,7 +229,7 @@ class _Run:
         deadline = time.monotonic() + STALL_SECONDS
         while any(_size(path) <= size for path, size in zip(ledgers, before, strict=True)):
             for role, process in self._processes.items():
-                if process.is_alive():
+                if _is_alive(process):
                     continue
                 if role == "server" and self._point and also_dead_server and process.exitcode == _KILLED:
                     return
@@ -234,7 +240,7 @@ class _Run:
 
     def _await_end(self, role: str) -> None:
         process = self._processes.pop(role)
-        process.join(STALL_SECONDS)
+        _wait(process)
         if process.exitcode != 0:
             code = process.exitcode
             process.kill()
@@ -255,6 +261,18 @@ class _Run:
         path = self._site.directory / f"{role}.log"
         lines = path.read_text(errors="replace").splitlines()[-30:] if path.exists() else []
         return "\n" + "\n".join(lines)
+
+
+def _is_alive(process: ForkServerProcess) -> bool:
+    with _lock:
+        return process.is_alive()
+
+
+def _wait(process: ForkServerProcess, seconds: float = STALL_SECONDS) -> None:
+    """Wait for the end of a process, for so long."""
+    deadline = time.monotonic() + seconds
+    while _is_alive(process) and time.monotonic() < deadline:
+        time.sleep(0.002)
 
 
 def _size(path: Path) -> int:

@@ -58,6 +58,12 @@ class Proxy:
         for pair in self._connections:
             pair.swallowing.add(direction)
 
+    def cut(self) -> None:
+        """Reset the connections that there are."""
+        pairs, self._connections = self._connections, []
+        for pair in pairs:
+            self._loop.call_soon_threadsafe(pair.abort)
+
     def _run(self, work: Coroutine[Any, Any, T]) -> T:
         return asyncio.run_coroutine_threadsafe(work, self._loop).result(30)
 

@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import threading
+import time
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
+import pytest
 from faults.processes import Server, read_all
 from faults.proxy import Proxy
 from traces.harness import make_block, make_spec
 
 from lynearm.client import TraceClient
+from lynearm.client.connection import Connection
 
 
 def test_connections_that_are_slow_and_cut_lose_and_double_nothing(tmp_path: Path) -> None:
@@ -71,3 +76,37 @@ def test_half_open_connections_are_given_up_and_nothing_is_lost_or_doubled(tmp_p
         followed = [bytes(next(blocks).block) for _ in range(10)]
         assert sorted(followed) == sorted(2 * [make_block(number) for number in range(1, 6)])
         assert read_all(direct)[2:] == followed
+
+
+def test_a_publisher_that_reconnects_sends_nothing_before_it_knows_what_arrived(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    start_call = Connection.publish
+
+    def start_slowly(self: Connection, requests: Iterator[bytes]) -> Any:
+        call = start_call(self, requests)
+        time.sleep(0.3)  # while grpc's thread takes the first requests
+        return call
+
+    monkeypatch.setattr(Connection, "publish", start_slowly)
+    with (
+        Server(tmp_path / "data") as server,
+        Proxy(server.target) as proxy,
+        TraceClient(server.target) as direct,
+        TraceClient(proxy.target) as client,
+    ):
+        direct.create_stream(make_spec())
+        with client.publisher("s", "p") as publisher:
+            publisher.publish(make_block(0))
+            publisher.flush()
+            proxy.swallow("up")
+            for number in range(1, 5):
+                publisher.publish(make_block(number))
+            while proxy.swallowed_bytes < 4 * 2000:
+                time.sleep(0.01)
+            proxy.cut()
+            while not publisher.waiting_reason:
+                time.sleep(0.001)
+            # What follows the blocks that were sent is not what follows those that arrived.
+            publisher.publish(make_block(5))
+        assert read_all(direct) == [make_block(number) for number in range(6)]

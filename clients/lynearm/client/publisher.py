@@ -217,9 +217,11 @@ class Publisher:
     def _connect_once(self) -> float | None:
         """One connection, from opening to end; the seconds to wait before the next, None for the last."""
         finished = threading.Event()
+        with self._changed:
+            # Before there is a call, whose sending thread would else go on where the last one stopped.
+            self._opened = False
         call = self._connection.publish(self._requests(finished))
         with self._changed:
-            self._opened = False
             self._call = call
         # A service that hangs would otherwise hold the opening for ever.
         watchdog = threading.Timer(_OPEN_SECONDS, call.cancel)
