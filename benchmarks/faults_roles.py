@@ -43,6 +43,15 @@ class Site:
     def target(self) -> str:
         return f"127.0.0.1:{self.port}"
 
+    @property
+    def data(self) -> Path:
+        return self.directory / "data"
+
+    @property
+    def kept(self) -> Path:
+        """What a power failure would leave of `data`."""
+        return self.directory / "kept"
+
     def ledger(self, role: str) -> Path:
         return self.directory / f"{role}.ledger"
 
@@ -59,8 +68,10 @@ def serve(site: Site, description: str, ready: Connection) -> None:
     _begin(site, "server")
     if description:
         os.environ[failpoints.VARIABLE] = description
+    # Read by what `power_failure.c` makes, if that is there.
+    os.environ |= {"POWER_ROOT": str(site.data), "POWER_SHADOW": str(site.kept)}
     config = ServeConfig(
-        data_dir=site.directory / "data",
+        data_dir=site.data,
         port=site.port,
         group_milliseconds=2.0,
         # Small enough that a subscriber that was away reads files.

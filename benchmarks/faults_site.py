@@ -1,13 +1,15 @@
 """Runs one service with its clients, kills them one after the other, and lets the oracle judge.
 
 Half of what is killed is the server, mostly at a named point of a block's way, else at a random instant, at
-times while it starts. What was killed is started again at once. In the end everything may finish in peace.
+times while it starts; at times the power fails too, and takes what it had not synced. What was killed is
+started again at once. In the end everything may finish in peace.
 """
 
 from __future__ import annotations
 
 import multiprocessing
 import random
+import shutil
 import socket
 import threading
 import time
@@ -60,23 +62,26 @@ class Outcome:
 
     kills: Counter[str] = field(default_factory=Counter[str])
     verdict: Verdict = field(default_factory=Verdict)
+    power_failures: int = 0
+    """Kills of the server that also took what it had not synced."""
     refused: int = 0
     """Blocks of a worker that came after the same prompts were finished."""
 
 
-def run_site(directory: Path, kills: int, seed: str) -> Outcome:
+def run_site(directory: Path, kills: int, seed: str, *, power_failures: bool) -> Outcome:
     """Kill that often, then finish and judge.
 
     Args:
         directory: An empty one.
         kills: How often.
         seed: Of who is killed when, as far as processes repeat themselves.
+        power_failures: Whether some kills of the server also take what it has not synced.
 
     Raises:
         FaultFound: a process ended by itself, or nothing went on.
     """
     rng = random.Random(seed)
-    run = _Run(Site(directory, _free_port(rng)), rng)
+    run = _Run(Site(directory, _free_port(rng)), rng, power_failures)
     try:
         run.start()
         for count in range(kills):
@@ -87,9 +92,10 @@ def run_site(directory: Path, kills: int, seed: str) -> Outcome:
 
 
 class _Run:
-    def __init__(self, site: Site, rng: random.Random) -> None:
+    def __init__(self, site: Site, rng: random.Random, power_failures: bool) -> None:
         self._site = site
         self._rng = rng
+        self._power_failures = power_failures
         self._outcome = Outcome()
         self._lives: Counter[str] = Counter()
         self._processes: dict[str, ForkServerProcess] = {}
@@ -168,6 +174,7 @@ class _Run:
         for role in list(self._processes):
             self._kill(role)
         self._outcome.kills["all four at once"] += 1
+        self._fail_power()
         self._start_server(self._draw_failpoints())
         for role in _CLIENTS:
             self._start_client(role)
@@ -192,6 +199,18 @@ class _Run:
             how = "server, starting"
         self._kill("server")
         self._outcome.kills[how] += 1
+        self._fail_power()
+
+    def _fail_power(self) -> None:
+        """Take from the data, at times, what the server has not synced."""
+        if not self._power_failures or self._rng.random() < 0.5:
+            return
+        self._outcome.power_failures += 1
+        site = self._site
+        site.kept.mkdir(exist_ok=True)
+        shutil.rmtree(site.data)
+        shutil.copytree(site.kept, site.data)
+        shutil.rmtree(site.kept.with_suffix(".pending"), ignore_errors=True)
 
     def _kill(self, role: str) -> None:
         process = self._processes[role]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -83,8 +82,8 @@ def test_a_publisher_that_reconnects_sends_nothing_before_it_knows_what_arrived(
 ) -> None:
     start_call = Connection.publish
 
-    def start_slowly(self: Connection, requests: Iterator[bytes]) -> Any:
-        call = start_call(self, requests)
+    def start_slowly(self: Connection, *arguments: Any) -> Any:
+        call = start_call(self, *arguments)
         time.sleep(0.3)  # while grpc's thread takes the first requests
         return call
 
