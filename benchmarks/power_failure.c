@@ -3,10 +3,13 @@
 //
 // POWER_ROOT is the directory that is watched, POWER_SHADOW the one that is kept; without them, nothing is
 // done. A file that was synced under a name that was not is in POWER_SHADOW.pending, which a failure takes.
+// Once a file of the name POWER_SHADOW.kill is there, the process dies before the next sync of the catalog's
+// log: its commit is written then, a server that starts again finds it, and a power failure takes it.
 
 #define _GNU_SOURCE
 #include <dirent.h>
 #include <fcntl.h>
+#include <signal.h>
 #include <limits.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -88,6 +91,15 @@ static void keep_names(const char *path, const char *name, const char *shadow) {
   drop_old_names(path, kept);
 }
 
+static void kill_if_asked(const char *name, const char *shadow) {
+  char asked[PATH_MAX];
+  const char *end = strrchr(name, '-');
+  snprintf(asked, sizeof asked, "%s.kill", shadow);
+  if (end != NULL && strcmp(end, "-wal") == 0 && access(asked, F_OK) == 0) {
+    kill(getpid(), SIGKILL);
+  }
+}
+
 static void keep(int descriptor) {
   static volatile int busy;
   const char *root = getenv("POWER_ROOT"), *shadow = getenv("POWER_SHADOW");
@@ -110,6 +122,7 @@ static void keep(int descriptor) {
     usleep(50);
   }
   const char *name = path + strlen(root);
+  kill_if_asked(name, shadow);
   if (S_ISDIR(status.st_mode)) {
     keep_names(path, name, shadow);
   } else {
