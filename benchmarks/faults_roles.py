@@ -52,6 +52,11 @@ class Site:
         """What a power failure would leave of `data`."""
         return self.directory / "kept"
 
+    @property
+    def unsynced_kill(self) -> Path:
+        """While it is there, the server dies before it syncs the catalog's log."""
+        return self.directory / "kept.kill"
+
     def ledger(self, role: str) -> Path:
         return self.directory / f"{role}.ledger"
 

@@ -38,6 +38,9 @@ from lynearm.traces import failpoints
 POINT_SECONDS = 3.0
 """How long an armed server may take to get to its failpoint; then it is killed wherever it is."""
 
+UNSYNCED_POINT = "catalog.before_sync"
+"""A commit is written and not synced: SQLite is there, and no code of ours; `power_failure.c` kills it."""
+
 SLOW_POINT = "catalog.before_commit"
 
 STALL_SECONDS = 90.0
@@ -190,6 +193,9 @@ class _Run:
 
     def _kill_server(self) -> None:
         process = self._processes["server"]
+        if not self._point and self._power_failures and self._rng.random() < 0.3:
+            self._point = UNSYNCED_POINT
+            self._site.unsynced_kill.touch()
         if self._point:
             _wait(process, POINT_SECONDS)
         elif _is_alive(process):
@@ -198,6 +204,7 @@ class _Run:
         if _is_alive(process) and not self._is_ready():
             how = "server, starting"
         self._kill("server")
+        self._site.unsynced_kill.unlink(missing_ok=True)
         self._outcome.kills[how] += 1
         self._fail_power()
 
