@@ -8,6 +8,7 @@ started again at once. In the end everything may finish in peace.
 from __future__ import annotations
 
 import multiprocessing
+import os
 import random
 import shutil
 import socket
@@ -214,9 +215,14 @@ class _Run:
             return
         self._outcome.power_failures += 1
         site = self._site
-        site.kept.mkdir(exist_ok=True)
-        shutil.rmtree(site.data)
-        shutil.copytree(site.kept, site.data)
+        for name in _files(site.data) - _files(site.kept):
+            (site.data / name).unlink()
+        for name in _files(site.kept):
+            kept, found = site.kept / name, site.data / name
+            # Objects never change; there are too many to copy them each time.
+            if name.startswith("catalog") or _size(kept) != _size(found):
+                found.parent.mkdir(parents=True, exist_ok=True)
+                shutil.copyfile(kept, found)
         shutil.rmtree(site.kept.with_suffix(".pending"), ignore_errors=True)
 
     def _kill(self, role: str) -> None:
@@ -299,6 +305,14 @@ def _wait(process: ForkServerProcess, seconds: float = STALL_SECONDS) -> None:
     deadline = time.monotonic() + seconds
     while _is_alive(process) and time.monotonic() < deadline:
         time.sleep(0.002)
+
+
+def _files(directory: Path) -> set[str]:
+    return {
+        os.path.relpath(os.path.join(parent, name), directory)
+        for parent, _, names in os.walk(directory)
+        for name in names
+    }
 
 
 def _size(path: Path) -> int:
