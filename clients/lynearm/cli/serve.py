@@ -42,7 +42,7 @@ def serve(
     ] = None,
     min_free_bytes: Annotated[
         int | None,
-        typer.Option(help="Refuse blocks that would leave less free on the disk.", show_default="256 MiB"),
+        typer.Option(help="Refuse blocks that leave fewer bytes free on the disk.", show_default="268435456"),
     ] = None,
     config: ConfigFile = None,
     assignments: Assignments = None,
