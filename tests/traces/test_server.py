@@ -89,7 +89,16 @@ def test_an_address_beyond_loopback_needs_tls_and_tokens_or_consent(tmp_path: Pa
 
 
 @pytest.mark.parametrize(
-    "field", ["port", "group_milliseconds", "group_bytes", "queue_bytes", "cache_bytes", "max_calls"]
+    "field",
+    [
+        "port",
+        "group_milliseconds",
+        "group_bytes",
+        "queue_bytes",
+        "cache_bytes",
+        "min_free_bytes",
+        "max_calls",
+    ],
 )
 def test_a_setting_out_of_range_is_named(field: str) -> None:
     with pytest.raises(ConfigError, match=f"{field} is -1"):

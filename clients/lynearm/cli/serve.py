@@ -89,6 +89,10 @@ def serve(
     drain_seconds: Annotated[
         float | None, typer.Option(help="Time that calls get to end at a stop.", show_default="10.0")
     ] = None,
+    min_free_bytes: Annotated[
+        int | None,
+        typer.Option(help="Refuse blocks that leave fewer bytes free on the disk.", show_default="268435456"),
+    ] = None,
     config: ConfigFile = None,
     assignments: Assignments = None,
     progress: Progress = ProgressMode.auto,

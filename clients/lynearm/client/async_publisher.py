@@ -212,9 +212,7 @@ class AsyncPublisher:
         async with asyncio.timeout(OPEN_SECONDS) as patience:
             while not is_end(response := await call.read()):
                 patience.reschedule(None)
-                was_open = self._window.is_open
-                self._window.receive(response)
-                if not was_open:
+                if self._window.receive(response):
                     self._retries.succeeded()
                 self._changed.send()
 

@@ -81,13 +81,20 @@ class AsyncSubscription:
             if data is None:
                 await self._hang_up()
                 break
-            return self._take(data)
+            received = self._take(data)
+            if received is not None:
+                return received
         raise StopAsyncIteration
 
     @property
     def next_offset(self) -> int:
         """Offset of the block that the next iteration gives."""
         return self._position.next_offset
+
+    @property
+    def damaged_offsets(self) -> tuple[int, ...]:
+        """Offsets of the blocks that were skipped, being damaged; none unless that was asked for."""
+        return tuple(self._position.damaged_offsets)
 
     @property
     def waiting_reason(self) -> str:
@@ -133,7 +140,7 @@ class AsyncSubscription:
             self._call = call = self._connection.subscribe(self._target, _until_none(requests))
         return call
 
-    def _take(self, data: bytes) -> ReceivedBlock:
+    def _take(self, data: bytes) -> ReceivedBlock | None:
         received = self._position.take(data)
         self._retries.succeeded()
         granted = self._position.grant()

@@ -178,6 +178,7 @@ class AsyncTraceClient(ClientSettings):
         start: int | Literal["live"] = 0,
         follow: bool = True,
         credit_bytes: int = DEFAULT_CREDIT_BYTES,
+        on_corrupt: Literal["raise", "skip"] = "raise",
     ) -> AsyncSubscription:
         """As `TraceClient.subscribe`; "live" means from `async with`, or the first iteration, on."""
 
@@ -186,7 +187,11 @@ class AsyncTraceClient(ClientSettings):
 
         first = 0 if start == "live" else start
         position = SubscriptionPosition(
-            check_name(stream), start=first, follow=follow, credit_bytes=credit_bytes
+            check_name(stream),
+            start=first,
+            follow=follow,
+            credit_bytes=credit_bytes,
+            skip_damaged=on_corrupt == "skip",
         )
         return AsyncSubscription(
             self._connection,

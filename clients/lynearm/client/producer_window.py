@@ -101,16 +101,22 @@ class ProducerWindow:
         self._sent_sequence = pending.sequence
         return pending.frame
 
-    def receive(self, response: pb.PublishResponse) -> None:
+    def receive(self, response: pb.PublishResponse) -> bool:
         """Note what the service said.
 
+        Returns:
+            Whether that is progress. It is not when a service merely answers: one whose disk is full does,
+            and then refuses the same blocks.
+
         Raises:
-            InternalError: if it has blocks that this producer never sent.
+            InternalError: if it has blocks that this producer never sent, or lost some that it had.
         """
+        before = self.acked_blocks
         if response.WhichOneof("message") == "opened":
             self._opened(response.opened)
-        else:
-            self._acknowledge(response.ack.first_sequence + len(response.ack.offsets) - 1)
+            return self.is_empty or self.acked_blocks > before
+        self._acknowledge(response.ack.first_sequence + len(response.ack.offsets) - 1)
+        return self.acked_blocks > before
 
     def overdue(self, timeout_seconds: float | None, reason: str) -> DeadlineError:
         """What to raise when the blocks did not become durable in time.
@@ -139,6 +145,12 @@ class ProducerWindow:
             raise InternalError(
                 f"stream {self.stream!r}: the service has block {opened.next_sequence - 1} "
                 f"of this producer, which sent {self._last_sequence}"
+            )
+        if opened.next_sequence <= self.acked_blocks:
+            raise InternalError(
+                f"stream {self.stream!r}: the service has lost blocks of this producer that it had "
+                f"acknowledged: {self.acked_blocks} were, it has {opened.next_sequence - 1}",
+                "was its data restored from an older copy? then publish the missing traces anew",
             )
         self._acknowledge(opened.next_sequence - 1)
         self._sent_sequence = opened.next_sequence - 1

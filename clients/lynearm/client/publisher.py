@@ -244,8 +244,6 @@ class Publisher:
 
     def _receive(self, response: pb.PublishResponse) -> None:
         with self._changed:
-            was_open = self._window.is_open
-            self._window.receive(response)
-            if not was_open:
+            if self._window.receive(response):
                 self._retries.succeeded()
             self._changed.notify_all()

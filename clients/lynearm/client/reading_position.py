@@ -6,6 +6,7 @@ the reader than the credit, which is renewed as blocks are taken.
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass
 
 import grpc
@@ -14,6 +15,8 @@ from lynearm.client.retries import Retries, is_deadline
 from lynearm.v1 import trace_service_pb2 as pb
 from lynearm.wire.errors import InternalError, OffsetNotFoundError
 from lynearm.wire.frames import parse_fetch_response, parse_subscribe_response
+
+logger = logging.getLogger(__name__)
 
 DEFAULT_CREDIT_BYTES = 8 << 20
 """Thirty blocks of 256 KB."""
@@ -41,14 +44,20 @@ class SubscriptionPosition:
         start: Offset of the first block.
         follow: Whether the end of the stream is waited at.
         credit_bytes: What the service may send ahead.
+        skip_damaged: Whether blocks that are damaged in the service's store are left out.
     """
 
-    def __init__(self, stream: str, *, start: int, follow: bool, credit_bytes: int) -> None:
+    def __init__(
+        self, stream: str, *, start: int, follow: bool, credit_bytes: int, skip_damaged: bool = False
+    ) -> None:
         self.stream = stream
         self.next_offset = start
         self._follow = follow
         self._credit_bytes = credit_bytes
+        self._skip_damaged = skip_damaged
         self._taken_bytes = 0
+        self.damaged_offsets: list[int] = []
+        """Of the blocks that were skipped."""
 
     def open(self) -> pb.SubscribeRequest:
         """First message of a connection."""
@@ -58,11 +67,12 @@ class SubscriptionPosition:
             start_offset=self.next_offset,
             follow=self._follow,
             credit_bytes=self._credit_bytes,
+            skip_damaged=self._skip_damaged,
         )
         return pb.SubscribeRequest(open=opening)
 
-    def take(self, data: bytes) -> ReceivedBlock:
-        """The block in a response; the next one is due then.
+    def take(self, data: bytes) -> ReceivedBlock | None:
+        """The block in a response; None for one that is damaged and skipped. The next one is due then.
 
         Raises:
             InternalError: if it is not the block that is due.
@@ -73,6 +83,10 @@ class SubscriptionPosition:
                 f"stream {self.stream!r}: block {received.offset} came where {self.next_offset} was due"
             )
         self.next_offset += 1
+        if received.damage:
+            logger.error("skipping a block: %s", received.damage)
+            self.damaged_offsets.append(received.offset)
+            return None
         self._taken_bytes += len(received.block)
         return ReceivedBlock(received.offset, received.block, received.next_offset)
 

@@ -78,13 +78,20 @@ class Subscription:
                     break
                 self._pause(self._retries.failed(failure, self._target))
                 continue
-            return self._take(data)
+            received = self._take(data)
+            if received is not None:
+                return received
         raise StopIteration
 
     @property
     def next_offset(self) -> int:
         """Offset of the block that the next iteration gives."""
         return self._position.next_offset
+
+    @property
+    def damaged_offsets(self) -> tuple[int, ...]:
+        """Offsets of the blocks that were skipped, being damaged; none unless that was asked for."""
+        return tuple(self._position.damaged_offsets)
 
     @property
     def waiting_reason(self) -> str:
@@ -124,7 +131,7 @@ class Subscription:
                 call.cancel()
         return call
 
-    def _take(self, data: bytes) -> ReceivedBlock:
+    def _take(self, data: bytes) -> ReceivedBlock | None:
         received = self._position.take(data)
         self._retries.succeeded()
         granted = self._position.grant()

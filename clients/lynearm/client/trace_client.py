@@ -256,6 +256,7 @@ class TraceClient(ClientSettings):
         start: int | Literal["live"] = 0,
         follow: bool = True,
         credit_bytes: int = DEFAULT_CREDIT_BYTES,
+        on_corrupt: Literal["raise", "skip"] = "raise",
     ) -> Subscription:
         """The blocks of a stream in offset order.
 
@@ -264,6 +265,8 @@ class TraceClient(ClientSettings):
             start: Offset of the first block; "live" for those committed from now on.
             follow: Wait for more until the stream is sealed; otherwise end where it ends now.
             credit_bytes: Blocks that the service may send ahead of the reader.
+            on_corrupt: At a block that is damaged in the service's store, "raise" CorruptBlockError, or
+                "skip" it: the iteration goes on behind it, and `Subscription.damaged_offsets` names it.
 
         Raises:
             StreamNotFoundError: if `start` is "live" and there is no such stream. With a number, the
@@ -271,7 +274,11 @@ class TraceClient(ClientSettings):
         """
         first = self.get_stream(stream).next_offset if start == "live" else start
         position = SubscriptionPosition(
-            check_name(stream), start=first, follow=follow, credit_bytes=credit_bytes
+            check_name(stream),
+            start=first,
+            follow=follow,
+            credit_bytes=credit_bytes,
+            skip_damaged=on_corrupt == "skip",
         )
         return Subscription(
             self._connection, position, retries=self._long_retries(f"reader of stream {stream}")

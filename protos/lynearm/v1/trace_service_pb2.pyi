@@ -489,6 +489,7 @@ class SubscribeOpen(google.protobuf.message.Message):
     LIVE_FIELD_NUMBER: builtins.int
     FOLLOW_FIELD_NUMBER: builtins.int
     CREDIT_BYTES_FIELD_NUMBER: builtins.int
+    SKIP_DAMAGED_FIELD_NUMBER: builtins.int
     stream: builtins.str
     """Stream to read."""
     start_offset: builtins.int
@@ -501,6 +502,10 @@ class SubscribeOpen(google.protobuf.message.Message):
     """Credit granted at the start, bytes; at least 1. A block is sent while any credit is left, so
     that a block larger than the credit passes: up to one block more than the credit is in flight.
     """
+    skip_damaged: builtins.bool
+    """Name damaged blocks (SubscribeResponse.damage) and go on behind them. Absent: the first one ends the
+    call as DATA_LOSS.
+    """
     def __init__(
         self,
         *,
@@ -509,9 +514,10 @@ class SubscribeOpen(google.protobuf.message.Message):
         live: builtins.bool = ...,
         follow: builtins.bool = ...,
         credit_bytes: builtins.int = ...,
+        skip_damaged: builtins.bool = ...,
     ) -> None: ...
     def HasField(self, field_name: typing.Literal["live", b"live", "start", b"start", "start_offset", b"start_offset"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["credit_bytes", b"credit_bytes", "follow", b"follow", "live", b"live", "start", b"start", "start_offset", b"start_offset", "stream", b"stream"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["credit_bytes", b"credit_bytes", "follow", b"follow", "live", b"live", "skip_damaged", b"skip_damaged", "start", b"start", "start_offset", b"start_offset", "stream", b"stream"]) -> None: ...
     def WhichOneof(self, oneof_group: typing.Literal["start", b"start"]) -> typing.Literal["start_offset", "live"] | None: ...
 
 Global___SubscribeOpen: typing_extensions.TypeAlias = SubscribeOpen
@@ -525,10 +531,15 @@ class SubscribeResponse(google.protobuf.message.Message):
     OFFSET_FIELD_NUMBER: builtins.int
     BLOCK_FIELD_NUMBER: builtins.int
     NEXT_OFFSET_FIELD_NUMBER: builtins.int
+    DAMAGE_FIELD_NUMBER: builtins.int
     offset: builtins.int
     """The block's offset."""
     next_offset: builtins.int
     """The stream's next_offset when this was sent: next_offset - offset - 1 blocks behind."""
+    damage: builtins.str
+    """What is wrong with the block at `offset`, which is left out; only where skip_damaged was asked for.
+    Absent: nothing.
+    """
     @property
     def block(self) -> lynearm.v1.trace_pb2.Block:
         """The block."""
@@ -539,9 +550,10 @@ class SubscribeResponse(google.protobuf.message.Message):
         offset: builtins.int = ...,
         block: lynearm.v1.trace_pb2.Block | None = ...,
         next_offset: builtins.int = ...,
+        damage: builtins.str = ...,
     ) -> None: ...
     def HasField(self, field_name: typing.Literal["block", b"block"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["block", b"block", "next_offset", b"next_offset", "offset", b"offset"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["block", b"block", "damage", b"damage", "next_offset", b"next_offset", "offset", b"offset"]) -> None: ...
 
 Global___SubscribeResponse: typing_extensions.TypeAlias = SubscribeResponse
 

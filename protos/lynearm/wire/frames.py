@@ -18,6 +18,7 @@ from lynearm.wire.fields import bytes_prefix, expect_bytes, expect_int, int_fiel
 
 _OPEN_FIELD = 1
 _BLOCK_FIELD = 2
+_DAMAGE_FIELD = 15
 
 MAX_FINISHED_PROMPTS = 1 << 16
 """Prompt ids that one block may finish."""
@@ -55,6 +56,8 @@ class SubscribedBlock:
     """A serialised `Block`; a view into the received message."""
     next_offset: int
     """The stream's next offset when this was sent; 0 in an answer to a fetch."""
+    damage: str = ""
+    """Why the block is left out, and empty; only for subscribers that asked to skip damaged blocks."""
 
 
 def frame_publish_open(opening: PublishOpen) -> bytes:
@@ -96,6 +99,13 @@ def frame_subscribe_response(offset: int, block: bytes | memoryview, next_offset
     return b"".join((int_field(1, offset), bytes_prefix(2, len(block)), block, int_field(3, next_offset)))
 
 
+def frame_damaged_block(offset: int, damage: str, next_offset: int) -> bytes:
+    """A `SubscribeResponse` that names a block in place of carrying it."""
+    reason = damage.encode()
+    head = int_field(1, offset) + int_field(3, next_offset)
+    return b"".join((head, bytes_prefix(_DAMAGE_FIELD, len(reason)), reason))
+
+
 def frame_fetch_response(offset: int, block: bytes | memoryview) -> bytes:
     """A `FetchBlocksResponse`: the same fields as a `SubscribeResponse`, without next_offset."""
     return frame_subscribe_response(offset, block, 0)
@@ -108,6 +118,7 @@ def parse_subscribe_response(data: bytes) -> SubscribedBlock:
         InvalidInputError: if the bytes are not such a message or hold no block.
     """
     offset = next_offset = 0
+    damage = ""
     block: memoryview | None = None
     for number, value in read_fields(data):
         if number == 1:
@@ -116,9 +127,11 @@ def parse_subscribe_response(data: bytes) -> SubscribedBlock:
             block = expect_bytes(number, value)
         elif number == 3:
             next_offset = expect_int(number, value)
-    if block is None:
+        elif number == _DAMAGE_FIELD:
+            damage = str(expect_bytes(number, value), "utf-8", "replace")
+    if block is None and not damage:
         raise InvalidInputError("the response holds no block")
-    return SubscribedBlock(offset, block, next_offset)
+    return SubscribedBlock(offset, block or memoryview(b""), next_offset, damage)
 
 
 def parse_fetch_response(data: bytes) -> SubscribedBlock:

@@ -15,6 +15,7 @@ from lynearm.traces.commit import GroupCommitter
 from lynearm.traces.config import ServeConfig
 from lynearm.traces.current_call import note_tail
 from lynearm.traces.dictionaries import KnownDictionaries
+from lynearm.traces.free_space import FreeSpace
 from lynearm.traces.observation import UNWATCHED, Observation
 from lynearm.traces.reader import BlockCache, BlockReader
 from lynearm.traces.sqlite_catalog import SqliteCatalog
@@ -36,6 +37,7 @@ class Backend:
     reader: BlockReader
     committer: GroupCommitter
     dictionaries: KnownDictionaries
+    space: FreeSpace
 
     async def watch_stream(self, name: str) -> tuple[StreamRecord, StreamTail]:
         """A stream as it is, and the tail that tells of every commit from then on.
@@ -73,6 +75,7 @@ class Backend:
         deleted = await self.catalog.delete_stream(name)
         self.tails.end(deleted.stream_id, stream_not_found(name))
         self.cache.drop_stream(deleted.stream_id)
+        self.reader.quarantine.drop_stream(deleted.stream_id)
         for key in deleted.object_keys:
             try:
                 await self.store.delete(key)
@@ -97,7 +100,8 @@ async def open_backend(config: ServeConfig, observation: Observation = UNWATCHED
         stack.enter_context(lock_directory(config.data_dir))
         catalog = observation.watch_catalog(await SqliteCatalog.open(config.data_dir / "catalog.sqlite3"))
         stack.push_async_callback(catalog.close)
-        store = observation.watch_store(LocalBlockStore(config.data_dir / "blocks"))
+        space = FreeSpace(config.data_dir, config.min_free_bytes)
+        store = observation.watch_store(LocalBlockStore(config.data_dir / "blocks", space))
         stack.push_async_callback(store.close)
         await _sweep(catalog, store)
         cache, tails = BlockCache(config.cache_bytes), Tails()
@@ -113,7 +117,7 @@ async def open_backend(config: ServeConfig, observation: Observation = UNWATCHED
         await stack.enter_async_context(committer)
         reader = BlockReader(catalog, store, cache)
         watched = observation.watch_committer(committer)
-        yield Backend(catalog, store, cache, tails, reader, watched, KnownDictionaries(catalog))
+        yield Backend(catalog, store, cache, tails, reader, watched, KnownDictionaries(catalog), space)
 
 
 @contextmanager

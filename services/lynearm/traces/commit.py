@@ -20,6 +20,7 @@ from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Self, TypeAlias
 
+from lynearm.traces import failpoints
 from lynearm.traces.catalog import Catalog, CommitOutcome, CommittedBlock, NewBlock
 from lynearm.traces.reader import BlockCache
 from lynearm.traces.store import BlockStore, StoredObject
@@ -157,6 +158,7 @@ class GroupCommitter:
                 # After any other failure the rows may be there once the catalog is opened again.
                 delete = isinstance(error, StorageFullError)
             else:
+                failpoints.reach("catalog.after_commit")
                 self._publish(group.submissions, outcomes)
                 delete = not any(
                     isinstance(outcome, CommittedBlock) and outcome.is_new for outcome in outcomes

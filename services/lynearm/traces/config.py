@@ -60,6 +60,10 @@ class ServeConfig:
     cache_bytes: int = 256 * MIB
     """Recent blocks kept in memory for readers. 256 to 1,024 blocks: seconds of a busy fleet's output."""
 
+    min_free_bytes: int = 256 * MIB
+    """What blocks and dictionaries must leave free on the disk of data_dir; beyond it, publishers wait for
+    room and readers go on. A few groups and the catalog's log, which must not meet a full disk."""
+
     max_calls: int = 1024
     """Calls at the same time; more are refused at once, as unavailable, rather than queued. A call costs
     little memory beyond the blocks on their way to a reader, at most about 8 MiB."""
@@ -107,6 +111,7 @@ class ServeConfig:
             ),
             f"queue_bytes is {self.queue_bytes}, expected at least {4 * MIB}": self.queue_bytes >= 4 * MIB,
             f"cache_bytes is {self.cache_bytes}, expected 0 or more": self.cache_bytes >= 0,
+            f"min_free_bytes is {self.min_free_bytes}, expected 0 or more": self.min_free_bytes >= 0,
             f"max_calls is {self.max_calls}, expected at least 1": self.max_calls >= 1,
             f"drain_seconds is {self.drain_seconds}, expected 0 or more": self.drain_seconds >= 0,
         }

@@ -17,6 +17,7 @@ from typing import TypeAlias
 import grpc.aio
 import xxhash
 
+from lynearm.traces import failpoints
 from lynearm.traces.backend import Backend
 from lynearm.traces.calls import Context
 from lynearm.traces.catalog import BlockFacts, NewBlock, Producer
@@ -130,6 +131,7 @@ class PublishCall:
 
     async def _send(self, ack: pb.PublishAck) -> None:
         if ack.offsets:
+            failpoints.reach("publish.before_ack")
             await self._context.write(pb.PublishResponse(ack=ack))
 
 

@@ -9,8 +9,9 @@ from itertools import groupby
 import xxhash
 
 from lynearm.traces.catalog import BlockLocation, Catalog, StreamRecord
+from lynearm.traces.quarantine import Quarantine
 from lynearm.traces.store import BlockStore
-from lynearm.wire.errors import CorruptBlockError, OffsetNotFoundError
+from lynearm.wire.errors import OffsetNotFoundError
 
 READ_BYTES = 4 << 20
 """Most bytes that one read holds in memory, plus one block. Enough to pay for the hop to a thread."""
@@ -69,6 +70,7 @@ class BlockReader:
         self._catalog = catalog
         self._store = store
         self._cache = cache
+        self.quarantine = Quarantine()
 
     async def read(
         self, stream: StreamRecord, offset: int, *, end: int, max_bytes: int = READ_BYTES
@@ -119,7 +121,8 @@ class BlockReader:
                 if len(block) != location.span.length or xxhash.xxh3_64_intdigest(block) != location.checksum:
                     if found:
                         return found
-                    raise _corrupt(stream.name, location)
+                    raise self.quarantine.add(stream, location, len(block))
+                self.quarantine.release(stream, location.offset)
                 found.append(block)
         return found
 
@@ -132,11 +135,3 @@ def _first_bytes(locations: Sequence[BlockLocation], max_bytes: int) -> list[Blo
         taken.append(location)
         max_bytes -= location.span.length
     return taken
-
-
-def _corrupt(stream_name: str, location: BlockLocation) -> CorruptBlockError:
-    return CorruptBlockError(
-        f"block {location.offset} of stream {stream_name!r} is damaged on disk "
-        f"(object {location.object_key}, {location.span.length} bytes at {location.span.position})",
-        f"restore the object from a copy, or continue from offset {location.offset + 1}",
-    )

@@ -16,6 +16,7 @@ import grpc.aio
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
+from lynearm.traces import failpoints
 from lynearm.traces.backend import Backend, open_backend
 from lynearm.traces.calls import CallGate
 from lynearm.traces.commit import stopping
@@ -100,6 +101,7 @@ class TraceServer:
     async def __aenter__(self) -> Self:
         """Open the data directory and listen."""
         async with AsyncExitStack() as stack:
+            failpoints.arm_from_environment()
             config = self._config
             _check_port(config.host, config.port)
             watching = await stack.enter_async_context(open_watching(config))

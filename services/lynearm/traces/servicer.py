@@ -106,6 +106,7 @@ class TraceServicer:
 
     async def put_dictionary(self, request: pb.PutDictionaryRequest, _: Context) -> pb.PutDictionaryResponse:
         """PutDictionary."""
+        self._backend.space.check(len(request.dictionary))
         digest = await asyncio.to_thread(name_dictionary, request.dictionary)
         await self._backend.catalog.put_dictionary(request.stream, digest, request.dictionary)
         return pb.PutDictionaryResponse(digest=digest)

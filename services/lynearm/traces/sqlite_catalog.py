@@ -10,8 +10,9 @@ from __future__ import annotations
 
 import asyncio
 import sqlite3
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Generator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TypeVar
 
@@ -62,6 +63,7 @@ class SqliteCatalog:
         catalog = cls(path)
         try:
             await catalog._write(lambda connection: migrations.prepare_schema(connection, str(path)))
+            await catalog._sync_log()
         except BaseException:
             await catalog.close()
             raise
@@ -142,6 +144,15 @@ class SqliteCatalog:
         for engine in (self._read_engine, self._write_engine):
             await asyncio.to_thread(engine.dispose)
 
+    async def _sync_log(self) -> None:
+        """Make durable what the log holds, before anybody is told of it.
+
+        A process may have been killed between writing a commit and syncing it. SQLite then takes the commit
+        for done when it opens the file, but syncs it only with the next one, or with a checkpoint.
+        """
+        with self._storage_errors():
+            await asyncio.get_running_loop().run_in_executor(self._writer, _checkpoint, self._write_engine)
+
     async def _write(self, work: Callable[[Connection], T]) -> T:
         return await self._run(self._writer, self._write_engine, work)
 
@@ -153,10 +164,24 @@ class SqliteCatalog:
             with engine.begin() as connection:
                 return work(connection)
 
-        try:
+        with self._storage_errors():
             return await asyncio.get_running_loop().run_in_executor(executor, transaction)
-        except DBAPIError as error:
+
+    @contextmanager
+    def _storage_errors(self) -> Generator[None]:
+        try:
+            yield
+        except (DBAPIError, sqlite3.Error) as error:
             raise _storage_error(error, self._path) from error
+
+
+def _checkpoint(engine: Engine) -> None:
+    # Outside a transaction, where SQLAlchemy's connections never are.
+    connection = engine.raw_connection()
+    try:
+        connection.cursor().execute("PRAGMA wal_checkpoint(FULL)")
+    finally:
+        connection.close()
 
 
 def _make_engine(path: Path, *, begin: str, pool_size: int, pragmas: tuple[str, ...] = ()) -> Engine:
@@ -182,8 +207,9 @@ def _make_engine(path: Path, *, begin: str, pool_size: int, pragmas: tuple[str, 
     return engine
 
 
-def _storage_error(error: DBAPIError, path: Path) -> StorageFullError | StorageError:
-    code = getattr(error.orig, "sqlite_errorcode", None)
+def _storage_error(error: DBAPIError | sqlite3.Error, path: Path) -> StorageFullError | StorageError:
+    cause = error.orig if isinstance(error, DBAPIError) else error
+    code = getattr(cause, "sqlite_errorcode", None)
     if code == sqlite3.SQLITE_FULL:
         return StorageFullError(f"no room left for the catalog {path}", "free space, then try again")
-    return StorageError(f"catalog {path}: {error.orig}", "look at the server's disk and log")
+    return StorageError(f"catalog {path}: {cause}", "look at the server's disk and log")

@@ -23,6 +23,8 @@ from functools import partial
 from pathlib import Path
 from typing import Protocol, TypeVar
 
+from lynearm.traces import failpoints
+from lynearm.traces.free_space import FreeSpace
 from lynearm.wire.errors import StorageError, StorageFullError
 
 READ_THREADS = 2
@@ -96,13 +98,15 @@ class LocalBlockStore:
 
     Args:
         root: The directory, created when missing; its parent exists.
+        space: Says whether there is room for an object.
 
     Raises:
         StorageError: the directory cannot be used.
     """
 
-    def __init__(self, root: Path) -> None:
+    def __init__(self, root: Path, space: FreeSpace | None = None) -> None:
         self._root = root
+        self._space = space
         self._writer = ThreadPoolExecutor(1, "block-writer")
         self._readers = ThreadPoolExecutor(READ_THREADS, "block-reader")
         try:
@@ -145,9 +149,13 @@ class LocalBlockStore:
     def _write(self, blocks: Sequence[bytes | memoryview]) -> StoredObject:
         key = secrets.token_hex(16)
         path = self._path(key)
+        failpoints.reach("store.before_write")
+        if self._space is not None:
+            self._space.check(sum(map(len, blocks)))
         descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o640)
         try:
             _write_all(descriptor, blocks)
+            failpoints.reach("store.before_sync")
             _sync_file(descriptor)
         except OSError as error:
             # Room comes back at once; whatever else went wrong, the start-up sweep takes the file.
@@ -158,6 +166,7 @@ class LocalBlockStore:
         finally:
             os.close(descriptor)
         sync_directory(path.parent)
+        failpoints.reach("store.after_write")
         return StoredObject(key, _spans(blocks))
 
     def _list_keys(self, subdirectories: Sequence[str]) -> list[str]:

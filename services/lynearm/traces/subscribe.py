@@ -18,13 +18,14 @@ from lynearm.traces.reader import READ_BYTES
 from lynearm.traces.tail import StreamTail, run_until_end
 from lynearm.v1 import trace_service_pb2 as pb
 from lynearm.wire.errors import (
+    CorruptBlockError,
     DeadlineError,
     InvalidInputError,
     LynearmError,
     OffsetNotFoundError,
     PreconditionError,
 )
-from lynearm.wire.frames import frame_fetch_response, frame_subscribe_response
+from lynearm.wire.frames import frame_damaged_block, frame_fetch_response, frame_subscribe_response
 
 OPEN_SECONDS = 30.0
 """How long a call may take to say what it is."""
@@ -77,6 +78,7 @@ class SubscribeCall:
     def __init__(self, backend: Backend, context: Context) -> None:
         self._backend = backend
         self._context = context
+        self._skips_damaged = False
 
     async def run(self) -> None:
         """Serve the call.
@@ -85,6 +87,7 @@ class SubscribeCall:
             LynearmError: why the call ends, unless the subscriber has all that it asked for.
         """
         opening = await self._read_opening()
+        self._skips_damaged = opening.skip_damaged
         record, tail = await self._backend.watch_stream(opening.stream)
         start = _start_offset(opening, record)
         end = None if opening.follow else record.info.next_offset
@@ -130,7 +133,15 @@ class SubscribeCall:
     ) -> None:
         while offset < (limit := await tail.wait_beyond(offset) if end is None else end):
             max_bytes = await credit.wait()
-            for block in await self._backend.reader.read(record, offset, end=limit, max_bytes=max_bytes):
+            try:
+                blocks = await self._backend.reader.read(record, offset, end=limit, max_bytes=max_bytes)
+            except CorruptBlockError as error:
+                if not self._skips_damaged:
+                    raise
+                await self._context.write(frame_damaged_block(offset, error.message, tail.next_offset))
+                offset += 1
+                continue
+            for block in blocks:
                 await self._context.write(frame_subscribe_response(offset, block, tail.next_offset))
                 credit.spend(len(block))
                 offset += 1

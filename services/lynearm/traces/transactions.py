@@ -11,6 +11,7 @@ from typing import Any, TypeVar
 
 from sqlalchemy import ColumnElement, Connection, RowMapping, delete, func, insert, select, update
 
+from lynearm.traces import failpoints
 from lynearm.traces.admission import (
     GroupState,
     ProducerProgress,
@@ -170,6 +171,7 @@ def commit(connection: Connection, stored: StoredObject, group: Sequence[NewBloc
     if state.admitted:
         _store_state(connection, group, state)
         _insert_blocks(connection, stored, group, state.admitted)
+        failpoints.reach("catalog.before_commit")
     return outcomes
 
 

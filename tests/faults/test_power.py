@@ -1,0 +1,114 @@
+"""Power failures: what a server has synced is all that it may count on."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+from faults.processes import Server, object_files, read_all
+from traces.harness import make_block, make_spec
+
+from lynearm.client import TraceClient
+
+SOURCE = Path(__file__).resolve().parents[2] / "benchmarks" / "power_failure.c"
+
+
+class Power:
+    """Data that loses, when the power fails, what was not synced."""
+
+    def __init__(self, directory: Path, library: Path) -> None:
+        self.data = directory / "data"
+        self._kept = directory / "kept"
+        self.environment = {
+            "LD_PRELOAD": str(library),
+            "POWER_ROOT": str(self.data),
+            "POWER_SHADOW": str(self._kept),
+        }
+
+    def fail(self) -> None:
+        shutil.rmtree(self.data)
+        shutil.copytree(self._kept, self.data)
+        shutil.rmtree(self._kept.with_suffix(".pending"), ignore_errors=True)
+
+    @contextmanager
+    def dying_at_the_next_commit(self) -> Iterator[None]:
+        """The server dies when a commit is written and not synced yet."""
+        asked = self._kept.with_suffix(".kill")
+        asked.touch()
+        yield
+        asked.unlink()
+
+
+@pytest.fixture
+def power(tmp_path: Path) -> Power:
+    compiler = shutil.which("cc")
+    if compiler is None or not sys.platform.startswith("linux"):
+        pytest.skip("power failures are made with a C compiler and LD_PRELOAD")
+    library = tmp_path / "power_failure.so"
+    subprocess.run([compiler, "-shared", "-fPIC", "-O1", "-o", str(library), str(SOURCE)], check=True)
+    return Power(tmp_path.resolve(), library)
+
+
+def test_what_was_acknowledged_survives_a_power_failure(power: Power) -> None:
+    point = "publish.before_ack=kill@5"
+    with Server(power.data, environment=power.environment, failpoints=point) as server:
+        port = int(server.target.rpartition(":")[2])
+        client = TraceClient(server.target)
+        client.create_stream(make_spec())
+        publisher = client.publisher("s", "p")
+        for number in range(4):
+            publisher.publish(make_block(number), [f"prompt-{number}"])
+            publisher.flush()
+        publisher.publish(make_block(4), ["prompt-4"])
+        server.process.wait(30)
+    power.fail()
+    with Server(power.data, environment=power.environment, port=port):
+        # The block whose acknowledgement was about to be sent is there too.
+        assert len(object_files(power.data)) == 5
+        publisher.close(timeout_seconds=60)
+        assert read_all(client) == [make_block(number) for number in range(5)]
+        assert client.finished_prompts("s") == {f"prompt-{number}" for number in range(5)}
+        client.close()
+
+
+def test_a_server_that_does_not_sync_objects_is_caught(power: Power) -> None:
+    careless = "import os; os.fdatasync = lambda descriptor: None"
+    with Server(power.data, environment=power.environment, prelude=careless) as server:
+        client = TraceClient(server.target)
+        client.create_stream(make_spec())
+        with client.publisher("s", "p") as publisher:
+            publisher.publish(make_block(0))
+        client.close()
+    power.fail()
+    assert object_files(power.data) == []
+
+
+def test_a_commit_that_a_new_server_finds_is_synced_before_anybody_is_told(power: Power) -> None:
+    with Server(power.data, environment=power.environment) as server:
+        port = int(server.target.rpartition(":")[2])
+        client = TraceClient(server.target)
+        client.create_stream(make_spec())
+        publisher = client.publisher("s", "p")
+        publisher.publish(make_block(0))
+        publisher.flush()
+        with power.dying_at_the_next_commit():
+            publisher.publish(make_block(1))
+            server.process.wait(30)
+    # The new server finds the group in the log, and says so to the publisher; then the power fails.
+    with Server(
+        power.data, environment=power.environment, port=port, failpoints="store.before_write=kill@1"
+    ) as server:
+        publisher.flush(timeout_seconds=60)
+        assert publisher.acked_blocks == 2
+        publisher.publish(make_block(2))
+        server.process.wait(30)
+    power.fail()
+    with Server(power.data, environment=power.environment, port=port):
+        publisher.close(timeout_seconds=60)
+        assert read_all(client) == [make_block(number) for number in range(3)]
+        client.close()
