@@ -11,6 +11,7 @@
     ├── StreamNotFoundError (LookupError)   NOT_FOUND
     ├── DictionaryNotFoundError (LookupError)  NOT_FOUND
     ├── OffsetNotFoundError (LookupError)   OUT_OF_RANGE
+    │   └── OffsetExpiredError              OUT_OF_RANGE
     ├── StreamExistsError                   ALREADY_EXISTS
     ├── SequenceConflictError               ALREADY_EXISTS
     ├── PreconditionError                   FAILED_PRECONDITION
@@ -24,6 +25,8 @@
     ├── StorageFullError (OSError)          RESOURCE_EXHAUSTED
     ├── StorageError (OSError)              INTERNAL
     ├── ServiceUnavailableError (ConnectionError)  UNAVAILABLE
+    │   ├── CatalogUnavailableError         UNAVAILABLE
+    │   └── StoreUnavailableError           UNAVAILABLE
     ├── DeadlineError (TimeoutError)        DEADLINE_EXCEEDED
     ├── MissingDependencyError (ImportError)  (local only)
     ├── CheckpointError (ValueError)        (local only)
@@ -120,6 +123,10 @@ class OffsetNotFoundError(LynearmError, LookupError):
     status_code = "OUT_OF_RANGE"
 
 
+class OffsetExpiredError(OffsetNotFoundError):
+    """The block at that offset went by the stream's retention; the message names the first that is kept."""
+
+
 class StreamExistsError(LynearmError):
     """A stream of that name exists with another spec."""
 
@@ -184,6 +191,14 @@ class ServiceUnavailableError(LynearmError, ConnectionError):
     """No trace service answers at the address, or it went away."""
 
     status_code = "UNAVAILABLE"
+
+
+class CatalogUnavailableError(ServiceUnavailableError):
+    """The catalog's database cannot be reached, or went away: what was asked for may have happened or not."""
+
+
+class StoreUnavailableError(ServiceUnavailableError):
+    """The object store of the blocks cannot be reached, or does not answer; nothing was acknowledged."""
 
 
 class DeadlineError(LynearmError, TimeoutError):
