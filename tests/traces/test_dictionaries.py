@@ -27,7 +27,8 @@ from traces.harness import (
 )
 
 from lynearm.traces.dictionaries import MAX_DICTIONARIES, MAX_DICTIONARY_BYTES, KnownDictionaries
-from lynearm.traces.sqlite_catalog import SqliteCatalog
+from lynearm.traces.sql_catalog import SqlCatalog
+from lynearm.traces.sqlite import SqliteDatabase
 from lynearm.v1 import trace_pb2
 from lynearm.v1 import trace_service_pb2 as pb
 from lynearm.v1.trace_service_pb2_grpc import TraceServiceStub
@@ -182,13 +183,13 @@ def test_the_catalog_is_asked_once_for_each_dictionary_and_never_trusted_beyond_
 ) -> None:
     asked: list[tuple[int, bytes]] = []
 
-    class AskedCatalog(SqliteCatalog):
+    class AskedCatalog(SqlCatalog):
         async def has_dictionary(self, stream_id: int, digest: bytes) -> bool:
             asked.append((stream_id, digest))
             return await super().has_dictionary(stream_id, digest)
 
     async def run() -> None:
-        catalog = await AskedCatalog.open(tmp_path / "catalog.sqlite3")
+        catalog = await AskedCatalog.open(SqliteDatabase(tmp_path / "catalog.sqlite3"))
         assert isinstance(catalog, AskedCatalog)
         known = KnownDictionaries(catalog)
         for _ in range(2):

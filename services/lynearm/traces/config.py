@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import ipaddress
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from lynearm.wire.errors import ConfigError
 
 MIB = 1 << 20
+
+CATALOG_SCHEMES = ("postgresql",)
+
+BLOCK_SCHEMES = ("s3", "gs", "az")
 
 
 @dataclass(frozen=True, slots=True)
@@ -20,7 +25,24 @@ class ServeConfig:
     """
 
     data_dir: Path = Path("lynearm-data")
-    """Directory of blocks and catalog; created when missing, used by one server at a time."""
+    """Directory of blocks and catalog, as far as these are not elsewhere; created when missing, used by one
+    server at a time."""
+
+    catalog: str = field(default="", repr=False)
+    """postgresql://user@host:port/database, for any number of servers, or the path of a SQLite file; else
+    catalog.sqlite3 in the data directory. Kept out of `repr`, since a URL may hold a password."""
+
+    blocks: str = ""
+    """s3://bucket/prefix, gs://bucket/prefix or az://container/prefix, or the path of a directory; else
+    blocks in the data directory. Never holds a secret."""
+
+    collect_seconds: float = 60.0
+    """Time between two passes of the collector, which lets go of what streams need not keep; 0: never by
+    itself. A pass without work is one query."""
+
+    orphan_seconds: float = 3600.0
+    """Age at which an object without rows is taken for garbage, and the time between two searches for such.
+    Many times what any commit takes: one that is slower still is refused, and its blocks sent again."""
 
     host: str = "127.0.0.1"
     """Address to listen on. Loopback, since nothing else is safe without TLS and tokens."""
@@ -63,6 +85,8 @@ class ServeConfig:
                 1 <= self.group_bytes <= 256 * MIB
             ),
             f"queue_bytes is {self.queue_bytes}, expected at least {4 * MIB}": self.queue_bytes >= 4 * MIB,
+            f"collect_seconds is {self.collect_seconds}, expected 0 or more": self.collect_seconds >= 0,
+            f"orphan_seconds is {self.orphan_seconds}, expected 0 or more": self.orphan_seconds >= 0,
             f"cache_bytes is {self.cache_bytes}, expected 0 or more": self.cache_bytes >= 0,
             f"max_calls is {self.max_calls}, expected at least 1": self.max_calls >= 1,
             f"drain_seconds is {self.drain_seconds}, expected 0 or more": self.drain_seconds >= 0,
@@ -70,11 +94,26 @@ class ServeConfig:
         for problem, holds in checks.items():
             if not holds:
                 raise ConfigError(problem)
+        _check_scheme("catalog", self.catalog, CATALOG_SCHEMES)
+        _check_scheme("blocks", self.blocks, BLOCK_SCHEMES)
         if not self.insecure and not is_loopback(self.host):
             raise ConfigError(
                 f"host {self.host!r} is not a loopback address, and this server has neither TLS nor tokens",
                 "listen on 127.0.0.1 and use a tunnel, or accept the risk with --insecure",
             )
+
+
+def is_url(place: str) -> bool:
+    """Whether a catalog or block store is named by a URL, rather than by a path."""
+    return "://" in place
+
+
+def _check_scheme(name: str, place: str, schemes: Sequence[str]) -> None:
+    """Refuse other schemes. Nothing of a URL but its scheme is shown."""
+    scheme, separator, _ = place.partition("://")
+    if separator and scheme not in schemes:
+        known = " or ".join(f"{one}://…" for one in schemes)
+        raise ConfigError(f"{name} is {scheme}://…, expected {known} or a path", "a path has no scheme")
 
 
 def is_loopback(host: str) -> bool:

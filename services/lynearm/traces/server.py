@@ -55,8 +55,10 @@ class TraceServer:
         config: Where to keep data and where to listen.
 
     Raises:
-        PreconditionError: on entering, when the port or the data directory is in use.
-        StorageError: on entering, when the data directory cannot be used.
+        PreconditionError: on entering, when the port or the data directory is in use, or the catalog's blocks
+            are in another store.
+        StorageError: on entering, when catalog or blocks cannot be used.
+        ServiceUnavailableError: on entering, when they cannot be reached.
     """
 
     def __init__(self, config: ServeConfig) -> None:

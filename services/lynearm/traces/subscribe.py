@@ -14,7 +14,7 @@ import grpc.aio
 from lynearm.traces.backend import Backend
 from lynearm.traces.calls import Context
 from lynearm.traces.catalog import StreamRecord
-from lynearm.traces.reader import READ_BYTES
+from lynearm.traces.reader import READ_BYTES, offset_expired
 from lynearm.traces.tail import StreamTail, run_until_end
 from lynearm.v1 import trace_service_pb2 as pb
 from lynearm.wire.errors import (
@@ -141,13 +141,15 @@ async def fetch_blocks(backend: Backend, request: pb.FetchBlocksRequest, context
 
     Raises:
         StreamNotFoundError: there is no such stream.
+        OffsetExpiredError: it keeps the block at the offset no more.
         OffsetNotFoundError: it has no block at the offset.
         InvalidInputError: the count is 0.
     """
     record, tail = await backend.watch_stream(request.stream)
     if request.count < 1:
         raise InvalidInputError("FetchBlocks with count 0, expected at least 1")
-    if request.offset >= record.info.next_offset:
+    _check_offset(record, request.offset)
+    if request.offset == record.info.next_offset:
         raise _offset_not_found(record, request.offset)
     end = min(request.offset + request.count, record.info.next_offset)
     await run_until_end(tail, _send_range(backend, record, request.offset, end, context))
@@ -163,12 +165,20 @@ async def _send_range(
 
 
 def _start_offset(opening: pb.SubscribeOpen, record: StreamRecord) -> int:
-    next_offset = record.info.next_offset
-    if opening.WhichOneof("start") == "live" and opening.live:
-        return next_offset
-    if opening.start_offset > next_offset:
-        raise _offset_not_found(record, opening.start_offset)
+    start = opening.WhichOneof("start")
+    if start == "live" and opening.live:
+        return record.info.next_offset
+    if start != "start_offset":
+        return record.info.first_offset
+    _check_offset(record, opening.start_offset)
     return opening.start_offset
+
+
+def _check_offset(record: StreamRecord, offset: int) -> None:
+    if offset < record.info.first_offset:
+        raise offset_expired(record.name, offset, record.info.first_offset)
+    if offset > record.info.next_offset:
+        raise _offset_not_found(record, offset)
 
 
 def _offset_not_found(record: StreamRecord, offset: int) -> OffsetNotFoundError:

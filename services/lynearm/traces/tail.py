@@ -1,7 +1,8 @@
 """The live end of each stream, as this process knows it, and the waking of those who wait for more.
 
-Invariants: a tail never runs ahead of the catalog, only ever advances, and is never polled. Whoever wants
-to wait registers the tail first and reads the catalog second; then no commit in between is missed.
+Invariants: a tail never runs ahead of the catalog, only ever advances, and is never polled by who waits on
+it. Whoever wants to wait registers the tail first and reads the catalog second; then no commit in between is
+missed. Where other servers commit too, `wakeups` advances the tails as they do.
 All of it lives on the event loop's thread.
 """
 
@@ -86,6 +87,10 @@ class Tails:
             if self._draining is not None:
                 tail.end(self._draining)
         return tail
+
+    def stream_ids(self) -> list[int]:
+        """Streams whose tails somebody holds."""
+        return list(self._tails.keys())
 
     def advance(self, stream_id: int, next_offset: int, *, sealed: bool = False) -> None:
         """Pass on that a stream got further."""

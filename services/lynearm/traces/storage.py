@@ -1,0 +1,145 @@
+"""Opens the catalog and the block store that a configuration names, and refuses those that do not fit."""
+
+from __future__ import annotations
+
+import fcntl
+import logging
+import os
+from collections.abc import AsyncGenerator, Generator
+from contextlib import AsyncExitStack, asynccontextmanager, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from lynearm.traces.catalog import Catalog
+from lynearm.traces.config import ServeConfig, is_url
+from lynearm.traces.sql_catalog import SqlCatalog
+from lynearm.traces.store import BlockStore, LocalBlockStore, sync_directory
+from lynearm.wire.errors import PreconditionError, StorageError
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class Storage:
+    """Where a server keeps everything."""
+
+    catalog: Catalog
+    store: BlockStore
+
+
+@asynccontextmanager
+async def open_storage(config: ServeConfig) -> AsyncGenerator[Storage]:
+    """Take catalog and blocks; on leaving, let go.
+
+    What is on this machine and used by one server is locked; what several may use is not.
+
+    Raises:
+        PreconditionError: another server uses them, or the catalog's blocks are in another store.
+        ConfigError: a URL cannot be understood, the store cannot serve several servers, or a later version
+            of lynearm wrote the catalog.
+        StorageError: they cannot be used.
+        CatalogUnavailableError, StoreUnavailableError: they cannot be reached.
+    """
+    async with AsyncExitStack() as stack:
+        catalog = await _open_catalog(config, stack)
+        store = await _open_store(config, stack, shared_catalog=catalog.is_shared)
+        await _check_pair(catalog, store)
+        yield Storage(catalog, store)
+
+
+async def _open_catalog(config: ServeConfig, stack: AsyncExitStack) -> SqlCatalog:
+    if is_url(config.catalog):
+        # Here, so that SQLite alone needs no driver of PostgreSQL.
+        from lynearm.traces.postgresql import PostgresDatabase
+
+        catalog = await SqlCatalog.open(PostgresDatabase(config.catalog))
+    else:
+        from lynearm.traces.sqlite import SqliteDatabase
+
+        if config.catalog:
+            path = Path(config.catalog).expanduser()
+            stack.enter_context(lock_directory(path.parent, name=f"{path.name}.lock"))
+        else:
+            path = config.data_dir / "catalog.sqlite3"
+            stack.enter_context(lock_directory(config.data_dir))
+        catalog = await SqlCatalog.open(SqliteDatabase(path))
+    stack.push_async_callback(catalog.close)
+    return catalog
+
+
+async def _open_store(config: ServeConfig, stack: AsyncExitStack, *, shared_catalog: bool) -> BlockStore:
+    store: BlockStore
+    if is_url(config.blocks):
+        from lynearm.traces.object_store import ObjectBlockStore
+
+        store = await ObjectBlockStore.open(config.blocks, several_writers=shared_catalog)
+    else:
+        path = Path(config.blocks).expanduser() if config.blocks else config.data_dir / "blocks"
+        if shared_catalog:
+            make_directory(path.parent)
+            logger.warning(
+                "blocks are in %s, while other servers may use the catalog too: all must be on this machine, "
+                "or reach that directory under whatever path; an object store serves any",
+                path,
+            )
+        elif config.blocks or config.catalog:
+            # Else the lock of the data directory covers both.
+            stack.enter_context(lock_directory(path.parent, name=f"{path.name}.lock"))
+        store = LocalBlockStore(path)
+    stack.push_async_callback(store.close)
+    return store
+
+
+async def _check_pair(catalog: Catalog, store: BlockStore) -> None:
+    """Refuse a store without the catalog's blocks: another bucket, or the same path on another machine."""
+    identity = await store.identity()
+    expected = await catalog.adopt_store(identity)
+    if identity != expected:
+        raise PreconditionError(
+            f"the catalog's blocks are in another store than {store.where} "
+            f"(which is {identity}, expected {expected})",
+            "name the store that the catalog began with as --blocks, or begin with an empty catalog",
+        )
+
+
+@contextmanager
+def lock_directory(path: Path, *, name: str = "lock") -> Generator[None]:
+    """Own a directory, created when missing, until the context or the process ends.
+
+    Args:
+        path: The directory.
+        name: Of the file in it that is locked.
+
+    Raises:
+        PreconditionError: another process owns it.
+        StorageError: it cannot be created or written.
+    """
+    try:
+        make_directory(path)
+        descriptor = os.open(path / name, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o640)
+    except OSError as error:
+        raise StorageError(f"data directory {path}: {error.strerror}", "choose another directory") from error
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise PreconditionError(
+                f"data directory {path} is used by another trace server",
+                "stop that one, or choose another directory",
+            ) from error
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def make_directory(path: Path) -> None:
+    """Make a directory with those above it, durably.
+
+    Raises:
+        OSError: it cannot be made.
+    """
+    path = path.absolute()
+    if not path.is_dir():
+        make_directory(path.parent)
+        path.mkdir(exist_ok=True)
+        sync_directory(path.parent)
