@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import sqlite3
 import threading
-from contextlib import closing
 from pathlib import Path
 
 import grpc
@@ -25,6 +23,7 @@ from traces.harness import (
     publish,
     remedy,
 )
+from traces.storages import catalog_rows
 
 from lynearm.traces.dictionaries import MAX_DICTIONARIES, MAX_DICTIONARY_BYTES, KnownDictionaries
 from lynearm.traces.sql_catalog import SqlCatalog
@@ -153,9 +152,7 @@ def test_a_deleted_stream_takes_its_dictionaries_and_no_others_with_it(server: R
     assert counts(stub, "a") == (0, 0)
     with pytest.raises(grpc.RpcError, match="'a' holds no dictionary"):
         get(stub, stream="a")
-    server.stop()
-    with closing(sqlite3.connect(server.config.data_dir / "catalog.sqlite3")) as catalog:
-        assert catalog.execute("SELECT count(*) FROM dictionaries").fetchone() == (1,)
+    assert catalog_rows(server.config, "SELECT count(*) FROM dictionaries") == [(1,)]
 
 
 def test_a_killed_server_keeps_every_acknowledged_dictionary(tmp_path: Path) -> None:

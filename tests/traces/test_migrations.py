@@ -8,10 +8,13 @@ from pathlib import Path
 
 import pytest
 from traces.harness import Producer, RunningServer, StartServer, create, fetch, make_block
+from traces.storages import on_local_disk
 
 from lynearm.traces.schema import SCHEMA_VERSION
 from lynearm.v1 import trace_service_pb2 as pb
 from lynearm.wire.errors import ConfigError
+
+pytestmark = on_local_disk  # where catalogs of the earlier versions are
 
 OLD_CATALOGS = tuple(Path(__file__).parent / "data" / f"catalog_v{version}.sql" for version in (1, 2))
 """Stream "old" with two blocks of producer "teacher", each of which finishes a prompt; stream "sealed". From

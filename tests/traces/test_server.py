@@ -25,6 +25,7 @@ from traces.harness import (
     make_block,
     publish,
 )
+from traces.storages import on_local_disk
 
 from lynearm.traces.config import ServeConfig
 from lynearm.traces.servicer import SERVICE_NAME
@@ -53,6 +54,7 @@ def test_a_second_server_on_the_port_is_refused(server: RunningServer, start_ser
         start_server(port=server.server.port, data_dir=server.config.data_dir.with_name("other"))
 
 
+@on_local_disk
 def test_a_second_server_on_the_data_directory_is_refused(
     server: RunningServer, start_server: StartServer
 ) -> None:
@@ -62,12 +64,14 @@ def test_a_second_server_on_the_data_directory_is_refused(
     start_server()
 
 
+@on_local_disk
 def test_a_data_directory_that_cannot_be_made_is_named(start_server: StartServer, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(StorageError, match=r"file.data"):
         start_server(data_dir=tmp_path / "file" / "data")
 
 
+@on_local_disk
 def test_a_catalog_that_is_none_is_named(start_server: StartServer, tmp_path: Path) -> None:
     (tmp_path / "data").mkdir()
     (tmp_path / "data" / "catalog.sqlite3").write_bytes(b"something else" * 100)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import os
 import re
 import secrets
 from collections.abc import AsyncIterator, Generator, Iterator, Mapping, Sequence
@@ -79,9 +80,8 @@ class ObjectBlockStore:
             several_writers: Refuse a store that ignores create-only writes.
 
         Raises:
-            ConfigError: the URL cannot be understood.
+            ConfigError: the URL cannot be understood, or the store ignores create-only writes.
             MissingDependencyError: obstore is not installed.
-            PreconditionError: the store would write over an object that exists.
             StorageError: the bucket is missing, or may not be written.
             StoreUnavailableError: the store cannot be reached.
         """
@@ -265,7 +265,7 @@ def _connect(url: str) -> Any:
         ) from error
     location = _parse(url)
     client: dict[str, Any] = {"timeout": _REQUEST_TIMEOUT, "connect_timeout": timedelta(seconds=5)}
-    if location.options.get("endpoint", "").startswith("http://"):
+    if _names_http(location):
         client["allow_http"] = True
     backoff = {
         "init_backoff": timedelta(milliseconds=100),
@@ -289,6 +289,13 @@ def _connect(url: str) -> Any:
             f"block store {describe(url)}: {_first_line(error)}",
             "see docs/operations.md for what the environment must say",
         ) from None
+
+
+def _names_http(location: _Location) -> bool:
+    """Whether an endpoint without TLS was asked for by name: in the URL, or in obstore's environment."""
+    names = ("AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL", "AWS_ENDPOINT") if location.scheme == "s3" else ()
+    endpoints = [location.options.get("endpoint"), *map(os.environ.get, names)]
+    return any(endpoint is not None and endpoint.startswith("http://") for endpoint in endpoints)
 
 
 def _path(key: str) -> str:

@@ -77,6 +77,7 @@ class SubscribeCall:
     def __init__(self, backend: Backend, context: Context) -> None:
         self._backend = backend
         self._context = context
+        self._writing = asyncio.Lock()
 
     async def run(self) -> None:
         """Serve the call.
@@ -91,7 +92,8 @@ class SubscribeCall:
         credit = Credit(opening.credit_bytes)
         granting = asyncio.create_task(self._read_grants(credit))
         try:
-            await run_until_end(tail, self._deliver(record, tail, start, end, credit))
+            delivering = self._deliver(record, tail, start, end, credit)
+            await run_until_end(tail, delivering, writing=self._writing)
         finally:
             granting.cancel()
             await asyncio.gather(granting, return_exceptions=True)
@@ -131,7 +133,8 @@ class SubscribeCall:
         while offset < (limit := await tail.wait_beyond(offset) if end is None else end):
             max_bytes = await credit.wait()
             for block in await self._backend.reader.read(record, offset, end=limit, max_bytes=max_bytes):
-                await self._context.write(frame_subscribe_response(offset, block, tail.next_offset))
+                async with self._writing:
+                    await self._context.write(frame_subscribe_response(offset, block, tail.next_offset))
                 credit.spend(len(block))
                 offset += 1
 
@@ -152,16 +155,16 @@ async def fetch_blocks(backend: Backend, request: pb.FetchBlocksRequest, context
     if request.offset == record.info.next_offset:
         raise _offset_not_found(record, request.offset)
     end = min(request.offset + request.count, record.info.next_offset)
-    await run_until_end(tail, _send_range(backend, record, request.offset, end, context))
+    writing = asyncio.Lock()
 
+    async def send(offset: int) -> None:
+        while offset < end:
+            for block in await backend.reader.read(record, offset, end=end, max_bytes=READ_BYTES):
+                async with writing:
+                    await context.write(frame_fetch_response(offset, block))
+                offset += 1
 
-async def _send_range(
-    backend: Backend, record: StreamRecord, offset: int, end: int, context: Context
-) -> None:
-    while offset < end:
-        for block in await backend.reader.read(record, offset, end=end, max_bytes=READ_BYTES):
-            await context.write(frame_fetch_response(offset, block))
-            offset += 1
+    await run_until_end(tail, send(request.offset), writing=writing)
 
 
 def _start_offset(opening: pb.SubscribeOpen, record: StreamRecord) -> int:

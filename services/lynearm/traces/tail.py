@@ -10,10 +10,14 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Coroutine
+from contextlib import suppress
 from typing import cast
 from weakref import WeakValueDictionary
 
 from lynearm.wire.errors import LynearmError
+
+LAST_WRITE_SECONDS = 2.0
+"""How long a call that must end waits for its peer to take the message under way."""
 
 
 class StreamTail:
@@ -52,8 +56,16 @@ class StreamTail:
         return cast("LynearmError", self._end_reason)  # `end` sets it before the event
 
 
-async def run_until_end(tail: StreamTail, work: Coroutine[object, object, None]) -> None:
+async def run_until_end(
+    tail: StreamTail, work: Coroutine[object, object, None], *, writing: asyncio.Lock | None = None
+) -> None:
     """Run `work` to its end, unless calls on the stream must end before; then it is cancelled.
+
+    Args:
+        tail: Says when calls must end.
+        work: The call's work.
+        writing: Held by `work` while it writes to its peer. It is cancelled between two writes where it
+            can be: gRPC takes no status for a call that has a message under way.
 
     Raises:
         LynearmError: why calls must end; else whatever `work` raises.
@@ -62,6 +74,9 @@ async def run_until_end(tail: StreamTail, work: Coroutine[object, object, None])
     ending = asyncio.create_task(tail.wait_end())
     try:
         await asyncio.wait((working, ending), return_when=asyncio.FIRST_COMPLETED)
+        if not working.done() and writing is not None:
+            with suppress(TimeoutError):
+                await asyncio.wait_for(writing.acquire(), LAST_WRITE_SECONDS)
         if not working.done():
             raise ending.result()
         working.result()
