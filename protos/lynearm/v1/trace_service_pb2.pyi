@@ -129,17 +129,25 @@ class Retention(google.protobuf.message.Message):
 
     MAX_AGE_SECONDS_FIELD_NUMBER: builtins.int
     MAX_BYTES_FIELD_NUMBER: builtins.int
+    CONSUMERS_FIELD_NUMBER: builtins.int
     max_age_seconds: builtins.int
     """Blocks committed longer ago than this go, seconds, at most 2^53. 0: no bound."""
     max_bytes: builtins.int
     """The oldest blocks go while all together have more bytes, at most 2^53; never the newest. 0: no bound."""
+    @property
+    def consumers(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.str]:
+        """Blocks go that the stored cursors of all these consumers have passed, at most 16. One that has stored
+        no cursor holds every block. Empty: no bound.
+        """
+
     def __init__(
         self,
         *,
         max_age_seconds: builtins.int = ...,
         max_bytes: builtins.int = ...,
+        consumers: collections.abc.Iterable[builtins.str] | None = ...,
     ) -> None: ...
-    def ClearField(self, field_name: typing.Literal["max_age_seconds", b"max_age_seconds", "max_bytes", b"max_bytes"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["consumers", b"consumers", "max_age_seconds", b"max_age_seconds", "max_bytes", b"max_bytes"]) -> None: ...
 
 Global___Retention: typing_extensions.TypeAlias = Retention
 

@@ -159,7 +159,9 @@ def stream_from_proto(message: trace_service_pb2.Stream) -> StreamInfo:
 def retention_to_proto(retention: Retention) -> trace_service_pb2.Retention:
     """The message of a retention."""
     return trace_service_pb2.Retention(
-        max_age_seconds=retention.max_age_seconds, max_bytes=retention.max_bytes
+        max_age_seconds=retention.max_age_seconds,
+        max_bytes=retention.max_bytes,
+        consumers=retention.consumers,
     )
 
 
@@ -167,9 +169,9 @@ def retention_from_proto(message: trace_service_pb2.Retention) -> Retention:
     """The retention in a message.
 
     Raises:
-        InvalidInputError: if a bound is absurdly large.
+        InvalidInputError: if a bound is absurdly large, or a name cannot be a consumer's.
     """
-    return Retention(message.max_age_seconds, message.max_bytes)
+    return Retention(message.max_age_seconds, message.max_bytes, tuple(message.consumers))
 
 
 _LOGPROBS_TO_PROTO = {

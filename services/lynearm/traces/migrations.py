@@ -16,6 +16,7 @@ from lynearm.traces.schema import (
     SCHEMA_VERSION,
     block_store,
     dictionaries,
+    expired_blocks,
     metadata,
     objects,
     schema_version,
@@ -60,8 +61,10 @@ def _add_dictionaries(connection: Connection) -> None:
 
 
 def _add_retention(connection: Connection) -> None:
-    block_store.create(connection)
+    for table in (block_store, expired_blocks):
+        table.create(connection)
     _add_counters(connection, "streams", "first_offset", "retained_bytes", "max_age_seconds", "max_bytes")
+    connection.execute(text("ALTER TABLE streams ADD COLUMN read_by TEXT DEFAULT '' NOT NULL"))
     connection.execute(update(streams).values(retained_bytes=streams.c.size_bytes))
     _add_counters(connection, "objects", "created_unix_nano")
     # Their age is not known; to keep them for too long is the safe side.

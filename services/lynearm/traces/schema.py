@@ -46,9 +46,10 @@ streams = Table(
     # Of the blocks that retention has left: the offset of the first, and their bytes.
     Column("first_offset", BigInteger, nullable=False, server_default=text("0")),
     Column("retained_bytes", BigInteger, nullable=False, server_default=text("0")),
-    # lynearm.v1.Retention; 0: no bound.
+    # lynearm.v1.Retention; 0 and nothing: no bound. The consumers' names have spaces between them.
     Column("max_age_seconds", BigInteger, nullable=False, server_default=text("0")),
     Column("max_bytes", BigInteger, nullable=False, server_default=text("0")),
+    Column("read_by", Text, nullable=False, server_default=text("''")),
     # Ids are never used again: memory of a deleted stream must not match its successor.
     sqlite_autoincrement=True,
 )
@@ -91,6 +92,21 @@ blocks = Table(
     Column("sequence", BigInteger, nullable=False),
     UniqueConstraint("producer_key", "epoch", "sequence"),
     Index("blocks_by_object", "object_id"),
+    sqlite_with_rowid=False,
+)
+
+# What a publish that is repeated is compared with, once retention has taken the block: see `expiry`.
+expired_blocks = Table(
+    "expired_blocks",
+    metadata,
+    Column("producer_key", _Key, ForeignKey("producers.id"), primary_key=True),
+    Column("epoch", BigInteger, primary_key=True),
+    Column("sequence", BigInteger, primary_key=True),
+    Column("stream_id", _Key, ForeignKey("streams.id"), nullable=False),
+    Column("offset", BigInteger, nullable=False),
+    Column("size_bytes", BigInteger, nullable=False),
+    Column("checksum", LargeBinary, nullable=False),  # as in blocks
+    Index("expired_blocks_by_stream", "stream_id"),
     sqlite_with_rowid=False,
 )
 

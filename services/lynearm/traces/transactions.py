@@ -53,6 +53,7 @@ from lynearm.traces.schema import (
     block_store,
     blocks,
     dictionaries,
+    expired_blocks,
     finished_prompts,
     objects,
     producers,
@@ -114,7 +115,11 @@ def seal_stream(connection: Connection, name: str) -> StreamRecord:
 
 def set_retention(connection: Connection, name: str, retention: Retention) -> StreamRecord:
     """See `Catalog.set_retention`."""
-    values = {"max_age_seconds": retention.max_age_seconds, "max_bytes": retention.max_bytes}
+    values = {
+        "max_age_seconds": retention.max_age_seconds,
+        "max_bytes": retention.max_bytes,
+        "read_by": " ".join(retention.consumers),
+    }
     connection.execute(update(streams).where(_is_named(name)).values(values))
     return get_stream(connection, name)
 
@@ -148,7 +153,7 @@ def delete_stream(connection: Connection, name: str) -> DeletedStream:
     stream_id = _lock_stream(connection, name).stream_id
     of_stream = select(blocks.c.object_id).where(blocks.c.stream_id == stream_id).distinct()
     touched = list(connection.scalars(of_stream))
-    for table in (finished_prompts, blocks, producers, dictionaries):
+    for table in (finished_prompts, blocks, expired_blocks, producers, dictionaries):
         connection.execute(delete(table).where(table.c.stream_id == stream_id))
     connection.execute(delete(streams).where(streams.c.id == stream_id))
     return DeletedStream(stream_id, tuple(release_objects(connection, touched)))
@@ -297,7 +302,7 @@ def _record(row: RowMapping) -> StreamRecord:
         sealed=row["sealed"],
         created_unix_nano=row["created_unix_nano"],
         first_offset=row["first_offset"],
-        retention=Retention(row["max_age_seconds"], row["max_bytes"]),
+        retention=Retention(row["max_age_seconds"], row["max_bytes"], tuple(row["read_by"].split())),
         **{column: row[column] for column in (*_PROGRESS, *_DICTIONARIES)},
     )
     return StreamRecord(row["id"], info)
@@ -362,16 +367,18 @@ def _load_published(connection: Connection, group: Sequence[NewBlock], state: Gr
             continue
         if block.sequence > producer.last_sequence:
             continue
-        row = connection.execute(
-            select(blocks.c.offset, blocks.c.size_bytes, blocks.c.checksum).where(
-                blocks.c.producer_key == block.producer.key,
-                blocks.c.epoch == producer.epoch,
-                blocks.c.sequence == block.sequence,
-            )
-        ).one_or_none()
-        if row is not None:
-            known = PublishedBlock(row.offset, row.size_bytes, int.from_bytes(row.checksum))
-            state.published[block.producer.key, block.sequence] = known
+        for table in (blocks, expired_blocks):
+            row = connection.execute(
+                select(table.c.offset, table.c.size_bytes, table.c.checksum).where(
+                    table.c.producer_key == block.producer.key,
+                    table.c.epoch == producer.epoch,
+                    table.c.sequence == block.sequence,
+                )
+            ).one_or_none()
+            if row is not None:
+                known = PublishedBlock(row.offset, row.size_bytes, int.from_bytes(row.checksum))
+                state.published[block.producer.key, block.sequence] = known
+                break
 
 
 def _load_finished(connection: Connection, group: Sequence[NewBlock], state: GroupState) -> None:
