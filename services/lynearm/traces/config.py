@@ -6,14 +6,17 @@ import ipaddress
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from urllib.parse import unquote, urlsplit
 
 from lynearm.wire.errors import ConfigError
 
 MIB = 1 << 20
 
-CATALOG_SCHEMES = ("postgresql",)
+CATALOG_SCHEMES = ("postgresql", "sqlite")
 
-BLOCK_SCHEMES = ("s3", "gs", "az")
+BLOCK_SCHEMES = ("s3", "gs", "az", "file")
+
+_LOCAL_SCHEMES = frozenset({"sqlite", "file"})
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,12 +32,13 @@ class ServeConfig:
     server at a time."""
 
     catalog: str = field(default="", repr=False)
-    """postgresql://user@host:port/database, for any number of servers, or the path of a SQLite file; else
-    catalog.sqlite3 in the data directory. Kept out of `repr`, since a URL may hold a password."""
+    """postgresql://user@host:port/database, for any number of servers, or the path of a SQLite file, which
+    sqlite:///path names too; else catalog.sqlite3 in the data directory. Kept out of `repr`, since a URL may
+    hold a password."""
 
     blocks: str = ""
-    """s3://bucket/prefix, gs://bucket/prefix or az://container/prefix, or the path of a directory; else
-    blocks in the data directory. Never holds a secret."""
+    """s3://bucket/prefix, gs://bucket/prefix or az://container/prefix, or the path of a directory, which
+    file:///path names too; else blocks in the data directory. Never holds a secret."""
 
     collect_seconds: float = 60.0
     """Time between two passes of the collector, which lets go of what streams need not keep; 0: never by
@@ -74,6 +78,15 @@ class ServeConfig:
     drain_seconds: float = 10.0
     """Time that running calls get to end when the server is asked to stop."""
 
+    @property
+    def places(self) -> str:
+        """Where catalog and blocks are, for people; holds no secret."""
+        if not (self.catalog or self.blocks):
+            return str(self.data_dir)
+        catalog = _without_secrets(self.catalog) if self.catalog else self.data_dir
+        blocks = _without_secrets(self.blocks) if self.blocks else self.data_dir
+        return f"{catalog} and {blocks}"
+
     def __post_init__(self) -> None:
         """Check every field."""
         checks = {
@@ -103,14 +116,27 @@ class ServeConfig:
             )
 
 
-def is_url(place: str) -> bool:
-    """Whether a catalog or block store is named by a URL, rather than by a path."""
-    return "://" in place
+def local_path(place: str) -> Path | None:
+    """The path of a catalog or block store on this machine; None where it is elsewhere."""
+    scheme, separator, path = place.partition("://")
+    if not separator:
+        return Path(place).expanduser()
+    return Path(unquote(path)) if scheme in _LOCAL_SCHEMES else None
+
+
+def _without_secrets(place: str) -> str:
+    if local_path(place) is not None:
+        return place
+    parts = urlsplit(place)
+    user, separator, host = parts.netloc.rpartition("@")
+    return f"{parts.scheme}://{user.partition(':')[0]}{separator}{host}{parts.path}"
 
 
 def _check_scheme(name: str, place: str, schemes: Sequence[str]) -> None:
     """Refuse other schemes. Nothing of a URL but its scheme is shown."""
-    scheme, separator, _ = place.partition("://")
+    scheme, separator, path = place.partition("://")
+    if separator and scheme in _LOCAL_SCHEMES and scheme in schemes and not path.startswith("/"):
+        raise ConfigError(f"{name} is {place}, expected {scheme}:///path", "three slashes, or a path alone")
     if separator and scheme not in schemes:
         known = " or ".join(f"{one}://…" for one in schemes)
         raise ConfigError(f"{name} is {scheme}://…, expected {known} or a path", "a path has no scheme")

@@ -50,6 +50,11 @@ _QUERY_KEYS: Mapping[str, frozenset[str]] = {
 }
 """By scheme, what a URL may say beyond bucket and prefix. No secret is among them."""
 
+_RANGE_NOT_SATISFIABLE = 416
+_INSUFFICIENT_STORAGE = 507
+_NO_ROOM = re.compile(r"<Code>\w*(StorageFull|QuotaExceeded)\w*</Code>")
+"""What stores other than Amazon's say: theirs are never full."""
+
 _KEY_PATTERN = re.compile(r"[0-9a-f]{2}/([0-9a-f]{32})")
 
 SCHEMES = frozenset(_QUERY_KEYS)
@@ -149,9 +154,9 @@ class ObjectBlockStore:
         import obstore
         from obstore.exceptions import AlreadyExistsError
 
+        made = new_identity().encode()
         with self._typed_errors():
             try:
-                made = new_identity().encode()
                 await obstore.put_async(self._store, IDENTITY_KEY, made, mode="create", use_multipart=False)
             except AlreadyExistsError:
                 logger.debug("block store %s has its identity", self.where)
@@ -169,7 +174,7 @@ class ObjectBlockStore:
         try:
             found = await obstore.get_range_async(self._store, _path(key), start=position, length=length)
         except GenericError as error:
-            if "416" in _first_line(error):
+            if _status(error) == _RANGE_NOT_SATISFIABLE:
                 return b""
             raise
         return bytes(found)
@@ -312,9 +317,15 @@ def _typed_error(error: Exception, where: str) -> LynearmError:
     if isinstance(error, FileNotFoundError):
         missing = "create the bucket, or correct its name" if "NoSuchBucket" in str(error) else ""
         return StorageError(problem, missing or "restore the object from a copy")
-    if "507" in said or any(sign in str(error) for sign in ("StorageFull", "QuotaExceeded")):
+    if _status(error) == _INSUFFICIENT_STORAGE or _NO_ROOM.search(str(error)):
         return StorageFullError(problem, "free space or raise the quota, then publish again")
     return StoreUnavailableError(problem, "try again; look at the store if that does not help")
+
+
+def _status(error: Exception) -> int | None:
+    """Of the HTTP response; obstore tells it in the text alone."""
+    found = re.search(r"status code: (\d{3}) ", _first_line(error))
+    return int(found[1]) if found else None
 
 
 def _first_line(error: Exception) -> str:

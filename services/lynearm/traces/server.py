@@ -91,7 +91,7 @@ class TraceServer:
             stack.push_async_callback(self._drain, server, health_servicer, backend, gate)
             await health_servicer.set(SERVICE_NAME, health_pb2.HealthCheckResponse.SERVING)
             self._stack = stack.pop_all()
-        logger.info("serving %s at %s", self._config.data_dir, self.address)
+        logger.info("serving %s at %s", self._config.places, self.address)
         return self
 
     async def __aexit__(
@@ -99,7 +99,7 @@ class TraceServer:
     ) -> None:
         """Drain, commit and close."""
         await self._stack.__aexit__(kind, error, trace)
-        logger.info("stopped serving %s", self._config.data_dir)
+        logger.info("stopped serving %s", self._config.places)
 
     async def _drain(
         self,

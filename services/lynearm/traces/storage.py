@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from lynearm.traces.catalog import Catalog
-from lynearm.traces.config import ServeConfig, is_url
+from lynearm.traces.config import ServeConfig, local_path
 from lynearm.traces.sql_catalog import SqlCatalog
 from lynearm.traces.store import BlockStore, LocalBlockStore, sync_directory
 from lynearm.wire.errors import PreconditionError, StorageError
@@ -48,7 +48,8 @@ async def open_storage(config: ServeConfig) -> AsyncGenerator[Storage]:
 
 
 async def _open_catalog(config: ServeConfig, stack: AsyncExitStack) -> SqlCatalog:
-    if is_url(config.catalog):
+    path = local_path(config.catalog) if config.catalog else config.data_dir / "catalog.sqlite3"
+    if path is None:
         # Here, so that SQLite alone needs no driver of PostgreSQL.
         from lynearm.traces.postgresql import PostgresDatabase
 
@@ -56,12 +57,9 @@ async def _open_catalog(config: ServeConfig, stack: AsyncExitStack) -> SqlCatalo
     else:
         from lynearm.traces.sqlite import SqliteDatabase
 
-        if config.catalog:
-            path = Path(config.catalog).expanduser()
-            stack.enter_context(lock_directory(path.parent, name=f"{path.name}.lock"))
-        else:
-            path = config.data_dir / "catalog.sqlite3"
-            stack.enter_context(lock_directory(config.data_dir))
+        # The lock of the data directory covers all that is in it.
+        name = f"{path.name}.lock" if config.catalog else "lock"
+        stack.enter_context(lock_directory(path.parent, name=name))
         catalog = await SqlCatalog.open(SqliteDatabase(path))
     stack.push_async_callback(catalog.close)
     return catalog
@@ -69,12 +67,12 @@ async def _open_catalog(config: ServeConfig, stack: AsyncExitStack) -> SqlCatalo
 
 async def _open_store(config: ServeConfig, stack: AsyncExitStack, *, shared_catalog: bool) -> BlockStore:
     store: BlockStore
-    if is_url(config.blocks):
+    path = local_path(config.blocks) if config.blocks else config.data_dir / "blocks"
+    if path is None:
         from lynearm.traces.object_store import ObjectBlockStore
 
         store = await ObjectBlockStore.open(config.blocks, several_writers=shared_catalog)
     else:
-        path = Path(config.blocks).expanduser() if config.blocks else config.data_dir / "blocks"
         if shared_catalog:
             make_directory(path.parent)
             logger.warning(
