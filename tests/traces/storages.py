@@ -40,14 +40,14 @@ class StoredObjects:
         # Any: obstore's stores are a union.
         self._store: Any = _open(config)
 
+    def list_keys(self) -> list[str]:
+        """The key of every object, ascending."""
+        paths = sorted(one["path"] for batch in self._store.list() for one in batch)
+        return [path.split("/")[1] for path in paths if "/" in path]
+
     def read(self) -> dict[str, bytes]:
         """Every object."""
-        found = [one["path"] for batch in self._store.list() for one in batch]
-        return {
-            path.split("/")[1]: bytes(obstore.get(self._store, path).bytes())
-            for path in sorted(found)
-            if "/" in path
-        }
+        return {key: bytes(obstore.get(self._store, f"{key[:2]}/{key}").bytes()) for key in self.list_keys()}
 
     def write(self, key: str, data: bytes) -> None:
         """Put an object there, or another in its place."""

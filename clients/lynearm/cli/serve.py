@@ -32,22 +32,24 @@ def serve(
     context: typer.Context,
     data_dir: Annotated[
         Path | None,
-        typer.Option(help="Directory of blocks and catalog; made when missing.", show_default="lynearm-data"),
+        typer.Option(
+            help="Directory of what is nowhere else; made when missing.", show_default="lynearm-data"
+        ),
     ] = None,
     catalog: Annotated[
         str | None,
         typer.Option(
             metavar="URL|FILE",
-            help="postgresql://…, for any number of servers, or a SQLite file.",
-            show_default="in the data directory",
+            help="postgresql://…, for any number of servers, or a SQLite file; else one in the data directory.",
+            show_default=False,
         ),
     ] = None,
     blocks: Annotated[
         str | None,
         typer.Option(
             metavar="URL|DIRECTORY",
-            help="s3://bucket/prefix, gs://…, az://…, or a directory.",
-            show_default="in the data directory",
+            help="s3://bucket/prefix, gs://…, az://…, or a directory; else one in the data directory.",
+            show_default=False,
         ),
     ] = None,
     host: Annotated[str | None, typer.Option(help="Address to listen on.", show_default="127.0.0.1")] = None,

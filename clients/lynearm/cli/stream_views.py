@@ -13,6 +13,7 @@ from rich.text import Text
 from lynearm.cli.progress import count, plain_value, size
 from lynearm.cli.text import printable
 from lynearm.wire.protobuf import StreamInfo
+from lynearm.wire.retention import Retention
 from lynearm.wire.specs import TokenizerSpec
 
 _SPACIOUS_COLUMNS = 80
@@ -64,8 +65,11 @@ def stream_fields(info: StreamInfo) -> dict[str, object]:
     spec = dataclasses.asdict(info.spec)
     name = spec.pop("name")
     counts = {
-        field.name: getattr(info, field.name) for field in dataclasses.fields(info) if field.name != "spec"
+        field.name: getattr(info, field.name)
+        for field in dataclasses.fields(info)
+        if field.name not in ("spec", "retention")
     }
+    counts["retention"] = dataclasses.asdict(info.retention)
     fields = {"name": name, **counts, "bits_per_token": bits_per_token(info), **spec}
     return {key: plain_value(value) for key, value in fields.items()}
 
@@ -89,6 +93,7 @@ def _details(info: StreamInfo) -> dict[str, str]:
         "prompt tokens": f"{info.prompt_token_count:,}",
         "completion tokens": f"{info.completion_token_count:,}",
         "size": f"{size(info.size_bytes)} ({info.size_bytes:,} bytes)",
+        "kept": f"from offset {info.first_offset:,}, {size(info.retained_bytes)}; {_retention(info.retention)}",
         "bits per token": f"{bits:.1f}" if bits is not None else "-",
         "codec": f"{info.spec.codec.mode}, top-k {info.spec.codec.top_k}",
         "licence": info.spec.license,
@@ -100,6 +105,17 @@ def _details(info: StreamInfo) -> dict[str, str]:
         **_tokenizer_details(info.spec.tokenizer),
     }
     return details | {f"label {key}": value for key, value in sorted(info.spec.labels.items())}
+
+
+def _retention(retention: Retention) -> str:
+    bounds: list[str] = []
+    if retention.max_age_seconds:
+        bounds.append(f"older than {retention.max_age_seconds:,} s")
+    if retention.max_bytes:
+        bounds.append(f"beyond {size(retention.max_bytes)}")
+    if retention.consumers:
+        bounds.append(f"read by {', '.join(retention.consumers)}")
+    return f"blocks go when {' or '.join(bounds)}" if bounds else "blocks never go"
 
 
 def _tokenizer_details(tokenizer: TokenizerSpec) -> dict[str, str]:
