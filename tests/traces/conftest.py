@@ -27,16 +27,16 @@ def cluster() -> Iterator[Cluster]:
 
 
 @pytest.fixture(params=["local", "cluster"])
-def storage(request: pytest.FixtureRequest) -> dict[str, str]:
+def storage(request: pytest.FixtureRequest) -> dict[str, Any]:
     """An empty catalog and block store, as `ServeConfig` takes them: one pair, then the other."""
-    if request.param == "local":
-        return {}
+    if request.param != "cluster":
+        return {"shared": True} if request.param == "shared" else {}
     cluster: Cluster = request.getfixturevalue("cluster")
     return cluster.storage()
 
 
 @pytest.fixture
-def start_server(loop: LoopThread, tmp_path: Path, storage: dict[str, str]) -> Iterator[StartServer]:
+def start_server(loop: LoopThread, tmp_path: Path, storage: dict[str, Any]) -> Iterator[StartServer]:
     """Starts servers on one storage, stopped after the test; takes what `ServeConfig` takes."""
     started: list[RunningServer] = []
 

@@ -18,6 +18,10 @@ on_cluster = pytest.mark.parametrize("storage", ["cluster"], indirect=True)
 """For tests of what only the pair of PostgreSQL and S3 does."""
 
 
+on_shared_storage = pytest.mark.parametrize("storage", ["shared", "cluster"], indirect=True)
+"""For tests of several servers: on a SQLite file and a directory of one machine, and on a cluster."""
+
+
 def catalog_rows(config: ServeConfig, statement: str, **values: object) -> list[Row[Any]]:
     """Run a statement on a server's catalog; rows, where it gives any."""
     if config.catalog:

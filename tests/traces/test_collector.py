@@ -7,6 +7,7 @@ import secrets
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from traces.harness import (
@@ -37,7 +38,7 @@ def collect(stub: TraceServiceStub) -> int:
 
 
 @pytest.fixture
-def opened(loop: LoopThread, tmp_path: Path, storage: dict[str, str]) -> Iterator[Storage]:
+def opened(loop: LoopThread, tmp_path: Path, storage: dict[str, Any]) -> Iterator[Storage]:
     """Catalog and blocks without a server."""
     context = open_storage(ServeConfig(tmp_path / "data", **storage))
     yield loop.run(context.__aenter__())

@@ -65,6 +65,37 @@ def test_a_second_server_on_the_data_directory_is_refused(
 
 
 @on_local_disk
+def test_servers_that_share_and_servers_that_do_not_keep_each_other_out(start_server: StartServer) -> None:
+    shared = [start_server(shared=True), start_server(shared=True)]
+    with pytest.raises(PreconditionError, match="start both with --shared"):
+        start_server()
+    for server in shared:
+        server.stop()
+    start_server()
+    with pytest.raises(PreconditionError, match="used by another trace server"):
+        start_server(shared=True)
+
+
+@on_local_disk
+@pytest.mark.parametrize("prefixes", [("", ""), ("sqlite://", "file://")], ids=["paths", "urls"])
+def test_catalog_and_blocks_go_where_they_are_told_to(
+    start_server: StartServer, tmp_path: Path, prefixes: tuple[str, str]
+) -> None:
+    catalog, blocks = tmp_path / "a dir" / "traces.db", tmp_path / "b" / "blocks"
+    places = {"catalog": f"{prefixes[0]}{catalog}", "blocks": f"{prefixes[1]}{blocks}"}
+    server = start_server(**places)
+    create(server.stub)
+    publish(server.stub, range(3))
+    assert catalog.is_file()
+    assert len(list(blocks.glob("??/*"))) >= 1
+    with pytest.raises(PreconditionError, match="used by another trace server"):
+        start_server(blocks=places["blocks"], data_dir=tmp_path / "other")
+    server.stop()
+    assert len(list(fetch(start_server(**places).stub, 0, 9))) == 3
+    assert not server.config.data_dir.exists()
+
+
+@on_local_disk
 def test_a_data_directory_that_cannot_be_made_is_named(start_server: StartServer, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(StorageError, match=r"file.data"):

@@ -6,6 +6,7 @@ import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import grpc
 import pytest
@@ -23,15 +24,13 @@ from traces.harness import (
     make_spec,
     publish,
 )
-from traces.storages import catalog_rows, on_cluster
+from traces.storages import catalog_rows, on_cluster, on_shared_storage
 
 from lynearm.traces import postgresql_listen
 from lynearm.v1 import trace_service_pb2 as pb
 from lynearm.v1.trace_service_pb2_grpc import TraceServiceStub
 from lynearm.wire.errors import PreconditionError
 from lynearm.wire.protobuf import spec_to_proto
-
-pytestmark = on_cluster
 
 
 @pytest.fixture
@@ -42,6 +41,7 @@ def servers(start_server: StartServer) -> tuple[RunningServer, RunningServer]:
     return both
 
 
+@on_shared_storage
 def test_subscribers_of_one_server_follow_publishers_of_the_other(
     servers: tuple[RunningServer, RunningServer], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -59,6 +59,7 @@ def test_subscribers_of_one_server_follow_publishers_of_the_other(
     assert reader.next_or_end() is None
 
 
+@on_shared_storage
 def test_subscribers_of_one_server_end_with_a_stream_deleted_on_the_other(
     servers: tuple[RunningServer, RunningServer],
 ) -> None:
@@ -70,6 +71,7 @@ def test_subscribers_of_one_server_end_with_a_stream_deleted_on_the_other(
     assert error_name(reader.error()) == "StreamNotFoundError"
 
 
+@on_shared_storage
 def test_what_no_notification_told_is_found_by_looking(
     servers: tuple[RunningServer, RunningServer], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -83,6 +85,7 @@ def test_what_no_notification_told_is_found_by_looking(
     assert reader.next_or_end() is None
 
 
+@on_shared_storage
 def test_publishers_on_both_servers_share_one_order(servers: tuple[RunningServer, RunningServer]) -> None:
     offsets: list[dict[int, int]] = [{}, {}]
 
@@ -105,6 +108,7 @@ def test_publishers_on_both_servers_share_one_order(servers: tuple[RunningServer
             assert everything[offset] == (offset, make_block(1000 * index + sequence - 1))
 
 
+@on_shared_storage
 def test_a_producer_that_opens_on_one_server_is_fenced_off_on_the_other(
     servers: tuple[RunningServer, RunningServer],
 ) -> None:
@@ -117,6 +121,7 @@ def test_a_producer_that_opens_on_one_server_is_fenced_off_on_the_other(
     assert new.close() == {1: 0}
 
 
+@on_shared_storage
 def test_of_two_servers_that_create_the_same_stream_one_does(
     servers: tuple[RunningServer, RunningServer],
 ) -> None:
@@ -127,7 +132,8 @@ def test_of_two_servers_that_create_the_same_stream_one_does(
         assert ends == ["ALREADY_EXISTS", "OK"]
 
 
-def test_servers_that_start_at_once_make_the_tables_once(storage: dict[str, str], tmp_path: Path) -> None:
+@on_shared_storage
+def test_servers_that_start_at_once_make_the_tables_once(storage: dict[str, Any], tmp_path: Path) -> None:
     started: list[ServerProcess] = []
     threads = [
         threading.Thread(target=lambda: started.append(ServerProcess(tmp_path / "data", **storage)))
@@ -142,6 +148,7 @@ def test_servers_that_start_at_once_make_the_tables_once(storage: dict[str, str]
         assert publish(second.stub, [1]) == {1: 0}
 
 
+@on_cluster
 def test_a_server_whose_blocks_are_elsewhere_is_refused(
     servers: tuple[RunningServer, RunningServer], start_server: StartServer, tmp_path: Path
 ) -> None:
@@ -150,6 +157,7 @@ def test_a_server_whose_blocks_are_elsewhere_is_refused(
             start_server(blocks=blocks)
 
 
+@on_cluster
 def test_connections_that_the_database_drops_are_made_anew(
     servers: tuple[RunningServer, RunningServer], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -185,7 +193,7 @@ def publish_until_acked(stub: TraceServiceStub, number: int) -> None:
 class RestartedServer:
     """A server process that is started again, at another address, each time that it is killed."""
 
-    def __init__(self, data_dir: Path, storage: dict[str, str]) -> None:
+    def __init__(self, data_dir: Path, storage: dict[str, Any]) -> None:
         self._data_dir, self._storage = data_dir, storage
         self.process = ServerProcess(data_dir, **storage)
         self.broken_calls = 0
@@ -203,7 +211,7 @@ class RestartedServer:
 
 
 @pytest.fixture
-def processes(storage: dict[str, str], tmp_path: Path) -> Iterator[tuple[RestartedServer, RestartedServer]]:
+def processes(storage: dict[str, Any], tmp_path: Path) -> Iterator[tuple[RestartedServer, RestartedServer]]:
     both = (RestartedServer(tmp_path / "data", storage), RestartedServer(tmp_path / "data", storage))
     create(both[0].process.stub)
     yield both
@@ -249,6 +257,7 @@ def read_all(server: RestartedServer, count: int, blocks: list[bytes]) -> None:
         reader.cancel()
 
 
+@on_shared_storage
 def test_nothing_is_lost_doubled_or_reordered_when_servers_are_killed(
     processes: tuple[RestartedServer, RestartedServer],
 ) -> None:

@@ -40,7 +40,7 @@ def serve(
         str | None,
         typer.Option(
             metavar="URL|FILE",
-            help="postgresql://…, for any number of servers, or a SQLite file; else one in the data directory.",
+            help="postgresql://…, for any number of servers, or a SQLite file; else in the data directory.",
             show_default=False,
         ),
     ] = None,
@@ -48,9 +48,13 @@ def serve(
         str | None,
         typer.Option(
             metavar="URL|DIRECTORY",
-            help="s3://bucket/prefix, gs://…, az://…, or a directory; else one in the data directory.",
+            help="s3://bucket/prefix, gs://…, az://…, or a directory; else in the data directory.",
             show_default=False,
         ),
+    ] = None,
+    shared: Annotated[
+        bool | None,
+        typer.Option("--shared", help="Let other servers of this machine use the same SQLite file too."),
     ] = None,
     host: Annotated[str | None, typer.Option(help="Address to listen on.", show_default="127.0.0.1")] = None,
     port: Annotated[

@@ -40,6 +40,10 @@ class ServeConfig:
     """s3://bucket/prefix, gs://bucket/prefix or az://container/prefix, or the path of a directory, which
     file:///path names too; else blocks in the data directory. Never holds a secret."""
 
+    shared: bool = False
+    """Other servers of this machine use the same SQLite file, each with this set. They take turns at writing
+    and look for each other's commits five times a second; PostgreSQL tells them at once."""
+
     collect_seconds: float = 60.0
     """Time between two passes of the collector, which lets go of what streams need not keep; 0: never by
     itself. A pass without work is one query."""

@@ -31,7 +31,7 @@ class Storage:
 async def open_storage(config: ServeConfig) -> AsyncGenerator[Storage]:
     """Take catalog and blocks; on leaving, let go.
 
-    What is on this machine and used by one server is locked; what several may use is not.
+    What is on this machine is locked, against others or with them; what is elsewhere is not.
 
     Raises:
         PreconditionError: another server uses them, or the catalog's blocks are in another store.
@@ -59,8 +59,8 @@ async def _open_catalog(config: ServeConfig, stack: AsyncExitStack) -> SqlCatalo
 
         # The lock of the data directory covers all that is in it.
         name = f"{path.name}.lock" if config.catalog else "lock"
-        stack.enter_context(lock_directory(path.parent, name=name))
-        catalog = await SqlCatalog.open(SqliteDatabase(path))
+        stack.enter_context(lock_directory(path.parent, name=name, shared=config.shared))
+        catalog = await SqlCatalog.open(SqliteDatabase(path, shared=config.shared))
     stack.push_async_callback(catalog.close)
     return catalog
 
@@ -73,7 +73,7 @@ async def _open_store(config: ServeConfig, stack: AsyncExitStack, *, shared_cata
 
         store = await ObjectBlockStore.open(config.blocks, several_writers=shared_catalog)
     else:
-        if shared_catalog:
+        if shared_catalog and not config.shared:
             make_directory(path.parent)
             logger.warning(
                 "blocks are in %s, while other servers may use the catalog too: all must be on this machine, "
@@ -82,7 +82,8 @@ async def _open_store(config: ServeConfig, stack: AsyncExitStack, *, shared_cata
             )
         elif config.blocks or config.catalog:
             # Else the lock of the data directory covers both.
-            stack.enter_context(lock_directory(path.parent, name=f"{path.name}.lock"))
+            lock = lock_directory(path.parent, name=f"{path.name}.lock", shared=config.shared)
+            stack.enter_context(lock)
         store = LocalBlockStore(path)
     stack.push_async_callback(store.close)
     return store
@@ -101,12 +102,13 @@ async def _check_pair(catalog: Catalog, store: BlockStore) -> None:
 
 
 @contextmanager
-def lock_directory(path: Path, *, name: str = "lock") -> Generator[None]:
+def lock_directory(path: Path, *, name: str = "lock", shared: bool = False) -> Generator[None]:
     """Own a directory, created when missing, until the context or the process ends.
 
     Args:
         path: The directory.
         name: Of the file in it that is locked.
+        shared: Own it together with others who say so too.
 
     Raises:
         PreconditionError: another process owns it.
@@ -119,11 +121,11 @@ def lock_directory(path: Path, *, name: str = "lock") -> Generator[None]:
         raise StorageError(f"data directory {path}: {error.strerror}", "choose another directory") from error
     try:
         try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(descriptor, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
         except BlockingIOError as error:
             raise PreconditionError(
                 f"data directory {path} is used by another trace server",
-                "stop that one, or choose another directory",
+                "stop that one, choose another directory, or start both with --shared",
             ) from error
         yield
     finally:
