@@ -1,13 +1,9 @@
-"""The catalog in a SQL database: each method is one of `transactions`, run by a `Database`.
-
-What differs between databases is behind that Protocol: connections and threads, what to do when one fails,
-and how servers that share a database tell each other of commits.
-"""
+"""The catalog in a SQL database: each method is one of `transactions`, run by a `Database`."""
 
 from __future__ import annotations
 
 from collections.abc import AsyncIterator, Callable, Sequence
-from typing import Protocol, Self, TypeVar
+from typing import Self, TypeVar
 
 from sqlalchemy import Connection
 
@@ -24,52 +20,12 @@ from lynearm.traces.catalog import (
     StreamChange,
     StreamRecord,
 )
+from lynearm.traces.database import Database
 from lynearm.traces.store import StoredObject
 from lynearm.wire.retention import Retention
 from lynearm.wire.specs import StreamSpec
 
 T = TypeVar("T")
-
-
-class Database(Protocol):
-    """Runs transactions. Every method raises as `Catalog` says where the database fails."""
-
-    @property
-    def where(self) -> str:
-        """The database, for people; holds no secret."""
-        ...
-
-    @property
-    def is_shared(self) -> bool:
-        """Whether several servers may use it at the same time."""
-        ...
-
-    async def write(self, work: Callable[[Connection], T]) -> T:
-        """Run `work` in a transaction; durable on return.
-
-        A database may run `work` again where it is certain that the time before left nothing.
-        """
-        ...
-
-    async def read(self, work: Callable[[Connection], T]) -> T:
-        """Run `work`, which changes nothing, in a transaction."""
-        ...
-
-    def lock_schema(self, connection: Connection) -> None:
-        """Keep other servers from preparing the tables until the transaction ends."""
-        ...
-
-    def announce(self, connection: Connection, changes: Sequence[StreamChange]) -> None:
-        """Tell the servers that listen, when and only if the transaction commits."""
-        ...
-
-    def listen(self) -> AsyncIterator[StreamChange | None]:
-        """See `Catalog.listen`."""
-        ...
-
-    async def close(self) -> None:
-        """Wait for transactions under way, then release threads and connections."""
-        ...
 
 
 class SqlCatalog:
