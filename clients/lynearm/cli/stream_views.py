@@ -10,7 +10,7 @@ from datetime import UTC, datetime
 from rich.table import Table
 from rich.text import Text
 
-from lynearm.cli.progress import count, plain_value, size
+from lynearm.cli.progress import count, duration, plain_value, size
 from lynearm.cli.text import printable
 from lynearm.wire.protobuf import StreamInfo
 from lynearm.wire.retention import Retention
@@ -79,6 +79,18 @@ def print_json(fields: Mapping[str, object]) -> None:
     print(json.dumps(fields, ensure_ascii=False, allow_nan=False), flush=True)
 
 
+def describe_retention(retention: Retention) -> str:
+    """When the blocks of a stream go."""
+    bounds: list[str] = []
+    if retention.max_age_seconds:
+        bounds.append(f"older than {duration(retention.max_age_seconds)}")
+    if retention.max_bytes:
+        bounds.append(f"beyond {size(retention.max_bytes)}")
+    if retention.consumers:
+        bounds.append(f"read by {', '.join(retention.consumers)}")
+    return f"blocks go when {' or '.join(bounds)}" if bounds else "blocks never go"
+
+
 def _details(info: StreamInfo) -> dict[str, str]:
     teacher, bits = info.spec.teacher, bits_per_token(info)
     created = datetime.fromtimestamp(info.created_unix_nano / 1e9, UTC)
@@ -94,7 +106,7 @@ def _details(info: StreamInfo) -> dict[str, str]:
         "completion tokens": f"{info.completion_token_count:,}",
         "size": f"{size(info.size_bytes)} ({info.size_bytes:,} bytes)",
         "kept": f"from offset {info.first_offset:,}, {size(info.retained_bytes)}",
-        "retention": _retention(info.retention),
+        "retention": describe_retention(info.retention),
         "bits per token": f"{bits:.1f}" if bits is not None else "-",
         "codec": f"{info.spec.codec.mode}, top-k {info.spec.codec.top_k}",
         "licence": info.spec.license,
@@ -106,17 +118,6 @@ def _details(info: StreamInfo) -> dict[str, str]:
         **_tokenizer_details(info.spec.tokenizer),
     }
     return details | {f"label {key}": value for key, value in sorted(info.spec.labels.items())}
-
-
-def _retention(retention: Retention) -> str:
-    bounds: list[str] = []
-    if retention.max_age_seconds:
-        bounds.append(f"older than {retention.max_age_seconds:,} s")
-    if retention.max_bytes:
-        bounds.append(f"beyond {size(retention.max_bytes)}")
-    if retention.consumers:
-        bounds.append(f"read by {', '.join(retention.consumers)}")
-    return f"blocks go when {' or '.join(bounds)}" if bounds else "blocks never go"
 
 
 def _tokenizer_details(tokenizer: TokenizerSpec) -> dict[str, str]:

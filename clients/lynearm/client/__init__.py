@@ -6,11 +6,14 @@ from lynearm.client.publisher import Publisher
 from lynearm.client.subscription import ReceivedBlock, Subscription
 from lynearm.client.trace_client import TraceClient
 from lynearm.wire.protobuf import StreamInfo
+from lynearm.wire.retention import Collected, Retention
 
 __all__ = [
+    "Collected",
     "DictionaryCache",
     "Publisher",
     "ReceivedBlock",
+    "Retention",
     "StreamInfo",
     "Subscription",
     "TraceClient",

@@ -22,7 +22,8 @@ from lynearm.wire.errors import (
     StreamExistsError,
 )
 from lynearm.wire.frames import parse_fetch_response
-from lynearm.wire.protobuf import StreamInfo, spec_to_proto, stream_from_proto
+from lynearm.wire.protobuf import StreamInfo, retention_to_proto, spec_to_proto, stream_from_proto
+from lynearm.wire.retention import Collected, Retention
 from lynearm.wire.specs import StreamSpec, check_name, spec_differences
 
 if TYPE_CHECKING:
@@ -164,6 +165,23 @@ class TraceClient:
         """
         request = pb.SealStreamRequest(name=check_name(name))
         return stream_from_proto(self._call(self._connection.stub.SealStream, request).stream)
+
+    def set_retention(self, name: str, retention: Retention) -> StreamInfo:
+        """Say how long a stream keeps its blocks; `Retention()` stands for ever.
+
+        They go some time after they may, never before. Readers that come for one of them get
+        `OffsetExpiredError`.
+
+        Raises:
+            StreamNotFoundError: if there is none of that name.
+        """
+        request = pb.UpdateRetentionRequest(name=check_name(name), retention=retention_to_proto(retention))
+        return stream_from_proto(self._call(self._connection.stub.UpdateRetention, request).stream)
+
+    def collect_garbage(self) -> Collected:
+        """Let the service let go now of what it need not keep, which it else does by itself in time."""
+        found = self._call(self._connection.stub.CollectGarbage, pb.CollectGarbageRequest())
+        return Collected(found.expired_blocks, found.expired_bytes, found.orphan_objects)
 
     def put_dictionary(self, stream: str, dictionary: bytes) -> bytes:
         """Give a stream a codec dictionary, so that published blocks may name it; idempotent.

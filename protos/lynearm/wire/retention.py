@@ -1,4 +1,4 @@
-"""How long a stream keeps its blocks."""
+"""How long a stream keeps its blocks, and what is let go of."""
 
 from __future__ import annotations
 
@@ -52,3 +52,14 @@ class Retention:
     def is_bounded(self) -> bool:
         """Whether any block may ever go."""
         return bool(self.max_age_seconds or self.max_bytes or self.consumers)
+
+
+@dataclass(frozen=True, slots=True)
+class Collected:
+    """What one pass of a service's collector let go of."""
+
+    expired_blocks: int = 0
+    """Blocks that streams need not keep any more."""
+    expired_bytes: int = 0
+    orphan_objects: int = 0
+    """Objects of which nothing was ever committed: what servers that died had begun."""

@@ -14,11 +14,11 @@ import asyncio
 import logging
 import time
 from collections.abc import Iterable
-from dataclasses import dataclass
 
 from lynearm.traces.catalog import Catalog, StreamRecord
 from lynearm.traces.store import BlockStore
 from lynearm.wire.errors import LynearmError
+from lynearm.wire.retention import Collected
 
 logger = logging.getLogger(__name__)
 
@@ -27,15 +27,6 @@ EXPIRE_COUNT = 1000
 
 DELETE_COUNT = 16
 """Objects that are being deleted at the same time."""
-
-
-@dataclass(frozen=True, slots=True)
-class Collected:
-    """What one pass let go of."""
-
-    expired_blocks: int = 0
-    expired_bytes: int = 0
-    orphan_objects: int = 0
 
 
 class Collector:
