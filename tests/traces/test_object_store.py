@@ -114,7 +114,7 @@ def test_a_bucket_that_is_missing_is_named(cluster: Cluster, loop: LoopThread) -
 def test_a_store_that_does_not_answer_is_named(
     cluster: Cluster, loop: LoopThread, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("lynearm.traces.object_store._RETRIES", 1)
+    monkeypatch.setattr("lynearm.traces.object_location._RETRIES", 1)
     url = "s3://blocks/x?endpoint=http://127.0.0.1:9"
     with pytest.raises(StoreUnavailableError, match="block store s3://blocks/x: "):
         loop.run(ObjectBlockStore.open(url, several_writers=False))
@@ -147,7 +147,7 @@ def test_what_a_store_answers_is_told_apart(
         def log_message(self, format: str, *args: object) -> None:
             """Say nothing."""
 
-    monkeypatch.setattr("lynearm.traces.object_store._RETRIES", 0)
+    monkeypatch.setattr("lynearm.traces.object_location._RETRIES", 0)
     with (
         serving(Refusal) as endpoint,
         pytest.raises(LynearmError, match="block store s3://blocks/507: ") as caught,

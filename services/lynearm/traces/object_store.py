@@ -9,25 +9,17 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import os
 import re
 import secrets
 from collections.abc import AsyncIterator, Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from typing import Any
-from urllib.parse import parse_qsl, urlsplit
 
+from lynearm.traces.object_errors import http_status, typed_error
+from lynearm.traces.object_location import connect, describe
 from lynearm.traces.store import Span, StoredObject, new_identity, spans_of
-from lynearm.wire.errors import (
-    ConfigError,
-    LynearmError,
-    MissingDependencyError,
-    StorageError,
-    StorageFullError,
-    StoreUnavailableError,
-)
+from lynearm.wire.errors import ConfigError, StoreUnavailableError
 
 logger = logging.getLogger(__name__)
 
@@ -39,25 +31,8 @@ MERGE_BYTES = 256 << 10
 IDENTITY_KEY = "lynearm-store"
 
 _LIST_COUNT = 1000
-_REQUEST_TIMEOUT = timedelta(seconds=30)
-_RETRY_TIMEOUT = timedelta(seconds=30)
-_RETRIES = 6
-
-_QUERY_KEYS: Mapping[str, frozenset[str]] = {
-    "s3": frozenset({"endpoint", "region", "virtual_hosted_style_request"}),
-    "gs": frozenset(),
-    "az": frozenset({"endpoint", "account_name"}),
-}
-"""By scheme, what a URL may say beyond bucket and prefix. No secret is among them."""
-
 _RANGE_NOT_SATISFIABLE = 416
-_INSUFFICIENT_STORAGE = 507
-_NO_ROOM = re.compile(r"<Code>\w*(StorageFull|QuotaExceeded)\w*</Code>")
-"""What stores other than Amazon's say: theirs are never full."""
-
 _KEY_PATTERN = re.compile(r"[0-9a-f]{2}/([0-9a-f]{32})")
-
-SCHEMES = frozenset(_QUERY_KEYS)
 
 
 class ObjectBlockStore:
@@ -90,7 +65,7 @@ class ObjectBlockStore:
             StorageError: the bucket is missing, or may not be written.
             StoreUnavailableError: the store cannot be reached.
         """
-        store = cls(_connect(url), describe(url))
+        store = cls(connect(url), describe(url))
         if not await store._creates_only():
             problem = f"block store {store.where} ignores create-only writes (If-None-Match)"
             if several_writers:
@@ -174,7 +149,7 @@ class ObjectBlockStore:
         try:
             found = await obstore.get_range_async(self._store, _path(key), start=position, length=length)
         except GenericError as error:
-            if _status(error) == _RANGE_NOT_SATISFIABLE:
+            if http_status(error) == _RANGE_NOT_SATISFIABLE:
                 return b""
             raise
         return bytes(found)
@@ -203,7 +178,7 @@ class ObjectBlockStore:
             yield
         except (BaseError, FileNotFoundError) as error:
             # Not `from error`: the text of obstore's errors holds request URLs, which may be signed.
-            raise _typed_error(error, self.where) from None
+            raise typed_error(error, self.where) from None
 
 
 def merge_spans(spans: Sequence[Span]) -> Iterator[Span]:
@@ -228,107 +203,5 @@ def _cut(found: Mapping[Span, bytes], span: Span) -> bytes:
     return b""
 
 
-@dataclass(frozen=True, slots=True)
-class _Location:
-    scheme: str
-    bucket: str
-    prefix: str
-    options: Mapping[str, str]
-
-
-def describe(url: str) -> str:
-    """A store's URL without its parameters."""
-    location = _parse(url)
-    return f"{location.scheme}://{location.bucket}/{location.prefix}".rstrip("/")
-
-
-def _parse(url: str) -> _Location:
-    parts = urlsplit(url)
-    known = _QUERY_KEYS.get(parts.scheme)
-    if known is None or not parts.netloc or "@" in parts.netloc:
-        raise ConfigError(
-            f"a block store with scheme {parts.scheme!r} is not a bucket",
-            "write s3://bucket/prefix, gs://bucket/prefix, az://container/prefix, or a path",
-        )
-    options = dict(parse_qsl(parts.query, keep_blank_values=True))
-    for name in options:
-        if name not in known:
-            raise ConfigError(
-                f"the URL of a block store has a parameter {name!r}, expected {sorted(known) or 'none'}",
-                "set credentials in the environment, where no process list shows them",
-            )
-    return _Location(parts.scheme, parts.netloc, parts.path.strip("/"), options)
-
-
-def _connect(url: str) -> Any:
-    try:
-        from obstore.exceptions import BaseError
-        from obstore.store import from_url
-    except ModuleNotFoundError as error:
-        raise MissingDependencyError(
-            "blocks in an object store need obstore", "pip install 'lynearm[cluster]'"
-        ) from error
-    location = _parse(url)
-    client: dict[str, Any] = {"timeout": _REQUEST_TIMEOUT, "connect_timeout": timedelta(seconds=5)}
-    if _names_http(location):
-        client["allow_http"] = True
-    backoff = {
-        "init_backoff": timedelta(milliseconds=100),
-        "max_backoff": timedelta(seconds=3),
-        "base": 2,
-    }
-    # Any: which options a store takes depends on its scheme.
-    arguments: dict[str, Any] = {
-        "config": dict(location.options) or None,
-        "client_options": client,
-        "retry_config": {
-            "max_retries": _RETRIES,
-            "retry_timeout": _RETRY_TIMEOUT,
-            "backoff": backoff,
-        },
-    }
-    try:
-        return from_url(f"{location.scheme}://{location.bucket}/{location.prefix}", **arguments)
-    except (BaseError, ValueError) as error:
-        raise ConfigError(
-            f"block store {describe(url)}: {_first_line(error)}",
-            "see docs/operations.md for what the environment must say",
-        ) from None
-
-
-def _names_http(location: _Location) -> bool:
-    """Whether an endpoint without TLS was asked for by name: in the URL, or in obstore's environment."""
-    names = ("AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL", "AWS_ENDPOINT") if location.scheme == "s3" else ()
-    endpoints = [location.options.get("endpoint"), *map(os.environ.get, names)]
-    return any(endpoint is not None and endpoint.startswith("http://") for endpoint in endpoints)
-
-
 def _path(key: str) -> str:
     return f"{key[:2]}/{key}"
-
-
-def _typed_error(error: Exception, where: str) -> LynearmError:
-    from obstore.exceptions import PermissionDeniedError, UnauthenticatedError
-
-    said = _first_line(error)
-    problem = f"block store {where}: {said}"
-    if isinstance(error, PermissionDeniedError | UnauthenticatedError):
-        return StorageError(problem, "check the credentials in the environment, and what they allow")
-    if isinstance(error, FileNotFoundError):
-        missing = "create the bucket, or correct its name" if "NoSuchBucket" in str(error) else ""
-        return StorageError(problem, missing or "restore the object from a copy")
-    if _status(error) == _INSUFFICIENT_STORAGE or _NO_ROOM.search(str(error)):
-        return StorageFullError(problem, "free space or raise the quota, then publish again")
-    return StoreUnavailableError(problem, "try again; look at the store if that does not help")
-
-
-def _status(error: Exception) -> int | None:
-    """Of the HTTP response; obstore tells it in the text alone."""
-    found = re.search(r"status code: (\d{3}) ", _first_line(error))
-    return int(found[1]) if found else None
-
-
-def _first_line(error: Exception) -> str:
-    """What an error says, without the dump of its causes and the parameters of a signed URL."""
-    lines = str(error).splitlines() or [type(error).__name__]
-    return re.sub(r"\?[^\s\"']*", "", lines[0])[:500]
