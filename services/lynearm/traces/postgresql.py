@@ -21,6 +21,7 @@ import random
 import time
 from collections.abc import AsyncIterator, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from typing import Any, TypeVar
 
 from sqlalchemy import Connection, Engine, create_engine, event, text
@@ -94,7 +95,8 @@ class PostgresDatabase:
 
     async def read(self, work: Callable[[Connection], T]) -> T:
         """See `Database.read`."""
-        return await asyncio.get_running_loop().run_in_executor(self._readers, self._transact, work)
+        read = partial(self._transact, work, reading=True)
+        return await asyncio.get_running_loop().run_in_executor(self._readers, read)
 
     def lock_schema(self, connection: Connection) -> None:
         """See `Database.lock_schema`."""
@@ -115,9 +117,9 @@ class PostgresDatabase:
             await asyncio.to_thread(executor.shutdown)
         await asyncio.to_thread(self._engine.dispose)
 
-    def _transact(self, work: Callable[[Connection], T]) -> T:
+    def _transact(self, work: Callable[[Connection], T], *, reading: bool = False) -> T:
         for left in range(TRIES - 1, -1, -1):
-            attempt = _Attempt()
+            attempt = _Attempt(reading=reading)
             try:
                 return attempt.run(self._engine, work)
             except DBAPIError as error:
@@ -134,14 +136,15 @@ class PostgresDatabase:
 class _Attempt:
     """One run of a transaction."""
 
-    def __init__(self) -> None:
+    def __init__(self, *, reading: bool) -> None:
+        self._reading = reading
         self.committing = False
         """Whether the commit was sent: from then on a lost connection leaves the outcome unknown."""
 
     def run(self, engine: Engine, work: Callable[[Connection], T]) -> T:
         with engine.connect() as connection, connection.begin() as transaction:
             result = work(connection)
-            self.committing = True
+            self.committing = not self._reading
             transaction.commit()
             return result
 
