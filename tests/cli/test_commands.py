@@ -200,6 +200,29 @@ def test_tail_ends_where_a_sealed_stream_ends(target: str) -> None:
     assert "q1" in stdout
 
 
+def test_blocks_go_as_retain_says(target: str) -> None:
+    for number in range(3):
+        publish(target, "brief", [make_trace(f"q{number}")])
+    code, _, stderr = run(
+        "streams", "retain", "brief", "--max-age", "7d", "--max-bytes", "1b", "--service", target
+    )
+    assert code == 0
+    assert "blocks go when older than 168 h 00 min or beyond 1 B" in stderr
+    assert run("streams", "collect", "--service", target)[1].startswith("2 blocks of ")
+    _, stdout, _ = run("streams", "collect", "--json", "--service", target)
+    assert json.loads(stdout) == {"expired_blocks": 0, "expired_bytes": 0, "orphan_objects": 0}
+    assert "from offset 2, " in run("streams", "show", "brief", "--service", target)[1]
+    assert run("streams", "tail", "brief", "--from", "0", "--no-follow", "--service", target)[0] == 1
+    assert "never go" in run("streams", "retain", "brief", "--service", target)[2]
+
+
+@pytest.mark.parametrize("bound", [("--max-age", "7y"), ("--max-bytes", "-1"), ("--read-by", "no good")])
+def test_a_bound_that_makes_no_sense_is_refused(target: str, bound: tuple[str, str]) -> None:
+    code, _, stderr = run("streams", "retain", "maths", *bound, "--service", target)
+    assert code != 0
+    assert bound[1] in stderr
+
+
 def test_delete_asks_and_takes_no_for_an_answer(target: str) -> None:
     publish(target, "doomed", [make_trace("q1")])
     assert run("streams", "delete", "doomed", "--service", target, answer="n\n")[0] == 1

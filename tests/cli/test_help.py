@@ -47,6 +47,8 @@ COMMANDS = (
     ("streams", "show"),
     ("streams", "tail"),
     ("streams", "export"),
+    ("streams", "retain"),
+    ("streams", "collect"),
     ("streams", "delete"),
     ("tokens",),
     ("tokens", "new"),

@@ -30,6 +30,8 @@ VERBS = [
     ("streams", "show"),
     ("streams", "tail"),
     ("streams", "export"),
+    ("streams", "retain"),
+    ("streams", "collect"),
     ("streams", "delete"),
     ("tokens", "new"),
     ("tokens", "list"),

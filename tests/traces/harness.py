@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import queue
 import subprocess
 import sys
@@ -126,18 +127,20 @@ StartServer = Callable[..., RunningServer]
 class ServerProcess:
     """A server in a process of its own, to be killed or starved."""
 
-    def __init__(self, data_dir: Path, *, file_size_limit: int = 0) -> None:
+    def __init__(self, data_dir: Path, *, file_size_limit: int = 0, **config: Any) -> None:
         code = (
-            "import resource, sys\n"
+            "import json, resource, sys\n"
             "from pathlib import Path\n"
             "from lynearm.traces.config import ServeConfig\n"
             "from lynearm.traces.server import run_server\n"
             "limit = int(sys.argv[2])\n"
             "if limit: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))\n"
-            "run_server(ServeConfig(data_dir=Path(sys.argv[1]), port=0), lambda a: print(a, flush=True))\n"
+            "config = ServeConfig(data_dir=Path(sys.argv[1]), **json.loads(sys.argv[3]))\n"
+            "run_server(config, lambda address: print(address, flush=True))\n"
         )
+        settings = json.dumps({"port": 0, **config})
         self.process = subprocess.Popen(
-            [sys.executable, "-c", code, str(data_dir), str(file_size_limit)],
+            [sys.executable, "-c", code, str(data_dir), str(file_size_limit), settings],
             stdout=subprocess.PIPE,
             text=True,
         )

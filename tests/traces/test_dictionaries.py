@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import sqlite3
 import threading
-from contextlib import closing
 from pathlib import Path
 
 import grpc
@@ -25,9 +23,11 @@ from traces.harness import (
     publish,
     remedy,
 )
+from traces.storages import catalog_rows
 
 from lynearm.traces.dictionaries import MAX_DICTIONARIES, MAX_DICTIONARY_BYTES, KnownDictionaries
-from lynearm.traces.sqlite_catalog import SqliteCatalog
+from lynearm.traces.sql_catalog import SqlCatalog
+from lynearm.traces.sqlite import SqliteDatabase
 from lynearm.v1 import trace_pb2
 from lynearm.v1 import trace_service_pb2 as pb
 from lynearm.v1.trace_service_pb2_grpc import TraceServiceStub
@@ -152,9 +152,7 @@ def test_a_deleted_stream_takes_its_dictionaries_and_no_others_with_it(server: R
     assert counts(stub, "a") == (0, 0)
     with pytest.raises(grpc.RpcError, match="'a' holds no dictionary"):
         get(stub, stream="a")
-    server.stop()
-    with closing(sqlite3.connect(server.config.data_dir / "catalog.sqlite3")) as catalog:
-        assert catalog.execute("SELECT count(*) FROM dictionaries").fetchone() == (1,)
+    assert catalog_rows(server.config, "SELECT count(*) FROM dictionaries") == [(1,)]
 
 
 def test_a_killed_server_keeps_every_acknowledged_dictionary(tmp_path: Path) -> None:
@@ -182,13 +180,13 @@ def test_the_catalog_is_asked_once_for_each_dictionary_and_never_trusted_beyond_
 ) -> None:
     asked: list[tuple[int, bytes]] = []
 
-    class AskedCatalog(SqliteCatalog):
+    class AskedCatalog(SqlCatalog):
         async def has_dictionary(self, stream_id: int, digest: bytes) -> bool:
             asked.append((stream_id, digest))
             return await super().has_dictionary(stream_id, digest)
 
     async def run() -> None:
-        catalog = await AskedCatalog.open(tmp_path / "catalog.sqlite3")
+        catalog = await AskedCatalog.open(SqliteDatabase(tmp_path / "catalog.sqlite3"))
         assert isinstance(catalog, AskedCatalog)
         known = KnownDictionaries(catalog)
         for _ in range(2):

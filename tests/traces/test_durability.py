@@ -23,12 +23,10 @@ from traces.harness import (
     publish,
     remedy,
 )
+from traces.storages import StoredObjects, on_local_disk
 
+from lynearm.traces.config import ServeConfig
 from lynearm.v1 import trace_service_pb2 as pb
-
-
-def object_files(data_dir: Path) -> list[Path]:
-    return [path for path in (data_dir / "blocks").rglob("*") if path.is_file()]
 
 
 def test_a_killed_server_replays_every_acknowledged_block_and_takes_the_rest_again(tmp_path: Path) -> None:
@@ -83,7 +81,7 @@ def test_a_full_disk_is_said_and_nothing_of_the_block_is_kept(starved: ServerPro
     error = producer.error()
     assert (code(error), error_name(error)) == ("RESOURCE_EXHAUSTED", "StorageFullError")
     assert "free space" in remedy(error)
-    assert len(object_files(tmp_path / "data")) == 1
+    assert len(StoredObjects(ServeConfig(tmp_path / "data")).read()) == 1
     again = Producer(starved.stub, epoch=producer.epoch)
     assert again.next_sequence == 2
     again.send(2, make_block(2), ["b"])
@@ -91,31 +89,33 @@ def test_a_full_disk_is_said_and_nothing_of_the_block_is_kept(starved: ServerPro
     assert list(fetch(starved.stub, 0, 9)) == [(0, make_block(1)), (1, make_block(2))]
 
 
+@on_local_disk
 def test_objects_that_were_never_committed_are_swept_at_the_start(
     server: RunningServer, start_server: StartServer
 ) -> None:
     create(server.stub)
     publish(server.stub, range(3))
     server.stop()
-    committed = object_files(server.config.data_dir)
+    objects = StoredObjects(server.config)
+    committed = objects.read()
     for key in ("00" * 16, "ff" * 16):
-        (server.config.data_dir / "blocks" / key[:2] / key).write_bytes(b"half a group")
+        objects.write(key, b"half a group")
     stub = start_server().stub
-    assert object_files(server.config.data_dir) == committed
+    assert objects.read() == committed
     assert len(list(fetch(stub, 0, 9))) == 3
 
 
-def test_a_block_damaged_on_disk_is_named_and_the_others_stay_readable(
+def test_a_damaged_block_is_named_and_the_others_stay_readable(
     server: RunningServer, start_server: StartServer
 ) -> None:
     create(server.stub)
     for number in range(3):
         publish(server.stub, [number], producer_id=f"p{number}")
     server.stop()
-    damaged = make_block(1)
-    for path in object_files(server.config.data_dir):
-        if path.read_bytes() == damaged:
-            path.write_bytes(damaged[:-1] + b"x")
+    objects = StoredObjects(server.config)
+    for key, data in objects.read().items():
+        if data == make_block(1):
+            objects.write(key, data[:-1] + b"x")
     reader = Reader(start_server().stub)
     assert reader.next().block.SerializeToString() == make_block(0)
     error = reader.error()
@@ -128,8 +128,9 @@ def test_an_object_that_is_missing_is_said(server: RunningServer, start_server: 
     create(server.stub)
     publish(server.stub, [1])
     server.stop()
-    for path in object_files(server.config.data_dir):
-        path.unlink()
+    objects = StoredObjects(server.config)
+    for key in objects.read():
+        objects.delete(key)
     with pytest.raises(grpc.RpcError) as caught:
         list(fetch(start_server().stub, 0, 1))
     assert (code(caught.value), error_name(caught.value)) == ("INTERNAL", "StorageError")

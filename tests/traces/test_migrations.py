@@ -8,13 +8,20 @@ from pathlib import Path
 
 import pytest
 from traces.harness import Producer, RunningServer, StartServer, create, fetch, make_block
+from traces.storages import on_local_disk
 
 from lynearm.traces.schema import SCHEMA_VERSION
 from lynearm.v1 import trace_service_pb2 as pb
 from lynearm.wire.errors import ConfigError
 
-OLD_CATALOG = Path(__file__).parent / "data" / "catalog_v1.sql"
-"""Stream "old" with two blocks of producer "teacher", each of which finishes a prompt; stream "sealed"."""
+pytestmark = on_local_disk  # where catalogs of the earlier versions are
+
+OLD_CATALOGS = tuple(Path(__file__).parent / "data" / f"catalog_v{version}.sql" for version in (1, 2))
+"""Stream "old" with two blocks of producer "teacher", each of which finishes a prompt; stream "sealed". From
+version 2 on, "old" has a dictionary."""
+
+ALTERED = ("streams", "objects")
+"""Tables that some step has added columns to."""
 
 OLD_OBJECT = "da4e69c21cb5dd56e03b545a9f730a9d"
 OLD_BLOCKS = (
@@ -23,15 +30,15 @@ OLD_BLOCKS = (
 )
 
 
-@pytest.fixture
-def old_data_dir(tmp_path: Path) -> Path:
-    """What a server of schema version 1 left."""
+@pytest.fixture(params=OLD_CATALOGS, ids=lambda path: path.stem)
+def old_data_dir(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
+    """What a server of an earlier schema version left."""
     data_dir = tmp_path / "old"
     object_file = data_dir / "blocks" / OLD_OBJECT[:2] / OLD_OBJECT
     object_file.parent.mkdir(parents=True)
     object_file.write_bytes(b"".join(OLD_BLOCKS))
     with closing(sqlite3.connect(data_dir / "catalog.sqlite3")) as catalog:
-        catalog.executescript(OLD_CATALOG.read_text())
+        catalog.executescript(request.param.read_text())
     return data_dir
 
 
@@ -42,11 +49,12 @@ def migrated(old_data_dir: Path, start_server: StartServer) -> RunningServer:
     return start_server(data_dir=old_data_dir)
 
 
-def structure(data_dir: Path) -> tuple[dict[str, str], list[tuple[object, ...]]]:
-    """Every table and index as it was made, but the one that was altered: of that, its columns."""
+def structure(data_dir: Path) -> dict[str, object]:
+    """Every table and index as it was made, but those that were altered: of them, their columns."""
     with closing(sqlite3.connect(data_dir / "catalog.sqlite3")) as catalog:
-        made = catalog.execute("SELECT name, trim(sql) FROM sqlite_master WHERE name <> 'streams'")
-        return dict(made), catalog.execute("PRAGMA table_info(streams)").fetchall()
+        made: dict[str, object] = dict(catalog.execute("SELECT name, trim(sql) FROM sqlite_master"))
+        columns = {name: catalog.execute(f"PRAGMA table_info({name})").fetchall() for name in ALTERED}
+        return made | columns
 
 
 def test_an_old_catalog_keeps_its_streams_and_blocks(migrated: RunningServer) -> None:
@@ -56,20 +64,32 @@ def test_an_old_catalog_keeps_its_streams_and_blocks(migrated: RunningServer) ->
         ("sealed", pb.STREAM_STATE_SEALED),
     ]
     assert (streams[0].next_offset, streams[0].size_bytes, streams[0].finished_prompt_count) == (2, 82, 2)
+    assert (streams[0].first_offset, streams[0].retained_bytes) == (0, 82)
     assert list(fetch(migrated.stub, 0, 9, "old")) == list(enumerate(OLD_BLOCKS))
 
 
 def test_an_old_stream_takes_dictionaries_and_more_blocks(migrated: RunningServer) -> None:
     stub = migrated.stub
+    before = stub.GetStream(pb.GetStreamRequest(name="old")).stream
     digest = stub.PutDictionary(pb.PutDictionaryRequest(stream="old", dictionary=b"learned")).digest
     producer = Producer(stub, "old", "teacher", epoch=1)
     assert producer.next_sequence == 3
     producer.send(3, make_block(3), ["p2"])
     assert producer.close() == {3: 2}
     stream = stub.GetStream(pb.GetStreamRequest(name="old")).stream
-    assert (stream.next_offset, stream.dictionary_count, stream.dictionary_bytes) == (3, 1, 7)
+    assert stream.next_offset == 3
+    assert stream.dictionary_count == before.dictionary_count + 1
+    assert stream.dictionary_bytes == before.dictionary_bytes + 7
     found = stub.GetDictionary(pb.GetDictionaryRequest(stream="old", digest=digest)).dictionary
     assert found == b"learned"
+
+
+def test_blocks_of_unknown_age_are_kept_as_if_they_were_new(migrated: RunningServer) -> None:
+    stub = migrated.stub
+    retention = pb.Retention(max_age_seconds=3600)
+    stub.UpdateRetention(pb.UpdateRetentionRequest(name="old", retention=retention))
+    assert stub.CollectGarbage(pb.CollectGarbageRequest()).expired_blocks == 0
+    assert list(fetch(stub, 0, 9, "old")) == list(enumerate(OLD_BLOCKS))
 
 
 def test_a_catalog_brought_up_to_date_is_built_like_a_new_one(

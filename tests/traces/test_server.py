@@ -25,6 +25,7 @@ from traces.harness import (
     make_block,
     publish,
 )
+from traces.storages import on_local_disk
 
 from lynearm.traces.config import ServeConfig
 from lynearm.traces.servicer import SERVICE_NAME
@@ -53,6 +54,7 @@ def test_a_second_server_on_the_port_is_refused(server: RunningServer, start_ser
         start_server(port=server.server.port, data_dir=server.config.data_dir.with_name("other"))
 
 
+@on_local_disk
 def test_a_second_server_on_the_data_directory_is_refused(
     server: RunningServer, start_server: StartServer
 ) -> None:
@@ -62,12 +64,45 @@ def test_a_second_server_on_the_data_directory_is_refused(
     start_server()
 
 
+@on_local_disk
+def test_servers_that_share_and_servers_that_do_not_keep_each_other_out(start_server: StartServer) -> None:
+    shared = [start_server(shared=True), start_server(shared=True)]
+    with pytest.raises(PreconditionError, match="start both with --shared"):
+        start_server()
+    for server in shared:
+        server.stop()
+    start_server()
+    with pytest.raises(PreconditionError, match="used by another trace server"):
+        start_server(shared=True)
+
+
+@on_local_disk
+@pytest.mark.parametrize("prefixes", [("", ""), ("sqlite://", "file://")], ids=["paths", "urls"])
+def test_catalog_and_blocks_go_where_they_are_told_to(
+    start_server: StartServer, tmp_path: Path, prefixes: tuple[str, str]
+) -> None:
+    catalog, blocks = tmp_path / "a dir" / "traces.db", tmp_path / "b" / "blocks"
+    places = {"catalog": f"{prefixes[0]}{catalog}", "blocks": f"{prefixes[1]}{blocks}"}
+    server = start_server(**places)
+    create(server.stub)
+    publish(server.stub, range(3))
+    assert catalog.is_file()
+    assert len(list(blocks.glob("??/*"))) >= 1
+    with pytest.raises(PreconditionError, match="used by another trace server"):
+        start_server(blocks=places["blocks"], data_dir=tmp_path / "other")
+    server.stop()
+    assert len(list(fetch(start_server(**places).stub, 0, 9))) == 3
+    assert not server.config.data_dir.exists()
+
+
+@on_local_disk
 def test_a_data_directory_that_cannot_be_made_is_named(start_server: StartServer, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(StorageError, match=r"file.data"):
         start_server(data_dir=tmp_path / "file" / "data")
 
 
+@on_local_disk
 def test_a_catalog_that_is_none_is_named(start_server: StartServer, tmp_path: Path) -> None:
     (tmp_path / "data").mkdir()
     (tmp_path / "data" / "catalog.sqlite3").write_bytes(b"something else" * 100)

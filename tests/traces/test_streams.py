@@ -5,6 +5,7 @@ from __future__ import annotations
 import grpc
 import pytest
 from traces.harness import RunningServer, code, create, error_name, fetch, make_spec, publish
+from traces.storages import StoredObjects
 
 from lynearm.v1 import trace_pb2
 from lynearm.v1 import trace_service_pb2 as pb
@@ -82,16 +83,16 @@ def test_sealing_is_idempotent(stub: TraceServiceStub) -> None:
         assert stream.state == pb.STREAM_STATE_SEALED
 
 
-def test_a_deleted_stream_takes_its_files_and_no_others_with_it(server: RunningServer) -> None:
+def test_a_deleted_stream_takes_its_objects_and_no_others_with_it(server: RunningServer) -> None:
     stub = server.stub
     for name in ("a", "b"):
         create(stub, name)
         publish(stub, range(5), stream=name)
     stub.DeleteStream(pb.DeleteStreamRequest(name="a"))
     assert len(list(fetch(stub, 0, 10, "b"))) == 5
+    assert StoredObjects(server.config).read() != {}
     stub.DeleteStream(pb.DeleteStreamRequest(name="b"))
-    files = [path for path in (server.config.data_dir / "blocks").rglob("*") if path.is_file()]
-    assert files == []
+    assert StoredObjects(server.config).read() == {}
 
 
 def test_a_stream_created_anew_remembers_nothing(stub: TraceServiceStub) -> None:

@@ -31,6 +31,8 @@ class Ready:
     address: str
     """host:port."""
     data_dir: Path
+    places: str
+    """Where catalog and blocks are; without passwords."""
 
 
 @reported()
@@ -38,7 +40,29 @@ def serve(
     context: typer.Context,
     data_dir: Annotated[
         Path | None,
-        typer.Option(help="Directory of blocks and catalog; made when missing.", show_default="lynearm-data"),
+        typer.Option(
+            help="Directory of what is nowhere else; made when missing.", show_default="lynearm-data"
+        ),
+    ] = None,
+    catalog: Annotated[
+        str | None,
+        typer.Option(
+            metavar="URL|FILE",
+            help="postgresql://…, for any number of servers, or a SQLite file; else in the data directory.",
+            show_default=False,
+        ),
+    ] = None,
+    blocks: Annotated[
+        str | None,
+        typer.Option(
+            metavar="URL|DIRECTORY",
+            help="s3://bucket/prefix, gs://…, az://…, or a directory; else in the data directory.",
+            show_default=False,
+        ),
+    ] = None,
+    shared: Annotated[
+        bool | None,
+        typer.Option("--shared", help="Let other servers of this machine use the same SQLite file too."),
     ] = None,
     host: Annotated[str | None, typer.Option(help="Address to listen on.", show_default="127.0.0.1")] = None,
     port: Annotated[
@@ -119,7 +143,7 @@ def serve(
     with Reporter("serve", progress, _describe) as report, watch_traffic(report) as watch:
 
         def on_ready(address: str) -> None:
-            report(Ready(address, settings.data_dir))
+            report(Ready(address, settings.data_dir, settings.places))
             # Programs follow streams, not the service: only people are shown its traffic.
             if report.for_people and is_open:
                 watch(address)
@@ -127,7 +151,7 @@ def serve(
         run_server(settings, on_ready)
     if report.for_people and settings.log_format == "text":
         typer.echo(
-            f"stopped; all that was acknowledged is in {settings.data_dir}, "
+            f"stopped; all that was acknowledged is in {settings.places}, "
             "and the same command serves it again",
             err=True,
         )
@@ -137,7 +161,7 @@ def _describe(event: Ready | Traffic) -> Status:
     from lynearm.cli.progress import Status, count, size
 
     if isinstance(event, Ready):
-        return Status("ready", f"trace service on {event.address}, data in {event.data_dir}; Ctrl-C stops it")
+        return Status("ready", f"trace service on {event.address}, data in {event.places}; Ctrl-C stops it")
     text = f"{event.streams} streams, {count(event.traces)} traces, {size(event.size_bytes)}"
     if event.tokens_per_second:
         text += f"; {count(event.tokens_per_second)} tokens/s, {size(event.bytes_per_second)}/s"

@@ -10,9 +10,10 @@ from datetime import UTC, datetime
 from rich.table import Table
 from rich.text import Text
 
-from lynearm.cli.progress import count, plain_value, size
+from lynearm.cli.progress import count, duration, plain_value, size
 from lynearm.cli.text import printable
 from lynearm.wire.protobuf import StreamInfo
+from lynearm.wire.retention import Retention
 from lynearm.wire.specs import TokenizerSpec
 
 _SPACIOUS_COLUMNS = 80
@@ -64,8 +65,11 @@ def stream_fields(info: StreamInfo) -> dict[str, object]:
     spec = dataclasses.asdict(info.spec)
     name = spec.pop("name")
     counts = {
-        field.name: getattr(info, field.name) for field in dataclasses.fields(info) if field.name != "spec"
+        field.name: getattr(info, field.name)
+        for field in dataclasses.fields(info)
+        if field.name not in ("spec", "retention")
     }
+    counts["retention"] = dataclasses.asdict(info.retention)
     fields = {"name": name, **counts, "bits_per_token": bits_per_token(info), **spec}
     return {key: plain_value(value) for key, value in fields.items()}
 
@@ -73,6 +77,18 @@ def stream_fields(info: StreamInfo) -> dict[str, object]:
 def print_json(fields: Mapping[str, object]) -> None:
     """Print one object on one line of standard output."""
     print(json.dumps(fields, ensure_ascii=False, allow_nan=False), flush=True)
+
+
+def describe_retention(retention: Retention) -> str:
+    """When the blocks of a stream go."""
+    bounds: list[str] = []
+    if retention.max_age_seconds:
+        bounds.append(f"older than {duration(retention.max_age_seconds)}")
+    if retention.max_bytes:
+        bounds.append(f"beyond {size(retention.max_bytes)}")
+    if retention.consumers:
+        bounds.append(f"read by {', '.join(retention.consumers)}")
+    return f"blocks go when {' or '.join(bounds)}" if bounds else "blocks never go"
 
 
 def _details(info: StreamInfo) -> dict[str, str]:
@@ -89,6 +105,8 @@ def _details(info: StreamInfo) -> dict[str, str]:
         "prompt tokens": f"{info.prompt_token_count:,}",
         "completion tokens": f"{info.completion_token_count:,}",
         "size": f"{size(info.size_bytes)} ({info.size_bytes:,} bytes)",
+        "kept": f"from offset {info.first_offset:,}, {size(info.retained_bytes)}",
+        "retention": describe_retention(info.retention),
         "bits per token": f"{bits:.1f}" if bits is not None else "-",
         "codec": f"{info.spec.codec.mode}, top-k {info.spec.codec.top_k}",
         "licence": info.spec.license,

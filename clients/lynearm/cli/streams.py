@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from enum import StrEnum
 from pathlib import Path
@@ -24,7 +25,7 @@ if TYPE_CHECKING:
     from lynearm.cli.progress import Status
     from lynearm.interchange import ExportProgress
 
-streams_app = make_app("List, show, follow, export and delete streams of traces.")
+streams_app = make_app("List, show, follow, export, retain and delete streams of traces.")
 
 
 class ExportFormat(StrEnum):
@@ -151,6 +152,66 @@ def describe_export(event: ExportProgress) -> Status:
 
     text = f"{count(event.traces)} traces, {count(event.tokens)} tokens, {size(event.size_bytes)} of blocks"
     return Status("exporting", text, event.traces, event.total_traces or None)
+
+
+@streams_app.command("retain")
+@reported()
+def retain_blocks(
+    stream: _Name,
+    max_age: Annotated[
+        str | None,
+        typer.Option(metavar="DURATION", help="Let blocks go that are older: 12h, 7d.", show_default=False),
+    ] = None,
+    max_bytes: Annotated[
+        str | None,
+        typer.Option(metavar="SIZE", help="Let the oldest go beyond this: 500GB, 2TB.", show_default=False),
+    ] = None,
+    read_by: Annotated[
+        list[str] | None,
+        typer.Option(metavar="CONSUMER", help="Let blocks go that all these consumers have read."),
+    ] = None,
+    service: ServiceOnly = None,
+    debug: Debug = False,
+) -> None:
+    """Say how long a stream keeps its blocks.
+
+    A block goes when one of the bounds says so. This takes the place of what was said before: without any
+    bound, blocks never go.
+    """
+    from lynearm.cli.quantities import parse_bytes, parse_seconds
+    from lynearm.cli.stream_views import describe_retention
+    from lynearm.client import Retention, TraceClient
+
+    retention = Retention(
+        parse_seconds(max_age) if max_age else 0,
+        parse_bytes(max_bytes) if max_bytes else 0,
+        tuple(read_by or ()),
+    )
+    with TraceClient(service_address(service)) as client:
+        info = client.set_retention(stream, retention)
+    typer.echo(f"stream {stream}: {describe_retention(info.retention)}", err=True)
+
+
+@streams_app.command("collect")
+@reported()
+def collect_garbage(service: ServiceOnly = None, json: AsJson = False, debug: Debug = False) -> None:
+    """Free now what need not be kept.
+
+    The service does it by itself too, every minute unless told otherwise.
+    """
+    from lynearm.cli.progress import size
+    from lynearm.cli.stream_views import print_json
+    from lynearm.client import TraceClient
+
+    with TraceClient(service_address(service)) as client:
+        collected = client.collect_garbage()
+    if json:
+        print_json(dataclasses.asdict(collected))
+    else:
+        typer.echo(
+            f"{collected.expired_blocks:,} blocks of {size(collected.expired_bytes)} expired, "
+            f"{collected.orphan_objects:,} objects that were never committed"
+        )
 
 
 @streams_app.command("delete")

@@ -11,15 +11,18 @@ from lynearm.client.reading_position import ReceivedBlock
 from lynearm.client.subscription import Subscription
 from lynearm.client.trace_client import TraceClient
 from lynearm.wire.protobuf import StreamInfo
+from lynearm.wire.retention import Collected, Retention
 
 __all__ = [
     "AsyncPublisher",
     "AsyncSubscription",
     "AsyncTraceClient",
+    "Collected",
     "Credentials",
     "DictionaryCache",
     "Publisher",
     "ReceivedBlock",
+    "Retention",
     "StreamInfo",
     "Subscription",
     "TlsConfig",

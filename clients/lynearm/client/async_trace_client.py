@@ -29,6 +29,7 @@ from lynearm.client.reading_position import (
 from lynearm.client.retries import not_ready
 from lynearm.wire.errors import StreamExistsError
 from lynearm.wire.protobuf import StreamInfo
+from lynearm.wire.retention import Collected, Retention
 from lynearm.wire.specs import StreamSpec, check_name
 
 if TYPE_CHECKING:
@@ -135,6 +136,16 @@ class AsyncTraceClient(ClientSettings):
     async def seal_stream(self, name: str, *, timeout_seconds: float | None = None) -> StreamInfo:
         """As `TraceClient.seal_stream`."""
         return await self._ask(calls.seal_stream(name), timeout_seconds)
+
+    async def set_retention(
+        self, name: str, retention: Retention, *, timeout_seconds: float | None = None
+    ) -> StreamInfo:
+        """As `TraceClient.set_retention`."""
+        return await self._ask(calls.set_retention(name, retention), timeout_seconds)
+
+    async def collect_garbage(self, *, timeout_seconds: float | None = None) -> Collected:
+        """As `TraceClient.collect_garbage`."""
+        return await self._ask(calls.collect_garbage(), timeout_seconds)
 
     async def put_dictionary(
         self, stream: str, dictionary: bytes, *, timeout_seconds: float | None = None

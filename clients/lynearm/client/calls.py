@@ -14,7 +14,8 @@ from google.protobuf.message import Message
 from lynearm.v1 import trace_service_pb2 as pb
 from lynearm.wire.blocks import MAX_DICTIONARY_BYTES, dictionary_digest
 from lynearm.wire.errors import CorruptBlockError, InvalidInputError, StreamExistsError
-from lynearm.wire.protobuf import StreamInfo, spec_to_proto, stream_from_proto
+from lynearm.wire.protobuf import StreamInfo, retention_to_proto, spec_to_proto, stream_from_proto
+from lynearm.wire.retention import Collected, Retention
 from lynearm.wire.specs import StreamSpec, check_name, spec_differences
 
 Result = TypeVar("Result")
@@ -73,6 +74,21 @@ def seal_stream(name: str) -> Call[StreamInfo]:
     return Call("SealStream", request, pb.SealStreamResponse, _stream_of_answer)
 
 
+def set_retention(name: str, retention: Retention) -> Call[StreamInfo]:
+    """UpdateRetention."""
+    request = pb.UpdateRetentionRequest(name=check_name(name), retention=retention_to_proto(retention))
+    return Call("UpdateRetention", request, pb.UpdateRetentionResponse, _stream_of_answer)
+
+
+def collect_garbage() -> Call[Collected]:
+    """CollectGarbage."""
+
+    def read(answer: pb.CollectGarbageResponse) -> Collected:
+        return Collected(answer.expired_blocks, answer.expired_bytes, answer.orphan_objects)
+
+    return Call("CollectGarbage", pb.CollectGarbageRequest(), pb.CollectGarbageResponse, read)
+
+
 def put_dictionary(stream: str, dictionary: bytes) -> Call[bytes]:
     """PutDictionary; the result is the digest."""
     # Checked here too: above 4 MiB gRPC would speak of a limit of its own.
@@ -129,7 +145,10 @@ def another_stream(existing: StreamSpec, wanted: StreamSpec) -> StreamExistsErro
 
 
 def _stream_of_answer(
-    answer: pb.CreateStreamResponse | pb.GetStreamResponse | pb.SealStreamResponse,
+    answer: pb.CreateStreamResponse
+    | pb.GetStreamResponse
+    | pb.SealStreamResponse
+    | pb.UpdateRetentionResponse,
 ) -> StreamInfo:
     return stream_from_proto(answer.stream)
 

@@ -28,6 +28,7 @@ from lynearm.client.retries import not_ready
 from lynearm.client.subscription import Subscription, fetch_blocks
 from lynearm.wire.errors import StreamExistsError
 from lynearm.wire.protobuf import StreamInfo
+from lynearm.wire.retention import Collected, Retention
 from lynearm.wire.specs import StreamSpec, check_name
 
 if TYPE_CHECKING:
@@ -171,6 +172,28 @@ class TraceClient(ClientSettings):
             StreamNotFoundError: if there is none of that name.
         """
         return self._ask(calls.seal_stream(name), timeout_seconds)
+
+    def set_retention(
+        self, name: str, retention: Retention, *, timeout_seconds: float | None = None
+    ) -> StreamInfo:
+        """Say how long a stream keeps its blocks; `Retention()` stands for ever.
+
+        They go some time after they may, never before. Readers that come for one of them get
+        `OffsetExpiredError`.
+
+        Args:
+            name: Name of the stream.
+            retention: Replaces what was said before.
+            timeout_seconds: How long to wait; None: the client's.
+
+        Raises:
+            StreamNotFoundError: if there is none of that name.
+        """
+        return self._ask(calls.set_retention(name, retention), timeout_seconds)
+
+    def collect_garbage(self, *, timeout_seconds: float | None = None) -> Collected:
+        """Let the service let go now of what it need not keep, which it else does by itself in time."""
+        return self._ask(calls.collect_garbage(), timeout_seconds)
 
     def put_dictionary(
         self, stream: str, dictionary: bytes, *, timeout_seconds: float | None = None

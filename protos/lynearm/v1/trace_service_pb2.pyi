@@ -61,14 +61,17 @@ class Stream(google.protobuf.message.Message):
     FINISHED_PROMPT_COUNT_FIELD_NUMBER: builtins.int
     DICTIONARY_COUNT_FIELD_NUMBER: builtins.int
     DICTIONARY_BYTES_FIELD_NUMBER: builtins.int
+    FIRST_OFFSET_FIELD_NUMBER: builtins.int
+    RETAINED_BYTES_FIELD_NUMBER: builtins.int
+    RETENTION_FIELD_NUMBER: builtins.int
     state: Global___StreamState.ValueType
     """Whether it takes blocks."""
     created_unix_nano: builtins.int
     """When it was created, nanoseconds since the Unix epoch."""
     next_offset: builtins.int
-    """Offset that the next block will get; equals the number of blocks."""
+    """Offset that the next block will get; equals the number of blocks ever published."""
     trace_count: builtins.int
-    """Traces in all blocks."""
+    """Traces in all blocks ever published; so are the counts that follow."""
     prompt_token_count: builtins.int
     """Prompt tokens in all blocks."""
     completion_token_count: builtins.int
@@ -81,9 +84,17 @@ class Stream(google.protobuf.message.Message):
     """Codec dictionaries; at most 64."""
     dictionary_bytes: builtins.int
     """Bytes of all codec dictionaries; size_bytes does not include them."""
+    first_offset: builtins.int
+    """Offset of the first block that the stream still keeps; next_offset when it keeps none."""
+    retained_bytes: builtins.int
+    """Bytes of the encoded blocks that the stream still keeps."""
     @property
     def spec(self) -> lynearm.v1.trace_pb2.StreamSpec:
         """What it is."""
+
+    @property
+    def retention(self) -> Global___Retention:
+        """How long the stream keeps blocks. Absent: for ever."""
 
     def __init__(
         self,
@@ -99,11 +110,46 @@ class Stream(google.protobuf.message.Message):
         finished_prompt_count: builtins.int = ...,
         dictionary_count: builtins.int = ...,
         dictionary_bytes: builtins.int = ...,
+        first_offset: builtins.int = ...,
+        retained_bytes: builtins.int = ...,
+        retention: Global___Retention | None = ...,
     ) -> None: ...
-    def HasField(self, field_name: typing.Literal["spec", b"spec"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["completion_token_count", b"completion_token_count", "created_unix_nano", b"created_unix_nano", "dictionary_bytes", b"dictionary_bytes", "dictionary_count", b"dictionary_count", "finished_prompt_count", b"finished_prompt_count", "next_offset", b"next_offset", "prompt_token_count", b"prompt_token_count", "size_bytes", b"size_bytes", "spec", b"spec", "state", b"state", "trace_count", b"trace_count"]) -> None: ...
+    def HasField(self, field_name: typing.Literal["retention", b"retention", "spec", b"spec"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["completion_token_count", b"completion_token_count", "created_unix_nano", b"created_unix_nano", "dictionary_bytes", b"dictionary_bytes", "dictionary_count", b"dictionary_count", "finished_prompt_count", b"finished_prompt_count", "first_offset", b"first_offset", "next_offset", b"next_offset", "prompt_token_count", b"prompt_token_count", "retained_bytes", b"retained_bytes", "retention", b"retention", "size_bytes", b"size_bytes", "spec", b"spec", "state", b"state", "trace_count", b"trace_count"]) -> None: ...
 
 Global___Stream: typing_extensions.TypeAlias = Stream
+
+@typing.final
+class Retention(google.protobuf.message.Message):
+    """What lets the oldest blocks of a stream go. A block goes as soon as one bound says so, after those
+    before it.
+    """
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    MAX_AGE_SECONDS_FIELD_NUMBER: builtins.int
+    MAX_BYTES_FIELD_NUMBER: builtins.int
+    CONSUMERS_FIELD_NUMBER: builtins.int
+    max_age_seconds: builtins.int
+    """Blocks committed longer ago than this go, seconds, at most 2^53. 0: no bound."""
+    max_bytes: builtins.int
+    """The oldest blocks go while all together have more bytes, at most 2^53; never the newest. 0: no bound."""
+    @property
+    def consumers(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.str]:
+        """Blocks go that the stored cursors of all these consumers have passed, at most 16. One that has stored
+        no cursor holds every block. Empty: no bound.
+        """
+
+    def __init__(
+        self,
+        *,
+        max_age_seconds: builtins.int = ...,
+        max_bytes: builtins.int = ...,
+        consumers: collections.abc.Iterable[builtins.str] | None = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["consumers", b"consumers", "max_age_seconds", b"max_age_seconds", "max_bytes", b"max_bytes"]) -> None: ...
+
+Global___Retention: typing_extensions.TypeAlias = Retention
 
 @typing.final
 class CreateStreamRequest(google.protobuf.message.Message):
@@ -290,6 +336,90 @@ class SealStreamResponse(google.protobuf.message.Message):
     def ClearField(self, field_name: typing.Literal["stream", b"stream"]) -> None: ...
 
 Global___SealStreamResponse: typing_extensions.TypeAlias = SealStreamResponse
+
+@typing.final
+class UpdateRetentionRequest(google.protobuf.message.Message):
+    """Asks to keep blocks for so long."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    NAME_FIELD_NUMBER: builtins.int
+    RETENTION_FIELD_NUMBER: builtins.int
+    name: builtins.str
+    """Name of the stream."""
+    @property
+    def retention(self) -> Global___Retention:
+        """Takes the place of the one before. Absent: for ever."""
+
+    def __init__(
+        self,
+        *,
+        name: builtins.str = ...,
+        retention: Global___Retention | None = ...,
+    ) -> None: ...
+    def HasField(self, field_name: typing.Literal["retention", b"retention"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["name", b"name", "retention", b"retention"]) -> None: ...
+
+Global___UpdateRetentionRequest: typing_extensions.TypeAlias = UpdateRetentionRequest
+
+@typing.final
+class UpdateRetentionResponse(google.protobuf.message.Message):
+    """The stream as it is now."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    STREAM_FIELD_NUMBER: builtins.int
+    @property
+    def stream(self) -> Global___Stream:
+        """The stream; its blocks have not gone yet."""
+
+    def __init__(
+        self,
+        *,
+        stream: Global___Stream | None = ...,
+    ) -> None: ...
+    def HasField(self, field_name: typing.Literal["stream", b"stream"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["stream", b"stream"]) -> None: ...
+
+Global___UpdateRetentionResponse: typing_extensions.TypeAlias = UpdateRetentionResponse
+
+@typing.final
+class CollectGarbageRequest(google.protobuf.message.Message):
+    """Asks to let go of what need not be kept."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    def __init__(
+        self,
+    ) -> None: ...
+
+Global___CollectGarbageRequest: typing_extensions.TypeAlias = CollectGarbageRequest
+
+@typing.final
+class CollectGarbageResponse(google.protobuf.message.Message):
+    """What was let go of."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    EXPIRED_BLOCKS_FIELD_NUMBER: builtins.int
+    EXPIRED_BYTES_FIELD_NUMBER: builtins.int
+    ORPHAN_OBJECTS_FIELD_NUMBER: builtins.int
+    expired_blocks: builtins.int
+    """Blocks that streams need not keep any more."""
+    expired_bytes: builtins.int
+    """Their bytes."""
+    orphan_objects: builtins.int
+    """Objects that were deleted because nothing was ever committed of them."""
+    def __init__(
+        self,
+        *,
+        expired_blocks: builtins.int = ...,
+        expired_bytes: builtins.int = ...,
+        orphan_objects: builtins.int = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["expired_blocks", b"expired_blocks", "expired_bytes", b"expired_bytes", "orphan_objects", b"orphan_objects"]) -> None: ...
+
+Global___CollectGarbageResponse: typing_extensions.TypeAlias = CollectGarbageResponse
 
 @typing.final
 class PublishRequest(google.protobuf.message.Message):
@@ -493,7 +623,7 @@ class SubscribeOpen(google.protobuf.message.Message):
     stream: builtins.str
     """Stream to read."""
     start_offset: builtins.int
-    """Offset of the first block to deliver; at most the stream's next_offset."""
+    """Offset of the first block to deliver; at least the stream's first_offset, at most its next_offset."""
     live: builtins.bool
     """Start at the live tail: only blocks committed from now on."""
     follow: builtins.bool

@@ -63,6 +63,16 @@ class TraceServiceStub(object):
                 request_serializer=lynearm_dot_v1_dot_trace__service__pb2.SealStreamRequest.SerializeToString,
                 response_deserializer=lynearm_dot_v1_dot_trace__service__pb2.SealStreamResponse.FromString,
                 _registered_method=True)
+        self.UpdateRetention = channel.unary_unary(
+                '/lynearm.v1.TraceService/UpdateRetention',
+                request_serializer=lynearm_dot_v1_dot_trace__service__pb2.UpdateRetentionRequest.SerializeToString,
+                response_deserializer=lynearm_dot_v1_dot_trace__service__pb2.UpdateRetentionResponse.FromString,
+                _registered_method=True)
+        self.CollectGarbage = channel.unary_unary(
+                '/lynearm.v1.TraceService/CollectGarbage',
+                request_serializer=lynearm_dot_v1_dot_trace__service__pb2.CollectGarbageRequest.SerializeToString,
+                response_deserializer=lynearm_dot_v1_dot_trace__service__pb2.CollectGarbageResponse.FromString,
+                _registered_method=True)
         self.Publish = channel.stream_stream(
                 '/lynearm.v1.TraceService/Publish',
                 request_serializer=lynearm_dot_v1_dot_trace__service__pb2.PublishRequest.SerializeToString,
@@ -138,6 +148,22 @@ class TraceServiceServicer(object):
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def UpdateRetention(self, request, context):
+        """Says how long a stream keeps its blocks. They go some time after they may, never before.
+        Finished prompts, dictionaries and counts stay. NOT_FOUND: no such stream.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def CollectGarbage(self, request, context):
+        """Lets go now of what the service would let go of by itself in time: blocks that streams need not
+        keep, and objects that servers which died had written and not committed.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def Publish(self, request_iterator, context):
         """Appends blocks. The first request opens the producer, the rest carry blocks; each block is
         acknowledged once it is durable. FAILED_PRECONDITION: sealed stream, old epoch, gap in the
@@ -159,7 +185,8 @@ class TraceServiceServicer(object):
         raise NotImplementedError('Method not implemented!')
 
     def FetchBlocks(self, request, context):
-        """Delivers a range of blocks at random access. OUT_OF_RANGE: there is no block at the offset.
+        """Delivers a range of blocks at random access. OUT_OF_RANGE: there is no block at the offset, or not
+        any more; the message then names the first that is.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -217,6 +244,16 @@ def add_TraceServiceServicer_to_server(servicer, server):
                     servicer.SealStream,
                     request_deserializer=lynearm_dot_v1_dot_trace__service__pb2.SealStreamRequest.FromString,
                     response_serializer=lynearm_dot_v1_dot_trace__service__pb2.SealStreamResponse.SerializeToString,
+            ),
+            'UpdateRetention': grpc.unary_unary_rpc_method_handler(
+                    servicer.UpdateRetention,
+                    request_deserializer=lynearm_dot_v1_dot_trace__service__pb2.UpdateRetentionRequest.FromString,
+                    response_serializer=lynearm_dot_v1_dot_trace__service__pb2.UpdateRetentionResponse.SerializeToString,
+            ),
+            'CollectGarbage': grpc.unary_unary_rpc_method_handler(
+                    servicer.CollectGarbage,
+                    request_deserializer=lynearm_dot_v1_dot_trace__service__pb2.CollectGarbageRequest.FromString,
+                    response_serializer=lynearm_dot_v1_dot_trace__service__pb2.CollectGarbageResponse.SerializeToString,
             ),
             'Publish': grpc.stream_stream_rpc_method_handler(
                     servicer.Publish,
@@ -388,6 +425,60 @@ class TraceService(object):
             '/lynearm.v1.TraceService/SealStream',
             lynearm_dot_v1_dot_trace__service__pb2.SealStreamRequest.SerializeToString,
             lynearm_dot_v1_dot_trace__service__pb2.SealStreamResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def UpdateRetention(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/lynearm.v1.TraceService/UpdateRetention',
+            lynearm_dot_v1_dot_trace__service__pb2.UpdateRetentionRequest.SerializeToString,
+            lynearm_dot_v1_dot_trace__service__pb2.UpdateRetentionResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def CollectGarbage(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/lynearm.v1.TraceService/CollectGarbage',
+            lynearm_dot_v1_dot_trace__service__pb2.CollectGarbageRequest.SerializeToString,
+            lynearm_dot_v1_dot_trace__service__pb2.CollectGarbageResponse.FromString,
             options,
             channel_credentials,
             insecure,

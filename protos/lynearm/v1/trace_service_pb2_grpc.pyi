@@ -105,6 +105,38 @@ _TraceServiceSealStreamType = typing_extensions.TypeVar(
     ],
 )
 
+_TraceServiceUpdateRetentionType = typing_extensions.TypeVar(
+    '_TraceServiceUpdateRetentionType',
+    grpc.UnaryUnaryMultiCallable[
+        lynearm.v1.trace_service_pb2.UpdateRetentionRequest,
+        lynearm.v1.trace_service_pb2.UpdateRetentionResponse,
+    ],
+    grpc.aio.UnaryUnaryMultiCallable[
+        lynearm.v1.trace_service_pb2.UpdateRetentionRequest,
+        lynearm.v1.trace_service_pb2.UpdateRetentionResponse,
+    ],
+    default=grpc.UnaryUnaryMultiCallable[
+        lynearm.v1.trace_service_pb2.UpdateRetentionRequest,
+        lynearm.v1.trace_service_pb2.UpdateRetentionResponse,
+    ],
+)
+
+_TraceServiceCollectGarbageType = typing_extensions.TypeVar(
+    '_TraceServiceCollectGarbageType',
+    grpc.UnaryUnaryMultiCallable[
+        lynearm.v1.trace_service_pb2.CollectGarbageRequest,
+        lynearm.v1.trace_service_pb2.CollectGarbageResponse,
+    ],
+    grpc.aio.UnaryUnaryMultiCallable[
+        lynearm.v1.trace_service_pb2.CollectGarbageRequest,
+        lynearm.v1.trace_service_pb2.CollectGarbageResponse,
+    ],
+    default=grpc.UnaryUnaryMultiCallable[
+        lynearm.v1.trace_service_pb2.CollectGarbageRequest,
+        lynearm.v1.trace_service_pb2.CollectGarbageResponse,
+    ],
+)
+
 _TraceServicePublishType = typing_extensions.TypeVar(
     '_TraceServicePublishType',
     grpc.StreamStreamMultiCallable[
@@ -201,7 +233,7 @@ _TraceServiceGetDictionaryType = typing_extensions.TypeVar(
     ],
 )
 
-class TraceServiceStub(typing.Generic[_TraceServiceCreateStreamType, _TraceServiceGetStreamType, _TraceServiceListStreamsType, _TraceServiceDeleteStreamType, _TraceServiceSealStreamType, _TraceServicePublishType, _TraceServiceSubscribeType, _TraceServiceFetchBlocksType, _TraceServiceListFinishedPromptsType, _TraceServicePutDictionaryType, _TraceServiceGetDictionaryType]):
+class TraceServiceStub(typing.Generic[_TraceServiceCreateStreamType, _TraceServiceGetStreamType, _TraceServiceListStreamsType, _TraceServiceDeleteStreamType, _TraceServiceSealStreamType, _TraceServiceUpdateRetentionType, _TraceServiceCollectGarbageType, _TraceServicePublishType, _TraceServiceSubscribeType, _TraceServiceFetchBlocksType, _TraceServiceListFinishedPromptsType, _TraceServicePutDictionaryType, _TraceServiceGetDictionaryType]):
     """Accepts, keeps and replays streams of blocks. Blocks are opaque to it.
 
     Invariants: an acknowledged block is durable, has one offset for ever, and is delivered to every
@@ -229,6 +261,14 @@ class TraceServiceStub(typing.Generic[_TraceServiceCreateStreamType, _TraceServi
         grpc.UnaryUnaryMultiCallable[
             lynearm.v1.trace_service_pb2.SealStreamRequest,
             lynearm.v1.trace_service_pb2.SealStreamResponse,
+        ],
+        grpc.UnaryUnaryMultiCallable[
+            lynearm.v1.trace_service_pb2.UpdateRetentionRequest,
+            lynearm.v1.trace_service_pb2.UpdateRetentionResponse,
+        ],
+        grpc.UnaryUnaryMultiCallable[
+            lynearm.v1.trace_service_pb2.CollectGarbageRequest,
+            lynearm.v1.trace_service_pb2.CollectGarbageResponse,
         ],
         grpc.StreamStreamMultiCallable[
             lynearm.v1.trace_service_pb2.PublishRequest,
@@ -278,6 +318,14 @@ class TraceServiceStub(typing.Generic[_TraceServiceCreateStreamType, _TraceServi
             lynearm.v1.trace_service_pb2.SealStreamRequest,
             lynearm.v1.trace_service_pb2.SealStreamResponse,
         ],
+        grpc.aio.UnaryUnaryMultiCallable[
+            lynearm.v1.trace_service_pb2.UpdateRetentionRequest,
+            lynearm.v1.trace_service_pb2.UpdateRetentionResponse,
+        ],
+        grpc.aio.UnaryUnaryMultiCallable[
+            lynearm.v1.trace_service_pb2.CollectGarbageRequest,
+            lynearm.v1.trace_service_pb2.CollectGarbageResponse,
+        ],
         grpc.aio.StreamStreamMultiCallable[
             lynearm.v1.trace_service_pb2.PublishRequest,
             lynearm.v1.trace_service_pb2.PublishResponse,
@@ -321,6 +369,16 @@ class TraceServiceStub(typing.Generic[_TraceServiceCreateStreamType, _TraceServi
     SealStream: _TraceServiceSealStreamType
     """Ends a stream: no more blocks; subscribers that follow it finish. Idempotent."""
 
+    UpdateRetention: _TraceServiceUpdateRetentionType
+    """Says how long a stream keeps its blocks. They go some time after they may, never before.
+    Finished prompts, dictionaries and counts stay. NOT_FOUND: no such stream.
+    """
+
+    CollectGarbage: _TraceServiceCollectGarbageType
+    """Lets go now of what the service would let go of by itself in time: blocks that streams need not
+    keep, and objects that servers which died had written and not committed.
+    """
+
     Publish: _TraceServicePublishType
     """Appends blocks. The first request opens the producer, the rest carry blocks; each block is
     acknowledged once it is durable. FAILED_PRECONDITION: sealed stream, old epoch, gap in the
@@ -336,7 +394,9 @@ class TraceServiceStub(typing.Generic[_TraceServiceCreateStreamType, _TraceServi
     """
 
     FetchBlocks: _TraceServiceFetchBlocksType
-    """Delivers a range of blocks at random access. OUT_OF_RANGE: there is no block at the offset."""
+    """Delivers a range of blocks at random access. OUT_OF_RANGE: there is no block at the offset, or not
+    any more; the message then names the first that is.
+    """
 
     ListFinishedPrompts: _TraceServiceListFinishedPromptsType
     """Streams the ids of the prompts that published blocks have finished."""
@@ -373,6 +433,14 @@ TraceServiceAsyncStub: typing_extensions.TypeAlias = TraceServiceStub[
     grpc.aio.UnaryUnaryMultiCallable[
         lynearm.v1.trace_service_pb2.SealStreamRequest,
         lynearm.v1.trace_service_pb2.SealStreamResponse,
+    ],
+    grpc.aio.UnaryUnaryMultiCallable[
+        lynearm.v1.trace_service_pb2.UpdateRetentionRequest,
+        lynearm.v1.trace_service_pb2.UpdateRetentionResponse,
+    ],
+    grpc.aio.UnaryUnaryMultiCallable[
+        lynearm.v1.trace_service_pb2.CollectGarbageRequest,
+        lynearm.v1.trace_service_pb2.CollectGarbageResponse,
     ],
     grpc.aio.StreamStreamMultiCallable[
         lynearm.v1.trace_service_pb2.PublishRequest,
@@ -450,6 +518,26 @@ class TraceServiceServicer(metaclass=abc.ABCMeta):
         """Ends a stream: no more blocks; subscribers that follow it finish. Idempotent."""
 
     @abc.abstractmethod
+    def UpdateRetention(
+        self,
+        request: lynearm.v1.trace_service_pb2.UpdateRetentionRequest,
+        context: _ServicerContext,
+    ) -> typing.Union[lynearm.v1.trace_service_pb2.UpdateRetentionResponse, collections.abc.Awaitable[lynearm.v1.trace_service_pb2.UpdateRetentionResponse]]:
+        """Says how long a stream keeps its blocks. They go some time after they may, never before.
+        Finished prompts, dictionaries and counts stay. NOT_FOUND: no such stream.
+        """
+
+    @abc.abstractmethod
+    def CollectGarbage(
+        self,
+        request: lynearm.v1.trace_service_pb2.CollectGarbageRequest,
+        context: _ServicerContext,
+    ) -> typing.Union[lynearm.v1.trace_service_pb2.CollectGarbageResponse, collections.abc.Awaitable[lynearm.v1.trace_service_pb2.CollectGarbageResponse]]:
+        """Lets go now of what the service would let go of by itself in time: blocks that streams need not
+        keep, and objects that servers which died had written and not committed.
+        """
+
+    @abc.abstractmethod
     def Publish(
         self,
         request_iterator: _MaybeAsyncIterator[lynearm.v1.trace_service_pb2.PublishRequest],
@@ -479,7 +567,9 @@ class TraceServiceServicer(metaclass=abc.ABCMeta):
         request: lynearm.v1.trace_service_pb2.FetchBlocksRequest,
         context: _ServicerContext,
     ) -> typing.Union[collections.abc.Iterator[lynearm.v1.trace_service_pb2.FetchBlocksResponse], collections.abc.AsyncIterator[lynearm.v1.trace_service_pb2.FetchBlocksResponse]]:
-        """Delivers a range of blocks at random access. OUT_OF_RANGE: there is no block at the offset."""
+        """Delivers a range of blocks at random access. OUT_OF_RANGE: there is no block at the offset, or not
+        any more; the message then names the first that is.
+        """
 
     @abc.abstractmethod
     def ListFinishedPrompts(

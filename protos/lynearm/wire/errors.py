@@ -11,6 +11,7 @@
     ├── StreamNotFoundError (LookupError)   NOT_FOUND
     ├── DictionaryNotFoundError (LookupError)  NOT_FOUND
     ├── OffsetNotFoundError (LookupError)   OUT_OF_RANGE
+    │   └── OffsetExpiredError              OUT_OF_RANGE
     ├── StreamExistsError                   ALREADY_EXISTS
     ├── SequenceConflictError               ALREADY_EXISTS
     ├── PreconditionError                   FAILED_PRECONDITION
@@ -29,6 +30,8 @@
     ├── StorageFullError (OSError)          RESOURCE_EXHAUSTED
     ├── StorageError (OSError)              INTERNAL
     ├── ServiceUnavailableError (ConnectionError)  UNAVAILABLE
+    │   ├── CatalogUnavailableError         UNAVAILABLE
+    │   └── StoreUnavailableError           UNAVAILABLE
     │   └── DrainingError                   UNAVAILABLE
     ├── DeadlineError (TimeoutError)        DEADLINE_EXCEEDED
     ├── MissingDependencyError (ImportError)  (local only)
@@ -130,6 +133,10 @@ class OffsetNotFoundError(LynearmError, LookupError):
     status_code = "OUT_OF_RANGE"
 
 
+class OffsetExpiredError(OffsetNotFoundError):
+    """The block at that offset went by the stream's retention; the message names the first that is kept."""
+
+
 class StreamExistsError(LynearmError):
     """A stream of that name exists with another spec."""
 
@@ -228,6 +235,14 @@ class ServiceUnavailableError(LynearmError, ConnectionError):
 
 class DrainingError(ServiceUnavailableError):
     """The server is on its way down and takes no new calls; another one, or its successor, will."""
+
+
+class CatalogUnavailableError(ServiceUnavailableError):
+    """The catalog's database cannot be reached, or went away: what was asked for may have happened or not."""
+
+
+class StoreUnavailableError(ServiceUnavailableError):
+    """The object store of the blocks cannot be reached, or does not answer; nothing was acknowledged."""
 
 
 class DeadlineError(LynearmError, TimeoutError):

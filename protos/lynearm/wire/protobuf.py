@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TypeVar
 
 from lynearm.v1 import trace_pb2, trace_service_pb2
 from lynearm.wire.blocks import MODE_FROM_PROTO, MODE_TO_PROTO
 from lynearm.wire.errors import InvalidInputError, UnsupportedFormatError
+from lynearm.wire.retention import Retention
 from lynearm.wire.specs import CodecSpec, LogprobsMode, StreamSpec, TeacherSpec, TokenizerSpec
 
 _Name = TypeVar("_Name")
@@ -22,7 +23,7 @@ class StreamInfo:
     """Takes no more blocks."""
     created_unix_nano: int
     next_offset: int
-    """Offset that the next block will get; equals the number of blocks."""
+    """Offset that the next block will get; equals the number of blocks that were ever published."""
     trace_count: int = 0
     prompt_token_count: int = 0
     completion_token_count: int = 0
@@ -32,6 +33,11 @@ class StreamInfo:
     dictionary_count: int = 0
     dictionary_bytes: int = 0
     """Codec dictionaries; `size_bytes` does not include them."""
+    first_offset: int = 0
+    """Offset of the first block that the stream still keeps."""
+    retained_bytes: int = 0
+    """Encoded blocks that the stream still keeps; `size_bytes` counts all that it ever had."""
+    retention: Retention = field(default_factory=Retention)
 
 
 def spec_to_proto(spec: StreamSpec) -> trace_pb2.StreamSpec:
@@ -119,6 +125,9 @@ def stream_to_proto(info: StreamInfo) -> trace_service_pb2.Stream:
         finished_prompt_count=info.finished_prompt_count,
         dictionary_count=info.dictionary_count,
         dictionary_bytes=info.dictionary_bytes,
+        first_offset=info.first_offset,
+        retained_bytes=info.retained_bytes,
+        retention=retention_to_proto(info.retention),
     )
 
 
@@ -141,7 +150,28 @@ def stream_from_proto(message: trace_service_pb2.Stream) -> StreamInfo:
         finished_prompt_count=message.finished_prompt_count,
         dictionary_count=message.dictionary_count,
         dictionary_bytes=message.dictionary_bytes,
+        first_offset=message.first_offset,
+        retained_bytes=message.retained_bytes,
+        retention=retention_from_proto(message.retention),
     )
+
+
+def retention_to_proto(retention: Retention) -> trace_service_pb2.Retention:
+    """The message of a retention."""
+    return trace_service_pb2.Retention(
+        max_age_seconds=retention.max_age_seconds,
+        max_bytes=retention.max_bytes,
+        consumers=retention.consumers,
+    )
+
+
+def retention_from_proto(message: trace_service_pb2.Retention) -> Retention:
+    """The retention in a message.
+
+    Raises:
+        InvalidInputError: if a bound is absurdly large, or a name cannot be a consumer's.
+    """
+    return Retention(message.max_age_seconds, message.max_bytes, tuple(message.consumers))
 
 
 _LOGPROBS_TO_PROTO = {

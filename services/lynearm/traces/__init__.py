@@ -2,5 +2,6 @@
 
 Public names, imported from their modules so that reading a configuration loads neither gRPC nor SQLAlchemy:
 `config.ServeConfig`; `server.TraceServer` and `server.run_server`; `store.BlockStore` and
-`store.LocalBlockStore`; `catalog.Catalog` and `sqlite_catalog.SqliteCatalog`.
+`store.LocalBlockStore`; `object_store.ObjectBlockStore`; `catalog.Catalog`, `sql_catalog.SqlCatalog`,
+`sqlite.SqliteDatabase` and `postgresql.PostgresDatabase`.
 """

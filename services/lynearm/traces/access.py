@@ -71,6 +71,8 @@ _TRACE_RULES: Mapping[str, Rule] = {
     "ListStreams": Rule(("consume",), None),
     "DeleteStream": Rule(("admin",), _name),
     "SealStream": Rule(("publish",), _name),
+    "UpdateRetention": Rule(("admin",), _name),
+    "CollectGarbage": Rule(("admin",), None),
     "Publish": Rule(("publish",), _publish_opening, is_metered=True),
     "Subscribe": Rule(("consume",), _subscribe_opening, read_offset=_sent_offset),
     "FetchBlocks": Rule(("consume",), _stream),

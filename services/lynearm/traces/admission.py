@@ -32,6 +32,7 @@ class StreamProgress:
     completion_token_count: int
     size_bytes: int
     finished_prompt_count: int
+    retained_bytes: int
 
 
 @dataclass(slots=True)
@@ -134,6 +135,7 @@ def _advance(stream: StreamProgress, block: NewBlock) -> None:
     stream.prompt_token_count += block.facts.prompt_token_count
     stream.completion_token_count += block.facts.completion_token_count
     stream.size_bytes += block.facts.size_bytes
+    stream.retained_bytes += block.facts.size_bytes
     stream.finished_prompt_count += len(block.finished_prompt_ids)
 
 

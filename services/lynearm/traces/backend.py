@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import fcntl
+import asyncio
 import logging
-import os
-from collections.abc import AsyncGenerator, Generator
-from contextlib import AsyncExitStack, asynccontextmanager, contextmanager
+from collections.abc import AsyncGenerator, Callable, Coroutine
+from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
-from pathlib import Path
+from functools import partial
 
 from lynearm.traces.catalog import Catalog, StreamRecord, stream_not_found
+from lynearm.traces.collector import Collector, delete_objects, sweep
 from lynearm.traces.commit import GroupCommitter
 from lynearm.traces.config import ServeConfig
 from lynearm.traces.current_call import note_tail
@@ -18,12 +18,14 @@ from lynearm.traces.dictionaries import KnownDictionaries
 from lynearm.traces.free_space import FreeSpace
 from lynearm.traces.observation import UNWATCHED, Observation
 from lynearm.traces.reader import BlockCache, BlockReader
-from lynearm.traces.sqlite_catalog import SqliteCatalog
-from lynearm.traces.store import BlockStore, LocalBlockStore, sync_directory
+from lynearm.traces.storage import open_storage
+from lynearm.traces.store import BlockStore
 from lynearm.traces.tail import StreamTail, Tails
-from lynearm.wire.errors import LynearmError, PreconditionError, StorageError
+from lynearm.traces.wakeups import follow_catalog
 
 logger = logging.getLogger(__name__)
+
+_RESTART_SECONDS = 1.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,6 +40,7 @@ class Backend:
     committer: GroupCommitter
     dictionaries: KnownDictionaries
     space: FreeSpace
+    collector: Collector
 
     async def watch_stream(self, name: str) -> tuple[StreamRecord, StreamTail]:
         """A stream as it is, and the tail that tells of every commit from then on.
@@ -76,35 +79,31 @@ class Backend:
         self.tails.end(deleted.stream_id, stream_not_found(name))
         self.cache.drop_stream(deleted.stream_id)
         self.reader.quarantine.drop_stream(deleted.stream_id)
-        for key in deleted.object_keys:
-            try:
-                await self.store.delete(key)
-            except LynearmError as error:
-                logger.warning("object %s stays until the next start: %s", key, error)
+        await delete_objects(self.store, deleted.object_keys)
 
 
 @asynccontextmanager
 async def open_backend(config: ServeConfig, observation: Observation = UNWATCHED) -> AsyncGenerator[Backend]:
-    """Take the data directory, with nothing in it but what was committed; on leaving, commit and let go.
+    """Take catalog and blocks, with nothing in them but what was committed; on leaving, commit and let go.
 
     Args:
         config: Where it is.
         observation: Who watches.
 
     Raises:
-        PreconditionError: another server uses the directory.
-        ConfigError: a later version of lynearm wrote it.
-        StorageError: it cannot be used.
+        LynearmError: as for `open_storage`.
     """
     async with AsyncExitStack() as stack:
-        stack.enter_context(lock_directory(config.data_dir))
-        catalog = observation.watch_catalog(await SqliteCatalog.open(config.data_dir / "catalog.sqlite3"))
-        stack.push_async_callback(catalog.close)
-        space = FreeSpace(config.data_dir, config.min_free_bytes)
-        store = observation.watch_store(LocalBlockStore(config.data_dir / "blocks", space))
-        stack.push_async_callback(store.close)
-        await _sweep(catalog, store)
+        storage = await stack.enter_async_context(open_storage(config))
+        catalog = observation.watch_catalog(storage.catalog)
+        store = observation.watch_store(storage.store)
+        if not (catalog.is_shared or store.is_shared):
+            await sweep(catalog, store)
         cache, tails = BlockCache(config.cache_bytes), Tails()
+        collector = Collector(catalog, store, orphan_seconds=config.orphan_seconds)
+        await stack.enter_async_context(_running(partial(follow_catalog, catalog, tails, cache)))
+        if config.collect_seconds:
+            await stack.enter_async_context(_running(partial(collector.run, config.collect_seconds)))
         committer = GroupCommitter(
             catalog,
             store,
@@ -117,49 +116,25 @@ async def open_backend(config: ServeConfig, observation: Observation = UNWATCHED
         await stack.enter_async_context(committer)
         reader = BlockReader(catalog, store, cache)
         watched = observation.watch_committer(committer)
-        yield Backend(catalog, store, cache, tails, reader, watched, KnownDictionaries(catalog), space)
+        known = KnownDictionaries(catalog)
+        yield Backend(catalog, store, cache, tails, reader, watched, known, storage.space, collector)
 
 
-@contextmanager
-def lock_directory(path: Path) -> Generator[None]:
-    """Own a directory, created when missing, until the context or the process ends.
+@asynccontextmanager
+async def _running(make_work: Callable[[], Coroutine[object, object, None]]) -> AsyncGenerator[None]:
+    """Run something beside the context until it or the context ends; again, should it fail."""
 
-    Raises:
-        PreconditionError: another process owns it.
-        StorageError: it cannot be created or written.
-    """
+    async def run() -> None:
+        while True:
+            try:
+                return await make_work()
+            except Exception:
+                logger.exception("%s failed, and is started again", make_work)
+            await asyncio.sleep(_RESTART_SECONDS)
+
+    task = asyncio.create_task(run())
     try:
-        _make_directory(path)
-        descriptor = os.open(path / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o640)
-    except OSError as error:
-        raise StorageError(f"data directory {path}: {error.strerror}", "choose another directory") from error
-    try:
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise PreconditionError(
-                f"data directory {path} is used by another trace server",
-                "stop that one, or choose another directory",
-            ) from error
         yield
     finally:
-        os.close(descriptor)
-
-
-def _make_directory(path: Path) -> None:
-    path = path.absolute()
-    if not path.is_dir():
-        _make_directory(path.parent)
-        path.mkdir(exist_ok=True)
-        sync_directory(path.parent)
-
-
-async def _sweep(catalog: Catalog, store: BlockStore) -> None:
-    """Delete the objects that no row points at: groups whose commit never happened."""
-    count = 0
-    async for keys in store.list_keys():
-        for key in await catalog.find_unreferenced(keys):
-            await store.delete(key)
-            count += 1
-    if count:
-        logger.info("deleted %d objects that were never committed", count)
+        task.cancel()
+        await asyncio.gather(task, return_exceptions=True)

@@ -11,13 +11,14 @@ Invariants of every catalog:
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass
-from typing import Protocol, TypeAlias
+from typing import Literal, Protocol, TypeAlias
 
 from lynearm.traces.store import Span, StoredObject
 from lynearm.wire.errors import LynearmError, StreamNotFoundError
 from lynearm.wire.protobuf import StreamInfo
+from lynearm.wire.retention import Retention
 from lynearm.wire.specs import CodecMode, StreamSpec
 
 
@@ -105,6 +106,28 @@ class DeletedStream:
 
 
 @dataclass(frozen=True, slots=True)
+class ExpiredBlocks:
+    """What an expiry took."""
+
+    first_offset: int
+    """First offset that the stream still keeps."""
+    block_count: int
+    size_bytes: int
+    object_keys: tuple[str, ...]
+    """Objects that no block refers to any more."""
+
+
+@dataclass(frozen=True, slots=True)
+class StreamChange:
+    """How far a stream is, as one server tells another."""
+
+    stream_id: int
+    stream_name: str
+    next_offset: int
+    state: Literal["open", "sealed", "deleted"]
+
+
+@dataclass(frozen=True, slots=True)
 class FinishedPrompt:
     """A finished prompt; positions ascend in the order of the commits."""
 
@@ -115,8 +138,14 @@ class FinishedPrompt:
 class Catalog(Protocol):
     """Streams, block index, producers, finished prompts and dictionaries, in a transactional database.
 
-    Every method raises StorageFullError or StorageError where the database fails.
+    Every method raises StorageFullError or StorageError where the database fails, CatalogUnavailableError
+    where it cannot be reached.
     """
+
+    @property
+    def is_shared(self) -> bool:
+        """Whether several servers may use the catalog at the same time."""
+        ...
 
     async def create_stream(self, spec: StreamSpec, *, allow_existing: bool) -> StreamRecord:
         """Add a stream.
@@ -183,7 +212,9 @@ class Catalog(Protocol):
 
         Raises:
             StorageFullError: nothing was committed.
-            StorageError: it is not known whether anything was committed; the object must stay.
+            StorageError, CatalogUnavailableError: it is not known whether anything was committed; the
+                object must stay.
+            ServiceUnavailableError: the object was condemned before; nothing was committed.
         """
         ...
 
@@ -225,6 +256,38 @@ class Catalog(Protocol):
 
     async def find_unreferenced(self, object_keys: Sequence[str]) -> list[str]:
         """Those of the given objects that no block refers to."""
+        ...
+
+    async def set_retention(self, name: str, retention: Retention) -> StreamRecord:
+        """Say how long a stream keeps its blocks.
+
+        Raises:
+            StreamNotFoundError: there is none.
+        """
+        ...
+
+    async def expire_blocks(self, stream_id: int, now_unix_nano: int, limit: int) -> ExpiredBlocks:
+        """Remove up to `limit` of the oldest blocks, as far as the stream's retention gives them up."""
+        ...
+
+    async def condemn_objects(self, object_keys: Sequence[str]) -> list[str]:
+        """Those of the given objects that no block refers to, and from now on never will."""
+        ...
+
+    async def adopt_store(self, identity: str) -> str:
+        """The identity of the store that holds the catalog's blocks: this one, if none was adopted before."""
+        ...
+
+    async def find_progress(self, stream_ids: Sequence[int]) -> dict[int, StreamChange]:
+        """How far streams are, by id; those that were deleted are left out."""
+        ...
+
+    def listen(self) -> AsyncIterator[StreamChange | None]:
+        """Changes that servers commit, for ever; None where some may have been missed.
+
+        The first item is None, and whatever is committed after it is told or followed by a None. Ends at
+        once where no other server can write. Its own changes may be among them.
+        """
         ...
 
     async def close(self) -> None:

@@ -196,7 +196,7 @@ class GroupCommitter:
         try:
             await self._store.delete(key)
         except LynearmError as error:
-            logger.warning("object %s stays until the next start: %s", key, error)
+            logger.warning("object %s stays until it is collected: %s", key, error)
 
 
 class _BoundedQueue:

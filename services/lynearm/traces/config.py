@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
+from urllib.parse import unquote, urlsplit
 
 from lynearm.wire.addresses import is_loopback
 from lynearm.wire.errors import ConfigError
 
 MIB = 1 << 20
+
+CATALOG_SCHEMES = ("postgresql", "sqlite")
+
+BLOCK_SCHEMES = ("s3", "gs", "az", "file")
+
+_LOCAL_SCHEMES = frozenset({"sqlite", "file"})
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,7 +29,29 @@ class ServeConfig:
     """
 
     data_dir: Path = Path("lynearm-data")
-    """Directory of blocks and catalog; created when missing, used by one server at a time."""
+    """Directory of blocks and catalog, as far as these are not elsewhere; created when missing, used by one
+    server at a time."""
+
+    catalog: str = field(default="", repr=False)
+    """postgresql://user@host:port/database, for any number of servers, or the path of a SQLite file, which
+    sqlite:///path names too; else catalog.sqlite3 in the data directory. Kept out of `repr`, since a URL may
+    hold a password."""
+
+    blocks: str = ""
+    """s3://bucket/prefix, gs://bucket/prefix or az://container/prefix, or the path of a directory, which
+    file:///path names too; else blocks in the data directory. Never holds a secret."""
+
+    shared: bool = False
+    """Other servers of this machine use the same SQLite file, each with this set. They take turns at writing
+    and look for each other's commits five times a second; PostgreSQL tells them at once."""
+
+    collect_seconds: float = 60.0
+    """Time between two passes of the collector, which lets go of what streams need not keep; 0: never by
+    itself. A pass without work is one query."""
+
+    orphan_seconds: float = 3600.0
+    """Age at which an object without rows is taken for garbage, and the time between two searches for such.
+    Many times what any commit takes: one that is slower still is refused, and its blocks sent again."""
 
     host: str = "127.0.0.1"
     """Address to listen on. Loopback, since nothing else is safe without TLS and tokens."""
@@ -99,6 +128,15 @@ class ServeConfig:
     log_format: Literal["text", "json"] = "text"
     """json: one object a line, for programs, with every long or refused call."""
 
+    @property
+    def places(self) -> str:
+        """Where catalog and blocks are, for people; holds no secret."""
+        if not (self.catalog or self.blocks):
+            return str(self.data_dir)
+        catalog = _without_secrets(self.catalog) if self.catalog else self.data_dir
+        blocks = _without_secrets(self.blocks) if self.blocks else self.data_dir
+        return f"{catalog} and {blocks}"
+
     def __post_init__(self) -> None:
         """Check every field."""
         checks = {
@@ -110,12 +148,16 @@ class ServeConfig:
                 1 <= self.group_bytes <= 256 * MIB
             ),
             f"queue_bytes is {self.queue_bytes}, expected at least {4 * MIB}": self.queue_bytes >= 4 * MIB,
+            f"collect_seconds is {self.collect_seconds}, expected 0 or more": self.collect_seconds >= 0,
+            f"orphan_seconds is {self.orphan_seconds}, expected 0 or more": self.orphan_seconds >= 0,
             f"cache_bytes is {self.cache_bytes}, expected 0 or more": self.cache_bytes >= 0,
             f"min_free_bytes is {self.min_free_bytes}, expected 0 or more": self.min_free_bytes >= 0,
             f"max_calls is {self.max_calls}, expected at least 1": self.max_calls >= 1,
             f"drain_seconds is {self.drain_seconds}, expected 0 or more": self.drain_seconds >= 0,
         }
         _check(checks)
+        _check_scheme("catalog", self.catalog, CATALOG_SCHEMES)
+        _check_scheme("blocks", self.blocks, BLOCK_SCHEMES)
         self._check_limits()
         self._check_security()
 
@@ -158,3 +200,29 @@ def _check(checks: Mapping[str, bool]) -> None:
     for problem, holds in checks.items():
         if not holds:
             raise ConfigError(problem)
+
+
+def local_path(place: str) -> Path | None:
+    """The path of a catalog or block store on this machine; None where it is elsewhere."""
+    scheme, separator, path = place.partition("://")
+    if not separator:
+        return Path(place).expanduser()
+    return Path(unquote(path)) if scheme in _LOCAL_SCHEMES else None
+
+
+def _without_secrets(place: str) -> str:
+    if local_path(place) is not None:
+        return place
+    parts = urlsplit(place)
+    user, separator, host = parts.netloc.rpartition("@")
+    return f"{parts.scheme}://{user.partition(':')[0]}{separator}{host}{parts.path}"
+
+
+def _check_scheme(name: str, place: str, schemes: Sequence[str]) -> None:
+    """Refuse other schemes. Nothing of a URL but its scheme is shown."""
+    scheme, separator, path = place.partition("://")
+    if separator and scheme in _LOCAL_SCHEMES and scheme in schemes and not path.startswith("/"):
+        raise ConfigError(f"{name} is {place}, expected {scheme}:///path", "three slashes, or a path alone")
+    if separator and scheme not in schemes:
+        known = " or ".join(f"{one}://…" for one in schemes)
+        raise ConfigError(f"{name} is {scheme}://…, expected {known} or a path", "a path has no scheme")

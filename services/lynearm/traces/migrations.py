@@ -7,11 +7,21 @@ never between. There is no way back; an earlier lynearm refuses what this one ha
 from __future__ import annotations
 
 import logging
+import time
 from collections.abc import Callable, Mapping
 
 from sqlalchemy import Connection, insert, inspect, select, text, update
 
-from lynearm.traces.schema import SCHEMA_VERSION, dictionaries, metadata, schema_version
+from lynearm.traces.schema import (
+    SCHEMA_VERSION,
+    block_store,
+    dictionaries,
+    expired_blocks,
+    metadata,
+    objects,
+    schema_version,
+    streams,
+)
 from lynearm.wire.errors import ConfigError
 
 logger = logging.getLogger(__name__)
@@ -37,7 +47,7 @@ def prepare_schema(connection: Connection, where: str) -> None:
     if found is None or found not in _STEPS:
         raise ConfigError(
             f"catalog {where} has schema version {found}, expected {SCHEMA_VERSION}",
-            "use the lynearm that wrote it, or another data directory",
+            "use the lynearm that wrote it, or another catalog",
         )
     for version in range(found, SCHEMA_VERSION):
         _STEPS[version](connection)
@@ -47,9 +57,24 @@ def prepare_schema(connection: Connection, where: str) -> None:
 
 def _add_dictionaries(connection: Connection) -> None:
     dictionaries.create(connection)
-    for column in ("dictionary_count", "dictionary_bytes"):
-        connection.execute(text(f"ALTER TABLE streams ADD COLUMN {column} BIGINT DEFAULT 0 NOT NULL"))
+    _add_counters(connection, "streams", "dictionary_count", "dictionary_bytes")
 
 
-_STEPS: Mapping[int, Callable[[Connection], None]] = {1: _add_dictionaries}
+def _add_retention(connection: Connection) -> None:
+    for table in (block_store, expired_blocks):
+        table.create(connection)
+    _add_counters(connection, "streams", "first_offset", "retained_bytes", "max_age_seconds", "max_bytes")
+    connection.execute(text("ALTER TABLE streams ADD COLUMN read_by TEXT DEFAULT '' NOT NULL"))
+    connection.execute(update(streams).values(retained_bytes=streams.c.size_bytes))
+    _add_counters(connection, "objects", "created_unix_nano")
+    # Their age is not known; to keep them for too long is the safe side.
+    connection.execute(update(objects).values(created_unix_nano=time.time_ns()))
+
+
+def _add_counters(connection: Connection, table: str, *columns: str) -> None:
+    for column in columns:
+        connection.execute(text(f"ALTER TABLE {table} ADD COLUMN {column} BIGINT DEFAULT 0 NOT NULL"))
+
+
+_STEPS: Mapping[int, Callable[[Connection], None]] = {1: _add_dictionaries, 2: _add_retention}
 """By the version that a step starts from; it leads to the next."""

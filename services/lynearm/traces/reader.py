@@ -11,7 +11,7 @@ import xxhash
 from lynearm.traces.catalog import BlockLocation, Catalog, StreamRecord
 from lynearm.traces.quarantine import Quarantine
 from lynearm.traces.store import BlockStore
-from lynearm.wire.errors import OffsetNotFoundError
+from lynearm.wire.errors import OffsetExpiredError, OffsetNotFoundError, StorageError
 
 READ_BYTES = 4 << 20
 """Most bytes that one read holds in memory, plus one block. Enough to pay for the hop to a thread."""
@@ -86,6 +86,7 @@ class BlockReader:
         Raises:
             CorruptBlockError: the first block read is not what was committed. A corrupt block further on
                 only ends the list: what precedes it stays readable.
+            OffsetExpiredError: the stream does not keep the block any more.
             OffsetNotFoundError: the catalog has no such block; the stream was deleted meanwhile.
             StorageError: the store failed.
         """
@@ -94,10 +95,23 @@ class BlockReader:
         if cached:
             return cached
         count = min(end - offset, READ_COUNT)
+        locations = await self._locate(stream, offset, count)
+        try:
+            return await self._read_store(stream, _first_bytes(locations, max_bytes))
+        except StorageError:
+            # Did the blocks expire, and their object with them, between the look-up and the reading?
+            await self._locate(stream, offset, 1)
+            raise
+
+    async def _locate(self, stream: StreamRecord, offset: int, count: int) -> list[BlockLocation]:
         locations = await self._catalog.find_blocks(stream.stream_id, offset, count)
-        if not locations or locations[0].offset != offset:
-            raise OffsetNotFoundError(f"stream {stream.name!r} has no block at offset {offset}")
-        return await self._read_store(stream, _first_bytes(locations, max_bytes))
+        if locations and locations[0].offset == offset:
+            return locations
+        progress = (await self._catalog.find_progress([stream.stream_id])).get(stream.stream_id)
+        if progress is not None and offset < progress.next_offset:
+            first_offset = locations[0].offset if locations else progress.next_offset
+            raise offset_expired(stream.name, offset, first_offset)
+        raise OffsetNotFoundError(f"stream {stream.name!r} has no block at offset {offset}")
 
     def _read_cache(self, stream_id: int, offset: int, end: int, max_bytes: int) -> list[bytes | memoryview]:
         found: list[bytes | memoryview] = []
@@ -125,6 +139,14 @@ class BlockReader:
                 self.quarantine.release(stream, location.offset)
                 found.append(block)
         return found
+
+
+def offset_expired(stream_name: str, offset: int, first_offset: int) -> OffsetExpiredError:
+    """The error of a block that a stream's retention has given up."""
+    return OffsetExpiredError(
+        f"stream {stream_name!r} keeps block {offset} no more, its first offset is {first_offset}",
+        f"continue from offset {first_offset}, or keep blocks for longer",
+    )
 
 
 def _first_bytes(locations: Sequence[BlockLocation], max_bytes: int) -> list[BlockLocation]:

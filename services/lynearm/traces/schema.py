@@ -17,7 +17,7 @@ from sqlalchemy import (
     text,
 )
 
-SCHEMA_VERSION = 2
+SCHEMA_VERSION = 3
 """A new number needs a step in `migrations`."""
 
 # SQLite makes rowid aliases, and so generated keys, of INTEGER columns only.
@@ -43,6 +43,13 @@ streams = Table(
     Column("finished_prompt_count", BigInteger, nullable=False),
     Column("dictionary_count", BigInteger, nullable=False, server_default=text("0")),
     Column("dictionary_bytes", BigInteger, nullable=False, server_default=text("0")),
+    # Of the blocks that retention has left: the offset of the first, and their bytes.
+    Column("first_offset", BigInteger, nullable=False, server_default=text("0")),
+    Column("retained_bytes", BigInteger, nullable=False, server_default=text("0")),
+    # lynearm.v1.Retention; 0 and nothing: no bound. The consumers' names have spaces between them.
+    Column("max_age_seconds", BigInteger, nullable=False, server_default=text("0")),
+    Column("max_bytes", BigInteger, nullable=False, server_default=text("0")),
+    Column("read_by", Text, nullable=False, server_default=text("''")),
     # Ids are never used again: memory of a deleted stream must not match its successor.
     sqlite_autoincrement=True,
 )
@@ -59,11 +66,13 @@ producers = Table(
     sqlite_autoincrement=True,
 )
 
+# A row without blocks says that the object was condemned: see `expiry`.
 objects = Table(
     "objects",
     metadata,
     Column("id", _Key, primary_key=True),
     Column("key", Text, nullable=False, unique=True),
+    Column("created_unix_nano", BigInteger, nullable=False, server_default=text("0")),
 )
 
 blocks = Table(
@@ -86,6 +95,21 @@ blocks = Table(
     sqlite_with_rowid=False,
 )
 
+# What a publish that is repeated is compared with, once retention has taken the block: see `expiry`.
+expired_blocks = Table(
+    "expired_blocks",
+    metadata,
+    Column("producer_key", _Key, ForeignKey("producers.id"), primary_key=True),
+    Column("epoch", BigInteger, primary_key=True),
+    Column("sequence", BigInteger, primary_key=True),
+    Column("stream_id", _Key, ForeignKey("streams.id"), nullable=False),
+    Column("offset", BigInteger, nullable=False),
+    Column("size_bytes", BigInteger, nullable=False),
+    Column("checksum", LargeBinary, nullable=False),  # as in blocks
+    Index("expired_blocks_by_stream", "stream_id"),
+    sqlite_with_rowid=False,
+)
+
 finished_prompts = Table(
     "finished_prompts",
     metadata,
@@ -105,4 +129,12 @@ dictionaries = Table(
     Column("stream_id", _Key, ForeignKey("streams.id"), primary_key=True),
     Column("digest", LargeBinary, primary_key=True),
     Column("content", LargeBinary, nullable=False),
+)
+
+# One row: the store that holds the objects.
+block_store = Table(
+    "block_store",
+    metadata,
+    Column("id", Integer, primary_key=True, autoincrement=False),
+    Column("identity", Text, nullable=False),
 )

@@ -72,9 +72,11 @@ class TraceServer:
         config: Where to keep data and where to listen.
 
     Raises:
-        PreconditionError: on entering, when a port or the data directory is in use.
+        PreconditionError: on entering, when a port or the data directory is in use, or the catalog's blocks
+            are in another store.
         ConfigError: on entering, when the TLS files or the tokens file cannot be used.
-        StorageError: on entering, when the data directory cannot be used.
+        StorageError: on entering, when catalog or blocks cannot be used.
+        ServiceUnavailableError: on entering, when they cannot be reached.
     """
 
     def __init__(self, config: ServeConfig) -> None:
@@ -127,7 +129,7 @@ class TraceServer:
             self._stack = stack.pop_all()
         shown = f"{config.metrics_host}:{self._metrics_port}" if self._metrics_port else "off"
         logger.info(
-            "serving %s at %s (%s), metrics %s", config.data_dir, self.address, security.summary, shown
+            "serving %s at %s (%s), metrics %s", config.places, self.address, security.summary, shown
         )
         return self
 
@@ -136,7 +138,7 @@ class TraceServer:
     ) -> None:
         """Drain, commit and close."""
         await self._stack.__aexit__(kind, error, trace)
-        logger.info("stopped serving %s", self._config.data_dir)
+        logger.info("stopped serving %s", self._config.places)
 
     async def _drain(
         self,

@@ -17,7 +17,7 @@ from lynearm.traces.publish import PublishCall
 from lynearm.traces.subscribe import SubscribeCall, fetch_blocks
 from lynearm.v1 import trace_service_pb2 as pb
 from lynearm.wire.errors import InvalidInputError, StreamLimitError
-from lynearm.wire.protobuf import spec_from_proto, stream_to_proto
+from lynearm.wire.protobuf import retention_from_proto, spec_from_proto, stream_to_proto
 
 SERVICE_NAME = pb.DESCRIPTOR.services_by_name["TraceService"].full_name
 
@@ -82,6 +82,23 @@ class TraceServicer:
         record = await self._backend.seal_stream(request.name)
         return pb.SealStreamResponse(stream=stream_to_proto(record.info))
 
+    async def update_retention(
+        self, request: pb.UpdateRetentionRequest, _: Context
+    ) -> pb.UpdateRetentionResponse:
+        """UpdateRetention."""
+        retention = retention_from_proto(request.retention)
+        record = await self._backend.catalog.set_retention(request.name, retention)
+        return pb.UpdateRetentionResponse(stream=stream_to_proto(record.info))
+
+    async def collect_garbage(self, _: pb.CollectGarbageRequest, __: Context) -> pb.CollectGarbageResponse:
+        """CollectGarbage."""
+        collected = await self._backend.collector.collect()
+        return pb.CollectGarbageResponse(
+            expired_blocks=collected.expired_blocks,
+            expired_bytes=collected.expired_bytes,
+            orphan_objects=collected.orphan_objects,
+        )
+
     async def publish(self, _: AsyncIterator[bytes], context: Context) -> None:
         """Publish; requests are bytes."""
         await PublishCall(self._backend, context).run()
@@ -131,6 +148,8 @@ def service_handler(servicer: TraceServicer, gate: CallGate) -> grpc.GenericRpcH
         "ListStreams": unary(servicer.list_streams, pb.ListStreamsRequest),
         "DeleteStream": unary(servicer.delete_stream, pb.DeleteStreamRequest),
         "SealStream": unary(servicer.seal_stream, pb.SealStreamRequest),
+        "UpdateRetention": unary(servicer.update_retention, pb.UpdateRetentionRequest),
+        "CollectGarbage": unary(servicer.collect_garbage, pb.CollectGarbageRequest),
         "Publish": grpc.stream_stream_rpc_method_handler(gate.guard(servicer.publish), None, _serialize),
         "Subscribe": grpc.stream_stream_rpc_method_handler(
             gate.guard(servicer.subscribe), pb.SubscribeRequest.FromString, None

@@ -12,9 +12,11 @@ from __future__ import annotations
 import asyncio
 import errno
 import fcntl
+import math
 import os
 import secrets
 import sys
+import time
 from collections.abc import AsyncIterator, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
@@ -57,7 +59,20 @@ class StoredObject:
 
 
 class BlockStore(Protocol):
-    """Immutable objects that hold blocks."""
+    """Immutable objects that hold blocks.
+
+    A store that is reached over a network raises StoreUnavailableError where it cannot be.
+    """
+
+    @property
+    def where(self) -> str:
+        """The store, for people; holds no secret."""
+        ...
+
+    @property
+    def is_shared(self) -> bool:
+        """Whether servers on other machines reach it too."""
+        ...
 
     async def write(self, blocks: Sequence[bytes | memoryview]) -> StoredObject:
         """Keep blocks as one object; durable on return.
@@ -80,8 +95,20 @@ class BlockStore(Protocol):
         """Remove an object; success when there is none."""
         ...
 
-    def list_keys(self) -> AsyncIterator[list[str]]:
-        """Every object, in batches."""
+    def list_keys(self, min_age_seconds: float = 0) -> AsyncIterator[list[str]]:
+        """Every object that was written so long ago, in batches.
+
+        Raises:
+            StorageError: they cannot be listed.
+        """
+        ...
+
+    async def identity(self) -> str:
+        """What tells this store from every other one; made at the first call, and kept in the store.
+
+        Raises:
+            StorageError: it cannot be read or made.
+        """
         ...
 
     async def close(self) -> None:
@@ -104,7 +131,10 @@ class LocalBlockStore:
         StorageError: the directory cannot be used.
     """
 
+    is_shared = False
+
     def __init__(self, root: Path, space: FreeSpace | None = None) -> None:
+        self.where = str(root)
         self._root = root
         self._space = space
         self._writer = ThreadPoolExecutor(1, "block-writer")
@@ -126,11 +156,16 @@ class LocalBlockStore:
         """See `BlockStore.delete`."""
         await self._run(self._readers, lambda: self._path(key).unlink(missing_ok=True))
 
-    async def list_keys(self) -> AsyncIterator[list[str]]:
+    async def list_keys(self, min_age_seconds: float = 0) -> AsyncIterator[list[str]]:
         """See `BlockStore.list_keys`."""
+        latest = time.time() - min_age_seconds if min_age_seconds else math.inf
         for start in range(0, len(_SUBDIRECTORIES), _SUBDIRECTORIES_PER_LISTING):
             names = _SUBDIRECTORIES[start : start + _SUBDIRECTORIES_PER_LISTING]
-            yield await self._run(self._readers, partial(self._list_keys, names))
+            yield await self._run(self._readers, partial(self._list_keys, names, latest))
+
+    async def identity(self) -> str:
+        """See `BlockStore.identity`."""
+        return await self._run(self._readers, self._identity)
 
     async def close(self) -> None:
         """See `BlockStore.close`."""
@@ -167,10 +202,30 @@ class LocalBlockStore:
             os.close(descriptor)
         sync_directory(path.parent)
         failpoints.reach("store.after_write")
-        return StoredObject(key, _spans(blocks))
+        return StoredObject(key, spans_of(blocks))
 
-    def _list_keys(self, subdirectories: Sequence[str]) -> list[str]:
-        return [key for name in subdirectories for key in os.listdir(self._root / name)]
+    def _list_keys(self, subdirectories: Sequence[str], latest: float) -> list[str]:
+        return [
+            entry.name
+            for name in subdirectories
+            for entry in os.scandir(self._root / name)
+            if latest == math.inf or _modified(entry) <= latest
+        ]
+
+    def _identity(self) -> str:
+        path = self._root / "identity"
+        if not path.exists():
+            made = self._root / f"identity.{secrets.token_hex(8)}"
+            with made.open("x") as file:
+                file.write(new_identity())
+                file.flush()
+                _sync_file(file.fileno())
+            # A link appears whole, and only once: of two servers that begin here, one wins.
+            with suppress(FileExistsError):
+                os.link(made, path)
+            made.unlink()
+            sync_directory(self._root)
+        return path.read_text()
 
     def _read(self, key: str, spans: Sequence[Span]) -> list[bytes]:
         descriptor = os.open(self._path(key), os.O_RDONLY | os.O_CLOEXEC)
@@ -202,13 +257,26 @@ def _make_directories(root: Path) -> None:
     sync_directory(root.parent)
 
 
-def _spans(blocks: Sequence[bytes | memoryview]) -> tuple[Span, ...]:
+def new_identity() -> str:
+    """An identity for a store that has none."""
+    return secrets.token_hex(16)
+
+
+def spans_of(blocks: Sequence[bytes | memoryview]) -> tuple[Span, ...]:
+    """Where each block lies when they follow each other."""
     spans: list[Span] = []
     position = 0
     for block in blocks:
         spans.append(Span(position, len(block)))
         position += len(block)
     return tuple(spans)
+
+
+def _modified(entry: os.DirEntry[str]) -> float:
+    try:
+        return entry.stat().st_mtime
+    except FileNotFoundError:
+        return math.inf  # deleted meanwhile
 
 
 def _write_all(descriptor: int, blocks: Sequence[bytes | memoryview]) -> None:

@@ -14,7 +14,7 @@ import grpc.aio
 from lynearm.traces.backend import Backend
 from lynearm.traces.calls import Context
 from lynearm.traces.catalog import StreamRecord
-from lynearm.traces.reader import READ_BYTES
+from lynearm.traces.reader import READ_BYTES, offset_expired
 from lynearm.traces.tail import StreamTail, run_until_end
 from lynearm.v1 import trace_service_pb2 as pb
 from lynearm.wire.errors import (
@@ -79,6 +79,7 @@ class SubscribeCall:
         self._backend = backend
         self._context = context
         self._skips_damaged = False
+        self._writing = asyncio.Lock()
 
     async def run(self) -> None:
         """Serve the call.
@@ -94,7 +95,8 @@ class SubscribeCall:
         credit = Credit(opening.credit_bytes)
         granting = asyncio.create_task(self._read_grants(credit))
         try:
-            await run_until_end(tail, self._deliver(record, tail, start, end, credit))
+            delivering = self._deliver(record, tail, start, end, credit)
+            await run_until_end(tail, delivering, writing=self._writing)
         finally:
             granting.cancel()
             await asyncio.gather(granting, return_exceptions=True)
@@ -138,11 +140,13 @@ class SubscribeCall:
             except CorruptBlockError as error:
                 if not self._skips_damaged:
                     raise
-                await self._context.write(frame_damaged_block(offset, error.message, tail.next_offset))
+                async with self._writing:
+                    await self._context.write(frame_damaged_block(offset, error.message, tail.next_offset))
                 offset += 1
                 continue
             for block in blocks:
-                await self._context.write(frame_subscribe_response(offset, block, tail.next_offset))
+                async with self._writing:
+                    await self._context.write(frame_subscribe_response(offset, block, tail.next_offset))
                 credit.spend(len(block))
                 offset += 1
 
@@ -152,34 +156,44 @@ async def fetch_blocks(backend: Backend, request: pb.FetchBlocksRequest, context
 
     Raises:
         StreamNotFoundError: there is no such stream.
+        OffsetExpiredError: it keeps the block at the offset no more.
         OffsetNotFoundError: it has no block at the offset.
         InvalidInputError: the count is 0.
     """
     record, tail = await backend.watch_stream(request.stream)
     if request.count < 1:
         raise InvalidInputError("FetchBlocks with count 0, expected at least 1")
-    if request.offset >= record.info.next_offset:
+    _check_offset(record, request.offset)
+    if request.offset == record.info.next_offset:
         raise _offset_not_found(record, request.offset)
     end = min(request.offset + request.count, record.info.next_offset)
-    await run_until_end(tail, _send_range(backend, record, request.offset, end, context))
+    writing = asyncio.Lock()
 
+    async def send(offset: int) -> None:
+        while offset < end:
+            for block in await backend.reader.read(record, offset, end=end, max_bytes=READ_BYTES):
+                async with writing:
+                    await context.write(frame_fetch_response(offset, block))
+                offset += 1
 
-async def _send_range(
-    backend: Backend, record: StreamRecord, offset: int, end: int, context: Context
-) -> None:
-    while offset < end:
-        for block in await backend.reader.read(record, offset, end=end, max_bytes=READ_BYTES):
-            await context.write(frame_fetch_response(offset, block))
-            offset += 1
+    await run_until_end(tail, send(request.offset), writing=writing)
 
 
 def _start_offset(opening: pb.SubscribeOpen, record: StreamRecord) -> int:
-    next_offset = record.info.next_offset
-    if opening.WhichOneof("start") == "live" and opening.live:
-        return next_offset
-    if opening.start_offset > next_offset:
-        raise _offset_not_found(record, opening.start_offset)
+    start = opening.WhichOneof("start")
+    if start == "live" and opening.live:
+        return record.info.next_offset
+    if start != "start_offset":
+        return record.info.first_offset
+    _check_offset(record, opening.start_offset)
     return opening.start_offset
+
+
+def _check_offset(record: StreamRecord, offset: int) -> None:
+    if offset < record.info.first_offset:
+        raise offset_expired(record.name, offset, record.info.first_offset)
+    if offset > record.info.next_offset:
+        raise _offset_not_found(record, offset)
 
 
 def _offset_not_found(record: StreamRecord, offset: int) -> OffsetNotFoundError:

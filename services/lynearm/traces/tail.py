@@ -1,7 +1,8 @@
 """The live end of each stream, as this process knows it, and the waking of those who wait for more.
 
-Invariants: a tail never runs ahead of the catalog, only ever advances, and is never polled. Whoever wants
-to wait registers the tail first and reads the catalog second; then no commit in between is missed.
+Invariants: a tail never runs ahead of the catalog, only ever advances, and is never polled by who waits on
+it. Whoever wants to wait registers the tail first and reads the catalog second; then no commit in between is
+missed. Where other servers commit too, `wakeups` advances the tails as they do.
 All of it lives on the event loop's thread.
 """
 
@@ -9,10 +10,14 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Coroutine
+from contextlib import suppress
 from typing import cast
 from weakref import WeakValueDictionary
 
 from lynearm.wire.errors import LynearmError
+
+LAST_WRITE_SECONDS = 2.0
+"""How long a call that must end waits for its peer to take the message under way."""
 
 
 class StreamTail:
@@ -51,8 +56,16 @@ class StreamTail:
         return cast("LynearmError", self._end_reason)  # `end` sets it before the event
 
 
-async def run_until_end(tail: StreamTail, work: Coroutine[object, object, None]) -> None:
+async def run_until_end(
+    tail: StreamTail, work: Coroutine[object, object, None], *, writing: asyncio.Lock | None = None
+) -> None:
     """Run `work` to its end, unless calls on the stream must end before; then it is cancelled.
+
+    Args:
+        tail: Says when calls must end.
+        work: The call's work.
+        writing: Held by `work` while it writes to its peer. It is cancelled between two writes where it
+            can be: gRPC takes no status for a call that has a message under way.
 
     Raises:
         LynearmError: why calls must end; else whatever `work` raises.
@@ -61,6 +74,9 @@ async def run_until_end(tail: StreamTail, work: Coroutine[object, object, None])
     ending = asyncio.create_task(tail.wait_end())
     try:
         await asyncio.wait((working, ending), return_when=asyncio.FIRST_COMPLETED)
+        if not working.done() and writing is not None:
+            with suppress(TimeoutError):
+                await asyncio.wait_for(writing.acquire(), LAST_WRITE_SECONDS)
         if not working.done():
             raise ending.result()
         working.result()
@@ -86,6 +102,10 @@ class Tails:
             if self._draining is not None:
                 tail.end(self._draining)
         return tail
+
+    def stream_ids(self) -> list[int]:
+        """Streams whose tails somebody holds."""
+        return list(self._tails.keys())
 
     def advance(self, stream_id: int, next_offset: int, *, sealed: bool = False) -> None:
         """Pass on that a stream got further."""

@@ -1,15 +1,32 @@
 """The catalog's transactions in SQL: what each does with a connection inside its transaction.
 
 Nothing here knows a database by name, a thread or an event loop; the caller begins and commits.
+
+Where transactions run side by side, at READ COMMITTED, row locks keep them apart; SQLite, whose writers
+queue, leaves the locks out. Whatever changes a stream first locks its row, then rows of producers, then
+rows of objects, and several of a kind ascending by id: so nobody waits in a circle, and what is read after
+the stream's lock stays true until the end.
 """
 
 from __future__ import annotations
 
 import time
 from collections.abc import Iterable, Iterator, Sequence
-from typing import Any, TypeVar
+from typing import Any
 
-from sqlalchemy import ColumnElement, Connection, RowMapping, delete, func, insert, select, update
+from sqlalchemy import (
+    Column,
+    ColumnElement,
+    Connection,
+    RowMapping,
+    Select,
+    delete,
+    false,
+    func,
+    insert,
+    select,
+    update,
+)
 
 from lynearm.traces import failpoints
 from lynearm.traces.admission import (
@@ -28,13 +45,17 @@ from lynearm.traces.catalog import (
     FinishedPrompt,
     NewBlock,
     Producer,
+    StreamChange,
     StreamRecord,
     stream_not_found,
 )
 from lynearm.traces.dictionaries import MAX_DICTIONARIES, short_digest
+from lynearm.traces.expiry import chunked, release_objects
 from lynearm.traces.schema import (
+    block_store,
     blocks,
     dictionaries,
+    expired_blocks,
     finished_prompts,
     objects,
     producers,
@@ -46,13 +67,12 @@ from lynearm.wire.errors import (
     DictionaryLimitError,
     DictionaryNotFoundError,
     PreconditionError,
+    ServiceUnavailableError,
     StreamExistsError,
 )
 from lynearm.wire.protobuf import StreamInfo, spec_from_proto, spec_to_proto
+from lynearm.wire.retention import Retention
 from lynearm.wire.specs import StreamSpec
-
-_MAX_VARIABLES = 500
-"""Values per IN list: SQLite compiles a statement for each length, and old builds stop at 999."""
 
 _PROGRESS = (
     "next_offset",
@@ -61,24 +81,32 @@ _PROGRESS = (
     "completion_token_count",
     "size_bytes",
     "finished_prompt_count",
+    "retained_bytes",
 )
 
 _DICTIONARIES = ("dictionary_count", "dictionary_bytes")
 
-T = TypeVar("T")
-
 
 def get_stream(connection: Connection, name: str) -> StreamRecord:
     """See `Catalog.get_stream`."""
-    row = connection.execute(select(streams).where(streams.c.name == name)).mappings().one_or_none()
-    if row is None:
-        raise stream_not_found(name)
-    return _record(row)
+    return _record(_stream_row(connection, select(streams).where(_is_named(name)), name))
 
 
 def list_streams(connection: Connection) -> list[StreamRecord]:
     """See `Catalog.list_streams`."""
-    return [_record(row) for row in connection.execute(select(streams).order_by(streams.c.name)).mappings()]
+    records = [_record(row) for row in connection.execute(select(streams)).mappings()]
+    # Not in the query: databases order text by the customs of some country.
+    return sorted(records, key=lambda record: record.name)
+
+
+def find_progress(connection: Connection, stream_ids: Sequence[int]) -> dict[int, StreamChange]:
+    """See `Catalog.find_progress`."""
+    columns = (streams.c.id, streams.c.name, streams.c.next_offset, streams.c.sealed)
+    return {
+        row.id: StreamChange(row.id, row.name, row.next_offset, "sealed" if row.sealed else "open")
+        for chunk in chunked(stream_ids)
+        for row in connection.execute(select(*columns).where(streams.c.id.in_(chunk)))
+    }
 
 
 def count_streams(connection: Connection, besides: str) -> int:
@@ -88,7 +116,18 @@ def count_streams(connection: Connection, besides: str) -> int:
 
 def seal_stream(connection: Connection, name: str) -> StreamRecord:
     """See `Catalog.seal_stream`."""
-    connection.execute(update(streams).where(streams.c.name == name).values(sealed=True))
+    connection.execute(update(streams).where(_is_named(name)).values(sealed=True))
+    return get_stream(connection, name)
+
+
+def set_retention(connection: Connection, name: str, retention: Retention) -> StreamRecord:
+    """See `Catalog.set_retention`."""
+    values = {
+        "max_age_seconds": retention.max_age_seconds,
+        "max_bytes": retention.max_bytes,
+        "read_by": " ".join(retention.consumers),
+    }
+    connection.execute(update(streams).where(_is_named(name)).values(values))
     return get_stream(connection, name)
 
 
@@ -118,24 +157,18 @@ def create_stream(connection: Connection, spec: StreamSpec, allow_existing: bool
 
 def delete_stream(connection: Connection, name: str) -> DeletedStream:
     """See `Catalog.delete_stream`."""
-    stream_id = get_stream(connection, name).stream_id
+    stream_id = _lock_stream(connection, name).stream_id
     of_stream = select(blocks.c.object_id).where(blocks.c.stream_id == stream_id).distinct()
     touched = list(connection.scalars(of_stream))
-    for table in (finished_prompts, blocks, producers, dictionaries):
+    for table in (finished_prompts, blocks, expired_blocks, producers, dictionaries):
         connection.execute(delete(table).where(table.c.stream_id == stream_id))
     connection.execute(delete(streams).where(streams.c.id == stream_id))
-    keys: list[str] = []
-    for chunk in _chunks(touched):
-        in_use = select(blocks.c.object_id).where(blocks.c.object_id == objects.c.id).exists()
-        unused = objects.c.id.in_(chunk) & ~in_use
-        keys += connection.scalars(select(objects.c.key).where(unused))
-        connection.execute(delete(objects).where(unused))
-    return DeletedStream(stream_id, tuple(keys))
+    return DeletedStream(stream_id, tuple(release_objects(connection, touched)))
 
 
 def open_producer(connection: Connection, stream_name: str, producer_id: str, epoch: int) -> Producer:
     """See `Catalog.open_producer`."""
-    stream = get_stream(connection, stream_name)
+    stream = _lock_stream(connection, stream_name)
     identity = (producers.c.stream_id == stream.stream_id) & (producers.c.producer_id == producer_id)
     row = connection.execute(select(producers).where(identity)).mappings().one_or_none()
     if epoch:
@@ -169,6 +202,7 @@ def commit(connection: Connection, stored: StoredObject, group: Sequence[NewBloc
     state = _load_state(connection, group)
     outcomes = admit(group, state)
     if state.admitted:
+        _check_object(connection, stored.key)
         _store_state(connection, group, state)
         _insert_blocks(connection, stored, group, state.admitted)
         failpoints.reach("catalog.before_commit")
@@ -205,7 +239,7 @@ def list_finished_prompts(
 
 def put_dictionary(connection: Connection, stream_name: str, digest: bytes, content: bytes) -> None:
     """See `Catalog.put_dictionary`."""
-    stream = get_stream(connection, stream_name)
+    stream = _lock_stream(connection, stream_name)
     if has_dictionary(connection, stream.stream_id, digest):
         return
     if stream.info.sealed:
@@ -244,12 +278,30 @@ def has_dictionary(connection: Connection, stream_id: int, digest: bytes) -> boo
     return connection.scalar(found) is not None
 
 
-def find_unreferenced(connection: Connection, object_keys: Sequence[str]) -> list[str]:
-    """See `Catalog.find_unreferenced`."""
-    known: set[str] = set()
-    for chunk in _chunks(object_keys):
-        known.update(connection.scalars(select(objects.c.key).where(objects.c.key.in_(chunk))))
-    return [key for key in object_keys if key not in known]
+def adopt_store(connection: Connection, identity: str) -> str:
+    """See `Catalog.adopt_store`."""
+    found = connection.scalar(select(block_store.c.identity))
+    if found is None:
+        connection.execute(insert(block_store).values(id=1, identity=identity))
+        return identity
+    return str(found)
+
+
+def _is_named(name: str) -> ColumnElement[bool]:
+    # No stream has such a name, and PostgreSQL takes no text with NUL, not even to compare with.
+    return streams.c.name == name if "\0" not in name else false()
+
+
+def _stream_row(connection: Connection, query: Select[Any], name: str) -> RowMapping:
+    row = connection.execute(query).mappings().one_or_none()
+    if row is None:
+        raise stream_not_found(name)
+    return row
+
+
+def _lock_stream(connection: Connection, name: str) -> StreamRecord:
+    query = select(streams).where(_is_named(name)).with_for_update()
+    return _record(_stream_row(connection, query, name))
 
 
 def _record(row: RowMapping) -> StreamRecord:
@@ -257,6 +309,8 @@ def _record(row: RowMapping) -> StreamRecord:
         spec=spec_from_proto(trace_pb2.StreamSpec.FromString(row["spec"])),
         sealed=row["sealed"],
         created_unix_nano=row["created_unix_nano"],
+        first_offset=row["first_offset"],
+        retention=Retention(row["max_age_seconds"], row["max_bytes"], tuple(row["read_by"].split())),
         **{column: row[column] for column in (*_PROGRESS, *_DICTIONARIES)},
     )
     return StreamRecord(row["id"], info)
@@ -293,20 +347,25 @@ def _load_state(connection: Connection, group: Sequence[NewBlock]) -> GroupState
 
 def _load_streams(connection: Connection, stream_ids: Iterable[int]) -> dict[int, StreamProgress]:
     columns = (streams.c.id, streams.c.sealed, *(streams.c[name] for name in _PROGRESS))
-    return {
-        key: StreamProgress(*rest)
-        for chunk in _chunks(stream_ids)
-        for key, *rest in connection.execute(select(*columns).where(streams.c.id.in_(chunk)))
-    }
+    return {key: StreamProgress(*rest) for key, *rest in _lock_rows(connection, columns, stream_ids)}
 
 
 def _load_producers(connection: Connection, keys: Iterable[int]) -> dict[int, ProducerProgress]:
     columns = (producers.c.id, producers.c.epoch, producers.c.last_sequence)
     return {
         key: ProducerProgress(epoch, last_sequence)
-        for chunk in _chunks(keys)
-        for key, epoch, last_sequence in connection.execute(select(*columns).where(producers.c.id.in_(chunk)))
+        for key, epoch, last_sequence in _lock_rows(connection, columns, keys)
     }
+
+
+def _lock_rows(
+    connection: Connection, columns: Sequence[Column[Any]], ids: Iterable[int]
+) -> Iterator[tuple[Any, ...]]:
+    """The rows of these ids, the first column, locked ascending."""
+    key = columns[0]
+    for chunk in chunked(sorted(ids)):
+        query = select(*columns).where(key.in_(chunk)).order_by(key).with_for_update(key_share=True)
+        yield from (tuple(row) for row in connection.execute(query))
 
 
 def _load_published(connection: Connection, group: Sequence[NewBlock], state: GroupState) -> None:
@@ -316,16 +375,18 @@ def _load_published(connection: Connection, group: Sequence[NewBlock], state: Gr
             continue
         if block.sequence > producer.last_sequence:
             continue
-        row = connection.execute(
-            select(blocks.c.offset, blocks.c.size_bytes, blocks.c.checksum).where(
-                blocks.c.producer_key == block.producer.key,
-                blocks.c.epoch == producer.epoch,
-                blocks.c.sequence == block.sequence,
-            )
-        ).one_or_none()
-        if row is not None:
-            known = PublishedBlock(row.offset, row.size_bytes, int.from_bytes(row.checksum))
-            state.published[block.producer.key, block.sequence] = known
+        for table in (blocks, expired_blocks):
+            row = connection.execute(
+                select(table.c.offset, table.c.size_bytes, table.c.checksum).where(
+                    table.c.producer_key == block.producer.key,
+                    table.c.epoch == producer.epoch,
+                    table.c.sequence == block.sequence,
+                )
+            ).one_or_none()
+            if row is not None:
+                known = PublishedBlock(row.offset, row.size_bytes, int.from_bytes(row.checksum))
+                state.published[block.producer.key, block.sequence] = known
+                break
 
 
 def _load_finished(connection: Connection, group: Sequence[NewBlock], state: GroupState) -> None:
@@ -333,7 +394,7 @@ def _load_finished(connection: Connection, group: Sequence[NewBlock], state: Gro
     for block in group:
         prompts_by_stream.setdefault(block.producer.stream_id, set()).update(block.finished_prompt_ids)
     for stream_id, prompt_ids in prompts_by_stream.items():
-        for chunk in _chunks(prompt_ids):
+        for chunk in chunked(prompt_ids):
             found = connection.scalars(
                 select(finished_prompts.c.prompt_id).where(
                     finished_prompts.c.stream_id == stream_id, finished_prompts.c.prompt_id.in_(chunk)
@@ -353,13 +414,22 @@ def _store_state(connection: Connection, group: Sequence[NewBlock], state: Group
         connection.execute(update(producers).where(producers.c.id == key).values(last_sequence=last))
 
 
+def _check_object(connection: Connection, key: str) -> None:
+    if connection.scalar(select(objects.c.id).where(objects.c.key == key)) is not None:
+        raise ServiceUnavailableError(
+            f"object {key} was collected as garbage before its blocks were committed",
+            "publish again; and see why this server was so slow",
+        )
+
+
 def _insert_blocks(
     connection: Connection,
     stored: StoredObject,
     group: Sequence[NewBlock],
     admitted: Sequence[tuple[int, int]],
 ) -> None:
-    object_id = _inserted_key(connection, insert(objects).values(key=stored.key).returning(objects.c.id))
+    values = {"key": stored.key, "created_unix_nano": time.time_ns()}
+    object_id = _inserted_key(connection, insert(objects).values(values).returning(objects.c.id))
     rows = [_block_row(group[index], offset, object_id, stored.spans[index]) for index, offset in admitted]
     connection.execute(insert(blocks), rows)
     finished: list[dict[str, Any]] = [
@@ -391,9 +461,3 @@ def _block_row(block: NewBlock, offset: int, object_id: int, span: Span) -> dict
 def _inserted_key(connection: Connection, statement: Any) -> int:
     # Any: SQLAlchemy's type of INSERT … RETURNING names private generics.
     return int(connection.execute(statement).scalar_one())
-
-
-def _chunks(values: Iterable[T]) -> Iterator[list[T]]:
-    remaining = list(values)
-    for start in range(0, len(remaining), _MAX_VARIABLES):
-        yield remaining[start : start + _MAX_VARIABLES]
