@@ -94,6 +94,7 @@ def test_a_scope_that_is_none_is_refused(text: str) -> None:
     ("text", "problem"),
     [
         ("[[tokens]", "not TOML"),
+        ("tokens = " + "[" * 100_000, "not TOML"),
         ("[other]\n", "something besides"),
         ("tokens = 1", "something besides"),
         ("tokens = [1]", "token 1 is not a table"),
