@@ -59,7 +59,7 @@ class AnonymousCallers:
         """See `Callers.identify`."""
         host = peer_host(peer)
         if host not in self._by_host:
-            # Those without a call would start afresh anyway, save for a rate that has a second's memory.
+            # Those that are idle would start afresh anyway, but for less than a second's slack.
             self._by_host = {name: one for name, one in self._by_host.items() if not one.limits.is_idle}
             self._by_host[host] = Caller(host, (Scope("admin", "*"),), CallerLimits(self._quota))
         return self._by_host[host]
