@@ -104,6 +104,8 @@ class _Run:
         self._lives: Counter[str] = Counter()
         self._processes: dict[str, ForkServerProcess] = {}
         self._point = ""
+        self._is_unsynced = False
+        """Whether a commit that was never synced is in the data, for the next server to find."""
         self._ready: Connection | None = None
 
     def start(self) -> None:
@@ -178,7 +180,7 @@ class _Run:
         for role in list(self._processes):
             self._kill(role)
         self._outcome.kills["all four at once"] += 1
-        self._fail_power()
+        self._fail_power(0.5)
         self._start_server(self._draw_failpoints())
         for role in _CLIENTS:
             self._start_client(role)
@@ -186,6 +188,9 @@ class _Run:
     def _draw_failpoints(self) -> str:
         """A point to die at, for most; a slow disk, for some: then more is under way when a client dies."""
         rng = self._rng
+        if self._is_unsynced and rng.random() < 0.7:
+            # It dies before it has synced a commit of its own, and with it what it found.
+            return "store.before_write=kill@1"
         point = "" if rng.random() < 0.35 else rng.choice(failpoints.NAMES)
         drawn = [f"{point}=kill@{rng.randint(1, 8)}"] if point else []
         if rng.random() < 0.25 and point != SLOW_POINT:
@@ -207,13 +212,15 @@ class _Run:
         self._kill("server")
         self._site.unsynced_kill.unlink(missing_ok=True)
         self._outcome.kills[how] += 1
-        self._fail_power()
+        was_unsynced, self._is_unsynced = self._is_unsynced, how == UNSYNCED_POINT
+        self._fail_power(0.9 if was_unsynced else 0.5)
 
-    def _fail_power(self) -> None:
+    def _fail_power(self, probability: float) -> None:
         """Take from the data, at times, what the server has not synced."""
-        if not self._power_failures or self._rng.random() < 0.5:
+        if not self._power_failures or self._rng.random() > probability:
             return
         self._outcome.power_failures += 1
+        self._is_unsynced = False
         site = self._site
         for name in _files(site.data) - _files(site.kept):
             (site.data / name).unlink()
