@@ -22,7 +22,6 @@ import json
 import multiprocessing
 import os
 import shutil
-import subprocess
 import sys
 import tempfile
 import time
@@ -32,7 +31,9 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from faults_ledger import Verdict
-from faults_site import FaultFound, Outcome, run_site
+from faults_power import build_library
+from faults_processes import FaultFound
+from faults_site import Outcome, run_site
 
 KILLS_PER_SITE = 50
 
@@ -110,13 +111,9 @@ def _shares(kills: int, sites: int) -> Iterator[int]:
 
 
 def _preload_power_failures(directory: Path) -> bool:
-    """Have servers keep what a power failure would leave; False where there is no C compiler."""
-    library = directory / "power_failure.so"
-    source = Path(__file__).with_name("power_failure.c")
-    try:
-        subprocess.run(["cc", "-shared", "-fPIC", "-O1", "-o", str(library), str(source)], check=True)
-    except (OSError, subprocess.CalledProcessError) as error:
-        print(f"no power failures: {error}", file=sys.stderr)
+    library = build_library(directory)
+    if library is None:
+        print("no power failures: there is no C compiler, or it cannot build them", file=sys.stderr)
         return False
     os.environ["LD_PRELOAD"] = str(library)
     return True

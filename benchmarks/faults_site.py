@@ -7,18 +7,13 @@ started again at once. In the end everything may finish in peace.
 
 from __future__ import annotations
 
-import multiprocessing
-import os
 import random
-import shutil
 import socket
-import threading
 import time
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from multiprocessing.connection import Connection
-from multiprocessing.context import ForkServerProcess
 from pathlib import Path
 
 from faults_ledger import (
@@ -31,6 +26,8 @@ from faults_ledger import (
     read_reading,
     stream_spec,
 )
+from faults_power import lose_unsynced
+from faults_processes import KILLED, STALL_SECONDS, FaultFound, Processes, context
 from faults_roles import STREAM, Site, follow, publish, serve, work
 
 from lynearm.client import TraceClient
@@ -44,20 +41,7 @@ UNSYNCED_POINT = "catalog.before_sync"
 
 SLOW_POINT = "catalog.before_commit"
 
-STALL_SECONDS = 90.0
-"""Without any progress: a hang, which is a finding."""
-
 _CLIENTS: dict[str, Callable[..., None]] = {"publisher": publish, "worker": work, "subscriber": follow}
-_KILLED = -9
-_context = multiprocessing.get_context("forkserver")
-
-# Starting a process, multiprocessing looks whether any other has ended; two threads that look at the same
-# one both read its exit status, which is there once.
-_lock = threading.Lock()
-
-
-class FaultFound(Exception):
-    """Something happened that no kill explains."""
 
 
 @dataclass(slots=True)
@@ -102,8 +86,10 @@ class _Run:
         self._power_failures = power_failures
         self._outcome = Outcome()
         self._lives: Counter[str] = Counter()
-        self._processes: dict[str, ForkServerProcess] = {}
+        self._processes = Processes(site.directory)
         self._point = ""
+        self._is_unsynced = False
+        """Whether a commit that was never synced is in the data, for the next server to find."""
         self._ready: Connection | None = None
 
     def start(self) -> None:
@@ -120,7 +106,7 @@ class _Run:
         rng = self._rng
         roles = ["server", *_CLIENTS]
         role = "server" if is_last else rng.choices(roles, [6, 2, 2, 2])[0]
-        if not _is_alive(self._processes["server"]):
+        if not self._processes.is_alive("server"):
             role = "server"
         if rng.random() < 0.05 and not is_last:
             self._kill_all()
@@ -132,21 +118,21 @@ class _Run:
                 return
         else:
             time.sleep(rng.uniform(0, 0.1))
-            self._kill(role)
+            self._processes.kill(role)
             self._outcome.kills[role] += 1
             self._start_client(role)
-        self._await_progress(also_dead_server=True)
+        self._await_progress(may_meet_point=True)
 
     def finish(self) -> Outcome:
         """Let everybody finish, and judge what the subscriber and a later reader got."""
         site, outcome = self._site, self._outcome
         site.stop()
         for role in ("publisher", "worker"):
-            self._await_end(role)
+            self._processes.await_success(role)
         with TraceClient(site.target) as client:
             client.wait_until_ready(STALL_SECONDS)
             client.seal_stream(STREAM)
-            self._await_end("subscriber")
+            self._processes.await_success("subscriber")
             finished = {int(prompt) for prompt in client.finished_prompts(STREAM)}
         acked: dict[str, int] = {}
         for role in ("publisher", "worker"):
@@ -158,7 +144,7 @@ class _Run:
         reading = read_reading(site.ledger("subscriber"))
         outcome.verdict = judge(reading, acked, finished)
         # Once more from the files alone: the memory of the server that wrote them is gone.
-        self._kill("server")
+        self._processes.kill("server")
         self._start_server("")
         again = judge(self._read_all(), acked, finished)
         again.acked = again.read = 0
@@ -166,19 +152,14 @@ class _Run:
         return outcome
 
     def end(self) -> None:
-        for process in self._processes.values():
-            process.kill()
-            _wait(process)
+        self._processes.end()
 
     def _kill_all(self) -> None:
         """Kill everybody in the same instant, as far as there is one."""
         time.sleep(self._rng.uniform(0, 0.1))
-        for process in self._processes.values():
-            process.kill()
-        for role in list(self._processes):
-            self._kill(role)
+        self._processes.kill(*self._processes.roles)
         self._outcome.kills["all four at once"] += 1
-        self._fail_power()
+        self._fail_power(0.5)
         self._start_server(self._draw_failpoints())
         for role in _CLIENTS:
             self._start_client(role)
@@ -186,6 +167,9 @@ class _Run:
     def _draw_failpoints(self) -> str:
         """A point to die at, for most; a slow disk, for some: then more is under way when a client dies."""
         rng = self._rng
+        if self._is_unsynced and rng.random() < 0.7:
+            # It dies before it has synced a commit of its own, and with it what it found.
+            return "store.before_write=kill@1"
         point = "" if rng.random() < 0.35 else rng.choice(failpoints.NAMES)
         drawn = [f"{point}=kill@{rng.randint(1, 8)}"] if point else []
         if rng.random() < 0.25 and point != SLOW_POINT:
@@ -193,90 +177,64 @@ class _Run:
         return ";".join(drawn)
 
     def _kill_server(self) -> None:
-        process = self._processes["server"]
         if not self._point and self._power_failures and self._rng.random() < 0.3:
             self._point = UNSYNCED_POINT
             self._site.unsynced_kill.touch()
         if self._point:
-            _wait(process, POINT_SECONDS)
-        elif _is_alive(process):
+            self._processes.wait("server", POINT_SECONDS)
+        else:
             time.sleep(self._rng.uniform(0, 0.15))
-        how = self._point if not _is_alive(process) else "server, any instant"
-        if _is_alive(process) and not self._is_ready():
-            how = "server, starting"
-        self._kill("server")
+        how = self._point
+        if self._processes.is_alive("server"):
+            how = "server, any instant" if self._is_ready() else "server, starting"
+        self._processes.kill("server")
         self._site.unsynced_kill.unlink(missing_ok=True)
         self._outcome.kills[how] += 1
-        self._fail_power()
+        was_unsynced, self._is_unsynced = self._is_unsynced, how == UNSYNCED_POINT
+        self._fail_power(0.9 if was_unsynced else 0.5)
 
-    def _fail_power(self) -> None:
+    def _fail_power(self, probability: float) -> None:
         """Take from the data, at times, what the server has not synced."""
-        if not self._power_failures or self._rng.random() < 0.5:
+        if not self._power_failures or self._rng.random() > probability:
             return
         self._outcome.power_failures += 1
-        site = self._site
-        for name in _files(site.data) - _files(site.kept):
-            (site.data / name).unlink()
-        for name in _files(site.kept):
-            kept, found = site.kept / name, site.data / name
-            # Objects never change; there are too many to copy them each time.
-            if name.startswith("catalog") or _size(kept) != _size(found):
-                found.parent.mkdir(parents=True, exist_ok=True)
-                shutil.copyfile(kept, found)
-        shutil.rmtree(site.kept.with_suffix(".pending"), ignore_errors=True)
-
-    def _kill(self, role: str) -> None:
-        process = self._processes[role]
-        process.kill()
-        _wait(process)
-        if process.exitcode != _KILLED:
-            raise FaultFound(f"the {role} ended by itself with {process.exitcode}{self._last_log(role)}")
+        self._is_unsynced = False
+        lose_unsynced(self._site.data, self._site.kept)
 
     def _start_server(self, description: str) -> None:
         self._point = description.partition("=")[0] if "=kill" in description else ""
         if self._ready is not None:
             self._ready.close()
-        self._ready, theirs = _context.Pipe(duplex=False)
-        self._start("server", serve, self._site, description, theirs)
+        self._ready, theirs = context.Pipe(duplex=False)
+        self._processes.start("server", serve, self._site, description, theirs)
         theirs.close()
 
     def _start_client(self, role: str) -> None:
         self._lives[role] += 1
         arguments = (self._site,) if role == "subscriber" else (self._site, self._lives[role])
-        self._start(role, _CLIENTS[role], *arguments)
-
-    def _start(self, role: str, body: Callable[..., None], *arguments: object) -> None:
-        with _lock:
-            process = _context.Process(target=body, args=arguments, daemon=True)
-            process.start()
-        self._processes[role] = process
+        self._processes.start(role, _CLIENTS[role], *arguments)
 
     def _is_ready(self) -> bool:
         return self._ready is not None and self._ready.poll()
 
-    def _await_progress(self, *, also_dead_server: bool = False) -> None:
+    def _await_progress(self, *, may_meet_point: bool = False) -> None:
         """Wait until blocks were acknowledged to both producers and read, or the server has met its point."""
         ledgers = [self._site.ledger(role) for role in _CLIENTS]
         before = [_size(path) for path in ledgers]
         deadline = time.monotonic() + STALL_SECONDS
         while any(_size(path) <= size for path, size in zip(ledgers, before, strict=True)):
-            for role, process in self._processes.items():
-                if _is_alive(process):
+            for role in self._processes.roles:
+                if self._processes.is_alive(role):
                     continue
-                if role == "server" and self._point and also_dead_server and process.exitcode == _KILLED:
+                met_point = role == "server" and self._point and self._processes.exit_code(role) == KILLED
+                if may_meet_point and met_point:
                     return
-                raise FaultFound(f"the {role} ended with {process.exitcode}{self._last_log(role)}")
+                raise self._processes.ended(role)
             if time.monotonic() > deadline:
-                raise FaultFound(f"nothing went on for {STALL_SECONDS:g} s{self._last_log('server')}")
+                raise FaultFound(
+                    f"nothing went on for {STALL_SECONDS:g} s; {self._processes.ended('server')}"
+                )
             time.sleep(0.005)
-
-    def _await_end(self, role: str) -> None:
-        process = self._processes.pop(role)
-        _wait(process)
-        if process.exitcode != 0:
-            code = process.exitcode
-            process.kill()
-            raise FaultFound(f"the {role} did not finish: {code}{self._last_log(role)}")
 
     def _read_all(self) -> Reading:
         reading = Reading()
@@ -288,31 +246,6 @@ class _Run:
                 identity = Identity.of(received.block)
                 reading.add(received.offset, identity, digest_of(received.block))
         return reading
-
-    def _last_log(self, role: str) -> str:
-        path = self._site.directory / f"{role}.log"
-        lines = path.read_text(errors="replace").splitlines()[-30:] if path.exists() else []
-        return "\n" + "\n".join(lines)
-
-
-def _is_alive(process: ForkServerProcess) -> bool:
-    with _lock:
-        return process.is_alive()
-
-
-def _wait(process: ForkServerProcess, seconds: float = STALL_SECONDS) -> None:
-    """Wait for the end of a process, for so long."""
-    deadline = time.monotonic() + seconds
-    while _is_alive(process) and time.monotonic() < deadline:
-        time.sleep(0.002)
-
-
-def _files(directory: Path) -> set[str]:
-    return {
-        os.path.relpath(os.path.join(parent, name), directory)
-        for parent, _, names in os.walk(directory)
-        for name in names
-    }
 
 
 def _size(path: Path) -> int:

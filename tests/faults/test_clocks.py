@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from faults.processes import Server, publish_singly, read_all
+from models.server_process import Server, publish_singly, read_all
 from traces.harness import make_block
 
 from lynearm.client import TraceClient
@@ -26,7 +26,7 @@ print(len(seen))
 
 _CLIENT = """
 import sys
-from faults.processes import publish_singly
+from models.server_process import publish_singly
 from lynearm.client import TraceClient
 with TraceClient(sys.argv[1]) as client:
     blocks = iter(client.subscribe("s"))

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from faults.processes import Server, object_files, publish_singly, read_all
+from models.server_process import Server, object_files, publish_singly, read_all
 from traces.harness import make_block, make_spec
 
 from lynearm.client import TraceClient

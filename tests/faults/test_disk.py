@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from faults.processes import Server, ServerEnded, object_files, publish_singly, read_all
+from models.server_process import Server, ServerEnded, object_files, publish_singly, read_all
 from traces.harness import make_block, make_spec
 
 from lynearm.client import TraceClient

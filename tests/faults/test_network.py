@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from faults.processes import Server, read_all
-from faults.proxy import Proxy
+from models.server_process import Server, read_all
+from models.tcp_proxy import Proxy
 from traces.harness import make_block, make_spec
 
 from lynearm.client import TraceClient

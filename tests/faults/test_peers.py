@@ -13,7 +13,7 @@ from pathlib import Path
 
 import grpc
 import pytest
-from faults.processes import Server, publish_singly, read_all
+from models.server_process import Server, publish_singly, read_all
 from traces.harness import make_block, make_spec
 
 from lynearm.client import TraceClient

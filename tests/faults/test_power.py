@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-import shutil
-import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
-from faults.processes import Server, object_files, read_all
+
+sys.path.append(str(Path(__file__).resolve().parents[2] / "benchmarks"))
+from faults_power import build_library, lose_unsynced  # no package
+from models.server_process import Server, object_files, read_all
 from traces.harness import make_block, make_spec
 
 from lynearm.client import TraceClient
-
-SOURCE = Path(__file__).resolve().parents[2] / "benchmarks" / "power_failure.c"
 
 
 class Power:
@@ -31,9 +30,7 @@ class Power:
         }
 
     def fail(self) -> None:
-        shutil.rmtree(self.data)
-        shutil.copytree(self._kept, self.data)
-        shutil.rmtree(self._kept.with_suffix(".pending"), ignore_errors=True)
+        lose_unsynced(self.data, self._kept)
 
     @contextmanager
     def dying_at_the_next_commit(self) -> Iterator[None]:
@@ -46,11 +43,9 @@ class Power:
 
 @pytest.fixture
 def power(tmp_path: Path) -> Power:
-    compiler = shutil.which("cc")
-    if compiler is None or not sys.platform.startswith("linux"):
-        pytest.skip("power failures are made with a C compiler and LD_PRELOAD")
-    library = tmp_path / "power_failure.so"
-    subprocess.run([compiler, "-shared", "-fPIC", "-O1", "-o", str(library), str(SOURCE)], check=True)
+    library = build_library(tmp_path)
+    if library is None:
+        pytest.skip("power failures need a C compiler, and Linux")
     return Power(tmp_path.resolve(), library)
 
 

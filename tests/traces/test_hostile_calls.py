@@ -173,6 +173,14 @@ def test_headers_that_are_too_large_are_refused(server: RunningServer, size: int
     check_health(server)
 
 
+def test_a_small_message_that_unpacks_to_a_large_one_is_refused(server: RunningServer) -> None:
+    request = pb.GetStreamRequest(name="x" * (64 << 20))  # some 64 KiB on the wire
+    with pytest.raises(grpc.RpcError) as caught:
+        server.stub.GetStream(request, compression=grpc.Compression.Gzip, timeout=60)
+    assert code(caught.value) == "RESOURCE_EXHAUSTED"
+    check_health(server)
+
+
 HTTP2_PREFACE = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n"
 
 

@@ -123,6 +123,12 @@ def test_an_address_beyond_loopback_needs_tls_and_tokens_or_consent(tmp_path: Pa
         ServeConfig(tmp_path, host=host)
 
 
+def test_an_open_server_is_warned_about(start_server: StartServer, caplog: pytest.LogCaptureFixture) -> None:
+    start_server(host="0.0.0.0", insecure=True)
+    warnings = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
+    assert [text.split(",")[0] for text in warnings] == ["without tokens", "without TLS"]
+
+
 @pytest.mark.parametrize(
     "field",
     [

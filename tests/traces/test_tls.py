@@ -178,3 +178,24 @@ def test_tls_settings_come_together(tmp_path: Path) -> None:
     for settings in ({"tls_cert": tmp_path}, {"tls_key": tmp_path}, {"tls_client_ca": tmp_path}):
         with pytest.raises(ConfigError, match=r"tls_cert"):
             ServeConfig(**settings)
+
+
+def test_only_recent_versions_of_tls_are_spoken(start_server: StartServer, files: CertificateFiles) -> None:
+    server = start_tls(start_server, files)
+
+    def version(oldest: ssl.TLSVersion, newest: ssl.TLSVersion) -> str | None:
+        context = ssl.create_default_context(cafile=files.ca)
+        context.set_alpn_protocols(["h2"])
+        context.set_ciphers("ALL:@SECLEVEL=0")  # this end would speak anything
+        context.minimum_version, context.maximum_version = oldest, newest
+        with (
+            socket.create_connection(("127.0.0.1", server.server.port), timeout=20) as plain,
+            context.wrap_socket(plain, server_hostname="127.0.0.1") as encrypted,
+        ):
+            return encrypted.version()
+
+    versions = ssl.TLSVersion
+    assert version(versions.TLSv1_2, versions.TLSv1_3) == "TLSv1.3"
+    assert version(versions.TLSv1_2, versions.TLSv1_2) == "TLSv1.2"
+    with pytest.warns(DeprecationWarning, match="deprecated"), pytest.raises(ssl.SSLError):
+        version(versions.TLSv1, versions.TLSv1_1)

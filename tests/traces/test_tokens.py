@@ -13,6 +13,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from traces.certificates import TokenFile
+from traces.harness import LoopThread
 
 from lynearm.traces import tokens as tokens_module
 from lynearm.traces.callers import AnonymousCallers, TokenCallers, bearer_token, peer_host
@@ -94,6 +95,7 @@ def test_a_scope_that_is_none_is_refused(text: str) -> None:
     ("text", "problem"),
     [
         ("[[tokens]", "not TOML"),
+        ("tokens = " + "[" * 100_000, "not TOML"),
         ("[other]\n", "something besides"),
         ("tokens = 1", "something besides"),
         ("tokens = [1]", "token 1 is not a table"),
@@ -272,6 +274,14 @@ def test_without_tokens_everybody_may_and_an_address_shares_its_limits() -> None
             callers.identify((), f"ipv4:10.1.{number % 250}.{number // 250}:1")
         assert first is callers.identify((), "ipv4:10.0.0.1:7000"), "it has a call"
     assert first.may("admin", "anything")
+
+
+def test_an_address_that_took_too_much_does_not_start_afresh(loop: LoopThread) -> None:
+    callers = AnonymousCallers(CallerQuota(10, publish_bytes_per_second=1.0))
+    first = callers.identify((), "ipv4:10.0.0.1:5000")
+    loop.run(first.limits.pay_for_publish("a", 1000))
+    callers.identify((), "ipv4:10.0.0.2:5000")
+    assert first is callers.identify((), "ipv4:10.0.0.1:6000")
 
 
 @pytest.mark.parametrize(

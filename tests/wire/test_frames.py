@@ -11,6 +11,7 @@ from lynearm.wire.fields import read_fields, varint
 from lynearm.wire.frames import (
     PublishBlock,
     PublishOpen,
+    frame_damaged_block,
     frame_fetch_response,
     frame_publish_block,
     frame_publish_open,
@@ -134,6 +135,17 @@ def test_subscribe_responses_match_the_generated_code(offset: int) -> None:
     assert message.SerializeToString() == data
     parsed = parse_subscribe_response(data)
     assert (parsed.offset, bytes(parsed.block), parsed.next_offset) == (offset, BLOCK, offset + 4)
+
+
+def test_named_damage_matches_the_generated_code() -> None:
+    data = frame_damaged_block(7, "block 7 is beschädigt", 9)
+    message = trace_service_pb2.SubscribeResponse.FromString(data)
+    assert (message.offset, message.damage, message.next_offset) == (7, "block 7 is beschädigt", 9)
+    assert not message.HasField("block")
+    parsed = parse_subscribe_response(message.SerializeToString())
+    assert (parsed.offset, parsed.damage, parsed.next_offset) == (7, "block 7 is beschädigt", 9)
+    assert not parsed.block
+    assert parse_subscribe_response(frame_subscribe_response(7, BLOCK, 9)).damage == ""
 
 
 def test_fetch_responses_match_the_generated_code() -> None:

@@ -59,7 +59,7 @@ class AnonymousCallers:
         """See `Callers.identify`."""
         host = peer_host(peer)
         if host not in self._by_host:
-            # Those without a call would start afresh anyway, save for a rate that has a second's memory.
+            # Those that are idle would start afresh anyway, but for less than a second's slack.
             self._by_host = {name: one for name, one in self._by_host.items() if not one.limits.is_idle}
             self._by_host[host] = Caller(host, (Scope("admin", "*"),), CallerLimits(self._quota))
         return self._by_host[host]
@@ -101,25 +101,34 @@ class TokenCallers:
         """Take over changes of the file, and end what has expired, until cancelled."""
         while True:
             await asyncio.sleep(CHECK_SECONDS)
-            self.check_file()
+            # In a thread, since the file may lie on a network.
+            entries = await asyncio.to_thread(self._read_change)
+            if entries is not None:
+                self._take_over(entries)
             for caller in self._callers.values():
                 if not caller.is_valid:
                     caller.revoke()
 
     def check_file(self) -> None:
         """Take over the file if it changed. Never raises for what it holds."""
+        entries = self._read_change()
+        if entries is not None:
+            self._take_over(entries)
+
+    def _read_change(self) -> tuple[TokenEntry, ...] | None:
+        seen = self._fingerprint()
+        if seen == self._seen:
+            return None
+        self._seen = seen
         try:
-            seen = self._fingerprint()
-            if seen == self._seen:
-                return
-            self._seen = seen
-            self._take_over(parse_tokens(_read(self._path), str(self._path)))
+            entries = parse_tokens(_read(self._path), str(self._path))
         except ConfigError as error:
             self._on_reload(False)
             logger.error("the new tokens file is not used, the tokens in use stay: %s", error)
-        else:
-            self._on_reload(True)
-            logger.info("%d tokens of %s are in use", len(self._callers), self._path)
+            return None
+        self._on_reload(True)
+        logger.info("%d tokens of %s are in use", len(entries), self._path)
+        return entries
 
     def _take_over(self, entries: Sequence[TokenEntry]) -> None:
         # An unchanged entry keeps its caller, and so its running calls and limits.
@@ -141,10 +150,8 @@ class TokenCallers:
     def _fingerprint(self) -> tuple[int, int, int]:
         try:
             found = self._path.stat()
-        except FileNotFoundError:
+        except OSError:
             return (0, 0, 0)  # reading it says what is wrong
-        except OSError as error:
-            raise _unreadable(self._path, error) from error
         return (found.st_ino, found.st_size, found.st_mtime_ns)
 
 
@@ -185,8 +192,6 @@ def _read(path: Path) -> str:
     except UnicodeDecodeError as error:
         raise ConfigError(f"{path} is not UTF-8", "write it anew") from error
     except OSError as error:
-        raise _unreadable(path, error) from error
-
-
-def _unreadable(path: Path, error: OSError) -> ConfigError:
-    return ConfigError(f"cannot read the tokens file {path}: {error.strerror}", "name a readable file")
+        raise ConfigError(
+            f"cannot read the tokens file {path}: {error.strerror}", "name a readable file"
+        ) from error

@@ -30,7 +30,7 @@ from lynearm.traces.current_call import Call, Metadata, begin_call
 from lynearm.traces.limits import CallerQuota
 from lynearm.traces.observation import Observer
 from lynearm.traces.tokens import Caller
-from lynearm.wire.errors import AccessDeniedError, AuthenticationError, InvalidInputError, LynearmError
+from lynearm.wire.errors import AuthenticationError, InvalidInputError, LynearmError
 
 logger = logging.getLogger(__name__)
 
@@ -121,8 +121,10 @@ class _GuardedMethod:
     async def _serve(self, call: Call, caller: Caller, request: Untyped, context: Context) -> Untyped:
         if is_open(self._name):
             return await self._behaviour(_checked(request), context)
-        observers = self._interceptor.observers
-        guarded = _GuardedContext(context, call, check_caller(caller, self._name), observers)
+        rule = check_caller(caller, self._name)
+        guarded = _GuardedContext(
+            context, call, caller=caller, rule=rule, observers=self._interceptor.observers
+        )
         if self._takes_stream:
             request = guarded.messages()
         else:
@@ -137,9 +139,12 @@ class _GuardedMethod:
 class _GuardedContext:
     """A call's context that looks at each message before the method sees it, and counts what passes."""
 
-    def __init__(self, context: Context, call: Call, rule: Rule, observers: Sequence[Observer]) -> None:
+    def __init__(
+        self, context: Context, call: Call, *, caller: Caller, rule: Rule, observers: Sequence[Observer]
+    ) -> None:
         self._context = context
         self._call = call
+        self._caller = caller
         self._rule = rule
         self._observers = observers
 
@@ -171,15 +176,12 @@ class _GuardedContext:
         self._call.received_bytes += size_bytes
         for observer in self._observers:
             observer.received(self._call, size_bytes)
-        caller = self._call.caller
-        if caller is None:
-            raise AccessDeniedError("nobody is known to make this call")
         if self._rule.target is not None and self._call.target is None:
             target = self._rule.target(message)
-            check_target(caller, self._rule, target)
+            check_target(self._caller, self._rule, target)
             self._call.target = target
         if self._rule.is_metered:
-            await caller.limits.pay_for_publish(caller.name, size_bytes)
+            await self._caller.limits.pay_for_publish(self._caller.name, size_bytes)
 
     def note_sent(self, message: Untyped) -> None:
         """Count a message that went out."""

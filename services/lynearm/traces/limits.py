@@ -80,8 +80,8 @@ class CallerLimits:
 
     @property
     def is_idle(self) -> bool:
-        """Whether no call is running."""
-        return not self._calls
+        """Whether no call is running, and all that was taken is paid off."""
+        return not (self._calls or self._requests.wait_seconds() or self._publish_bytes.wait_seconds())
 
     @contextmanager
     def call(self, caller_name: str) -> Generator[None]:

@@ -108,6 +108,8 @@ class PublishCall:
             block = _new_block(producer, request, header)
             if needed := header.dictionary_digest:
                 await self._backend.dictionaries.check(producer, request.sequence, needed)
+            # The store asks too; here, what would be refused is not even queued.
+            self._backend.space.check(len(request.block))
             offset = await self._backend.committer.submit(block, _without_message(request.block, message))
             await self._pending.put(_Pending(request.sequence, offset))
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections.abc import AsyncGenerator
 from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from dataclasses import dataclass
@@ -15,6 +16,9 @@ from lynearm.traces.config import ServeConfig
 from lynearm.traces.interception import CallInterceptor
 from lynearm.traces.observation import Observation
 from lynearm.traces.tls import ServerCertificate, TlsFiles
+from lynearm.wire.addresses import is_loopback
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,6 +53,7 @@ async def open_security(config: ServeConfig, observation: Observation) -> AsyncG
         interceptor = CallInterceptor(
             callers, max_open_calls=config.max_calls_per_caller, observers=observation.observers
         )
+        _warn_if_open(config)
         yield Security(interceptor, credentials, _summary(config))
 
 
@@ -66,6 +71,15 @@ async def _open_callers(config: ServeConfig, observation: Observation, stack: As
 
     stack.push_async_callback(stop)
     return callers
+
+
+def _warn_if_open(config: ServeConfig) -> None:
+    if is_loopback(config.host):
+        return
+    if config.tokens is None:
+        logger.warning("without tokens, anybody who reaches %s may read, add and delete all", config.host)
+    if config.tls_cert is None:
+        logger.warning("without TLS, traces and tokens cross the network to %s in plain text", config.host)
 
 
 def _summary(config: ServeConfig) -> str:

@@ -195,7 +195,7 @@ def parse_tokens(text: str, where: str) -> tuple[TokenEntry, ...]:
 def _parse_document(text: str, where: str) -> tuple[TokenEntry, ...]:
     try:
         document: dict[str, object] = tomllib.loads(text)
-    except tomllib.TOMLDecodeError as error:
+    except (tomllib.TOMLDecodeError, RecursionError) as error:
         raise ConfigError(f"{where} is not TOML: {error}", "see docs/security.md for an example") from error
     tables = document.pop("tokens", [])
     if document or not isinstance(tables, list):
