@@ -83,6 +83,8 @@ class Retries:
             return self.lost(failure, target)
         if not is_transient(failure):
             raise error_of(failure, target) from failure
+        if self._idempotent and _is_own_doing(failure):
+            return 0.0
         if not self._idempotent and not _never_began(failure):
             raise _maybe_done(error_of(failure, target)) from failure
         return self.lost(error_of(failure, str(self._endpoints)), target, failure)
@@ -177,6 +179,12 @@ def service_hung_up(target: str) -> ServiceUnavailableError:
     return ServiceUnavailableError(
         f"the trace service at {target} did not go on with the call", "look at the trace service's log"
     )
+
+
+def _is_own_doing(failure: grpc.RpcError) -> bool:
+    # Channels are closed before a fork; grpc has no other sign of it than these words.
+    call = cast("_Status", failure)
+    return call.code() is grpc.StatusCode.CANCELLED and "Channel closed!" in (call.details() or "")
 
 
 def _told_to_wait_seconds(error: LynearmError) -> float:
