@@ -23,7 +23,7 @@ def test_google_reads_what_is_written() -> None:
     info, retry = details_pb2.ErrorInfo(), details_pb2.RetryInfo()
     assert status.details[0].Unpack(info)
     assert status.details[1].Unpack(retry)
-    assert (info.reason, info.domain) == ("RateLimitedError", "lynearm.dev")
+    assert (info.reason, info.domain) == ("RATE_LIMITED", "lynearm.dev")
     assert retry.retry_delay.ToTimedelta().total_seconds() == 2.25
 
 
@@ -38,7 +38,7 @@ def test_what_google_writes_is_read() -> None:
     # A detail of a kind that nobody here knows comes first.
     status.details.add().Pack(details_pb2.DebugInfo(detail="y"))
     status.details.add().Pack(
-        details_pb2.ErrorInfo(reason="RateLimitedError", domain="lynearm.dev", metadata={"a": "b"})
+        details_pb2.ErrorInfo(reason="RATE_LIMITED", domain="lynearm.dev", metadata={"a": "b"})
     )
     retry = details_pb2.RetryInfo()
     retry.retry_delay.FromMilliseconds(1500)
@@ -48,7 +48,7 @@ def test_what_google_writes_is_read() -> None:
 
 def test_a_reason_of_another_domain_is_not_ours() -> None:
     status = status_pb2.Status(code=8)
-    status.details.add().Pack(details_pb2.ErrorInfo(reason="RateLimitedError", domain="example.org"))
+    status.details.add().Pack(details_pb2.ErrorInfo(reason="RATE_LIMITED", domain="example.org"))
     assert parse_status(status.SerializeToString()) == StatusDetails()
 
 

@@ -21,9 +21,7 @@ from lynearm.wire.errors import (
     REMEDY_METADATA_KEY,
     DeadlineError,
     LynearmError,
-    RateLimitedError,
     ServiceUnavailableError,
-    StorageFullError,
     error_from_status,
 )
 from lynearm.wire.status import STATUS_METADATA_KEY, StatusDetails, parse_status
@@ -128,9 +126,7 @@ def error_of(failure: grpc.RpcError, target: str) -> LynearmError:
         target: Where it was sent, for the message.
     """
     call = cast("_Status", failure)
-    metadata = {key: _text(value) for key, value in call.trailing_metadata() or ()}
-    status, details = _status_details(call), call.details() or ""
-    name = metadata.get(ERROR_NAME_METADATA_KEY, "") or status.reason
+    name, details = _error_name(call), call.details() or ""
     if call.code() is grpc.StatusCode.UNAVAILABLE and not name:
         return ServiceUnavailableError(f"no trace service answers at {target} ({details})", START_IT)
     if call.code() is grpc.StatusCode.DEADLINE_EXCEEDED and not name:
@@ -138,9 +134,11 @@ def error_of(failure: grpc.RpcError, target: str) -> LynearmError:
             f"the trace service at {target} did not answer in time",
             "give a longer timeout_seconds, or look at the service's log",
         )
-    error = error_from_status(call.code().name, details, name, metadata.get(REMEDY_METADATA_KEY, ""))
-    if status.retry_seconds is not None:
-        error.retry_seconds = status.retry_seconds
+    metadata = dict(call.trailing_metadata() or ())
+    error = error_from_status(call.code().name, details, name, _text(metadata.get(REMEDY_METADATA_KEY, "")))
+    retry_seconds = _status_details(call).retry_seconds
+    if retry_seconds is not None:
+        error.retry_seconds = retry_seconds
     return error
 
 
@@ -149,12 +147,13 @@ def is_transient(failure: grpc.RpcError) -> bool:
     call = cast("_Status", failure)
     if call.code() in (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.CANCELLED):
         return True
-    name = _error_name(call)
-    if name in (StorageFullError.__name__, RateLimitedError.__name__):
-        return True
+    if call.code() is grpc.StatusCode.RESOURCE_EXHAUSTED:
+        # The service says so where waiting helps: a full disk, a rate, too many calls at a time.
+        return _status_details(call).retry_seconds is not None
     # A server that is stopped or killed may also reset the stream, which gRPC reports in these two.
     reset = "RST_STREAM" in (call.details() or "")
-    return not name and reset and call.code() in (grpc.StatusCode.INTERNAL, grpc.StatusCode.UNKNOWN)
+    is_vague = call.code() in (grpc.StatusCode.INTERNAL, grpc.StatusCode.UNKNOWN)
+    return is_vague and reset and not _error_name(call)
 
 
 def is_deadline(failure: grpc.RpcError) -> bool:
@@ -188,9 +187,8 @@ def _is_own_doing(failure: grpc.RpcError) -> bool:
 
 
 def _told_to_wait_seconds(error: LynearmError) -> float:
-    # Of a server that is away or stopping another may take the call at once; a full one said when to return.
-    is_full = isinstance(error, (RateLimitedError, StorageFullError))
-    return error.retry_seconds or 0.0 if is_full else 0.0
+    # In place of a server that is away or stopping, another may take the call at once.
+    return 0.0 if isinstance(error, ServiceUnavailableError) else error.retry_seconds or 0.0
 
 
 def _never_began(failure: grpc.RpcError) -> bool:
@@ -208,7 +206,8 @@ def _maybe_done(error: LynearmError) -> LynearmError:
 
 
 def _error_name(call: _Status) -> str:
-    return next((_text(v) for k, v in call.trailing_metadata() or () if k == ERROR_NAME_METADATA_KEY), "")
+    named = next((_text(v) for k, v in call.trailing_metadata() or () if k == ERROR_NAME_METADATA_KEY), "")
+    return named or _status_details(call).reason
 
 
 def _status_details(call: _Status) -> StatusDetails:

@@ -29,6 +29,7 @@
     ├── StorageFullError (OSError)          RESOURCE_EXHAUSTED
     ├── StorageError (OSError)              INTERNAL
     ├── ServiceUnavailableError (ConnectionError)  UNAVAILABLE
+    │   └── DrainingError                   UNAVAILABLE
     ├── DeadlineError (TimeoutError)        DEADLINE_EXCEEDED
     ├── MissingDependencyError (ImportError)  (local only)
     ├── CheckpointError (ValueError)        (local only)
@@ -223,6 +224,10 @@ class ServiceUnavailableError(LynearmError, ConnectionError):
 
     status_code = "UNAVAILABLE"
     retry_seconds = 1.0
+
+
+class DrainingError(ServiceUnavailableError):
+    """The server is on its way down and takes no new calls; another one, or its successor, will."""
 
 
 class DeadlineError(LynearmError, TimeoutError):

@@ -1,13 +1,14 @@
 """Errors as `google.rpc.Status`, the form that gRPC tools of every language read.
 
 A server sends it in trailing metadata, beside the keys of `errors`: an ErrorInfo whose reason is the class
-of the error, and a RetryInfo where trying again makes sense. Written and read by hand: three small messages
-do not pay for a dependency.
+of the error (DRAINING for DrainingError), and a RetryInfo where trying again makes sense. Written and read
+by hand: three small messages do not pay for a dependency.
 Messages: https://github.com/googleapis/googleapis/blob/master/google/rpc/error_details.proto
 """
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 
 from lynearm.wire.errors import LynearmError
@@ -28,9 +29,19 @@ class StatusDetails:
     """What a Status says that the gRPC status itself does not."""
 
     reason: str = ""
-    """Class of the error; empty when another domain's server sent it."""
+    """Name of the error's class; empty when another domain's server sent it."""
     retry_seconds: float | None = None
     """When to try again; None when that is not said."""
+
+
+def reason_of(error_class: type[LynearmError]) -> str:
+    """The reason under which an error travels: STREAM_NOT_FOUND for StreamNotFoundError."""
+    return re.sub(r"(?<!^)(?=[A-Z])", "_", error_class.__name__.removesuffix("Error")).upper()
+
+
+def error_name_of(reason: str) -> str:
+    """The name of the class behind a reason; the inverse of `reason_of`."""
+    return "".join(part.capitalize() for part in reason.split("_")) + "Error" if reason else ""
 
 
 def encode_status(code: int, message: str, error: LynearmError) -> bytes:
@@ -41,7 +52,7 @@ def encode_status(code: int, message: str, error: LynearmError) -> bytes:
         message: The status message, which must be what the gRPC status says too.
         error: Names the reason, and when to try again.
     """
-    info = _text(1, type(error).__name__) + _text(2, ERROR_DOMAIN)
+    info = _text(1, reason_of(type(error))) + _text(2, ERROR_DOMAIN)
     details = _any("ErrorInfo", info)
     if error.retry_seconds is not None:
         seconds, nanos = divmod(round(error.retry_seconds * _NANOS), _NANOS)
@@ -79,7 +90,7 @@ def _parse_reason(data: memoryview) -> str:
         for number, value in read_fields(data)
         if number in (1, 2)
     }
-    return texts.get(1, "") if texts.get(2) == ERROR_DOMAIN else ""
+    return error_name_of(texts.get(1, "")) if texts.get(2) == ERROR_DOMAIN else ""
 
 
 def _parse_delay(data: memoryview) -> float | None:
