@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import pickle
+import threading
 
 import pytest
 from models.client_children import publish_one, read_all, read_all_async, read_on, run_in_child
@@ -65,15 +66,40 @@ def test_a_child_of_a_connected_async_client_is_told(shared_service: ServiceProc
     async def scenario() -> None:
         async with AsyncTraceClient(shared_service.target) as client:
             await client.get_stream(stream)
-            refused = run_in_child("fork", read_all_async, (client, stream))
-            assert isinstance(refused, PreconditionError)
-            assert "spawn" in str(refused)
-            assert run_in_child("spawn", read_all_async, (client, stream)) == [0, 1, 2]
             sync = TraceClient(shared_service.target)
-            assert run_in_child("fork", read_all, (sync, stream)) == [0, 1, 2]
+            for refused in (
+                run_in_child("fork", read_all_async, (client, stream)),
+                run_in_child("fork", read_all, (sync, stream)),
+            ):
+                assert isinstance(refused, PreconditionError)
+                assert "spawn" in str(refused)
+            assert run_in_child("spawn", read_all_async, (client, stream)) == [0, 1, 2]
             assert (await client.get_stream(stream)).next_offset == 3
+        assert run_in_child("fork", read_all, (sync, stream)) == [0, 1, 2]
 
     asyncio.run(scenario())
+
+
+def test_forks_break_nothing_of_a_parent_that_is_busy(shared_service: ServiceProcess, stream: str) -> None:
+    fill(shared_service, stream, count=0)
+    received: list[bytes] = []
+
+    def follow() -> None:
+        with client.subscribe(stream) as blocks:
+            received.extend(bytes(one.block) for one in blocks)
+
+    with TraceClient(shared_service.target) as client:
+        reader = threading.Thread(target=follow)
+        reader.start()
+        with client.publisher(stream, "parent", max_in_flight_bytes=20_000) as publisher:
+            for number in range(100):
+                publisher.publish(make_block(number))
+                if number % 10 == 0:
+                    offsets = run_in_child("fork", read_all, (client, stream))
+                    assert offsets == list(range(len(offsets)))
+        client.seal_stream(stream)
+        reader.join(60)
+    assert received == [make_block(number) for number in range(100)]
 
 
 def test_a_forked_subscription_goes_on_by_itself(shared_service: ServiceProcess, stream: str) -> None:

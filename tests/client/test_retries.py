@@ -20,10 +20,12 @@ from lynearm.wire.errors import (
     ERROR_NAME_METADATA_KEY,
     DeadlineError,
     InternalError,
+    RateLimitedError,
     ServiceUnavailableError,
     StreamExistsError,
 )
 from lynearm.wire.protobuf import spec_to_proto
+from lynearm.wire.status import STATUS_METADATA_KEY, encode_status
 
 Behaviour = Callable[[grpc.ServicerContext], None]
 
@@ -130,6 +132,29 @@ def test_a_call_that_found_no_connection_is_tried_elsewhere(
 ) -> None:
     call(f"{unused_target()},{server.target}", "delete_stream", "s")
     assert server.calls == ["DeleteStream"]
+
+
+@pytest.mark.parametrize("retry_seconds", [None, 0.05, 60.0])
+def test_a_service_that_is_asked_too_often_is_asked_again_when_it_says(
+    server: FailingServer, call: Callable[..., Any], retry_seconds: float | None
+) -> None:
+    error = RateLimitedError("too fast", "slow down")
+    error.retry_seconds = retry_seconds
+
+    def limit(context: grpc.ServicerContext) -> None:
+        status = encode_status(8, error.message, error)
+        context.set_trailing_metadata(((STATUS_METADATA_KEY, status),))
+        context.abort(grpc.StatusCode.RESOURCE_EXHAUSTED, error.message)
+
+    server.behaviours = [limit]
+    if retry_seconds == 0.05:
+        call(server.target, "delete_stream", "s")  # it was refused before it began
+        assert server.calls == ["DeleteStream"] * 2
+    else:
+        with pytest.raises(RateLimitedError) as caught:
+            call(server.target, "delete_stream", "s")
+        assert caught.value.retry_seconds == retry_seconds or retry_seconds is None
+        assert server.calls == ["DeleteStream"]
 
 
 @pytest.mark.parametrize(

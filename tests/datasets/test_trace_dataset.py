@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import itertools
+import json
 import subprocess
 import sys
 import threading
 from collections.abc import Iterator
+from dataclasses import asdict
 from typing import Any
 
 import pytest
@@ -16,85 +18,93 @@ from torch.utils.data import DataLoader
 from torchdata.stateful_dataloader import StatefulDataLoader
 
 from lynearm.client import TraceClient
-from lynearm.datasets import Shard, StreamRange, TraceBatch, TraceDataset
+from lynearm.datasets import Shard, ShardPlan, StreamPosition, TraceBatch, TraceDataset
 from lynearm.wire.errors import CheckpointError, CorruptBlockError, InvalidInputError
-from lynearm.wire.traces import Cursor
+from lynearm.wire.sharding import shard_examples
 
 # torchdata 0.11 calls what torch 2.13 has deprecated.
 pytestmark = pytest.mark.filterwarnings("ignore:'set_vital' is deprecated:UserWarning")
 
-BATCH_SIZE = 8
 TRACES = 50
+PLAN = ShardPlan(8)
+SHUFFLED = ShardPlan(8, seed=1, window_batches=3)
 WORKERS = [0, 2]
+PLANS = pytest.mark.parametrize("plan", [PLAN, SHUFFLED], ids=["in-order", "shuffled"])
 
 
 def numbers(batch: TraceBatch) -> list[int]:
     return [int(trace.prompt_id[1:]) for trace in batch.traces]
 
 
-def expected_batches(first: int = 0) -> list[list[int]]:
-    return [list(range(at, min(at + BATCH_SIZE, TRACES))) for at in range(first, TRACES, BATCH_SIZE)]
+def expected_batches(plan: ShardPlan = PLAN) -> list[list[int]]:
+    return [list(batch.examples) for batch in shard_examples(range(TRACES), plan, Shard())]
 
 
 def load(dataset: TraceDataset, workers: int, **options: Any) -> Iterator[TraceBatch]:
     return iter(DataLoader(dataset, batch_size=None, num_workers=workers, **options))
 
 
-def stateful(client: TraceClient, workers: int, **options: Any) -> StatefulDataLoader[TraceBatch]:
-    dataset = TraceDataset(client, "uneven", batch_size=BATCH_SIZE)
+def stateful(
+    client: TraceClient, workers: int, plan: ShardPlan = PLAN, **options: Any
+) -> StatefulDataLoader[TraceBatch]:
+    dataset = TraceDataset(client, "uneven", plan=plan)
     return StatefulDataLoader(dataset, batch_size=None, num_workers=workers, **options)
 
 
+def joined(ranks: list[list[TraceBatch]]) -> list[list[int]]:
+    """The batches of several ranks, put together."""
+    return [[n for part in parts for n in numbers(part)] for parts in zip(*ranks, strict=True)]
+
+
+@PLANS
 @pytest.mark.parametrize("stream", PACKINGS)
 @pytest.mark.parametrize("workers", WORKERS)
 def test_batches_are_the_same_for_any_packing_and_workers(
-    client: TraceClient, stream: str, workers: int
+    client: TraceClient, stream: str, workers: int, plan: ShardPlan
 ) -> None:
-    dataset = TraceDataset(client, stream, batch_size=BATCH_SIZE)
+    dataset = TraceDataset(client, stream, plan=plan)
     for _ in range(2):  # each pass begins at the start
         batches = list(load(dataset, workers))
-        assert [numbers(batch) for batch in batches] == expected_batches()
-        assert [batch.index for batch in batches] == list(range(7))
+        assert [numbers(batch) for batch in batches] == expected_batches(plan)
+        assert [batch.step for batch in batches] == list(range(7))
 
 
-@pytest.mark.parametrize("world_size", [2, 4])
+@PLANS
+@pytest.mark.parametrize("world_size", [2, 3])
 @pytest.mark.parametrize("workers", WORKERS)
-def test_ranks_share_each_batch(client: TraceClient, world_size: int, workers: int) -> None:
-    ranks = [
-        list(
-            load(
-                TraceDataset(client, "uneven", batch_size=BATCH_SIZE, shard=Shard(rank, world_size)), workers
-            )
-        )
-        for rank in range(world_size)
-    ]
-    together = [[n for part in parts for n in numbers(part)] for parts in zip(*ranks, strict=True)]
-    assert together == expected_batches()
+def test_ranks_share_each_batch(client: TraceClient, world_size: int, workers: int, plan: ShardPlan) -> None:
+    shards = [Shard(rank, world_size) for rank in range(world_size)]
+    datasets = [TraceDataset(client, "uneven", plan=plan, shard=shard) for shard in shards]
+    ranks = [list(load(dataset, workers)) for dataset in datasets]
+    assert joined(ranks) == expected_batches(plan)
     assert all(len({part.after for part in parts}) == 1 for parts in zip(*ranks, strict=True))
-    assert {len(part.traces) for parts in ranks for part in parts[:-1]} == {BATCH_SIZE // world_size}
+    assert [part.global_size for part in ranks[-1]] == [8] * 6 + [2]
 
 
 @pytest.mark.parametrize("method", ["fork", "spawn"])
 def test_workers_may_be_forked_or_spawned_while_the_parent_reads(client: TraceClient, method: str) -> None:
     with client.subscribe("even") as blocks:
         assert next(blocks).offset == 0
-        dataset = TraceDataset(client, "uneven", batch_size=BATCH_SIZE)
+        dataset = TraceDataset(client, "uneven", plan=PLAN)
         batches = load(dataset, 2, multiprocessing_context=method)
         assert [numbers(batch) for batch in batches] == expected_batches()
         assert next(blocks).offset == 1
 
 
+@PLANS
 @pytest.mark.parametrize("workers", WORKERS)
-@pytest.mark.parametrize("done", [0, 1, 2, 3, 6, 7])
-def test_a_loader_goes_on_where_its_state_says(client: TraceClient, workers: int, done: int) -> None:
-    first = stateful(client, workers)
+@pytest.mark.parametrize("done", [0, 1, 2, 3, 4, 7])
+def test_a_loader_goes_on_where_its_state_says(
+    client: TraceClient, workers: int, done: int, plan: ShardPlan
+) -> None:
+    first = stateful(client, workers, plan)
     before = [numbers(batch) for batch in itertools.islice(first, done)]
     state = first.state_dict()
-    second = stateful(client, workers)
+    second = stateful(client, workers, plan)
     second.load_state_dict(state)
     after = [numbers(batch) for batch in second]
-    assert before + after == expected_batches()
-    assert [numbers(batch) for batch in second] == expected_batches()  # and the next pass is whole
+    assert before + after == expected_batches(plan)
+    assert [numbers(batch) for batch in second] == expected_batches(plan)  # and the next pass is whole
 
 
 @pytest.mark.parametrize("workers", WORKERS)
@@ -116,40 +126,43 @@ def test_a_loader_with_persistent_workers_goes_on_too(client: TraceClient) -> No
     assert before + [numbers(batch) for batch in second] == expected_batches()
 
 
-def test_other_ranks_go_on_from_the_cursor_of_a_batch(client: TraceClient) -> None:
-    done = list(itertools.islice(TraceDataset(client, "uneven", batch_size=BATCH_SIZE), 3))
-    within = StreamRange(start=done[-1].after)
+@PLANS
+@pytest.mark.parametrize("done", [2, 3])
+def test_other_ranks_go_on_from_the_position_of_a_batch(
+    client: TraceClient, plan: ShardPlan, done: int
+) -> None:
+    batches = list(itertools.islice(TraceDataset(client, "uneven", plan=plan), done))
     ranks = [
-        list(TraceDataset(client, "uneven", batch_size=BATCH_SIZE, shard=Shard(rank, 2), within=within))
+        list(TraceDataset(client, "uneven", plan=plan, shard=Shard(rank, 2), start=batches[-1].after))
         for rank in range(2)
     ]
-    together = [[n for part in parts for n in numbers(part)] for parts in zip(*ranks, strict=True)]
-    assert [numbers(batch) for batch in done] + together == expected_batches()
+    assert [numbers(batch) for batch in batches] + joined(ranks) == expected_batches(plan)
 
 
-def test_other_ranks_go_on_from_a_state(client: TraceClient) -> None:
-    dataset = TraceDataset(client, "uneven", batch_size=BATCH_SIZE)
+@PLANS
+def test_another_rank_goes_on_from_a_state(client: TraceClient, plan: ShardPlan) -> None:
+    dataset = TraceDataset(client, "uneven", plan=plan)
     batches = iter(dataset)
-    assert dataset.state_dict()["batch_index"] == 0
+    assert dataset.state_dict()["position"] == {"step": 0, "offset": 0, "trace_index": 0}
     for _ in range(2):
         next(batches)
-    other = TraceDataset(client, "uneven", batch_size=BATCH_SIZE, shard=Shard(1, 2))
-    other.load_state_dict(dataset.state_dict())
-    assert numbers(next(iter(other))) == expected_batches()[2][BATCH_SIZE // 2 :]
+    other = TraceDataset(client, "uneven", plan=plan, shard=Shard(1, 2))
+    other.load_state_dict(json.loads(json.dumps(dataset.state_dict())))
+    assert numbers(next(iter(other))) == expected_batches(plan)[2][4:]
 
 
 @pytest.mark.parametrize(
-    ("key", "value"), [("version", 2), ("stream", "even"), ("batch_size", 4), ("stream", None)]
+    ("key", "value"), [("version", 2), ("stream", "even"), ("plan", asdict(SHUFFLED)), ("stream", None)]
 )
 def test_a_state_of_another_dataset_is_refused(client: TraceClient, key: str, value: object) -> None:
-    dataset = TraceDataset(client, "uneven", batch_size=BATCH_SIZE)
+    dataset = TraceDataset(client, "uneven", plan=PLAN)
     with pytest.raises(CheckpointError, match=key):
         dataset.load_state_dict({**dataset.state_dict(), key: value})
 
 
 def test_a_stream_is_followed_while_it_grows(client: TraceClient) -> None:
     publish_traces(client, "growing", [3])
-    batches = iter(TraceDataset(client, "growing", batch_size=2))
+    batches = iter(TraceDataset(client, "growing", plan=ShardPlan(2)))
     assert numbers(next(batches)) == [0, 1]
 
     def go_on() -> None:
@@ -166,12 +179,11 @@ def test_a_stream_is_followed_while_it_grows(client: TraceClient) -> None:
 def test_a_range_ends_before_a_stream_does(client: TraceClient) -> None:
     publish_traces(client, "unsealed", [3, 3, 3])
     for start, end, expected in (
-        (Cursor(), 2, [[0, 1], [2, 3], [4, 5]]),
-        (Cursor(1, 2), 3, [[5, 6], [7, 8]]),
-        (Cursor(2), 2, []),
+        (StreamPosition(), 2, [[0, 1], [2, 3], [4, 5]]),
+        (StreamPosition(7, 1, 2), 3, [[5, 6], [7, 8]]),
+        (StreamPosition(0, 2), 2, []),
     ):
-        within = StreamRange(start=start, end_offset=end)
-        dataset = TraceDataset(client, "unsealed", batch_size=2, within=within)
+        dataset = TraceDataset(client, "unsealed", plan=ShardPlan(2), start=start, end_offset=end)
         assert [numbers(batch) for batch in dataset] == expected
 
 
@@ -180,7 +192,7 @@ def test_a_block_that_cannot_be_read_is_named(client: TraceClient) -> None:
     with client.publisher("damaged", "teacher") as publisher:
         publisher.publish(encode_traces(range(2)))
         publisher.publish(make_block(1))
-    batches = iter(TraceDataset(client, "damaged", batch_size=1))
+    batches = iter(TraceDataset(client, "damaged", plan=ShardPlan(1)))
     assert [numbers(next(batches)) for _ in range(2)] == [[0], [1]]
     with pytest.raises(CorruptBlockError, match="block 1: "):
         next(batches)
@@ -191,14 +203,12 @@ def test_the_process_group_says_which_rank_it_is(
 ) -> None:
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "of-torchrun")
     with pytest.raises(InvalidInputError, match="init_process_group"):
-        TraceDataset(client, "even", batch_size=BATCH_SIZE)
+        TraceDataset(client, "even", plan=PLAN)
     # torch's backend for tests: a group without its other processes.
     torch.distributed.init_process_group("fake", rank=1, world_size=4)
     try:
-        dataset = TraceDataset(client, "even", batch_size=BATCH_SIZE)
+        dataset = TraceDataset(client, "even", plan=PLAN)
         assert numbers(next(iter(dataset))) == [2, 3]
-        with pytest.raises(InvalidInputError, match="multiple of 4 ranks"):
-            TraceDataset(client, "even", batch_size=6)
     finally:
         torch.distributed.destroy_process_group()
 

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import os
-import threading
-import weakref
 from collections.abc import AsyncIterator
 from typing import Any, Protocol, TypeVar
 
@@ -14,21 +12,14 @@ import grpc.aio
 
 from lynearm.client import methods
 from lynearm.client.calls import Call
-from lynearm.client.connection import leave_to_parent
 from lynearm.client.credentials import Credentials
 from lynearm.client.endpoints import Endpoints
+from lynearm.client.forks import forget_aio_channel, leave_to_parent, note_aio_channel, opening
 from lynearm.client.retries import client_closed
 from lynearm.v1 import trace_service_pb2 as pb
-from lynearm.wire.errors import PreconditionError
 
 Result = TypeVar("Result")
 _Response_co = TypeVar("_Response_co", covariant=True)
-
-_channels = weakref.WeakSet[grpc.aio.Channel]()
-"""Channels of this process that nobody has closed."""
-
-_lost_to_fork = threading.Event()
-"""Whether this process was forked while there were any."""
 
 
 class AsyncResponses(Protocol[_Response_co]):
@@ -50,7 +41,7 @@ class AsyncResponses(Protocol[_Response_co]):
 class AsyncConnection:
     """Channels to every address of a service, in one event loop; another loop or process opens its own.
 
-    A process that was forked while such a channel was open is refused, whoever had opened it.
+    A process that was forked while such a channel was open cannot use gRPC; see `lynearm.client.forks`.
 
     Args:
         endpoints: The addresses.
@@ -126,14 +117,15 @@ class AsyncConnection:
         channels, self._channels = self._channels, {}
         for channel in channels.values():
             await channel.close()
-            _channels.discard(channel)
+            forget_aio_channel(channel)
 
     def _channel(self, target: str) -> grpc.aio.Channel:
         self._leave_others()
         channel = self._channels.get(target)
         if channel is None:
-            channel = self._channels[target] = _open_channel(target, self._credentials)
-            _channels.add(channel)
+            with opening():
+                channel = self._channels[target] = _open_channel(target, self._credentials)
+                note_aio_channel(channel)
         return channel
 
     def _leave_others(self) -> None:
@@ -145,28 +137,11 @@ class AsyncConnection:
 
 
 def _open_channel(target: str, credentials: Credentials) -> grpc.aio.Channel:
-    # Without it the child would hang, or crash: the thread that wakes asyncio stayed with the parent.
-    if _lost_to_fork.is_set():
-        raise PreconditionError(
-            "this process was forked from one whose AsyncTraceClient was connected; grpc.aio is broken here",
-            "start it by spawn or forkserver, close the client before the fork, or use TraceClient here",
-        )
     options = (*methods.CHANNEL_OPTIONS, *credentials.channel_options())
     secure = credentials.channel_credentials()
     if secure is None:
         return grpc.aio.insecure_channel(target, options=options)
     return grpc.aio.secure_channel(target, secure, options=options)
-
-
-def _after_fork() -> None:
-    inherited = list(_channels)
-    if inherited:
-        _lost_to_fork.set()
-        leave_to_parent(inherited)
-        _channels.clear()
-
-
-os.register_at_fork(after_in_child=_after_fork)
 
 
 def is_being_cancelled() -> bool:

@@ -81,6 +81,8 @@ class Retries:
             return self.lost(failure, target)
         if not is_transient(failure):
             raise error_of(failure, target) from failure
+        if self._idempotent and _is_own_doing(failure):
+            return 0.0
         if not self._idempotent and not _never_began(failure):
             raise _maybe_done(error_of(failure, target)) from failure
         return self.lost(error_of(failure, str(self._endpoints)), target, failure)
@@ -124,9 +126,7 @@ def error_of(failure: grpc.RpcError, target: str) -> LynearmError:
         target: Where it was sent, for the message.
     """
     call = cast("_Status", failure)
-    metadata = {key: _text(value) for key, value in call.trailing_metadata() or ()}
-    status, details = _status_details(call), call.details() or ""
-    name = metadata.get(ERROR_NAME_METADATA_KEY, "") or status.reason
+    name, details = _error_name(call), call.details() or ""
     if call.code() is grpc.StatusCode.UNAVAILABLE and not name:
         return ServiceUnavailableError(f"no trace service answers at {target} ({details})", START_IT)
     if call.code() is grpc.StatusCode.DEADLINE_EXCEEDED and not name:
@@ -134,9 +134,11 @@ def error_of(failure: grpc.RpcError, target: str) -> LynearmError:
             f"the trace service at {target} did not answer in time",
             "give a longer timeout_seconds, or look at the service's log",
         )
-    error = error_from_status(call.code().name, details, name, metadata.get(REMEDY_METADATA_KEY, ""))
-    if status.retry_seconds is not None:
-        error.retry_seconds = status.retry_seconds
+    metadata = dict(call.trailing_metadata() or ())
+    error = error_from_status(call.code().name, details, name, _text(metadata.get(REMEDY_METADATA_KEY, "")))
+    retry_seconds = _status_details(call).retry_seconds
+    if retry_seconds is not None:
+        error.retry_seconds = retry_seconds
     return error
 
 
@@ -148,10 +150,10 @@ def is_transient(failure: grpc.RpcError) -> bool:
     if call.code() is grpc.StatusCode.RESOURCE_EXHAUSTED:
         # The service says so where waiting helps: a full disk, a rate, too many calls at a time.
         return _status_details(call).retry_seconds is not None
-    name = _error_name(call)
     # A server that is stopped or killed may also reset the stream, which gRPC reports in these two.
     reset = "RST_STREAM" in (call.details() or "")
-    return not name and reset and call.code() in (grpc.StatusCode.INTERNAL, grpc.StatusCode.UNKNOWN)
+    is_vague = call.code() in (grpc.StatusCode.INTERNAL, grpc.StatusCode.UNKNOWN)
+    return is_vague and reset and not _error_name(call)
 
 
 def is_deadline(failure: grpc.RpcError) -> bool:
@@ -178,9 +180,15 @@ def service_hung_up(target: str) -> ServiceUnavailableError:
     )
 
 
+def _is_own_doing(failure: grpc.RpcError) -> bool:
+    # Channels are closed before a fork; grpc has no other sign of it than these words.
+    call = cast("_Status", failure)
+    return call.code() is grpc.StatusCode.CANCELLED and "Channel closed!" in (call.details() or "")
+
+
 def _told_to_wait_seconds(error: LynearmError) -> float:
-    # Of a server that is away or stopping another may take the call at once; a full one said when to return.
-    return error.retry_seconds or 0.0 if error.status_code == "RESOURCE_EXHAUSTED" else 0.0
+    # In place of a server that is away or stopping, another may take the call at once.
+    return 0.0 if isinstance(error, ServiceUnavailableError) else error.retry_seconds or 0.0
 
 
 def _never_began(failure: grpc.RpcError) -> bool:
@@ -198,7 +206,8 @@ def _maybe_done(error: LynearmError) -> LynearmError:
 
 
 def _error_name(call: _Status) -> str:
-    return next((_text(v) for k, v in call.trailing_metadata() or () if k == ERROR_NAME_METADATA_KEY), "")
+    named = next((_text(v) for k, v in call.trailing_metadata() or () if k == ERROR_NAME_METADATA_KEY), "")
+    return named or _status_details(call).reason
 
 
 def _status_details(call: _Status) -> StatusDetails:

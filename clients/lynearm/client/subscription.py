@@ -14,7 +14,8 @@ from typing import Self
 
 import grpc
 
-from lynearm.client.connection import Connection, leave_to_parent
+from lynearm.client.connection import Connection
+from lynearm.client.forks import leave_to_parent
 from lynearm.client.interrupts import Interruptible
 from lynearm.client.methods import ResponseStream
 from lynearm.client.reading_position import FetchPosition, ReceivedBlock, SubscriptionPosition

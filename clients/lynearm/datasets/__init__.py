@@ -3,11 +3,12 @@
 Importing it needs torch, and raises `MissingDependencyError` without.
 """
 
-from lynearm.datasets.shards import Shard
+from lynearm.datasets.batch_sequence import StreamPosition
 from lynearm.wire.errors import MissingDependencyError
+from lynearm.wire.sharding import Shard, ShardPlan
 
 try:
-    from lynearm.datasets.trace_dataset import StreamRange, TraceBatch, TraceDataset
+    from lynearm.datasets.trace_dataset import TraceBatch, TraceDataset
 except ModuleNotFoundError as error:
     if (error.name or "").partition(".")[0] != "torch":
         raise
@@ -15,4 +16,4 @@ except ModuleNotFoundError as error:
         "lynearm.datasets needs torch", "pip install torch, or 'lynearm[student]'"
     ) from error
 
-__all__ = ["Shard", "StreamRange", "TraceBatch", "TraceDataset"]
+__all__ = ["Shard", "ShardPlan", "StreamPosition", "TraceBatch", "TraceDataset"]

@@ -128,9 +128,7 @@ class TraceServer:
             await health_servicer.set(SERVICE_NAME, health_pb2.HealthCheckResponse.SERVING)
             self._stack = stack.pop_all()
         shown = f"{config.metrics_host}:{self._metrics_port}" if self._metrics_port else "off"
-        logger.info(
-            "serving %s at %s (%s), metrics %s", config.places, self.address, security.summary, shown
-        )
+        logger.info("serving %s at %s (%s), metrics %s", config.places, self.address, security.summary, shown)
         return self
 
     async def __aexit__(
