@@ -11,14 +11,26 @@ from typing import ClassVar
 from urllib.error import HTTPError
 from urllib.request import Request, urlopen
 
+import grpc
 import pytest
 from traces.clusters import SECRET_KEY, Cluster
-from traces.harness import LoopThread, StartServer, create, fetch, make_block, publish
+from traces.harness import (
+    LoopThread,
+    Producer,
+    StartServer,
+    code,
+    create,
+    error_name,
+    fetch,
+    make_block,
+    publish,
+)
 from traces.storages import on_cluster
 
 from lynearm.traces.config import ServeConfig
 from lynearm.traces.object_store import MERGE_BYTES, ObjectBlockStore, merge_spans
 from lynearm.traces.store import Span
+from lynearm.v1 import trace_service_pb2 as pb
 from lynearm.wire.errors import (
     ConfigError,
     LynearmError,
@@ -28,14 +40,25 @@ from lynearm.wire.errors import (
 )
 
 
-class ForgetfulStore(BaseHTTPRequestHandler):
-    """Passes requests on to the S3 server, without the condition that they have: as some stores do."""
+class FaultyStore(BaseHTTPRequestHandler):
+    """Passes requests on to the S3 server, unless told otherwise."""
 
     endpoint: ClassVar[str]
+    forgetful: ClassVar[bool] = False
+    """Drops the condition that a request has, as some stores do."""
+    down: ClassVar[bool] = False
+    lost_answers: ClassVar[int] = 0
+    """Writes that are done, and whose answer never comes."""
 
     def answer(self) -> None:
         body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
-        headers = {name: value for name, value in self.headers.items() if name.lower() != "if-none-match"}
+        if self.down:
+            self.send_error(503)
+            return
+        dropped = ("if-none-match",) if self.forgetful else ()
+        headers = {name: value for name, value in self.headers.items() if name.lower() not in dropped}
+        # Else urllib says that it is a form, and the server takes it apart as one.
+        headers.setdefault("Content-Type", "application/octet-stream")
         request = Request(self.endpoint + self.path, body or None, headers, method=self.command)
         try:
             response = urlopen(request)
@@ -43,6 +66,10 @@ class ForgetfulStore(BaseHTTPRequestHandler):
             response = error
         with response:
             content = response.read()
+            if self.command == "PUT" and self.lost_answers:
+                type(self).lost_answers -= 1
+                self.send_error(503)
+                return
             self.send_response(response.status)
             for name, value in response.headers.items():
                 if name.lower() not in ("transfer-encoding", "connection", "content-length"):
@@ -71,10 +98,21 @@ def serving(handler: type[BaseHTTPRequestHandler]) -> Generator[str]:
 
 
 @pytest.fixture
-def forgetful(cluster: Cluster) -> Iterator[str]:
+def faulty(cluster: Cluster) -> Iterator[tuple[type[FaultyStore], str]]:
+    """A store that can be told to fail, and its address."""
+
+    class Store(FaultyStore):
+        endpoint = cluster.endpoint
+
+    with serving(Store) as address:
+        yield Store, address
+
+
+@pytest.fixture
+def forgetful(faulty: tuple[type[FaultyStore], str]) -> str:
     """The address of a store that ignores If-None-Match."""
-    with serving(type("Handler", (ForgetfulStore,), {"endpoint": cluster.endpoint})) as address:
-        yield address
+    faulty[0].forgetful = True
+    return faulty[1]
 
 
 @on_cluster
@@ -94,6 +132,50 @@ def test_a_store_that_ignores_create_only_writes_does_for_one_server(
     create(stub)
     publish(stub, range(3))
     assert list(fetch(stub, 0, 9)) == [(number, make_block(number)) for number in range(3)]
+
+
+@on_cluster
+def test_a_store_that_goes_away_and_comes_back_costs_nothing_that_was_acknowledged(
+    storage: dict[str, str],
+    faulty: tuple[type[FaultyStore], str],
+    start_server: StartServer,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("lynearm.traces.object_location._RETRIES", 1)
+    store, address = faulty
+    stub = start_server(blocks=f"{storage['blocks']}?endpoint={address}", cache_bytes=0).stub
+    create(stub)
+    producer = Producer(stub)
+    producer.send(1, make_block(1))
+    assert producer.acks(1) == {1: 0}
+    store.down = True
+    producer.send(2, make_block(2))
+    with pytest.raises(grpc.RpcError) as caught:
+        list(fetch(stub, 0, 1))
+    for error in (producer.error(), caught.value):
+        assert (code(error), error_name(error)) == ("UNAVAILABLE", "StoreUnavailableError")
+    store.down = False
+    again = Producer(stub, epoch=producer.epoch)
+    assert again.next_sequence == 2
+    again.send(2, make_block(2))
+    assert again.close() == {2: 1}
+    assert list(fetch(stub, 0, 9)) == [(0, make_block(1)), (1, make_block(2))]
+
+
+@on_cluster
+def test_a_write_whose_answer_is_lost_is_done_again_under_another_key(
+    storage: dict[str, str], faulty: tuple[type[FaultyStore], str], start_server: StartServer
+) -> None:
+    store, address = faulty
+    blocks = f"{storage['blocks']}?endpoint={address}"
+    server = start_server(blocks=blocks, orphan_seconds=0, collect_seconds=0)
+    create(server.stub)
+    store.lost_answers = 1
+    assert publish(server.stub, [1]) == {1: 0}
+    assert store.lost_answers == 0
+    collected = server.stub.CollectGarbage(pb.CollectGarbageRequest())
+    assert collected.orphan_objects == 1
+    assert list(fetch(server.stub, 0, 9)) == [(0, make_block(1))]
 
 
 @on_cluster

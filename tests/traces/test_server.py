@@ -96,6 +96,16 @@ def test_catalog_and_blocks_go_where_they_are_told_to(
 
 
 @on_local_disk
+def test_blocks_whose_identity_was_damaged_are_refused(
+    server: RunningServer, start_server: StartServer
+) -> None:
+    server.stop()
+    (server.config.data_dir / "blocks" / "identity").write_text("")
+    with pytest.raises(StorageError, match="says that it is '', expected 32"):
+        start_server()
+
+
+@on_local_disk
 def test_a_data_directory_that_cannot_be_made_is_named(start_server: StartServer, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(StorageError, match=r"file.data"):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import fcntl
 import logging
 import os
+import re
 from collections.abc import AsyncGenerator, Generator
 from contextlib import AsyncExitStack, asynccontextmanager, contextmanager
 from dataclasses import dataclass
@@ -18,6 +19,8 @@ from lynearm.traces.store import BlockStore, LocalBlockStore, sync_directory
 from lynearm.wire.errors import PreconditionError, StorageError
 
 logger = logging.getLogger(__name__)
+
+_IDENTITY = re.compile(r"[0-9a-f]{32}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,6 +107,11 @@ async def _open_store(config: ServeConfig, stack: AsyncExitStack, *, shared_cata
 async def _check_pair(catalog: Catalog, store: BlockStore) -> None:
     """Refuse a store without the catalog's blocks: another bucket, or the same path on another machine."""
     identity = await store.identity()
+    if not _IDENTITY.fullmatch(identity):
+        raise StorageError(
+            f"block store {store.where} says that it is {identity[:40]!r}, expected 32 hexadecimal digits",
+            "restore what the store said before from a copy of it",
+        )
     expected = await catalog.adopt_store(identity)
     if identity != expected:
         raise PreconditionError(
