@@ -22,74 +22,86 @@ _runtime_version.ValidateProtobufRuntimeVersion(
 _sym_db = _symbol_database.Default()
 
 
+from lynearm.v1 import consumer_pb2 as lynearm_dot_v1_dot_consumer__pb2
+from lynearm.v1 import prompt_queue_pb2 as lynearm_dot_v1_dot_prompt__queue__pb2
 from lynearm.v1 import trace_pb2 as lynearm_dot_v1_dot_trace__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1elynearm/v1/trace_service.proto\x12\nlynearm.v1\x1a\x16lynearm/v1/trace.proto\"\xbe\x02\n\x06Stream\x12$\n\x04spec\x18\x01 \x01(\x0b\x32\x16.lynearm.v1.StreamSpec\x12&\n\x05state\x18\x02 \x01(\x0e\x32\x17.lynearm.v1.StreamState\x12\x19\n\x11\x63reated_unix_nano\x18\x03 \x01(\x03\x12\x13\n\x0bnext_offset\x18\x04 \x01(\x04\x12\x13\n\x0btrace_count\x18\x05 \x01(\x04\x12\x1a\n\x12prompt_token_count\x18\x06 \x01(\x04\x12\x1e\n\x16\x63ompletion_token_count\x18\x07 \x01(\x04\x12\x12\n\nsize_bytes\x18\x08 \x01(\x04\x12\x1d\n\x15\x66inished_prompt_count\x18\t \x01(\x04\x12\x18\n\x10\x64ictionary_count\x18\n \x01(\r\x12\x18\n\x10\x64ictionary_bytes\x18\x0b \x01(\x04\"S\n\x13\x43reateStreamRequest\x12$\n\x04spec\x18\x01 \x01(\x0b\x32\x16.lynearm.v1.StreamSpec\x12\x16\n\x0e\x61llow_existing\x18\x02 \x01(\x08\":\n\x14\x43reateStreamResponse\x12\"\n\x06stream\x18\x01 \x01(\x0b\x32\x12.lynearm.v1.Stream\" \n\x10GetStreamRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\"7\n\x11GetStreamResponse\x12\"\n\x06stream\x18\x01 \x01(\x0b\x32\x12.lynearm.v1.Stream\"\x14\n\x12ListStreamsRequest\":\n\x13ListStreamsResponse\x12#\n\x07streams\x18\x01 \x03(\x0b\x32\x12.lynearm.v1.Stream\"#\n\x13\x44\x65leteStreamRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\"\x16\n\x14\x44\x65leteStreamResponse\"!\n\x11SealStreamRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\"8\n\x12SealStreamResponse\x12\"\n\x06stream\x18\x01 \x01(\x0b\x32\x12.lynearm.v1.Stream\"o\n\x0ePublishRequest\x12\'\n\x04open\x18\x01 \x01(\x0b\x32\x17.lynearm.v1.PublishOpenH\x00\x12)\n\x05\x62lock\x18\x02 \x01(\x0b\x32\x18.lynearm.v1.PublishBlockH\x00\x42\t\n\x07message\"A\n\x0bPublishOpen\x12\x0e\n\x06stream\x18\x01 \x01(\t\x12\x13\n\x0bproducer_id\x18\x02 \x01(\t\x12\r\n\x05\x65poch\x18\x03 \x01(\x04\"_\n\x0cPublishBlock\x12\x10\n\x08sequence\x18\x01 \x01(\x04\x12 \n\x05\x62lock\x18\x02 \x01(\x0b\x32\x11.lynearm.v1.Block\x12\x1b\n\x13\x66inished_prompt_ids\x18\x03 \x03(\t\"p\n\x0fPublishResponse\x12+\n\x06opened\x18\x01 \x01(\x0b\x32\x19.lynearm.v1.PublishOpenedH\x00\x12%\n\x03\x61\x63k\x18\x02 \x01(\x0b\x32\x16.lynearm.v1.PublishAckH\x00\x42\t\n\x07message\"5\n\rPublishOpened\x12\r\n\x05\x65poch\x18\x01 \x01(\x04\x12\x15\n\rnext_sequence\x18\x02 \x01(\x04\"5\n\nPublishAck\x12\x16\n\x0e\x66irst_sequence\x18\x01 \x01(\x04\x12\x0f\n\x07offsets\x18\x02 \x03(\x04\"`\n\x10SubscribeRequest\x12)\n\x04open\x18\x01 \x01(\x0b\x32\x19.lynearm.v1.SubscribeOpenH\x00\x12\x16\n\x0c\x63redit_bytes\x18\x02 \x01(\x04H\x00\x42\t\n\x07message\"v\n\rSubscribeOpen\x12\x0e\n\x06stream\x18\x01 \x01(\t\x12\x16\n\x0cstart_offset\x18\x02 \x01(\x04H\x00\x12\x0e\n\x04live\x18\x03 \x01(\x08H\x00\x12\x0e\n\x06\x66ollow\x18\x04 \x01(\x08\x12\x14\n\x0c\x63redit_bytes\x18\x05 \x01(\x04\x42\x07\n\x05start\"Z\n\x11SubscribeResponse\x12\x0e\n\x06offset\x18\x01 \x01(\x04\x12 \n\x05\x62lock\x18\x02 \x01(\x0b\x32\x11.lynearm.v1.Block\x12\x13\n\x0bnext_offset\x18\x03 \x01(\x04\"C\n\x12\x46\x65tchBlocksRequest\x12\x0e\n\x06stream\x18\x01 \x01(\t\x12\x0e\n\x06offset\x18\x02 \x01(\x04\x12\r\n\x05\x63ount\x18\x03 \x01(\r\"G\n\x13\x46\x65tchBlocksResponse\x12\x0e\n\x06offset\x18\x01 \x01(\x04\x12 \n\x05\x62lock\x18\x02 \x01(\x0b\x32\x11.lynearm.v1.Block\",\n\x1aListFinishedPromptsRequest\x12\x0e\n\x06stream\x18\x01 \x01(\t\"1\n\x1bListFinishedPromptsResponse\x12\x12\n\nprompt_ids\x18\x01 \x03(\t\":\n\x14PutDictionaryRequest\x12\x0e\n\x06stream\x18\x01 \x01(\t\x12\x12\n\ndictionary\x18\x02 \x01(\x0c\"\'\n\x15PutDictionaryResponse\x12\x0e\n\x06\x64igest\x18\x01 \x01(\x0c\"6\n\x14GetDictionaryRequest\x12\x0e\n\x06stream\x18\x01 \x01(\t\x12\x0e\n\x06\x64igest\x18\x02 \x01(\x0c\"+\n\x15GetDictionaryResponse\x12\x12\n\ndictionary\x18\x01 \x01(\x0c*[\n\x0bStreamState\x12\x1c\n\x18STREAM_STATE_UNSPECIFIED\x10\x00\x12\x15\n\x11STREAM_STATE_OPEN\x10\x01\x12\x17\n\x13STREAM_STATE_SEALED\x10\x02\x32\x99\x07\n\x0cTraceService\x12Q\n\x0c\x43reateStream\x12\x1f.lynearm.v1.CreateStreamRequest\x1a .lynearm.v1.CreateStreamResponse\x12H\n\tGetStream\x12\x1c.lynearm.v1.GetStreamRequest\x1a\x1d.lynearm.v1.GetStreamResponse\x12N\n\x0bListStreams\x12\x1e.lynearm.v1.ListStreamsRequest\x1a\x1f.lynearm.v1.ListStreamsResponse\x12Q\n\x0c\x44\x65leteStream\x12\x1f.lynearm.v1.DeleteStreamRequest\x1a .lynearm.v1.DeleteStreamResponse\x12K\n\nSealStream\x12\x1d.lynearm.v1.SealStreamRequest\x1a\x1e.lynearm.v1.SealStreamResponse\x12\x46\n\x07Publish\x12\x1a.lynearm.v1.PublishRequest\x1a\x1b.lynearm.v1.PublishResponse(\x01\x30\x01\x12L\n\tSubscribe\x12\x1c.lynearm.v1.SubscribeRequest\x1a\x1d.lynearm.v1.SubscribeResponse(\x01\x30\x01\x12P\n\x0b\x46\x65tchBlocks\x12\x1e.lynearm.v1.FetchBlocksRequest\x1a\x1f.lynearm.v1.FetchBlocksResponse0\x01\x12h\n\x13ListFinishedPrompts\x12&.lynearm.v1.ListFinishedPromptsRequest\x1a\'.lynearm.v1.ListFinishedPromptsResponse0\x01\x12T\n\rPutDictionary\x12 .lynearm.v1.PutDictionaryRequest\x1a!.lynearm.v1.PutDictionaryResponse\x12T\n\rGetDictionary\x12 .lynearm.v1.GetDictionaryRequest\x1a!.lynearm.v1.GetDictionaryResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1elynearm/v1/trace_service.proto\x12\nlynearm.v1\x1a\x19lynearm/v1/consumer.proto\x1a\x1dlynearm/v1/prompt_queue.proto\x1a\x16lynearm/v1/trace.proto\"\xe3\x02\n\x06Stream\x12$\n\x04spec\x18\x01 \x01(\x0b\x32\x16.lynearm.v1.StreamSpec\x12&\n\x05state\x18\x02 \x01(\x0e\x32\x17.lynearm.v1.StreamState\x12\x19\n\x11\x63reated_unix_nano\x18\x03 \x01(\x03\x12\x13\n\x0bnext_offset\x18\x04 \x01(\x04\x12\x13\n\x0btrace_count\x18\x05 \x01(\x04\x12\x1a\n\x12prompt_token_count\x18\x06 \x01(\x04\x12\x1e\n\x16\x63ompletion_token_count\x18\x07 \x01(\x04\x12\x12\n\nsize_bytes\x18\x08 \x01(\x04\x12\x1d\n\x15\x66inished_prompt_count\x18\t \x01(\x04\x12\x18\n\x10\x64ictionary_count\x18\n \x01(\r\x12\x18\n\x10\x64ictionary_bytes\x18\x0b \x01(\x04\x12#\n\x07max_lag\x18\x0c \x01(\x0b\x32\x12.lynearm.v1.MaxLag\"x\n\x13\x43reateStreamRequest\x12$\n\x04spec\x18\x01 \x01(\x0b\x32\x16.lynearm.v1.StreamSpec\x12\x16\n\x0e\x61llow_existing\x18\x02 \x01(\x08\x12#\n\x07max_lag\x18\x03 \x01(\x0b\x32\x12.lynearm.v1.MaxLag\":\n\x14\x43reateStreamResponse\x12\"\n\x06stream\x18\x01 \x01(\x0b\x32\x12.lynearm.v1.Stream\" \n\x10GetStreamRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\"7\n\x11GetStreamResponse\x12\"\n\x06stream\x18\x01 \x01(\x0b\x32\x12.lynearm.v1.Stream\"K\n\x16\x43onfigureStreamRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\x12#\n\x07max_lag\x18\x02 \x01(\x0b\x32\x12.lynearm.v1.MaxLag\"=\n\x17\x43onfigureStreamResponse\x12\"\n\x06stream\x18\x01 \x01(\x0b\x32\x12.lynearm.v1.Stream\"\x14\n\x12ListStreamsRequest\":\n\x13ListStreamsResponse\x12#\n\x07streams\x18\x01 \x03(\x0b\x32\x12.lynearm.v1.Stream\"#\n\x13\x44\x65leteStreamRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\"\x16\n\x14\x44\x65leteStreamResponse\"!\n\x11SealStreamRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\"8\n\x12SealStreamResponse\x12\"\n\x06stream\x18\x01 \x01(\x0b\x32\x12.lynearm.v1.Stream\"o\n\x0ePublishRequest\x12\'\n\x04open\x18\x01 \x01(\x0b\x32\x17.lynearm.v1.PublishOpenH\x00\x12)\n\x05\x62lock\x18\x02 \x01(\x0b\x32\x18.lynearm.v1.PublishBlockH\x00\x42\t\n\x07message\"\xb6\x01\n\x0bPublishOpen\x12\x0e\n\x06stream\x18\x01 \x01(\t\x12\x13\n\x0bproducer_id\x18\x02 \x01(\t\x12\r\n\x05\x65poch\x18\x03 \x01(\x04\x12\x33\n\x06labels\x18\x04 \x03(\x0b\x32#.lynearm.v1.PublishOpen.LabelsEntry\x12\x0f\n\x07no_wait\x18\x05 \x01(\x08\x1a-\n\x0bLabelsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\"\xb6\x01\n\x0cPublishBlock\x12\x10\n\x08sequence\x18\x01 \x01(\x04\x12 \n\x05\x62lock\x18\x02 \x01(\x0b\x32\x11.lynearm.v1.Block\x12\x1b\n\x13\x66inished_prompt_ids\x18\x03 \x03(\t\x12/\n\rfinished_work\x18\x04 \x03(\x0b\x32\x18.lynearm.v1.FinishedWork\x12$\n\x04tags\x18\x05 \x01(\x0b\x32\x16.lynearm.v1.TagSummary\"\x99\x01\n\x0fPublishResponse\x12+\n\x06opened\x18\x01 \x01(\x0b\x32\x19.lynearm.v1.PublishOpenedH\x00\x12%\n\x03\x61\x63k\x18\x02 \x01(\x0b\x32\x16.lynearm.v1.PublishAckH\x00\x12\'\n\x04held\x18\x03 \x01(\x0b\x32\x17.lynearm.v1.PublishHeldH\x00\x42\t\n\x07message\"5\n\rPublishOpened\x12\r\n\x05\x65poch\x18\x01 \x01(\x04\x12\x15\n\rnext_sequence\x18\x02 \x01(\x04\"5\n\nPublishAck\x12\x16\n\x0e\x66irst_sequence\x18\x01 \x01(\x04\x12\x0f\n\x07offsets\x18\x02 \x03(\x04\"Y\n\x0bPublishHeld\x12\x10\n\x08sequence\x18\x01 \x01(\x04\x12\x10\n\x08\x63onsumer\x18\x02 \x01(\t\x12\x12\n\nlag_blocks\x18\x03 \x01(\x04\x12\x12\n\nlag_traces\x18\x04 \x01(\x04\"`\n\x10SubscribeRequest\x12)\n\x04open\x18\x01 \x01(\x0b\x32\x19.lynearm.v1.SubscribeOpenH\x00\x12\x16\n\x0c\x63redit_bytes\x18\x02 \x01(\x04H\x00\x42\t\n\x07message\"\xd9\x01\n\rSubscribeOpen\x12\x0e\n\x06stream\x18\x01 \x01(\t\x12\x16\n\x0cstart_offset\x18\x02 \x01(\x04H\x00\x12\x0e\n\x04live\x18\x03 \x01(\x08H\x00\x12$\n\x06\x63ursor\x18\x06 \x01(\x0b\x32\x12.lynearm.v1.CursorH\x00\x12\x12\n\x08\x63onsumer\x18\x07 \x01(\tH\x00\x12\x0e\n\x06\x66ollow\x18\x04 \x01(\x08\x12\x14\n\x0c\x63redit_bytes\x18\x05 \x01(\x04\x12\'\n\x06\x66ilter\x18\x08 \x01(\x0b\x32\x17.lynearm.v1.BlockFilterB\x07\n\x05start\"\x80\x01\n\x11SubscribeResponse\x12\x0e\n\x06offset\x18\x01 \x01(\x04\x12 \n\x05\x62lock\x18\x02 \x01(\x0b\x32\x11.lynearm.v1.Block\x12\x13\n\x0bnext_offset\x18\x03 \x01(\x04\x12\x0f\n\x07skipped\x18\x04 \x01(\x04\x12\x13\n\x0bused_traces\x18\x05 \x01(\r\"C\n\x12\x46\x65tchBlocksRequest\x12\x0e\n\x06stream\x18\x01 \x01(\t\x12\x0e\n\x06offset\x18\x02 \x01(\x04\x12\r\n\x05\x63ount\x18\x03 \x01(\r\"G\n\x13\x46\x65tchBlocksResponse\x12\x0e\n\x06offset\x18\x01 \x01(\x04\x12 \n\x05\x62lock\x18\x02 \x01(\x0b\x32\x11.lynearm.v1.Block\",\n\x1aListFinishedPromptsRequest\x12\x0e\n\x06stream\x18\x01 \x01(\t\"1\n\x1bListFinishedPromptsResponse\x12\x12\n\nprompt_ids\x18\x01 \x03(\t\":\n\x14PutDictionaryRequest\x12\x0e\n\x06stream\x18\x01 \x01(\t\x12\x12\n\ndictionary\x18\x02 \x01(\x0c\"\'\n\x15PutDictionaryResponse\x12\x0e\n\x06\x64igest\x18\x01 \x01(\x0c\"6\n\x14GetDictionaryRequest\x12\x0e\n\x06stream\x18\x01 \x01(\t\x12\x0e\n\x06\x64igest\x18\x02 \x01(\x0c\"+\n\x15GetDictionaryResponse\x12\x12\n\ndictionary\x18\x01 \x01(\x0c*[\n\x0bStreamState\x12\x1c\n\x18STREAM_STATE_UNSPECIFIED\x10\x00\x12\x15\n\x11STREAM_STATE_OPEN\x10\x01\x12\x17\n\x13STREAM_STATE_SEALED\x10\x02\x32\xb5\x0f\n\x0cTraceService\x12Q\n\x0c\x43reateStream\x12\x1f.lynearm.v1.CreateStreamRequest\x1a .lynearm.v1.CreateStreamResponse\x12H\n\tGetStream\x12\x1c.lynearm.v1.GetStreamRequest\x1a\x1d.lynearm.v1.GetStreamResponse\x12N\n\x0bListStreams\x12\x1e.lynearm.v1.ListStreamsRequest\x1a\x1f.lynearm.v1.ListStreamsResponse\x12Q\n\x0c\x44\x65leteStream\x12\x1f.lynearm.v1.DeleteStreamRequest\x1a .lynearm.v1.DeleteStreamResponse\x12K\n\nSealStream\x12\x1d.lynearm.v1.SealStreamRequest\x1a\x1e.lynearm.v1.SealStreamResponse\x12\x46\n\x07Publish\x12\x1a.lynearm.v1.PublishRequest\x1a\x1b.lynearm.v1.PublishResponse(\x01\x30\x01\x12L\n\tSubscribe\x12\x1c.lynearm.v1.SubscribeRequest\x1a\x1d.lynearm.v1.SubscribeResponse(\x01\x30\x01\x12P\n\x0b\x46\x65tchBlocks\x12\x1e.lynearm.v1.FetchBlocksRequest\x1a\x1f.lynearm.v1.FetchBlocksResponse0\x01\x12h\n\x13ListFinishedPrompts\x12&.lynearm.v1.ListFinishedPromptsRequest\x1a\'.lynearm.v1.ListFinishedPromptsResponse0\x01\x12T\n\rPutDictionary\x12 .lynearm.v1.PutDictionaryRequest\x1a!.lynearm.v1.PutDictionaryResponse\x12T\n\rGetDictionary\x12 .lynearm.v1.GetDictionaryRequest\x1a!.lynearm.v1.GetDictionaryResponse\x12Z\n\x0f\x43onfigureStream\x12\".lynearm.v1.ConfigureStreamRequest\x1a#.lynearm.v1.ConfigureStreamResponse\x12H\n\tCreateJob\x12\x1c.lynearm.v1.CreateJobRequest\x1a\x1d.lynearm.v1.CreateJobResponse\x12K\n\nAddPrompts\x12\x1d.lynearm.v1.AddPromptsRequest\x1a\x1e.lynearm.v1.AddPromptsResponse\x12?\n\x06GetJob\x12\x19.lynearm.v1.GetJobRequest\x1a\x1a.lynearm.v1.GetJobResponse\x12\x45\n\x08ListJobs\x12\x1b.lynearm.v1.ListJobsRequest\x1a\x1c.lynearm.v1.ListJobsResponse\x12Q\n\x0cLeasePrompts\x12\x1f.lynearm.v1.LeasePromptsRequest\x1a .lynearm.v1.LeasePromptsResponse\x12N\n\x0bRenewLeases\x12\x1e.lynearm.v1.RenewLeasesRequest\x1a\x1f.lynearm.v1.RenewLeasesResponse\x12T\n\rReleaseLeases\x12 .lynearm.v1.ReleaseLeasesRequest\x1a!.lynearm.v1.ReleaseLeasesResponse\x12T\n\rLocatePrompts\x12 .lynearm.v1.LocatePromptsRequest\x1a!.lynearm.v1.LocatePromptsResponse\x12Q\n\x0c\x43ommitCursor\x12\x1f.lynearm.v1.CommitCursorRequest\x1a .lynearm.v1.CommitCursorResponse\x12N\n\x0bGetConsumer\x12\x1e.lynearm.v1.GetConsumerRequest\x1a\x1f.lynearm.v1.GetConsumerResponse\x12T\n\rListConsumers\x12 .lynearm.v1.ListConsumersRequest\x1a!.lynearm.v1.ListConsumersResponse\x12W\n\x0e\x44\x65leteConsumer\x12!.lynearm.v1.DeleteConsumerRequest\x1a\".lynearm.v1.DeleteConsumerResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'lynearm.v1.trace_service_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_STREAMSTATE']._serialized_start=2115
-  _globals['_STREAMSTATE']._serialized_end=2206
-  _globals['_STREAM']._serialized_start=71
-  _globals['_STREAM']._serialized_end=389
-  _globals['_CREATESTREAMREQUEST']._serialized_start=391
-  _globals['_CREATESTREAMREQUEST']._serialized_end=474
-  _globals['_CREATESTREAMRESPONSE']._serialized_start=476
-  _globals['_CREATESTREAMRESPONSE']._serialized_end=534
-  _globals['_GETSTREAMREQUEST']._serialized_start=536
-  _globals['_GETSTREAMREQUEST']._serialized_end=568
-  _globals['_GETSTREAMRESPONSE']._serialized_start=570
-  _globals['_GETSTREAMRESPONSE']._serialized_end=625
-  _globals['_LISTSTREAMSREQUEST']._serialized_start=627
-  _globals['_LISTSTREAMSREQUEST']._serialized_end=647
-  _globals['_LISTSTREAMSRESPONSE']._serialized_start=649
-  _globals['_LISTSTREAMSRESPONSE']._serialized_end=707
-  _globals['_DELETESTREAMREQUEST']._serialized_start=709
-  _globals['_DELETESTREAMREQUEST']._serialized_end=744
-  _globals['_DELETESTREAMRESPONSE']._serialized_start=746
-  _globals['_DELETESTREAMRESPONSE']._serialized_end=768
-  _globals['_SEALSTREAMREQUEST']._serialized_start=770
-  _globals['_SEALSTREAMREQUEST']._serialized_end=803
-  _globals['_SEALSTREAMRESPONSE']._serialized_start=805
-  _globals['_SEALSTREAMRESPONSE']._serialized_end=861
-  _globals['_PUBLISHREQUEST']._serialized_start=863
-  _globals['_PUBLISHREQUEST']._serialized_end=974
-  _globals['_PUBLISHOPEN']._serialized_start=976
-  _globals['_PUBLISHOPEN']._serialized_end=1041
-  _globals['_PUBLISHBLOCK']._serialized_start=1043
-  _globals['_PUBLISHBLOCK']._serialized_end=1138
-  _globals['_PUBLISHRESPONSE']._serialized_start=1140
-  _globals['_PUBLISHRESPONSE']._serialized_end=1252
-  _globals['_PUBLISHOPENED']._serialized_start=1254
-  _globals['_PUBLISHOPENED']._serialized_end=1307
-  _globals['_PUBLISHACK']._serialized_start=1309
-  _globals['_PUBLISHACK']._serialized_end=1362
-  _globals['_SUBSCRIBEREQUEST']._serialized_start=1364
-  _globals['_SUBSCRIBEREQUEST']._serialized_end=1460
-  _globals['_SUBSCRIBEOPEN']._serialized_start=1462
-  _globals['_SUBSCRIBEOPEN']._serialized_end=1580
-  _globals['_SUBSCRIBERESPONSE']._serialized_start=1582
-  _globals['_SUBSCRIBERESPONSE']._serialized_end=1672
-  _globals['_FETCHBLOCKSREQUEST']._serialized_start=1674
-  _globals['_FETCHBLOCKSREQUEST']._serialized_end=1741
-  _globals['_FETCHBLOCKSRESPONSE']._serialized_start=1743
-  _globals['_FETCHBLOCKSRESPONSE']._serialized_end=1814
-  _globals['_LISTFINISHEDPROMPTSREQUEST']._serialized_start=1816
-  _globals['_LISTFINISHEDPROMPTSREQUEST']._serialized_end=1860
-  _globals['_LISTFINISHEDPROMPTSRESPONSE']._serialized_start=1862
-  _globals['_LISTFINISHEDPROMPTSRESPONSE']._serialized_end=1911
-  _globals['_PUTDICTIONARYREQUEST']._serialized_start=1913
-  _globals['_PUTDICTIONARYREQUEST']._serialized_end=1971
-  _globals['_PUTDICTIONARYRESPONSE']._serialized_start=1973
-  _globals['_PUTDICTIONARYRESPONSE']._serialized_end=2012
-  _globals['_GETDICTIONARYREQUEST']._serialized_start=2014
-  _globals['_GETDICTIONARYREQUEST']._serialized_end=2068
-  _globals['_GETDICTIONARYRESPONSE']._serialized_start=2070
-  _globals['_GETDICTIONARYRESPONSE']._serialized_end=2113
-  _globals['_TRACESERVICE']._serialized_start=2209
-  _globals['_TRACESERVICE']._serialized_end=3130
+  _globals['_PUBLISHOPEN_LABELSENTRY']._loaded_options = None
+  _globals['_PUBLISHOPEN_LABELSENTRY']._serialized_options = b'8\001'
+  _globals['_STREAMSTATE']._serialized_start=2865
+  _globals['_STREAMSTATE']._serialized_end=2956
+  _globals['_STREAM']._serialized_start=129
+  _globals['_STREAM']._serialized_end=484
+  _globals['_CREATESTREAMREQUEST']._serialized_start=486
+  _globals['_CREATESTREAMREQUEST']._serialized_end=606
+  _globals['_CREATESTREAMRESPONSE']._serialized_start=608
+  _globals['_CREATESTREAMRESPONSE']._serialized_end=666
+  _globals['_GETSTREAMREQUEST']._serialized_start=668
+  _globals['_GETSTREAMREQUEST']._serialized_end=700
+  _globals['_GETSTREAMRESPONSE']._serialized_start=702
+  _globals['_GETSTREAMRESPONSE']._serialized_end=757
+  _globals['_CONFIGURESTREAMREQUEST']._serialized_start=759
+  _globals['_CONFIGURESTREAMREQUEST']._serialized_end=834
+  _globals['_CONFIGURESTREAMRESPONSE']._serialized_start=836
+  _globals['_CONFIGURESTREAMRESPONSE']._serialized_end=897
+  _globals['_LISTSTREAMSREQUEST']._serialized_start=899
+  _globals['_LISTSTREAMSREQUEST']._serialized_end=919
+  _globals['_LISTSTREAMSRESPONSE']._serialized_start=921
+  _globals['_LISTSTREAMSRESPONSE']._serialized_end=979
+  _globals['_DELETESTREAMREQUEST']._serialized_start=981
+  _globals['_DELETESTREAMREQUEST']._serialized_end=1016
+  _globals['_DELETESTREAMRESPONSE']._serialized_start=1018
+  _globals['_DELETESTREAMRESPONSE']._serialized_end=1040
+  _globals['_SEALSTREAMREQUEST']._serialized_start=1042
+  _globals['_SEALSTREAMREQUEST']._serialized_end=1075
+  _globals['_SEALSTREAMRESPONSE']._serialized_start=1077
+  _globals['_SEALSTREAMRESPONSE']._serialized_end=1133
+  _globals['_PUBLISHREQUEST']._serialized_start=1135
+  _globals['_PUBLISHREQUEST']._serialized_end=1246
+  _globals['_PUBLISHOPEN']._serialized_start=1249
+  _globals['_PUBLISHOPEN']._serialized_end=1431
+  _globals['_PUBLISHOPEN_LABELSENTRY']._serialized_start=1386
+  _globals['_PUBLISHOPEN_LABELSENTRY']._serialized_end=1431
+  _globals['_PUBLISHBLOCK']._serialized_start=1434
+  _globals['_PUBLISHBLOCK']._serialized_end=1616
+  _globals['_PUBLISHRESPONSE']._serialized_start=1619
+  _globals['_PUBLISHRESPONSE']._serialized_end=1772
+  _globals['_PUBLISHOPENED']._serialized_start=1774
+  _globals['_PUBLISHOPENED']._serialized_end=1827
+  _globals['_PUBLISHACK']._serialized_start=1829
+  _globals['_PUBLISHACK']._serialized_end=1882
+  _globals['_PUBLISHHELD']._serialized_start=1884
+  _globals['_PUBLISHHELD']._serialized_end=1973
+  _globals['_SUBSCRIBEREQUEST']._serialized_start=1975
+  _globals['_SUBSCRIBEREQUEST']._serialized_end=2071
+  _globals['_SUBSCRIBEOPEN']._serialized_start=2074
+  _globals['_SUBSCRIBEOPEN']._serialized_end=2291
+  _globals['_SUBSCRIBERESPONSE']._serialized_start=2294
+  _globals['_SUBSCRIBERESPONSE']._serialized_end=2422
+  _globals['_FETCHBLOCKSREQUEST']._serialized_start=2424
+  _globals['_FETCHBLOCKSREQUEST']._serialized_end=2491
+  _globals['_FETCHBLOCKSRESPONSE']._serialized_start=2493
+  _globals['_FETCHBLOCKSRESPONSE']._serialized_end=2564
+  _globals['_LISTFINISHEDPROMPTSREQUEST']._serialized_start=2566
+  _globals['_LISTFINISHEDPROMPTSREQUEST']._serialized_end=2610
+  _globals['_LISTFINISHEDPROMPTSRESPONSE']._serialized_start=2612
+  _globals['_LISTFINISHEDPROMPTSRESPONSE']._serialized_end=2661
+  _globals['_PUTDICTIONARYREQUEST']._serialized_start=2663
+  _globals['_PUTDICTIONARYREQUEST']._serialized_end=2721
+  _globals['_PUTDICTIONARYRESPONSE']._serialized_start=2723
+  _globals['_PUTDICTIONARYRESPONSE']._serialized_end=2762
+  _globals['_GETDICTIONARYREQUEST']._serialized_start=2764
+  _globals['_GETDICTIONARYREQUEST']._serialized_end=2818
+  _globals['_GETDICTIONARYRESPONSE']._serialized_start=2820
+  _globals['_GETDICTIONARYRESPONSE']._serialized_end=2863
+  _globals['_TRACESERVICE']._serialized_start=2959
+  _globals['_TRACESERVICE']._serialized_end=4932
 # @@protoc_insertion_point(module_scope)
