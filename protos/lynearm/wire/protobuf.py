@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TypeVar
 
-from lynearm.v1 import trace_pb2, trace_service_pb2
+from lynearm.v1 import consumer_pb2, trace_pb2, trace_service_pb2
 from lynearm.wire.blocks import MODE_FROM_PROTO, MODE_TO_PROTO
 from lynearm.wire.errors import InvalidInputError, UnsupportedFormatError
 from lynearm.wire.specs import CodecSpec, LogprobsMode, StreamSpec, TeacherSpec, TokenizerSpec
@@ -32,6 +32,10 @@ class StreamInfo:
     dictionary_count: int = 0
     dictionary_bytes: int = 0
     """Codec dictionaries; `size_bytes` does not include them."""
+    max_lag_blocks: int = 0
+    """Blocks that publishers may run ahead of the slowest consumer; 0: no bound."""
+    max_lag_traces: int = 0
+    """The same in traces."""
 
 
 def spec_to_proto(spec: StreamSpec) -> trace_pb2.StreamSpec:
@@ -107,6 +111,7 @@ def spec_from_proto(message: trace_pb2.StreamSpec) -> StreamSpec:
 
 def stream_to_proto(info: StreamInfo) -> trace_service_pb2.Stream:
     """The message of a stream."""
+    max_lag = consumer_pb2.MaxLag(blocks=info.max_lag_blocks, traces=info.max_lag_traces)
     return trace_service_pb2.Stream(
         spec=spec_to_proto(info.spec),
         state=trace_service_pb2.STREAM_STATE_SEALED if info.sealed else trace_service_pb2.STREAM_STATE_OPEN,
@@ -119,6 +124,7 @@ def stream_to_proto(info: StreamInfo) -> trace_service_pb2.Stream:
         finished_prompt_count=info.finished_prompt_count,
         dictionary_count=info.dictionary_count,
         dictionary_bytes=info.dictionary_bytes,
+        max_lag=max_lag if max_lag.ByteSize() else None,
     )
 
 
@@ -141,6 +147,8 @@ def stream_from_proto(message: trace_service_pb2.Stream) -> StreamInfo:
         finished_prompt_count=message.finished_prompt_count,
         dictionary_count=message.dictionary_count,
         dictionary_bytes=message.dictionary_bytes,
+        max_lag_blocks=message.max_lag.blocks,
+        max_lag_traces=message.max_lag.traces,
     )
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterable
 from dataclasses import dataclass
+from itertools import pairwise
 
 from google.protobuf.message import DecodeError
 
@@ -106,6 +107,6 @@ def check_prompt_id(prompt_id: str) -> str:
 
 def _ascending(indices: Iterable[int]) -> tuple[int, ...]:
     found = tuple(indices)
-    if not found or any(later <= earlier for earlier, later in zip(found, found[1:], strict=False)):
+    if not found or any(later <= earlier for earlier, later in pairwise(found)):
         raise InvalidInputError("sample indices of finished work are none, or do not ascend")
     return found

@@ -3,7 +3,7 @@
 Invariants of every catalog:
 
 - `commit` is the only commit point: in one transaction it adds a group's index rows, producers' sequence
-  numbers and finished prompts, and hands out the offsets. Durable on return.
+  numbers, finished prompts and units of work, and hands out the offsets. Durable on return.
 - Offsets of a stream are 0, 1, 2, … without gaps, and never change.
 - A row never points at an object that was not durable when the row was committed.
 - A stream holds each dictionary that it was given, unchanged, until the stream is deleted.
@@ -15,10 +15,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol, TypeAlias
 
+from lynearm.traces.consumer_records import ConsumerCatalog
+from lynearm.traces.job_records import QueueCatalog
 from lynearm.traces.store import Span, StoredObject
 from lynearm.wire.errors import LynearmError, StreamNotFoundError
 from lynearm.wire.protobuf import StreamInfo
 from lynearm.wire.specs import CodecMode, StreamSpec
+from lynearm.wire.work import FinishedWork
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,6 +74,10 @@ class NewBlock:
     """From 1, without gaps in one epoch."""
     facts: BlockFacts
     finished_prompt_ids: tuple[str, ...] = ()
+    finished_work: tuple[FinishedWork, ...] = ()
+    """Leased units that it finishes; of different leases."""
+    labels: bytes = b""
+    """What the index keeps for filters; see `lynearm.wire.labels`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,7 +119,15 @@ class FinishedPrompt:
     prompt_id: str
 
 
-class Catalog(Protocol):
+@dataclass(frozen=True, slots=True)
+class LabelledOffset:
+    """What filters look at."""
+
+    offset: int
+    labels: bytes
+
+
+class Catalog(QueueCatalog, ConsumerCatalog, Protocol):
     """Streams, block index, producers, finished prompts and dictionaries, in a transactional database.
 
     Every method raises StorageFullError or StorageError where the database fails.
@@ -174,8 +189,9 @@ class Catalog(Protocol):
 
         Returns:
             One outcome per block. An error is StreamNotFoundError, StreamSealedError, ProducerFencedError,
-            SequenceGapError, SequenceConflictError or PromptFinishedError. When no block is new, the
-            object is not referred to.
+            SequenceGapError, SequenceConflictError, PromptFinishedError, LeaseSupersededError or
+            InvalidInputError (units that its lease does not cover). When no block is new, the object is
+            not referred to.
 
         Raises:
             StorageFullError: nothing was committed.
@@ -185,6 +201,10 @@ class Catalog(Protocol):
 
     async def find_blocks(self, stream_id: int, offset: int, count: int) -> list[BlockLocation]:
         """Locations of up to `count` blocks from `offset` on; fewer at the end."""
+        ...
+
+    async def find_labels(self, stream_id: int, offset: int, count: int) -> list[LabelledOffset]:
+        """Labels of up to `count` blocks from `offset` on; fewer at the end."""
         ...
 
     async def list_finished_prompts(self, stream_id: int, after: int, count: int) -> list[FinishedPrompt]:

@@ -11,7 +11,18 @@ from collections.abc import Callable, Mapping
 
 from sqlalchemy import Connection, insert, inspect, select, text, update
 
-from lynearm.traces.schema import SCHEMA_VERSION, dictionaries, metadata, schema_version
+from lynearm.traces.schema import (
+    SCHEMA_VERSION,
+    blocks,
+    consumers,
+    dictionaries,
+    finished_samples,
+    job_prompts,
+    jobs,
+    leases,
+    metadata,
+    schema_version,
+)
 from lynearm.wire.errors import ConfigError
 
 logger = logging.getLogger(__name__)
@@ -51,5 +62,14 @@ def _add_dictionaries(connection: Connection) -> None:
         connection.execute(text(f"ALTER TABLE streams ADD COLUMN {column} BIGINT DEFAULT 0 NOT NULL"))
 
 
-_STEPS: Mapping[int, Callable[[Connection], None]] = {1: _add_dictionaries}
+def _add_jobs_and_consumers(connection: Connection) -> None:
+    for table in (finished_samples, jobs, job_prompts, leases, consumers):
+        table.create(connection)
+    for column in ("max_lag_blocks", "max_lag_traces"):
+        connection.execute(text(f"ALTER TABLE streams ADD COLUMN {column} BIGINT DEFAULT 0 NOT NULL"))
+    binary = blocks.c.labels.type.compile(connection.dialect)
+    connection.execute(text(f"ALTER TABLE blocks ADD COLUMN labels {binary}"))
+
+
+_STEPS: Mapping[int, Callable[[Connection], None]] = {1: _add_dictionaries, 2: _add_jobs_and_consumers}
 """By the version that a step starts from; it leads to the next."""

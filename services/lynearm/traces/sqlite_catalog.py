@@ -25,10 +25,12 @@ from lynearm.traces.catalog import (
     CommitOutcome,
     DeletedStream,
     FinishedPrompt,
+    LabelledOffset,
     NewBlock,
     Producer,
     StreamRecord,
 )
+from lynearm.traces.sql_queue import SqlQueue
 from lynearm.traces.store import StoredObject
 from lynearm.wire.errors import StorageError, StorageFullError
 from lynearm.wire.specs import StreamSpec
@@ -39,7 +41,7 @@ READ_THREADS = 2
 T = TypeVar("T")
 
 
-class SqliteCatalog:
+class SqliteCatalog(SqlQueue):
     """A `Catalog` in a SQLite file. Make one with `open`."""
 
     def __init__(self, path: Path) -> None:
@@ -103,6 +105,12 @@ class SqliteCatalog:
         """See `Catalog.find_blocks`."""
         return await self._read(
             lambda connection: transactions.find_blocks(connection, stream_id, offset, count)
+        )
+
+    async def find_labels(self, stream_id: int, offset: int, count: int) -> list[LabelledOffset]:
+        """See `Catalog.find_labels`."""
+        return await self._read(
+            lambda connection: transactions.find_labels(connection, stream_id, offset, count)
         )
 
     async def list_finished_prompts(self, stream_id: int, after: int, count: int) -> list[FinishedPrompt]:

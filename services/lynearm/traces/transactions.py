@@ -6,8 +6,8 @@ Nothing here knows a database by name, a thread or an event loop; the caller beg
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Iterator, Sequence
-from typing import Any, TypeVar
+from collections.abc import Iterable, Sequence
+from typing import Any
 
 from sqlalchemy import ColumnElement, Connection, RowMapping, delete, insert, select, update
 
@@ -25,6 +25,7 @@ from lynearm.traces.catalog import (
     CommitOutcome,
     DeletedStream,
     FinishedPrompt,
+    LabelledOffset,
     NewBlock,
     Producer,
     StreamRecord,
@@ -33,13 +34,17 @@ from lynearm.traces.catalog import (
 from lynearm.traces.dictionaries import MAX_DICTIONARIES, short_digest
 from lynearm.traces.schema import (
     blocks,
+    consumers,
     dictionaries,
     finished_prompts,
     objects,
     producers,
     streams,
 )
+from lynearm.traces.statements import chunks as _chunks
+from lynearm.traces.statements import inserted_key as _inserted_key
 from lynearm.traces.store import Span, StoredObject
+from lynearm.traces.work_transactions import delete_jobs, load_work, store_work
 from lynearm.v1 import trace_pb2
 from lynearm.wire.errors import (
     DictionaryLimitError,
@@ -49,9 +54,6 @@ from lynearm.wire.errors import (
 )
 from lynearm.wire.protobuf import StreamInfo, spec_from_proto, spec_to_proto
 from lynearm.wire.specs import StreamSpec
-
-_MAX_VARIABLES = 500
-"""Values per IN list: SQLite compiles a statement for each length, and old builds stop at 999."""
 
 _PROGRESS = (
     "next_offset",
@@ -63,8 +65,7 @@ _PROGRESS = (
 )
 
 _DICTIONARIES = ("dictionary_count", "dictionary_bytes")
-
-T = TypeVar("T")
+_MAX_LAG = ("max_lag_blocks", "max_lag_traces")
 
 
 def get_stream(connection: Connection, name: str) -> StreamRecord:
@@ -115,7 +116,8 @@ def delete_stream(connection: Connection, name: str) -> DeletedStream:
     stream_id = get_stream(connection, name).stream_id
     of_stream = select(blocks.c.object_id).where(blocks.c.stream_id == stream_id).distinct()
     touched = list(connection.scalars(of_stream))
-    for table in (finished_prompts, blocks, producers, dictionaries):
+    delete_jobs(connection, stream_id)
+    for table in (finished_prompts, blocks, producers, dictionaries, consumers):
         connection.execute(delete(table).where(table.c.stream_id == stream_id))
     connection.execute(delete(streams).where(streams.c.id == stream_id))
     keys: list[str] = []
@@ -181,6 +183,17 @@ def find_blocks(connection: Connection, stream_id: int, offset: int, count: int)
         BlockLocation(row.offset, row.key, Span(row.position, row.size_bytes), int.from_bytes(row.checksum))
         for row in connection.execute(query)
     ]
+
+
+def find_labels(connection: Connection, stream_id: int, offset: int, count: int) -> list[LabelledOffset]:
+    """See `Catalog.find_labels`."""
+    query = (
+        select(blocks.c.offset, blocks.c.labels)
+        .where(blocks.c.stream_id == stream_id, blocks.c.offset >= offset)
+        .order_by(blocks.c.offset)
+        .limit(count)
+    )
+    return [LabelledOffset(offset, bytes(labels or b"")) for offset, labels in connection.execute(query)]
 
 
 def list_finished_prompts(
@@ -250,7 +263,7 @@ def _record(row: RowMapping) -> StreamRecord:
         spec=spec_from_proto(trace_pb2.StreamSpec.FromString(row["spec"])),
         sealed=row["sealed"],
         created_unix_nano=row["created_unix_nano"],
-        **{column: row[column] for column in (*_PROGRESS, *_DICTIONARIES)},
+        **{column: row[column] for column in (*_PROGRESS, *_DICTIONARIES, *_MAX_LAG)},
     )
     return StreamRecord(row["id"], info)
 
@@ -278,6 +291,7 @@ def _load_state(connection: Connection, group: Sequence[NewBlock]) -> GroupState
         producers=_load_producers(connection, {block.producer.key for block in group}),
         published={},
         finished=set(),
+        work=load_work(connection, group),
     )
     _load_published(connection, group, state)
     _load_finished(connection, group, state)
@@ -324,7 +338,9 @@ def _load_published(connection: Connection, group: Sequence[NewBlock], state: Gr
 def _load_finished(connection: Connection, group: Sequence[NewBlock], state: GroupState) -> None:
     prompts_by_stream: dict[int, set[str]] = {}
     for block in group:
-        prompts_by_stream.setdefault(block.producer.stream_id, set()).update(block.finished_prompt_ids)
+        of_stream = prompts_by_stream.setdefault(block.producer.stream_id, set())
+        of_stream.update(block.finished_prompt_ids)
+        of_stream.update(prompt.prompt_id for work in block.finished_work for prompt in work.prompts)
     for stream_id, prompt_ids in prompts_by_stream.items():
         for chunk in _chunks(prompt_ids):
             found = connection.scalars(
@@ -344,6 +360,7 @@ def _store_state(connection: Connection, group: Sequence[NewBlock], state: Group
     for key in {block.producer.key for block in admitted}:
         last = state.producers[key].last_sequence
         connection.execute(update(producers).where(producers.c.id == key).values(last_sequence=last))
+    store_work(connection, state.work)
 
 
 def _insert_blocks(
@@ -378,15 +395,5 @@ def _block_row(block: NewBlock, offset: int, object_id: int, span: Span) -> dict
         "producer_key": block.producer.key,
         "epoch": block.producer.epoch,
         "sequence": block.sequence,
+        "labels": block.labels or None,
     }
-
-
-def _inserted_key(connection: Connection, statement: Any) -> int:
-    # Any: SQLAlchemy's type of INSERT … RETURNING names private generics.
-    return int(connection.execute(statement).scalar_one())
-
-
-def _chunks(values: Iterable[T]) -> Iterator[list[T]]:
-    remaining = list(values)
-    for start in range(0, len(remaining), _MAX_VARIABLES):
-        yield remaining[start : start + _MAX_VARIABLES]
