@@ -43,10 +43,12 @@ def migrated(old_data_dir: Path, start_server: StartServer) -> RunningServer:
 
 
 def structure(data_dir: Path) -> tuple[dict[str, str], list[tuple[object, ...]]]:
-    """Every table and index as it was made, but the one that was altered: of that, its columns."""
+    """Every table and index as it was made, but those that were altered: of these, their columns."""
+    altered = ("streams", "blocks")
     with closing(sqlite3.connect(data_dir / "catalog.sqlite3")) as catalog:
-        made = catalog.execute("SELECT name, trim(sql) FROM sqlite_master WHERE name <> 'streams'")
-        return dict(made), catalog.execute("PRAGMA table_info(streams)").fetchall()
+        made = dict(catalog.execute("SELECT name, trim(sql) FROM sqlite_master"))
+        columns = [row for name in altered for row in catalog.execute(f"PRAGMA table_info({name})")]
+    return {name: sql for name, sql in made.items() if name not in altered}, columns
 
 
 def test_an_old_catalog_keeps_its_streams_and_blocks(migrated: RunningServer) -> None:

@@ -7,6 +7,7 @@ import builtins
 import collections.abc
 import google.protobuf.descriptor
 import google.protobuf.internal.containers
+import google.protobuf.internal.enum_type_wrapper
 import google.protobuf.message
 import sys
 import typing
@@ -17,6 +18,38 @@ else:
     import typing_extensions
 
 DESCRIPTOR: google.protobuf.descriptor.FileDescriptor
+
+class _JobState:
+    ValueType = typing.NewType("ValueType", builtins.int)
+    V: typing_extensions.TypeAlias = ValueType
+
+class _JobStateEnumTypeWrapper(google.protobuf.internal.enum_type_wrapper._EnumTypeWrapper[_JobState.ValueType], builtins.type):
+    DESCRIPTOR: google.protobuf.descriptor.EnumDescriptor
+    JOB_STATE_UNSPECIFIED: _JobState.ValueType  # 0
+    """Never sent."""
+    JOB_STATE_ADDING: _JobState.ValueType  # 1
+    """Prompts are still to be added."""
+    JOB_STATE_OPEN: _JobState.ValueType  # 2
+    """Work is handed out, or in the hands of workers."""
+    JOB_STATE_DONE: _JobState.ValueType  # 3
+    """Every unit is done."""
+    JOB_STATE_CANCELLED: _JobState.ValueType  # 4
+    """Somebody ended it before it was done."""
+
+class JobState(_JobState, metaclass=_JobStateEnumTypeWrapper):
+    """Where a job stands."""
+
+JOB_STATE_UNSPECIFIED: JobState.ValueType  # 0
+"""Never sent."""
+JOB_STATE_ADDING: JobState.ValueType  # 1
+"""Prompts are still to be added."""
+JOB_STATE_OPEN: JobState.ValueType  # 2
+"""Work is handed out, or in the hands of workers."""
+JOB_STATE_DONE: JobState.ValueType  # 3
+"""Every unit is done."""
+JOB_STATE_CANCELLED: JobState.ValueType  # 4
+"""Somebody ended it before it was done."""
+Global___JobState: typing_extensions.TypeAlias = JobState
 
 @typing.final
 class Job(google.protobuf.message.Message):
@@ -35,6 +68,7 @@ class Job(google.protobuf.message.Message):
     CREATED_UNIX_NANO_FIELD_NUMBER: builtins.int
     DONE_COUNT_FIELD_NUMBER: builtins.int
     LEASED_COUNT_FIELD_NUMBER: builtins.int
+    STATE_FIELD_NUMBER: builtins.int
     stream: builtins.str
     """Stream that takes the traces."""
     name: builtins.str
@@ -52,7 +86,9 @@ class Job(google.protobuf.message.Message):
     done_count: builtins.int
     """Units whose traces are committed, or whose prompts the stream had already."""
     leased_count: builtins.int
-    """Units that workers hold now and that are not done."""
+    """Units that workers hold now and that are not done. The rest of prompt_count * samples_per_prompt waits."""
+    state: Global___JobState.ValueType
+    """Where it stands."""
     def __init__(
         self,
         *,
@@ -65,8 +101,9 @@ class Job(google.protobuf.message.Message):
         created_unix_nano: builtins.int = ...,
         done_count: builtins.int = ...,
         leased_count: builtins.int = ...,
+        state: Global___JobState.ValueType = ...,
     ) -> None: ...
-    def ClearField(self, field_name: typing.Literal["content_sha256", b"content_sha256", "created_unix_nano", b"created_unix_nano", "done_count", b"done_count", "leased_count", b"leased_count", "name", b"name", "prompt_count", b"prompt_count", "samples_per_prompt", b"samples_per_prompt", "stored_prompt_count", b"stored_prompt_count", "stream", b"stream"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["content_sha256", b"content_sha256", "created_unix_nano", b"created_unix_nano", "done_count", b"done_count", "leased_count", b"leased_count", "name", b"name", "prompt_count", b"prompt_count", "samples_per_prompt", b"samples_per_prompt", "state", b"state", "stored_prompt_count", b"stored_prompt_count", "stream", b"stream"]) -> None: ...
 
 Global___Job: typing_extensions.TypeAlias = Job
 
@@ -191,7 +228,7 @@ class AddPromptsRequest(google.protobuf.message.Message):
     """Number of the first prompt here, from 0."""
     @property
     def prompts(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[Global___JobPrompt]:
-        """At most 65,536, and 3 MiB in all; those that the service has already are passed over."""
+        """At most 65,536; those that the service has already are passed over. A message takes 4 MiB in all."""
 
     def __init__(
         self,
@@ -303,6 +340,49 @@ class ListJobsResponse(google.protobuf.message.Message):
     def ClearField(self, field_name: typing.Literal["jobs", b"jobs"]) -> None: ...
 
 Global___ListJobsResponse: typing_extensions.TypeAlias = ListJobsResponse
+
+@typing.final
+class CancelJobRequest(google.protobuf.message.Message):
+    """Asks to end a job."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    STREAM_FIELD_NUMBER: builtins.int
+    NAME_FIELD_NUMBER: builtins.int
+    stream: builtins.str
+    """Stream of the job."""
+    name: builtins.str
+    """Name of the job."""
+    def __init__(
+        self,
+        *,
+        stream: builtins.str = ...,
+        name: builtins.str = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["name", b"name", "stream", b"stream"]) -> None: ...
+
+Global___CancelJobRequest: typing_extensions.TypeAlias = CancelJobRequest
+
+@typing.final
+class CancelJobResponse(google.protobuf.message.Message):
+    """Nothing of the job is handed out any more, and its leases are over."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    JOB_FIELD_NUMBER: builtins.int
+    @property
+    def job(self) -> Global___Job:
+        """The job."""
+
+    def __init__(
+        self,
+        *,
+        job: Global___Job | None = ...,
+    ) -> None: ...
+    def HasField(self, field_name: typing.Literal["job", b"job"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["job", b"job"]) -> None: ...
+
+Global___CancelJobResponse: typing_extensions.TypeAlias = CancelJobResponse
 
 @typing.final
 class LeasePromptsRequest(google.protobuf.message.Message):
@@ -438,7 +518,10 @@ class RenewLeasesRequest(google.protobuf.message.Message):
 
     DESCRIPTOR: google.protobuf.descriptor.Descriptor
 
+    STREAM_FIELD_NUMBER: builtins.int
     LEASES_FIELD_NUMBER: builtins.int
+    stream: builtins.str
+    """Stream of their jobs. Leases of another stream are lost."""
     @property
     def leases(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[Global___LeaseKey]:
         """At most 10,000."""
@@ -446,9 +529,10 @@ class RenewLeasesRequest(google.protobuf.message.Message):
     def __init__(
         self,
         *,
+        stream: builtins.str = ...,
         leases: collections.abc.Iterable[Global___LeaseKey] | None = ...,
     ) -> None: ...
-    def ClearField(self, field_name: typing.Literal["leases", b"leases"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["leases", b"leases", "stream", b"stream"]) -> None: ...
 
 Global___RenewLeasesRequest: typing_extensions.TypeAlias = RenewLeasesRequest
 
@@ -478,7 +562,10 @@ class ReleaseLeasesRequest(google.protobuf.message.Message):
 
     DESCRIPTOR: google.protobuf.descriptor.Descriptor
 
+    STREAM_FIELD_NUMBER: builtins.int
     LEASES_FIELD_NUMBER: builtins.int
+    stream: builtins.str
+    """Stream of their jobs. Leases of another stream are passed over."""
     @property
     def leases(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[Global___LeaseKey]:
         """At most 10,000. Those that are over already are passed over."""
@@ -486,9 +573,10 @@ class ReleaseLeasesRequest(google.protobuf.message.Message):
     def __init__(
         self,
         *,
+        stream: builtins.str = ...,
         leases: collections.abc.Iterable[Global___LeaseKey] | None = ...,
     ) -> None: ...
-    def ClearField(self, field_name: typing.Literal["leases", b"leases"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["leases", b"leases", "stream", b"stream"]) -> None: ...
 
 Global___ReleaseLeasesRequest: typing_extensions.TypeAlias = ReleaseLeasesRequest
 

@@ -120,6 +120,11 @@ class TraceServiceStub(object):
                 request_serializer=lynearm_dot_v1_dot_prompt__queue__pb2.ListJobsRequest.SerializeToString,
                 response_deserializer=lynearm_dot_v1_dot_prompt__queue__pb2.ListJobsResponse.FromString,
                 _registered_method=True)
+        self.CancelJob = channel.unary_unary(
+                '/lynearm.v1.TraceService/CancelJob',
+                request_serializer=lynearm_dot_v1_dot_prompt__queue__pb2.CancelJobRequest.SerializeToString,
+                response_deserializer=lynearm_dot_v1_dot_prompt__queue__pb2.CancelJobResponse.FromString,
+                _registered_method=True)
         self.LeasePrompts = channel.unary_unary(
                 '/lynearm.v1.TraceService/LeasePrompts',
                 request_serializer=lynearm_dot_v1_dot_prompt__queue__pb2.LeasePromptsRequest.SerializeToString,
@@ -296,23 +301,31 @@ class TraceServiceServicer(object):
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def CancelJob(self, request, context):
+        """Ends a job: nothing of it is handed out any more, and publishes under its leases are refused; the traces
+        that are committed stay. Idempotent; a job that is done stays so. NOT_FOUND: no such job.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def LeasePrompts(self, request, context):
         """Hands out units of work to one worker. NOT_FOUND: no such job. FAILED_PRECONDITION: prompts of the job
-        are still to be added. RESOURCE_EXHAUSTED: too many leases are open.
+        are still to be added, or it was cancelled. RESOURCE_EXHAUSTED: too many leases are open.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def RenewLeases(self, request, context):
-        """Keeps leases from being given to others.
+        """Keeps leases from being given to others. NOT_FOUND: no such stream.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def ReleaseLeases(self, request, context):
-        """Lets others have what is not done of some leases. Idempotent.
+        """Lets others have what is not done of some leases. Idempotent. NOT_FOUND: no such stream.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -436,6 +449,11 @@ def add_TraceServiceServicer_to_server(servicer, server):
                     servicer.ListJobs,
                     request_deserializer=lynearm_dot_v1_dot_prompt__queue__pb2.ListJobsRequest.FromString,
                     response_serializer=lynearm_dot_v1_dot_prompt__queue__pb2.ListJobsResponse.SerializeToString,
+            ),
+            'CancelJob': grpc.unary_unary_rpc_method_handler(
+                    servicer.CancelJob,
+                    request_deserializer=lynearm_dot_v1_dot_prompt__queue__pb2.CancelJobRequest.FromString,
+                    response_serializer=lynearm_dot_v1_dot_prompt__queue__pb2.CancelJobResponse.SerializeToString,
             ),
             'LeasePrompts': grpc.unary_unary_rpc_method_handler(
                     servicer.LeasePrompts,
@@ -914,6 +932,33 @@ class TraceService(object):
             '/lynearm.v1.TraceService/ListJobs',
             lynearm_dot_v1_dot_prompt__queue__pb2.ListJobsRequest.SerializeToString,
             lynearm_dot_v1_dot_prompt__queue__pb2.ListJobsResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def CancelJob(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/lynearm.v1.TraceService/CancelJob',
+            lynearm_dot_v1_dot_prompt__queue__pb2.CancelJobRequest.SerializeToString,
+            lynearm_dot_v1_dot_prompt__queue__pb2.CancelJobResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -283,6 +283,22 @@ _TraceServiceListJobsType = typing_extensions.TypeVar(
     ],
 )
 
+_TraceServiceCancelJobType = typing_extensions.TypeVar(
+    '_TraceServiceCancelJobType',
+    grpc.UnaryUnaryMultiCallable[
+        lynearm.v1.prompt_queue_pb2.CancelJobRequest,
+        lynearm.v1.prompt_queue_pb2.CancelJobResponse,
+    ],
+    grpc.aio.UnaryUnaryMultiCallable[
+        lynearm.v1.prompt_queue_pb2.CancelJobRequest,
+        lynearm.v1.prompt_queue_pb2.CancelJobResponse,
+    ],
+    default=grpc.UnaryUnaryMultiCallable[
+        lynearm.v1.prompt_queue_pb2.CancelJobRequest,
+        lynearm.v1.prompt_queue_pb2.CancelJobResponse,
+    ],
+)
+
 _TraceServiceLeasePromptsType = typing_extensions.TypeVar(
     '_TraceServiceLeasePromptsType',
     grpc.UnaryUnaryMultiCallable[
@@ -411,7 +427,7 @@ _TraceServiceDeleteConsumerType = typing_extensions.TypeVar(
     ],
 )
 
-class TraceServiceStub(typing.Generic[_TraceServiceCreateStreamType, _TraceServiceGetStreamType, _TraceServiceListStreamsType, _TraceServiceDeleteStreamType, _TraceServiceSealStreamType, _TraceServicePublishType, _TraceServiceSubscribeType, _TraceServiceFetchBlocksType, _TraceServiceListFinishedPromptsType, _TraceServicePutDictionaryType, _TraceServiceGetDictionaryType, _TraceServiceConfigureStreamType, _TraceServiceCreateJobType, _TraceServiceAddPromptsType, _TraceServiceGetJobType, _TraceServiceListJobsType, _TraceServiceLeasePromptsType, _TraceServiceRenewLeasesType, _TraceServiceReleaseLeasesType, _TraceServiceLocatePromptsType, _TraceServiceCommitCursorType, _TraceServiceGetConsumerType, _TraceServiceListConsumersType, _TraceServiceDeleteConsumerType]):
+class TraceServiceStub(typing.Generic[_TraceServiceCreateStreamType, _TraceServiceGetStreamType, _TraceServiceListStreamsType, _TraceServiceDeleteStreamType, _TraceServiceSealStreamType, _TraceServicePublishType, _TraceServiceSubscribeType, _TraceServiceFetchBlocksType, _TraceServiceListFinishedPromptsType, _TraceServicePutDictionaryType, _TraceServiceGetDictionaryType, _TraceServiceConfigureStreamType, _TraceServiceCreateJobType, _TraceServiceAddPromptsType, _TraceServiceGetJobType, _TraceServiceListJobsType, _TraceServiceCancelJobType, _TraceServiceLeasePromptsType, _TraceServiceRenewLeasesType, _TraceServiceReleaseLeasesType, _TraceServiceLocatePromptsType, _TraceServiceCommitCursorType, _TraceServiceGetConsumerType, _TraceServiceListConsumersType, _TraceServiceDeleteConsumerType]):
     """Accepts, keeps and replays streams of blocks. Blocks are opaque to it.
 
     Invariants: an acknowledged block is durable, has one offset for ever, and is delivered to every
@@ -483,6 +499,10 @@ class TraceServiceStub(typing.Generic[_TraceServiceCreateStreamType, _TraceServi
         grpc.UnaryUnaryMultiCallable[
             lynearm.v1.prompt_queue_pb2.ListJobsRequest,
             lynearm.v1.prompt_queue_pb2.ListJobsResponse,
+        ],
+        grpc.UnaryUnaryMultiCallable[
+            lynearm.v1.prompt_queue_pb2.CancelJobRequest,
+            lynearm.v1.prompt_queue_pb2.CancelJobResponse,
         ],
         grpc.UnaryUnaryMultiCallable[
             lynearm.v1.prompt_queue_pb2.LeasePromptsRequest,
@@ -583,6 +603,10 @@ class TraceServiceStub(typing.Generic[_TraceServiceCreateStreamType, _TraceServi
         grpc.aio.UnaryUnaryMultiCallable[
             lynearm.v1.prompt_queue_pb2.ListJobsRequest,
             lynearm.v1.prompt_queue_pb2.ListJobsResponse,
+        ],
+        grpc.aio.UnaryUnaryMultiCallable[
+            lynearm.v1.prompt_queue_pb2.CancelJobRequest,
+            lynearm.v1.prompt_queue_pb2.CancelJobResponse,
         ],
         grpc.aio.UnaryUnaryMultiCallable[
             lynearm.v1.prompt_queue_pb2.LeasePromptsRequest,
@@ -688,16 +712,21 @@ class TraceServiceStub(typing.Generic[_TraceServiceCreateStreamType, _TraceServi
     ListJobs: _TraceServiceListJobsType
     """Lists the jobs of a stream. NOT_FOUND: no such stream."""
 
+    CancelJob: _TraceServiceCancelJobType
+    """Ends a job: nothing of it is handed out any more, and publishes under its leases are refused; the traces
+    that are committed stay. Idempotent; a job that is done stays so. NOT_FOUND: no such job.
+    """
+
     LeasePrompts: _TraceServiceLeasePromptsType
     """Hands out units of work to one worker. NOT_FOUND: no such job. FAILED_PRECONDITION: prompts of the job
-    are still to be added. RESOURCE_EXHAUSTED: too many leases are open.
+    are still to be added, or it was cancelled. RESOURCE_EXHAUSTED: too many leases are open.
     """
 
     RenewLeases: _TraceServiceRenewLeasesType
-    """Keeps leases from being given to others."""
+    """Keeps leases from being given to others. NOT_FOUND: no such stream."""
 
     ReleaseLeases: _TraceServiceReleaseLeasesType
-    """Lets others have what is not done of some leases. Idempotent."""
+    """Lets others have what is not done of some leases. Idempotent. NOT_FOUND: no such stream."""
 
     LocatePrompts: _TraceServiceLocatePromptsType
     """Says which blocks hold the traces of some prompts. NOT_FOUND: no such stream."""
@@ -780,6 +809,10 @@ TraceServiceAsyncStub: typing_extensions.TypeAlias = TraceServiceStub[
     grpc.aio.UnaryUnaryMultiCallable[
         lynearm.v1.prompt_queue_pb2.ListJobsRequest,
         lynearm.v1.prompt_queue_pb2.ListJobsResponse,
+    ],
+    grpc.aio.UnaryUnaryMultiCallable[
+        lynearm.v1.prompt_queue_pb2.CancelJobRequest,
+        lynearm.v1.prompt_queue_pb2.CancelJobResponse,
     ],
     grpc.aio.UnaryUnaryMultiCallable[
         lynearm.v1.prompt_queue_pb2.LeasePromptsRequest,
@@ -973,13 +1006,23 @@ class TraceServiceServicer(metaclass=abc.ABCMeta):
         """Lists the jobs of a stream. NOT_FOUND: no such stream."""
 
     @abc.abstractmethod
+    def CancelJob(
+        self,
+        request: lynearm.v1.prompt_queue_pb2.CancelJobRequest,
+        context: _ServicerContext,
+    ) -> typing.Union[lynearm.v1.prompt_queue_pb2.CancelJobResponse, collections.abc.Awaitable[lynearm.v1.prompt_queue_pb2.CancelJobResponse]]:
+        """Ends a job: nothing of it is handed out any more, and publishes under its leases are refused; the traces
+        that are committed stay. Idempotent; a job that is done stays so. NOT_FOUND: no such job.
+        """
+
+    @abc.abstractmethod
     def LeasePrompts(
         self,
         request: lynearm.v1.prompt_queue_pb2.LeasePromptsRequest,
         context: _ServicerContext,
     ) -> typing.Union[lynearm.v1.prompt_queue_pb2.LeasePromptsResponse, collections.abc.Awaitable[lynearm.v1.prompt_queue_pb2.LeasePromptsResponse]]:
         """Hands out units of work to one worker. NOT_FOUND: no such job. FAILED_PRECONDITION: prompts of the job
-        are still to be added. RESOURCE_EXHAUSTED: too many leases are open.
+        are still to be added, or it was cancelled. RESOURCE_EXHAUSTED: too many leases are open.
         """
 
     @abc.abstractmethod
@@ -988,7 +1031,7 @@ class TraceServiceServicer(metaclass=abc.ABCMeta):
         request: lynearm.v1.prompt_queue_pb2.RenewLeasesRequest,
         context: _ServicerContext,
     ) -> typing.Union[lynearm.v1.prompt_queue_pb2.RenewLeasesResponse, collections.abc.Awaitable[lynearm.v1.prompt_queue_pb2.RenewLeasesResponse]]:
-        """Keeps leases from being given to others."""
+        """Keeps leases from being given to others. NOT_FOUND: no such stream."""
 
     @abc.abstractmethod
     def ReleaseLeases(
@@ -996,7 +1039,7 @@ class TraceServiceServicer(metaclass=abc.ABCMeta):
         request: lynearm.v1.prompt_queue_pb2.ReleaseLeasesRequest,
         context: _ServicerContext,
     ) -> typing.Union[lynearm.v1.prompt_queue_pb2.ReleaseLeasesResponse, collections.abc.Awaitable[lynearm.v1.prompt_queue_pb2.ReleaseLeasesResponse]]:
-        """Lets others have what is not done of some leases. Idempotent."""
+        """Lets others have what is not done of some leases. Idempotent. NOT_FOUND: no such stream."""
 
     @abc.abstractmethod
     def LocatePrompts(

@@ -23,6 +23,7 @@
     │   ├── PromptFinishedError             FAILED_PRECONDITION
     │   ├── UnknownDictionaryError          FAILED_PRECONDITION
     │   ├── JobIncompleteError              FAILED_PRECONDITION
+    │   ├── JobCancelledError               FAILED_PRECONDITION
     │   ├── LeaseSupersededError            FAILED_PRECONDITION
     │   ├── CursorBackwardsError            FAILED_PRECONDITION
     │   └── MisalignmentError               FAILED_PRECONDITION
@@ -186,6 +187,10 @@ class UnknownDictionaryError(PreconditionError):
 
 class JobIncompleteError(PreconditionError):
     """Prompts of a job are still to be added."""
+
+
+class JobCancelledError(PreconditionError):
+    """Somebody ended the job before it was done."""
 
 
 class LeaseSupersededError(PreconditionError):

@@ -14,7 +14,9 @@ from lynearm.traces.catalog import Catalog, StreamRecord, stream_not_found
 from lynearm.traces.commit import GroupCommitter
 from lynearm.traces.config import ServeConfig
 from lynearm.traces.dictionaries import KnownDictionaries
+from lynearm.traces.lag_gate import LagGates
 from lynearm.traces.reader import BlockCache, BlockReader
+from lynearm.traces.silence import SilenceWatch
 from lynearm.traces.sqlite_catalog import SqliteCatalog
 from lynearm.traces.store import BlockStore, LocalBlockStore, sync_directory
 from lynearm.traces.tail import StreamTail, Tails
@@ -34,6 +36,8 @@ class Backend:
     reader: BlockReader
     committer: GroupCommitter
     dictionaries: KnownDictionaries
+    lag: LagGates
+    silence: SilenceWatch
 
     async def watch_stream(self, name: str) -> tuple[StreamRecord, StreamTail]:
         """A stream as it is, and the tail that tells of every commit from then on.
@@ -105,7 +109,17 @@ async def open_backend(config: ServeConfig) -> AsyncGenerator[Backend]:
         )
         await stack.enter_async_context(committer)
         reader = BlockReader(catalog, store, cache)
-        yield Backend(catalog, store, cache, tails, reader, committer, KnownDictionaries(catalog))
+        yield Backend(
+            catalog,
+            store,
+            cache,
+            tails,
+            reader,
+            committer,
+            KnownDictionaries(catalog),
+            LagGates(catalog),
+            SilenceWatch(config.lease_silence_seconds),
+        )
 
 
 @contextmanager

@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol, TypeAlias
 
-from lynearm.traces.consumer_records import ConsumerCatalog
+from lynearm.traces.consumer_records import NO_BOUND, ConsumerCatalog, MaxLag
 from lynearm.traces.job_records import QueueCatalog
 from lynearm.traces.store import Span, StoredObject
 from lynearm.wire.errors import LynearmError, StreamNotFoundError
@@ -133,8 +133,10 @@ class Catalog(QueueCatalog, ConsumerCatalog, Protocol):
     Every method raises StorageFullError or StorageError where the database fails.
     """
 
-    async def create_stream(self, spec: StreamSpec, *, allow_existing: bool) -> StreamRecord:
-        """Add a stream.
+    async def create_stream(
+        self, spec: StreamSpec, *, allow_existing: bool, max_lag: MaxLag = NO_BOUND
+    ) -> StreamRecord:
+        """Add a stream; of one that exists, the bound on its lag stays.
 
         Raises:
             StreamExistsError: the name is taken, and not (with `allow_existing`) by an equal spec.

@@ -26,6 +26,9 @@ class MaxLag:
     """0: no bound."""
 
 
+NO_BOUND = MaxLag()
+
+
 @dataclass(frozen=True, slots=True)
 class Lag:
     """What lies between a cursor and the end of its stream."""
@@ -53,8 +56,6 @@ class LagState:
     """What a stream's publishers must know of its consumers."""
 
     max_lag: MaxLag
-    next_offset: int
-    """When this was read: blocks below it are counted in `lag`."""
     consumer: str
     """The slowest; empty where there is none."""
     lag: Lag
@@ -73,7 +74,7 @@ class ConsumerCatalog(Protocol):
         ...
 
     async def read_lag(self, stream_id: int) -> LagState:
-        """The bound of a stream and its slowest consumer; no bound where the stream was deleted."""
+        """The bound of a stream and its slowest consumer; no bound where it was sealed or deleted."""
         ...
 
     async def commit_cursor(

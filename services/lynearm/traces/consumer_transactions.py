@@ -12,6 +12,7 @@ from sqlalchemy import ColumnElement, Connection, RowMapping, delete, func, inse
 
 from lynearm.traces.consumer_records import (
     MAX_CONSUMERS,
+    NO_BOUND,
     ConsumerRecord,
     Lag,
     LagState,
@@ -34,16 +35,17 @@ def set_max_lag(connection: Connection, stream_name: str, max_lag: MaxLag) -> No
 
 def read_lag(connection: Connection, stream_id: int) -> LagState:
     """See `ConsumerCatalog.read_lag`."""
-    columns = (streams.c.next_offset, streams.c.max_lag_blocks, streams.c.max_lag_traces)
-    stream = connection.execute(select(*columns).where(streams.c.id == stream_id)).one_or_none()
+    columns = (streams.c.max_lag_blocks, streams.c.max_lag_traces)
+    is_open = (streams.c.id == stream_id) & ~streams.c.sealed
+    stream = connection.execute(select(*columns).where(is_open)).one_or_none()
     if stream is None:
-        return LagState(MaxLag(), 0, "", Lag())
+        return LagState(NO_BOUND, "", Lag())
     max_lag = MaxLag(stream.max_lag_blocks, stream.max_lag_traces)
-    slowest = _slowest(connection, stream_id) if max_lag != MaxLag() else None
+    slowest = _slowest(connection, stream_id) if max_lag != NO_BOUND else None
     if slowest is None:
-        return LagState(max_lag, stream.next_offset, "", Lag())
+        return LagState(max_lag, "", Lag())
     cursor = Cursor(slowest["offset"], slowest["trace_index"])
-    return LagState(max_lag, stream.next_offset, slowest["name"], _lag(connection, stream_id, cursor))
+    return LagState(max_lag, slowest["name"], _lag(connection, stream_id, cursor))
 
 
 def low_watermark(connection: Connection, stream_id: int) -> int | None:
@@ -115,13 +117,14 @@ def _list(
     connection: Connection, stream_id: int, stream_name: str, *conditions: ColumnElement[bool]
 ) -> list[ConsumerRecord]:
     query = select(consumers).where(consumers.c.stream_id == stream_id, *conditions)
-    rows: Sequence[RowMapping] = connection.execute(query.order_by(consumers.c.name)).mappings().all()
+    rows: Sequence[RowMapping] = connection.execute(query).mappings().all()
     found: list[ConsumerRecord] = []
     for row in rows:
         cursor = Cursor(row["offset"], row["trace_index"])
         lag = _lag(connection, stream_id, cursor)
         found.append(ConsumerRecord(stream_name, row["name"], cursor, lag, row["updated_unix_nano"]))
-    return found
+    # Not in the query: databases order text by the customs of some country.
+    return sorted(found, key=lambda record: record.name)
 
 
 def _slowest(connection: Connection, stream_id: int) -> RowMapping | None:

@@ -59,6 +59,12 @@ class JobRecord:
     done_count: int
     leased_count: int
     """Units that somebody holds and that are not done."""
+    is_cancelled: bool
+
+    @property
+    def is_done(self) -> bool:
+        """Whether every unit is done."""
+        return self.done_count == self.prompt_count * self.samples_per_prompt
 
 
 @dataclass(frozen=True, slots=True)
@@ -136,6 +142,7 @@ class QueueCatalog(Protocol):
         Raises:
             StreamNotFoundError, JobNotFoundError: there is no such stream or job.
             JobIncompleteError: prompts before the first are missing.
+            JobCancelledError: somebody ended the job.
             InvalidInputError: they are more than were announced, or all together have another digest.
         """
         ...
@@ -156,6 +163,14 @@ class QueueCatalog(Protocol):
         """
         ...
 
+    async def cancel_job(self, stream_name: str, job_name: str) -> JobRecord:
+        """End a job that is not done: its leases are over, its prompts are dropped. Idempotent.
+
+        Raises:
+            StreamNotFoundError, JobNotFoundError: there is no such stream or job.
+        """
+        ...
+
     async def lease_prompts(self, request: WorkRequest, find_silent: FindSilent) -> Grant:
         """Hand out units: first those that came back, in order, then new ones.
 
@@ -166,16 +181,25 @@ class QueueCatalog(Protocol):
         Raises:
             StreamNotFoundError, JobNotFoundError: there is no such stream or job.
             JobIncompleteError: prompts of the job are still to be added.
+            JobCancelledError: somebody ended the job.
             LeaseLimitError: too many leases are open.
         """
         ...
 
-    async def renew_leases(self, keys: Sequence[LeaseKey]) -> list[LeaseKey]:
-        """Note that the holders of leases were heard of; returns those that are not theirs any more."""
+    async def renew_leases(self, stream_name: str, keys: Sequence[LeaseKey]) -> list[LeaseKey]:
+        """Note that the holders of leases were heard of; returns those that are not theirs any more.
+
+        Raises:
+            StreamNotFoundError: there is no such stream.
+        """
         ...
 
-    async def release_leases(self, keys: Sequence[LeaseKey]) -> None:
-        """Take leases back from their holders; passes over those that are not theirs any more."""
+    async def release_leases(self, stream_name: str, keys: Sequence[LeaseKey]) -> None:
+        """Take leases back from their holders; passes over those that are not theirs any more.
+
+        Raises:
+            StreamNotFoundError: there is no such stream.
+        """
         ...
 
     async def locate_prompts(self, stream_name: str, prompt_ids: Sequence[str]) -> list[PromptLocation]:

@@ -15,7 +15,12 @@ from lynearm.traces.packing import BLOCK_BYTES, BLOCK_PROMPTS, pack, pack_compre
 from lynearm.traces.schema import finished_prompts, finished_samples, job_prompts, jobs, leases
 from lynearm.traces.statements import chunks, lock_stream
 from lynearm.traces.transactions import get_stream
-from lynearm.wire.errors import InvalidInputError, JobExistsError, JobIncompleteError
+from lynearm.wire.errors import (
+    InvalidInputError,
+    JobCancelledError,
+    JobExistsError,
+    JobIncompleteError,
+)
 from lynearm.wire.work import DIGEST_OF_NOTHING, extend_digest
 
 
@@ -35,7 +40,7 @@ def create_job(connection: Connection, job: NewJob) -> JobRecord:
         created = {"stream_id": stream_id, "name": job.name, "created_unix_nano": time.time_ns()}
         connection.execute(insert(jobs).values(created | announced | _NOTHING_STORED))
     elif any(row[column] != value for column, value in announced.items()):
-        if row["stored_prompt_count"] == row["prompt_count"]:
+        if row["cancelled"] or row["stored_prompt_count"] == row["prompt_count"]:
             raise JobExistsError(
                 f"job {job.name!r} of stream {job.stream_name!r} exists with other prompts or samples",
                 "choose another name",
@@ -51,6 +56,7 @@ _NOTHING_STORED = {
     "stored_sha256": DIGEST_OF_NOTHING,
     "next_unit": 0,
     "done_count": 0,
+    "cancelled": False,
 }
 
 
@@ -59,6 +65,7 @@ def add_prompts(
 ) -> int:
     """See `QueueCatalog.add_prompts`."""
     job = lock_job(connection, stream_name, job_name)
+    check_not_cancelled(job)
     stored, wanted = int(job["stored_prompt_count"]), int(job["prompt_count"])
     if first_prompt > stored:
         raise JobIncompleteError(
@@ -101,6 +108,16 @@ def list_jobs(connection: Connection, stream_name: str) -> list[JobRecord]:
     )
 
 
+def cancel_job(connection: Connection, stream_name: str, job_name: str) -> JobRecord:
+    """See `QueueCatalog.cancel_job`."""
+    job = lock_job(connection, stream_name, job_name)
+    if job["done_count"] < job["prompt_count"] * job["samples_per_prompt"]:
+        for table in (leases, job_prompts):
+            connection.execute(delete(table).where(table.c.job_id == job["id"]))
+        connection.execute(update(jobs).where(jobs.c.id == job["id"]).values(cancelled=True))
+    return get_job(connection, stream_name, job_name)
+
+
 def locate_prompts(
     connection: Connection, stream_name: str, prompt_ids: Sequence[str]
 ) -> list[PromptLocation]:
@@ -134,6 +151,19 @@ def lock_job(connection: Connection, stream_name: str, job_name: str) -> RowMapp
     return job
 
 
+def check_not_cancelled(job: RowMapping) -> None:
+    """Let pass a job that nobody ended.
+
+    Raises:
+        JobCancelledError: somebody did.
+    """
+    if job["cancelled"]:
+        raise JobCancelledError(
+            f"job {job['name']!r} was cancelled",
+            "to answer its prompts after all, create a job of another name: what is done stays done",
+        )
+
+
 def _find_job(connection: Connection, stream_id: int, job_name: str) -> RowMapping | None:
     query = select(jobs).where(jobs.c.stream_id == stream_id, jobs.c.name == job_name)
     return connection.execute(query.with_for_update()).mappings().one_or_none()
@@ -143,8 +173,10 @@ def _list_jobs(connection: Connection, stream_name: str, condition: ColumnElemen
     held = select(func.coalesce(func.sum(leases.c.open_count), 0)).where(
         leases.c.job_id == jobs.c.id, leases.c.holder != ""
     )
-    query = select(jobs, held.scalar_subquery().label("leased_count")).where(condition).order_by(jobs.c.name)
-    return [_record(stream_name, row) for row in connection.execute(query).mappings()]
+    query = select(jobs, held.scalar_subquery().label("leased_count")).where(condition)
+    found = [_record(stream_name, row) for row in connection.execute(query).mappings()]
+    # Not in the query: databases order text by the customs of some country.
+    return sorted(found, key=lambda record: record.name)
 
 
 def _record(stream_name: str, row: RowMapping) -> JobRecord:
@@ -158,6 +190,7 @@ def _record(stream_name: str, row: RowMapping) -> JobRecord:
         created_unix_nano=row["created_unix_nano"],
         done_count=row["done_count"],
         leased_count=int(row["leased_count"]),  # PostgreSQL gives sums as decimals
+        is_cancelled=bool(row["cancelled"]),
     )
 
 

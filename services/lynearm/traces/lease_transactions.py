@@ -24,6 +24,7 @@ from lynearm.traces.job_records import (
 from lynearm.traces.packing import unpack, unpack_compressed
 from lynearm.traces.schema import job_prompts, jobs, leases
 from lynearm.traces.statements import chunks, inserted_key
+from lynearm.traces.transactions import get_stream
 from lynearm.traces.work_transactions import find_finished, find_samples, select_prompts
 from lynearm.wire.errors import JobIncompleteError, LeaseLimitError
 from lynearm.wire.work import LeaseKey
@@ -49,6 +50,7 @@ class _Piece:
 def lease_prompts(connection: Connection, request: WorkRequest, find_silent: FindSilent) -> Grant:
     """See `QueueCatalog.lease_prompts`."""
     job = job_transactions.lock_job(connection, request.stream_name, request.job_name)
+    job_transactions.check_not_cancelled(job)
     if job["stored_prompt_count"] < job["prompt_count"]:
         raise JobIncompleteError(
             f"job {request.job_name!r} has {job['stored_prompt_count']} of {job['prompt_count']} prompts",
@@ -75,26 +77,29 @@ def lease_prompts(connection: Connection, request: WorkRequest, find_silent: Fin
     return Grant(record, key, prompts, passed_over=piece is not None and key is None)
 
 
-def renew_leases(connection: Connection, keys: Sequence[LeaseKey]) -> list[LeaseKey]:
+def renew_leases(connection: Connection, stream_name: str, keys: Sequence[LeaseKey]) -> list[LeaseKey]:
     """See `QueueCatalog.renew_leases`."""
-    held = _lock_held(connection, keys)
+    held = _lock_held(connection, stream_name, keys)
     for chunk in chunks(sorted(key.lease_id for key in held)):
         connection.execute(update(leases).where(leases.c.id.in_(chunk)).values(news=leases.c.news + 1))
     return [key for key in keys if key not in held]
 
 
-def release_leases(connection: Connection, keys: Sequence[LeaseKey]) -> None:
+def release_leases(connection: Connection, stream_name: str, keys: Sequence[LeaseKey]) -> None:
     """See `QueueCatalog.release_leases`."""
-    for chunk in chunks(sorted(key.lease_id for key in _lock_held(connection, keys))):
+    held = _lock_held(connection, stream_name, keys)
+    for chunk in chunks(sorted(key.lease_id for key in held)):
         connection.execute(update(leases).where(leases.c.id.in_(chunk)).values(holder=""))
 
 
-def _lock_held(connection: Connection, keys: Sequence[LeaseKey]) -> set[LeaseKey]:
+def _lock_held(connection: Connection, stream_name: str, keys: Sequence[LeaseKey]) -> set[LeaseKey]:
     """Those of the keys that are valid, their rows locked."""
+    stream_id = get_stream(connection, stream_name).stream_id
+    of_stream = leases.c.job_id.in_(select(jobs.c.id).where(jobs.c.stream_id == stream_id))
     valid: set[LeaseKey] = set()
     for chunk in chunks(sorted({key.lease_id for key in keys})):
         columns = (leases.c.id, leases.c.generation)
-        held = leases.c.id.in_(chunk) & (leases.c.holder != "")
+        held = leases.c.id.in_(chunk) & of_stream & (leases.c.holder != "")
         rows = connection.execute(select(*columns).where(held).order_by(leases.c.id).with_for_update())
         valid.update(LeaseKey(lease_id, generation) for lease_id, generation in rows)
     return valid & set(keys)
@@ -168,9 +173,9 @@ def _read_prompts(connection: Connection, job: RowMapping, piece: _Piece) -> dic
     columns = (job_prompts.c.prompt_ids, job_prompts.c.contents)
     query = select_prompts(*columns, job_id=job["id"], first=first, end=last + 1)
     with connection.execute(query) as rows:
-        for start, prompt_ids, contents in rows:
-            pairs = zip(unpack(prompt_ids), unpack_compressed(contents), strict=True)
-            for index, (prompt_id, content) in enumerate(pairs, start):
+        for row in rows:
+            pairs = zip(unpack(row.prompt_ids), unpack_compressed(row.contents), strict=True)
+            for index, (prompt_id, content) in enumerate(pairs, row.first_prompt):
                 if size_bytes >= LEASE_BYTES:
                     return found
                 if first <= index <= last:
@@ -182,19 +187,26 @@ def _read_prompts(connection: Connection, job: RowMapping, piece: _Piece) -> dic
 def _mark_done(
     connection: Connection, job: RowMapping, piece: _Piece, prompts: dict[int, JobPrompt]
 ) -> bytes:
-    """What is done of a piece, counting what came into the stream by another way."""
+    """What is done of a piece, counting what came into the stream by another way.
+
+    Of prompts of one id, those behind the first have nothing to be done: the job has the first's units too.
+    """
     samples = int(job["samples_per_prompt"])
-    prompt_ids = {prompt.prompt_id for prompt in prompts.values()}
-    finished = find_finished(connection, job["stream_id"], prompt_ids)
-    in_stream = find_samples(connection, job["stream_id"], prompt_ids - finished)
+    first_indices: dict[str, int] = {}
+    for index, prompt in prompts.items():
+        first_indices.setdefault(prompt.prompt_id, index)
+    finished = find_finished(connection, job["stream_id"], first_indices)
+    in_stream = find_samples(connection, job["stream_id"], first_indices.keys() - finished)
     done = bytearray(piece.done)
-    if not finished and not in_stream:
+    if not finished and not in_stream and len(first_indices) == len(prompts):
         return bytes(done)
     for place, unit in enumerate(range(piece.first_unit, piece.first_unit + len(done))):
         prompt = prompts.get(unit // samples)
         if prompt is None:
             break
-        if prompt.prompt_id in finished or unit % samples in in_stream.get(prompt.prompt_id, ()):
+        is_repeated = first_indices[prompt.prompt_id] < unit // samples
+        in_other_block = unit % samples in in_stream.get(prompt.prompt_id, ())
+        if is_repeated or in_other_block or prompt.prompt_id in finished:
             done[place] = 1
     return bytes(done)
 

@@ -136,6 +136,7 @@ jobs = Table(
     Column("created_unix_nano", BigInteger, nullable=False),
     Column("next_unit", BigInteger, nullable=False),  # units below it are done, or belong to a lease's row
     Column("done_count", BigInteger, nullable=False),
+    Column("cancelled", Boolean, nullable=False),  # its prompts and leases are gone then
     UniqueConstraint("stream_id", "name"),
     sqlite_autoincrement=True,
 )

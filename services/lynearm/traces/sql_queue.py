@@ -59,19 +59,27 @@ class SqlQueue:
         """See `QueueCatalog.list_jobs`."""
         return await self._read(lambda connection: job_transactions.list_jobs(connection, stream_name))
 
+    async def cancel_job(self, stream_name: str, job_name: str) -> JobRecord:
+        """See `QueueCatalog.cancel_job`."""
+        return await self._write(
+            lambda connection: job_transactions.cancel_job(connection, stream_name, job_name)
+        )
+
     async def lease_prompts(self, request: WorkRequest, find_silent: FindSilent) -> Grant:
         """See `QueueCatalog.lease_prompts`."""
         return await self._write(
             lambda connection: lease_transactions.lease_prompts(connection, request, find_silent)
         )
 
-    async def renew_leases(self, keys: Sequence[LeaseKey]) -> list[LeaseKey]:
+    async def renew_leases(self, stream_name: str, keys: Sequence[LeaseKey]) -> list[LeaseKey]:
         """See `QueueCatalog.renew_leases`."""
-        return await self._write(lambda connection: lease_transactions.renew_leases(connection, keys))
+        return await self._write(
+            lambda connection: lease_transactions.renew_leases(connection, stream_name, keys)
+        )
 
-    async def release_leases(self, keys: Sequence[LeaseKey]) -> None:
+    async def release_leases(self, stream_name: str, keys: Sequence[LeaseKey]) -> None:
         """See `QueueCatalog.release_leases`."""
-        await self._write(lambda connection: lease_transactions.release_leases(connection, keys))
+        await self._write(lambda connection: lease_transactions.release_leases(connection, stream_name, keys))
 
     async def locate_prompts(self, stream_name: str, prompt_ids: Sequence[str]) -> list[PromptLocation]:
         """See `QueueCatalog.locate_prompts`."""

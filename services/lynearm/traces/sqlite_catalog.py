@@ -30,6 +30,7 @@ from lynearm.traces.catalog import (
     Producer,
     StreamRecord,
 )
+from lynearm.traces.consumer_records import NO_BOUND, MaxLag
 from lynearm.traces.sql_queue import SqlQueue
 from lynearm.traces.store import StoredObject
 from lynearm.wire.errors import StorageError, StorageFullError
@@ -69,10 +70,12 @@ class SqliteCatalog(SqlQueue):
             raise
         return catalog
 
-    async def create_stream(self, spec: StreamSpec, *, allow_existing: bool) -> StreamRecord:
+    async def create_stream(
+        self, spec: StreamSpec, *, allow_existing: bool, max_lag: MaxLag = NO_BOUND
+    ) -> StreamRecord:
         """See `Catalog.create_stream`."""
         return await self._write(
-            lambda connection: transactions.create_stream(connection, spec, allow_existing)
+            lambda connection: transactions.create_stream(connection, spec, allow_existing, max_lag)
         )
 
     async def get_stream(self, name: str) -> StreamRecord:

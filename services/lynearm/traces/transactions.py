@@ -31,6 +31,7 @@ from lynearm.traces.catalog import (
     StreamRecord,
     stream_not_found,
 )
+from lynearm.traces.consumer_records import NO_BOUND, MaxLag
 from lynearm.traces.dictionaries import MAX_DICTIONARIES, short_digest
 from lynearm.traces.schema import (
     blocks,
@@ -87,7 +88,9 @@ def seal_stream(connection: Connection, name: str) -> StreamRecord:
     return get_stream(connection, name)
 
 
-def create_stream(connection: Connection, spec: StreamSpec, allow_existing: bool) -> StreamRecord:
+def create_stream(
+    connection: Connection, spec: StreamSpec, allow_existing: bool, max_lag: MaxLag = NO_BOUND
+) -> StreamRecord:
     """See `Catalog.create_stream`."""
     row = connection.execute(select(streams).where(streams.c.name == spec.name)).mappings().one_or_none()
     if row is not None:
@@ -105,6 +108,8 @@ def create_stream(connection: Connection, spec: StreamSpec, allow_existing: bool
             spec=spec_to_proto(spec).SerializeToString(deterministic=True),
             sealed=False,
             created_unix_nano=time.time_ns(),
+            max_lag_blocks=max_lag.blocks,
+            max_lag_traces=max_lag.traces,
             **dict.fromkeys(_PROGRESS, 0),
         )
     )

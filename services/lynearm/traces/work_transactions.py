@@ -135,8 +135,8 @@ def _lease_state(connection: Connection, lease: RowMapping, job: RowMapping) -> 
     first, last = lease["first_unit"] // samples, (lease["first_unit"] + len(done) - 1) // samples
     indices: dict[str, int] = {}
     query = select_prompts(job_prompts.c.prompt_ids, job_id=job["id"], first=first, end=last + 1)
-    for start, packed in connection.execute(query):
-        for index, prompt_id in enumerate(unpack(packed), start):
+    for row in connection.execute(query):
+        for index, prompt_id in enumerate(unpack(row.prompt_ids), row.first_prompt):
             if first <= index <= last:
                 indices.setdefault(prompt_id.decode(), index)
     return LeaseState(
