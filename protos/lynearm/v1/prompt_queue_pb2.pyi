@@ -220,12 +220,15 @@ class AddPromptsRequest(google.protobuf.message.Message):
     JOB_FIELD_NUMBER: builtins.int
     FIRST_PROMPT_FIELD_NUMBER: builtins.int
     PROMPTS_FIELD_NUMBER: builtins.int
+    CONTENT_SHA256_FIELD_NUMBER: builtins.int
     stream: builtins.str
     """Stream of the job."""
     job: builtins.str
     """Name of the job."""
     first_prompt: builtins.int
     """Number of the first prompt here, from 0."""
+    content_sha256: builtins.bytes
+    """Digest with which the job was announced, 32 bytes."""
     @property
     def prompts(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[Global___JobPrompt]:
         """At most 65,536; those that the service has already are passed over. A message takes 4 MiB in all."""
@@ -237,8 +240,9 @@ class AddPromptsRequest(google.protobuf.message.Message):
         job: builtins.str = ...,
         first_prompt: builtins.int = ...,
         prompts: collections.abc.Iterable[Global___JobPrompt] | None = ...,
+        content_sha256: builtins.bytes = ...,
     ) -> None: ...
-    def ClearField(self, field_name: typing.Literal["first_prompt", b"first_prompt", "job", b"job", "prompts", b"prompts", "stream", b"stream"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["content_sha256", b"content_sha256", "first_prompt", b"first_prompt", "job", b"job", "prompts", b"prompts", "stream", b"stream"]) -> None: ...
 
 Global___AddPromptsRequest: typing_extensions.TypeAlias = AddPromptsRequest
 

@@ -280,8 +280,9 @@ class TraceServiceServicer(object):
 
     def AddPrompts(self, request, context):
         """Adds the next prompts of a job; durable when answered, idempotent. NOT_FOUND: no such job.
-        FAILED_PRECONDITION: prompts before these are missing. INVALID_ARGUMENT: there are more than were
-        announced, or the whole has another digest.
+        FAILED_PRECONDITION: prompts before these are missing, the job was announced anew with another digest, or
+        it was cancelled. INVALID_ARGUMENT: there are more than were announced, or the whole has another digest;
+        the service has none of the job's prompts then.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

@@ -702,8 +702,9 @@ class TraceServiceStub(typing.Generic[_TraceServiceCreateStreamType, _TraceServi
 
     AddPrompts: _TraceServiceAddPromptsType
     """Adds the next prompts of a job; durable when answered, idempotent. NOT_FOUND: no such job.
-    FAILED_PRECONDITION: prompts before these are missing. INVALID_ARGUMENT: there are more than were
-    announced, or the whole has another digest.
+    FAILED_PRECONDITION: prompts before these are missing, the job was announced anew with another digest, or
+    it was cancelled. INVALID_ARGUMENT: there are more than were announced, or the whole has another digest;
+    the service has none of the job's prompts then.
     """
 
     GetJob: _TraceServiceGetJobType
@@ -985,8 +986,9 @@ class TraceServiceServicer(metaclass=abc.ABCMeta):
         context: _ServicerContext,
     ) -> typing.Union[lynearm.v1.prompt_queue_pb2.AddPromptsResponse, collections.abc.Awaitable[lynearm.v1.prompt_queue_pb2.AddPromptsResponse]]:
         """Adds the next prompts of a job; durable when answered, idempotent. NOT_FOUND: no such job.
-        FAILED_PRECONDITION: prompts before these are missing. INVALID_ARGUMENT: there are more than were
-        announced, or the whole has another digest.
+        FAILED_PRECONDITION: prompts before these are missing, the job was announced anew with another digest, or
+        it was cancelled. INVALID_ARGUMENT: there are more than were announced, or the whole has another digest;
+        the service has none of the job's prompts then.
         """
 
     @abc.abstractmethod

@@ -1,10 +1,10 @@
 """What one subscription sends: the blocks that it wants, in offset order and under credit.
 
 Invariants: blocks go out in offset order; every block below the offset of a message was sent, or is counted
-in `skipped` of this message or of one before it. A block is sent only while credit is left, so that at most
-one block more than the credit is on its way; what is read ahead of that from the store is at most
-`reader.READ_BYTES` and one block. Labels are looked at `_SCAN_COUNT` at a time; blocks that are passed over are
-never read from the store.
+in `skipped` of this message or of one before it. A block is sent only while credit is left, so that at
+most one block more than the credit is on its way; what is read ahead of that from the store is at most
+`reader.READ_BYTES` and one block. Labels are looked at `_SCAN_COUNT` at a time; blocks that are passed over
+are never read from the store.
 """
 
 from __future__ import annotations

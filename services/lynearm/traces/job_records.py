@@ -76,6 +76,18 @@ class JobPrompt:
 
 
 @dataclass(frozen=True, slots=True)
+class NewPrompts:
+    """Prompts for a job that was announced."""
+
+    stream_name: str
+    job_name: str
+    content_sha256: bytes
+    """With which the job was announced."""
+    first_prompt: int
+    prompts: Sequence[JobPrompt]
+
+
+@dataclass(frozen=True, slots=True)
 class WorkRequest:
     """Who wants how much of which job."""
 
@@ -131,9 +143,7 @@ class QueueCatalog(Protocol):
         """
         ...
 
-    async def add_prompts(
-        self, stream_name: str, job_name: str, first_prompt: int, prompts: Sequence[JobPrompt]
-    ) -> int:
+    async def add_prompts(self, new: NewPrompts) -> int:
         """Add the next prompts, passing over those that are there. Durable on return.
 
         Returns:
@@ -142,8 +152,10 @@ class QueueCatalog(Protocol):
         Raises:
             StreamNotFoundError, JobNotFoundError: there is no such stream or job.
             JobIncompleteError: prompts before the first are missing.
+            PreconditionError: the job was announced anew, with another digest.
             JobCancelledError: somebody ended the job.
-            InvalidInputError: they are more than were announced, or all together have another digest.
+            InvalidInputError: they are more than were announced, or all together have another digest; then
+                none of the job's prompts is kept.
         """
         ...
 

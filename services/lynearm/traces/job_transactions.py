@@ -10,7 +10,7 @@ from collections.abc import Iterator, Sequence
 
 from sqlalchemy import ColumnElement, Connection, RowMapping, delete, func, insert, select, update
 
-from lynearm.traces.job_records import JobPrompt, JobRecord, NewJob, PromptLocation, job_not_found
+from lynearm.traces.job_records import JobPrompt, JobRecord, NewJob, NewPrompts, PromptLocation, job_not_found
 from lynearm.traces.packing import BLOCK_BYTES, BLOCK_PROMPTS, pack, pack_compressed, unpack_indices
 from lynearm.traces.schema import finished_prompts, finished_samples, job_prompts, jobs, leases
 from lynearm.traces.statements import chunks, lock_stream
@@ -20,6 +20,7 @@ from lynearm.wire.errors import (
     JobCancelledError,
     JobExistsError,
     JobIncompleteError,
+    PreconditionError,
 )
 from lynearm.wire.work import DIGEST_OF_NOTHING, extend_digest
 
@@ -46,8 +47,8 @@ def create_job(connection: Connection, job: NewJob) -> JobRecord:
                 "choose another name",
             )
         # Nothing of it was handed out: whoever announced it changed their mind before it was complete.
-        connection.execute(delete(job_prompts).where(job_prompts.c.job_id == row["id"]))
-        connection.execute(update(jobs).where(jobs.c.id == row["id"]).values(announced | _NOTHING_STORED))
+        _forget_prompts(connection, row["id"])
+        connection.execute(update(jobs).where(jobs.c.id == row["id"]).values(announced))
     return get_job(connection, job.stream_name, job.name)
 
 
@@ -60,30 +61,32 @@ _NOTHING_STORED = {
 }
 
 
-def add_prompts(
-    connection: Connection, stream_name: str, job_name: str, first_prompt: int, prompts: Sequence[JobPrompt]
-) -> int:
-    """See `QueueCatalog.add_prompts`."""
-    job = lock_job(connection, stream_name, job_name)
+def add_prompts(connection: Connection, added: NewPrompts) -> int | InvalidInputError:
+    """See `QueueCatalog.add_prompts`; an error that is returned comes with changes to be committed."""
+    job = lock_job(connection, added.stream_name, added.job_name)
     check_not_cancelled(job)
+    if job["content_sha256"] != added.content_sha256:
+        raise PreconditionError(
+            f"job {added.job_name!r} was announced anew, with other prompts",
+            "does another process create a job of this name? choose another name",
+        )
     stored, wanted = int(job["stored_prompt_count"]), int(job["prompt_count"])
-    if first_prompt > stored:
+    if added.first_prompt > stored:
         raise JobIncompleteError(
-            f"job {job_name!r} has {stored} prompts, and those that came begin at {first_prompt}",
+            f"job {added.job_name!r} has {stored} prompts, and those that came begin at {added.first_prompt}",
             f"add the prompts from {stored} on",
         )
-    new = prompts[stored - first_prompt :]
-    if not new:
-        return stored
+    new = added.prompts[stored - added.first_prompt :]
     if stored + len(new) > wanted:
-        raise InvalidInputError(f"job {job_name!r} was announced with {wanted} prompts, and more came")
+        raise InvalidInputError(f"job {added.job_name!r} was announced with {wanted} prompts, and more came")
     digest = bytes(job["stored_sha256"])
     for prompt in new:
         digest = extend_digest(digest, prompt.prompt_id, prompt.content)
-    if stored + len(new) == wanted and digest != job["content_sha256"]:
-        raise InvalidInputError(
-            f"the prompts of job {job_name!r} have digest {digest.hex()[:12]}, "
-            f"announced was {bytes(job['content_sha256']).hex()[:12]}",
+    if stored + len(new) == wanted and digest != added.content_sha256:
+        _forget_prompts(connection, int(job["id"]))
+        return InvalidInputError(
+            f"the prompts of job {added.job_name!r} have digest {digest.hex()[:12]}, "
+            f"announced was {added.content_sha256.hex()[:12]}",
             "create the job anew, with the digest of the prompts that are sent",
         )
     _insert_prompts(connection, int(job["id"]), stored, new)
@@ -192,6 +195,11 @@ def _record(stream_name: str, row: RowMapping) -> JobRecord:
         leased_count=int(row["leased_count"]),  # PostgreSQL gives sums as decimals
         is_cancelled=bool(row["cancelled"]),
     )
+
+
+def _forget_prompts(connection: Connection, job_id: int) -> None:
+    connection.execute(delete(job_prompts).where(job_prompts.c.job_id == job_id))
+    connection.execute(update(jobs).where(jobs.c.id == job_id).values(_NOTHING_STORED))
 
 
 def _insert_prompts(

@@ -193,8 +193,8 @@ def _mark_done(
     """
     samples = int(job["samples_per_prompt"])
     first_indices: dict[str, int] = {}
-    for index, prompt in prompts.items():
-        first_indices.setdefault(prompt.prompt_id, index)
+    for index in prompts:
+        first_indices.setdefault(prompts[index].prompt_id, index)
     finished = find_finished(connection, job["stream_id"], first_indices)
     in_stream = find_samples(connection, job["stream_id"], first_indices.keys() - finished)
     done = bytearray(piece.done)

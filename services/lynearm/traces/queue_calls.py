@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 
 from lynearm.traces.backend import Backend
 from lynearm.traces.calls import Context
-from lynearm.traces.job_records import MAX_UNITS, JobPrompt, JobRecord, NewJob, WorkRequest
+from lynearm.traces.job_records import MAX_UNITS, JobPrompt, JobRecord, NewJob, NewPrompts, WorkRequest
 from lynearm.v1 import prompt_queue_pb2 as pb
 from lynearm.wire.errors import InvalidInputError
 from lynearm.wire.specs import check_name
@@ -59,9 +59,14 @@ class QueueCalls:
         if len(request.prompts) > MAX_PROMPTS_PER_MESSAGE:
             raise _too_many("prompts", len(request.prompts), MAX_PROMPTS_PER_MESSAGE)
         prompts = await asyncio.to_thread(_read_prompts, request.prompts)
-        name = check_name(request.job, what="job")
-        stored = await self._catalog.add_prompts(request.stream, name, request.first_prompt, prompts)
-        return pb.AddPromptsResponse(stored_prompt_count=stored)
+        new = NewPrompts(
+            request.stream,
+            check_name(request.job, what="job"),
+            request.content_sha256,
+            request.first_prompt,
+            prompts,
+        )
+        return pb.AddPromptsResponse(stored_prompt_count=await self._catalog.add_prompts(new))
 
     async def get_job(self, request: pb.GetJobRequest, _: Context) -> pb.GetJobResponse:
         """GetJob."""

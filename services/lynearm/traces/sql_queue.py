@@ -12,12 +12,13 @@ from lynearm.traces.consumer_records import ConsumerRecord, LagState, MaxLag
 from lynearm.traces.job_records import (
     FindSilent,
     Grant,
-    JobPrompt,
     JobRecord,
     NewJob,
+    NewPrompts,
     PromptLocation,
     WorkRequest,
 )
+from lynearm.wire.errors import InvalidInputError
 from lynearm.wire.traces import Cursor
 from lynearm.wire.work import LeaseKey
 
@@ -39,15 +40,12 @@ class SqlQueue:
         """See `QueueCatalog.create_job`."""
         return await self._write(lambda connection: job_transactions.create_job(connection, job))
 
-    async def add_prompts(
-        self, stream_name: str, job_name: str, first_prompt: int, prompts: Sequence[JobPrompt]
-    ) -> int:
+    async def add_prompts(self, new: NewPrompts) -> int:
         """See `QueueCatalog.add_prompts`."""
-        return await self._write(
-            lambda connection: job_transactions.add_prompts(
-                connection, stream_name, job_name, first_prompt, prompts
-            )
-        )
+        outcome = await self._write(lambda connection: job_transactions.add_prompts(connection, new))
+        if isinstance(outcome, InvalidInputError):  # what led to it is committed
+            raise outcome
+        return outcome
 
     async def get_job(self, stream_name: str, job_name: str) -> JobRecord:
         """See `QueueCatalog.get_job`."""
