@@ -12,7 +12,7 @@ import logging
 import threading
 import time
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Self
@@ -24,6 +24,8 @@ from lynearm.v1 import trace_service_pb2
 from lynearm.wire.blocks import MAX_BLOCK_BYTES
 from lynearm.wire.errors import DeadlineError, InternalError, InvalidInputError, LynearmError
 from lynearm.wire.frames import PublishOpen, frame_publish_block, frame_publish_open
+from lynearm.wire.labels import TagSummary
+from lynearm.wire.work import FinishedWork
 
 logger = logging.getLogger(__name__)
 
@@ -60,10 +62,12 @@ class Publisher:
         *,
         max_in_flight_bytes: int,
         patience_seconds: float,
+        labels: Mapping[str, str] | None = None,
     ) -> None:
         self.stream = stream
         self.producer_id = producer_id
         self._connection = connection
+        self._labels = dict(labels or {})
         self._max_in_flight_bytes = max_in_flight_bytes
         self._backoff = Backoff(patience_seconds)
         self._changed = threading.Condition()
@@ -118,15 +122,24 @@ class Publisher:
 
     @property
     def waiting_reason(self) -> str:
-        """Why nothing can be sent right now; empty while connected."""
+        """Why nothing goes on right now; empty while it does."""
         return self._waiting_reason
 
-    def publish(self, block: bytes, finished_prompt_ids: Sequence[str] = ()) -> None:
+    def publish(
+        self,
+        block: bytes,
+        finished_prompt_ids: Sequence[str] = (),
+        *,
+        finished_work: Sequence[FinishedWork] = (),
+        tags: TagSummary | None = None,
+    ) -> None:
         """Hand over a block; returns when it is queued, not when it is durable.
 
         Args:
             block: A serialised block.
             finished_prompt_ids: Prompts whose last trace is in this block; committed with it.
+            finished_work: Leased samples whose traces are in this block (`Lease.finish`); committed with it.
+            tags: Which tags the block's traces have (`summarise_tags`), for filters; None: not known.
 
         Raises:
             InvalidInputError: if block and ids do not fit into one message.
@@ -140,10 +153,12 @@ class Publisher:
             )
         with self._changed:
             self._wait_for_room(len(block))
-            frame = frame_publish_block(self._last_sequence + 1, block, finished_prompt_ids)
+            frame = frame_publish_block(
+                self._last_sequence + 1, block, finished_prompt_ids, finished_work=finished_work, tags=tags
+            )
             if len(frame) > _MAX_MESSAGE_BYTES:
                 raise InvalidInputError(
-                    f"a block with its {len(finished_prompt_ids)} prompt ids is {len(frame)} bytes, "
+                    f"a block with the prompts that it finishes is {len(frame)} bytes, "
                     f"expected at most {_MAX_MESSAGE_BYTES}",
                     "put fewer traces into one block",
                 )
@@ -245,7 +260,7 @@ class Publisher:
 
     def _requests(self, finished: threading.Event) -> Iterator[bytes]:
         """What is sent on one connection: the opening, then every block that is not acknowledged."""
-        yield frame_publish_open(PublishOpen(self.stream, self.producer_id, self._epoch))
+        yield frame_publish_open(PublishOpen(self.stream, self.producer_id, self._epoch, self._labels))
         while True:
             with self._changed:
                 self._changed.wait_for(lambda: finished.is_set() or self._closing or self._next_to_send())
@@ -276,7 +291,13 @@ class Publisher:
                 self._opened = True
                 self._waiting_reason = ""
                 self._backoff.succeeded()
+            elif response.WhichOneof("message") == "held":
+                self._waiting_reason = (
+                    f"consumer {response.held.consumer!r} is {response.held.lag_blocks} blocks and "
+                    f"{response.held.lag_traces} traces behind, as far as the stream allows"
+                )
             else:
+                self._waiting_reason = ""
                 self._acknowledge(response.ack.first_sequence + len(response.ack.offsets) - 1)
             self._changed.notify_all()
 

@@ -1,7 +1,7 @@
 """Follows a stream block by block, across restarts of the service.
 
-Invariants: blocks come in offset order without gaps, each once. The service sends no further ahead
-of the reader than the credit, which is renewed as the reader takes blocks.
+Invariants: blocks come in offset order without gaps but for those that hold nothing wanted, each once. The
+service sends no further ahead of the reader than the credit, which is renewed as the reader takes blocks.
 """
 
 from __future__ import annotations
@@ -17,9 +17,9 @@ from typing import Self
 import grpc
 
 from lynearm.client.connection import Backoff, Connection, ResponseStream, is_transient
+from lynearm.client.selection import Selection, advance
 from lynearm.v1 import trace_service_pb2
-from lynearm.wire.errors import InternalError
-from lynearm.wire.frames import parse_subscribe_response
+from lynearm.wire.frames import SubscribedBlock, parse_subscribe_response
 
 logger = logging.getLogger(__name__)
 
@@ -36,6 +36,8 @@ class ReceivedBlock:
     """A serialised block; `lynearm.wire.codec.decode_block` reads it."""
     next_offset: int
     """The stream's next offset when this was sent; 0 for a fetched block."""
+    used_traces: int = 0
+    """Traces of this block that the cursor at which the subscription began has used."""
 
 
 class Subscription:
@@ -47,18 +49,15 @@ class Subscription:
     def __init__(
         self,
         connection: Connection,
-        stream: str,
+        selection: Selection,
         *,
-        start: int,
-        follow: bool,
-        credit_bytes: int,
         patience_seconds: float,
     ) -> None:
-        self.stream = stream
+        self.stream = selection.stream
         self._connection = connection
-        self._next_offset = start
-        self._follow = follow
-        self._credit_bytes = credit_bytes
+        self._selection = selection
+        self._next_offset = selection.start.offset
+        self._credit_bytes = selection.credit_bytes
         self._consumed_bytes = 0
         self._backoff = Backoff(patience_seconds)
         self._waiting_reason = ""
@@ -99,12 +98,14 @@ class Subscription:
                     break
                 self._wait_after(failure)
                 continue
-            return self._receive(data)
+            block = self._receive(data)
+            if block is not None:
+                return block
         raise StopIteration
 
     @property
     def next_offset(self) -> int:
-        """Offset of the block that the next iteration gives."""
+        """Every block before it was given, or held nothing wanted."""
         return self._next_offset
 
     @property
@@ -120,14 +121,8 @@ class Subscription:
     def _connected(self) -> ResponseStream[bytes]:
         call = self._call
         if call is None:
-            opening = trace_service_pb2.SubscribeOpen(
-                stream=self.stream,
-                start_offset=self._next_offset,
-                follow=self._follow,
-                credit_bytes=self._credit_bytes,
-            )
             requests: SimpleQueue[trace_service_pb2.SubscribeRequest | None] = SimpleQueue()
-            requests.put(trace_service_pb2.SubscribeRequest(open=opening))
+            requests.put(self._selection.open(self._next_offset))
             self._requests = requests
             self._consumed_bytes = 0
             self._call = call = self._connection.subscribe(_until_none(requests))
@@ -135,17 +130,15 @@ class Subscription:
                 call.cancel()
         return call
 
-    def _receive(self, data: bytes) -> ReceivedBlock:
+    def _receive(self, data: bytes) -> ReceivedBlock | None:
         received = parse_subscribe_response(data)
-        if received.offset != self._next_offset:
-            raise InternalError(
-                f"stream {self.stream!r}: block {received.offset} came where {self._next_offset} was due"
-            )
-        self._next_offset += 1
+        self._next_offset = advance(self.stream, self._next_offset, received)
         self._waiting_reason = ""
         self._backoff.succeeded()
+        if not isinstance(received, SubscribedBlock):
+            return None
         self._grant(len(received.block))
-        return ReceivedBlock(received.offset, received.block, received.next_offset)
+        return ReceivedBlock(received.offset, received.block, received.next_offset, received.used_traces)
 
     def _grant(self, size_bytes: int) -> None:
         # A message for each block would cost as much as the block: renew a quarter at a time.

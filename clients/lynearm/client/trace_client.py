@@ -4,15 +4,20 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from types import TracebackType
 from typing import TYPE_CHECKING, Literal, Self, TypeVar
 
 import grpc
 
 from lynearm.client.connection import Backoff, Connection, is_transient
+from lynearm.client.consumers import ConsumerClient
+from lynearm.client.jobs import JobClient
+from lynearm.client.leases import DEFAULT_UNITS, PromptWorker
 from lynearm.client.publisher import DEFAULT_IN_FLIGHT_BYTES, Publisher
+from lynearm.client.selection import Selection
 from lynearm.client.subscription import DEFAULT_CREDIT_BYTES, ReceivedBlock, Subscription
+from lynearm.client.unary_calls import Result, UnaryCall
 from lynearm.v1 import trace_service_pb2 as pb
 from lynearm.wire.blocks import MAX_DICTIONARY_BYTES, dictionary_digest
 from lynearm.wire.errors import (
@@ -22,8 +27,10 @@ from lynearm.wire.errors import (
     StreamExistsError,
 )
 from lynearm.wire.frames import parse_fetch_response
+from lynearm.wire.labels import TraceFilter, check_producer_labels
 from lynearm.wire.protobuf import StreamInfo, spec_to_proto, stream_from_proto
 from lynearm.wire.specs import StreamSpec, check_name, spec_differences
+from lynearm.wire.traces import Cursor
 
 if TYPE_CHECKING:
     from lynearm.wire.dictionaries import DictionaryReader
@@ -66,6 +73,10 @@ class TraceClient:
         self._timeout_seconds = timeout_seconds
         self._patience_seconds = patience_seconds
         self._connection = Connection(target)
+        self.jobs = JobClient(self.send)
+        """Prompts that the service hands out to workers."""
+        self.consumers = ConsumerClient(self.send)
+        """Named readers whose positions the service keeps."""
 
     def __enter__(self) -> Self:
         """The client itself."""
@@ -248,7 +259,12 @@ class TraceClient:
             raise self._connection.error(failure) from failure
 
     def publisher(
-        self, stream: str, producer_id: str, *, max_in_flight_bytes: int = DEFAULT_IN_FLIGHT_BYTES
+        self,
+        stream: str,
+        producer_id: str,
+        *,
+        max_in_flight_bytes: int = DEFAULT_IN_FLIGHT_BYTES,
+        labels: Mapping[str, str] | None = None,
     ) -> Publisher:
         """A publisher of blocks to a stream, under a new epoch that fences all earlier ones.
 
@@ -256,6 +272,7 @@ class TraceClient:
             stream: Name of the stream.
             producer_id: Stable name of whoever publishes.
             max_in_flight_bytes: Blocks sent but not yet durable, after which `publish` waits.
+            labels: What its blocks are, for filters.
         """
         return Publisher(
             self._connection,
@@ -263,37 +280,57 @@ class TraceClient:
             check_name(producer_id, what="producer id"),
             max_in_flight_bytes=max_in_flight_bytes,
             patience_seconds=self._patience_seconds,
+            labels=check_producer_labels(labels or {}),
+        )
+
+    def prompt_worker(
+        self, stream: str, job: str, *, worker: str, max_units: int = DEFAULT_UNITS
+    ) -> PromptWorker:
+        """Work of a job, lease by lease.
+
+        Args:
+            stream: Of the job.
+            job: Name of the job.
+            worker: Stable name of whoever asks: after a crash, its leases come back to it at once.
+            max_units: Most units (samples of prompts) of one lease.
+        """
+        return PromptWorker(
+            self.send,
+            stream,
+            job,
+            worker=worker,
+            max_units=max_units,
+            patience_seconds=self._patience_seconds,
         )
 
     def subscribe(
         self,
         stream: str,
         *,
-        start: int | Literal["live"] = 0,
+        start: int | Cursor | Literal["live"] = 0,
         follow: bool = True,
         credit_bytes: int = DEFAULT_CREDIT_BYTES,
+        wanted: TraceFilter | None = None,
     ) -> Subscription:
         """The blocks of a stream in offset order.
 
         Args:
             stream: Name of the stream.
-            start: Offset of the first block; "live" for those committed from now on.
+            start: Offset of the first block, or a cursor in it, of which `ReceivedBlock.used_traces` then
+                tells; "live" for those committed from now on.
             follow: Wait for more until the stream is sealed; otherwise end where it ends now.
             credit_bytes: Blocks that the service may send ahead of the reader.
+            wanted: Pass over blocks in which no trace can match. Traces that do not may still come in a block
+                with others: `TraceFilter.matches` tells them apart.
 
         Raises:
             StreamNotFoundError: if `start` is "live" and there is no such stream. With a number, the
                 first iteration raises it.
         """
         first = self.get_stream(stream).next_offset if start == "live" else start
-        return Subscription(
-            self._connection,
-            check_name(stream),
-            start=first,
-            follow=follow,
-            credit_bytes=credit_bytes,
-            patience_seconds=self._patience_seconds,
-        )
+        cursor = first if isinstance(first, Cursor) else Cursor(first)
+        selection = Selection(check_name(stream), cursor, follow, credit_bytes, wanted)
+        return Subscription(self._connection, selection, patience_seconds=self._patience_seconds)
 
     def fetch(self, stream: str, offset: int, count: int = 1) -> Iterator[ReceivedBlock]:
         """A range of blocks; fewer than `count` where the stream ends before.
@@ -309,6 +346,14 @@ class TraceClient:
                 yield ReceivedBlock(fetched.offset, fetched.block, fetched.next_offset)
         except grpc.RpcError as failure:
             raise self._connection.error(failure) from failure
+
+    def send(self, call: UnaryCall[Result]) -> Result:
+        """Send a call; what its answer means.
+
+        Raises:
+            LynearmError: what the service said.
+        """
+        return call.read(self._call(getattr(self._connection.stub, call.method), call.request))
 
     def _call(self, method: Callable[..., _Response], request: object) -> _Response:
         backoff = Backoff(min(_SHORT_PATIENCE_SECONDS, self._patience_seconds))
