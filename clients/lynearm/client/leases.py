@@ -1,7 +1,7 @@
 """Work of a job in the hands of one worker.
 
 Invariants: the service gives a unit (a sample of a prompt) to one worker at a time, and takes it back only
-from one that was silent for long. Whoever lost a lease without noticing is refused when it publishes, whatever
+from one that was silent for long. Whoever lost a lease without noticing is refused at publish, whatever
 its clock says: each sample is in the stream once. Leases are renewed by a thread until they are done, given
 back or lost.
 """
