@@ -116,7 +116,7 @@ class JobPrompt(google.protobuf.message.Message):
     PROMPT_ID_FIELD_NUMBER: builtins.int
     CONTENT_FIELD_NUMBER: builtins.int
     prompt_id: builtins.str
-    """1 to 256 bytes of UTF-8. An id that the stream has finished, or that comes twice, is answered once."""
+    """1 to 256 bytes of UTF-8, without NUL. An id that the stream has finished, or that comes twice, is answered once."""
     content: builtins.bytes
     """At most 1 MiB. The SDK and the command line write a line of a prompt file."""
     def __init__(

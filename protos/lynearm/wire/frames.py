@@ -17,8 +17,8 @@ from lynearm.wire.errors import InvalidInputError
 from lynearm.wire.fields import bytes_prefix, expect_bytes, expect_int, int_field, read_fields
 from lynearm.wire.labels import TagSummary, check_producer_labels, parse_summary, summary_to_proto
 from lynearm.wire.work import (
-    MAX_PROMPT_ID_BYTES,
     FinishedWork,
+    check_prompt_id,
     finished_work_to_proto,
     parse_finished_work,
 )
@@ -233,9 +233,7 @@ def _check_finished(prompt_ids: Sequence[str], work: Sequence[FinishedWork]) -> 
 
 
 def _prompt_id(data: memoryview) -> str:
-    if not 0 < len(data) <= MAX_PROMPT_ID_BYTES:
-        raise InvalidInputError(f"a prompt id of {len(data)} bytes, expected 1 to {MAX_PROMPT_ID_BYTES}")
     try:
-        return str(data, "utf-8")
+        return check_prompt_id(str(data, "utf-8"))
     except UnicodeDecodeError as error:
         raise InvalidInputError("a prompt id is not UTF-8") from error

@@ -1,14 +1,14 @@
 """Which examples of a stream belong to which training step, and which of them to which rank. Pure.
 
 The examples of a stream are its traces in the stream's order, numbered from 0. They are cut into windows of
-whole batches, and each window is shuffled by itself; without a seed everything stays in order. Step s trains on
-positions s * global_batch_size to (s + 1) * global_batch_size of the result, and rank r of w on its slice of
-those.
+whole batches, and each window is shuffled by itself; without a seed everything stays in order. Step s trains
+on positions s * global_batch_size to (s + 1) * global_batch_size of the result, and rank r of w on its slice
+of those.
 
 Invariants:
 
-- The sequence of examples depends on the stream, the seed, the batch size and the window, and on nothing else:
-  not on the number of ranks, on when a block arrived, or on where a run was interrupted.
+- The sequence of examples depends on the stream, the seed, the batch size and the window, and on nothing
+  else: not on the number of ranks, on when a block arrived, or on where a run was interrupted.
 - The slices of the ranks, in the order of the ranks, are the batch; their sizes differ by at most one.
 - A window is the most that a run holds in memory, and what it reads again when it resumes.
 
@@ -126,8 +126,8 @@ def shard_examples(
     """What a rank trains on, step by step. Every rank gives the same examples, and gets the same steps.
 
     Args:
-        examples: In the stream's order, from number `plan.first_example(first_step)` on. An iterator that waits
-            for the stream makes this one wait until a window is full or the stream ends.
+        examples: In the stream's order, from number `plan.first_example(first_step)` on. An iterator that
+            waits for the stream makes this one wait until a window is full or the stream ends.
         plan: How the stream is cut into batches.
         shard: Which part is wanted.
         first_step: Where to begin: after as many steps as a checkpoint has done.

@@ -97,11 +97,16 @@ def check_prompt_id(prompt_id: str) -> str:
     """The prompt id, unchanged.
 
     Raises:
-        InvalidInputError: if it is empty or too long.
+        InvalidInputError: if it is empty, too long, or nothing that every database stores.
     """
-    size_bytes = len(prompt_id.encode())
+    try:
+        size_bytes = len(prompt_id.encode())
+    except UnicodeEncodeError as error:
+        raise InvalidInputError(f"prompt id {prompt_id!r} holds half a character") from error
     if not 0 < size_bytes <= MAX_PROMPT_ID_BYTES:
         raise InvalidInputError(f"a prompt id of {size_bytes} bytes, expected 1 to {MAX_PROMPT_ID_BYTES}")
+    if "\0" in prompt_id:
+        raise InvalidInputError(f"prompt id {prompt_id!r} holds the character NUL")
     return prompt_id
 
 

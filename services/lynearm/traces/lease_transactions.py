@@ -23,7 +23,7 @@ from lynearm.traces.job_records import (
 )
 from lynearm.traces.packing import unpack, unpack_compressed
 from lynearm.traces.schema import job_prompts, jobs, leases
-from lynearm.traces.statements import chunks, inserted_key
+from lynearm.traces.statements import MAX_INTEGER, chunks, inserted_key
 from lynearm.traces.transactions import get_stream
 from lynearm.traces.work_transactions import find_finished, find_samples, select_prompts
 from lynearm.wire.errors import JobIncompleteError, LeaseLimitError
@@ -97,7 +97,7 @@ def _lock_held(connection: Connection, stream_name: str, keys: Sequence[LeaseKey
     stream_id = get_stream(connection, stream_name).stream_id
     of_stream = leases.c.job_id.in_(select(jobs.c.id).where(jobs.c.stream_id == stream_id))
     valid: set[LeaseKey] = set()
-    for chunk in chunks(sorted({key.lease_id for key in keys})):
+    for chunk in chunks(sorted({key.lease_id for key in keys if key.lease_id <= MAX_INTEGER})):
         columns = (leases.c.id, leases.c.generation)
         held = leases.c.id.in_(chunk) & of_stream & (leases.c.holder != "")
         rows = connection.execute(select(*columns).where(held).order_by(leases.c.id).with_for_update())
@@ -134,7 +134,7 @@ def _next_piece(connection: Connection, job: RowMapping, free: list[int], max_un
         lease = connection.execute(select(leases).where(leases.c.id == free.pop(0))).mappings().one()
         done = bytes(lease["done"])
         first = done.index(0)
-        return _Piece(lease["first_unit"] + first, done[first : first + max_units], lease)
+        return _Piece(lease["first_unit"] + first, _first_open(done[first:], max_units), lease)
     first_unit = int(job["next_unit"])
     count = min(max_units, job["prompt_count"] * job["samples_per_prompt"] - first_unit)
     return _Piece(first_unit, bytes(count), None) if count > 0 else None
@@ -151,7 +151,7 @@ def _hand_out(
     passed = done.find(0)
     if passed < 0:
         passed = end
-    done = done[: passed + request.max_units]
+    done = done[:passed] + _first_open(done[passed:], request.max_units)
     _count_done(connection, job, done.count(1) - piece.done[: len(done)].count(1))
     key = _store(connection, job, piece, done, passed, request.worker)
     wanted: dict[int, list[int]] = {}
@@ -162,6 +162,16 @@ def _hand_out(
         LeasedPrompt(index, prompts[index].prompt_id, prompts[index].content, tuple(sample_indices))
         for index, sample_indices in wanted.items()
     )
+
+
+def _first_open(done: bytes, count: int) -> bytes:
+    """Units up to the first `count` that are not done, and no more than one lease may have."""
+    end = -1
+    for _ in range(count):
+        end = done.find(0, end + 1)
+        if end < 0:
+            return done[:MAX_UNITS]
+    return done[: min(end + 1, MAX_UNITS)]
 
 
 def _read_prompts(connection: Connection, job: RowMapping, piece: _Piece) -> dict[int, JobPrompt]:
@@ -233,7 +243,7 @@ def _store(
         connection.execute(update(jobs).where(jobs.c.id == job["id"]).values(next_unit=end_unit))
         if passed == len(done):
             return None
-        new = insert(leases).values(row, generation=1, news=1).returning(leases.c.id)
+        new = insert(leases).values(row | {"generation": 1, "news": 1}).returning(leases.c.id)
         return LeaseKey(inserted_key(connection, new), 1)
     _put_back(connection, piece.lease, end_unit)
     this = leases.c.id == piece.lease["id"]

@@ -12,6 +12,9 @@ from lynearm.traces.schema import streams
 _MAX_VARIABLES = 500
 """Values per IN list: SQLite compiles a statement for each length, and old builds stop at 999."""
 
+MAX_INTEGER = (1 << 63) - 1
+"""Of SQL; what is larger is in no row, and must not be asked for."""
+
 T = TypeVar("T")
 
 

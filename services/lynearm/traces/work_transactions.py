@@ -15,13 +15,14 @@ from sqlalchemy import ColumnElement, Connection, RowMapping, delete, insert, se
 from lynearm.traces.catalog import NewBlock
 from lynearm.traces.packing import BLOCK_PROMPTS, pack_indices, unpack, unpack_indices
 from lynearm.traces.schema import finished_prompts, finished_samples, job_prompts, jobs, leases
-from lynearm.traces.statements import chunks
+from lynearm.traces.statements import MAX_INTEGER, chunks
 from lynearm.traces.work_admission import LeaseState, WorkState
 
 
 def load_work(connection: Connection, group: Sequence[NewBlock]) -> WorkState:
     """What is known of the leases and prompts that a group names; the leases are locked."""
-    lease_ids = {work.lease.lease_id for block in group for work in block.finished_work}
+    named = {work.lease.lease_id for block in group for work in block.finished_work}
+    lease_ids = {lease_id for lease_id in named if lease_id <= MAX_INTEGER}
     state = WorkState(leases=_lock_leases(connection, lease_ids) if lease_ids else {})
     for stream_id, prompt_ids in _prompts_by_stream(group).items():
         for prompt_id, sample_indices in find_samples(connection, stream_id, prompt_ids).items():
