@@ -573,9 +573,9 @@ class PublishHeld(google.protobuf.message.Message):
     consumer: builtins.str
     """The consumer that is furthest behind."""
     lag_blocks: builtins.int
-    """Blocks from its cursor to the stream's end."""
+    """Blocks from its cursor to the stream's end; those that are being committed count."""
     lag_traces: builtins.int
-    """Traces from its cursor to the stream's end."""
+    """Traces from its cursor to the stream's end; those that are being committed count."""
     def __init__(
         self,
         *,

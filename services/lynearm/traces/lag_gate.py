@@ -19,7 +19,7 @@ import asyncio
 import time
 from collections.abc import Awaitable, Callable
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from weakref import WeakValueDictionary
 
 from lynearm.traces.consumer_records import NO_BOUND, ConsumerCatalog, Lag, LagState
@@ -63,7 +63,8 @@ class StreamGate:
 
         Args:
             trace_count: Of the block.
-            on_held: Called once if the block must wait, with why; may raise.
+            on_held: Called once if the block must wait, with why: blocks on their way count as behind. May
+                raise.
         """
         seen = self._seen
         if seen is None or time.monotonic() - seen.read_seconds >= _FRESH_SECONDS:
@@ -71,7 +72,7 @@ class StreamGate:
         if not self._has_room(seen, trace_count):
             changed, seen = self._changed, await self._look()
             if not self._has_room(seen, trace_count):
-                await on_held(seen.state)
+                await on_held(replace(seen.state, lag=self._lag(seen)))
             while not self._has_room(seen, trace_count):
                 with suppress(TimeoutError):
                     await asyncio.wait_for(changed.wait(), _POLL_SECONDS)
@@ -99,11 +100,17 @@ class StreamGate:
         state = seen.state
         if not state.consumer or state.max_lag == NO_BOUND:
             return True
-        blocks = state.lag.blocks + self._admitted.blocks - seen.settled.blocks
-        traces = state.lag.traces + self._admitted.traces - seen.settled.traces
-        return not blocks or (
-            _is_within(blocks + 1, state.max_lag.blocks)
-            and _is_within(traces + trace_count, state.max_lag.traces)
+        lag = self._lag(seen)
+        return not lag.blocks or (
+            _is_within(lag.blocks + 1, state.max_lag.blocks)
+            and _is_within(lag.traces + trace_count, state.max_lag.traces)
+        )
+
+    def _lag(self, seen: _Seen) -> Lag:
+        """What was behind the consumer, and what was admitted since."""
+        return Lag(
+            seen.state.lag.blocks + self._admitted.blocks - seen.settled.blocks,
+            seen.state.lag.traces + self._admitted.traces - seen.settled.traces,
         )
 
     def _wake(self) -> None:
