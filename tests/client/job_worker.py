@@ -1,7 +1,7 @@
 """A worker of a job in a process of its own, to be killed or frozen; and what its blocks hold.
 
-Run as a program: target, name of the worker, units of a lease, seconds that a unit takes. It prints a line for
-each lease that it gets, and for each block that it hands over.
+Run as a program: target, name of the worker, units of a lease, seconds that a unit takes. It prints a line
+for each lease that it gets, and for each block that it hands over.
 """
 
 from __future__ import annotations
