@@ -51,6 +51,8 @@ class _Opened:
     """What holds for every block of a call."""
 
     opening: PublishOpen
+    labels: bytes
+    """What the index keeps of a block that says nothing of its tags."""
     producer: Producer
     gate: StreamGate
 
@@ -79,6 +81,7 @@ class PublishCall:
             LynearmError: why the call ends, unless the producer ended it.
         """
         opening = await self._read_opening()
+        labels = labels_to_bytes(BlockLabels(opening.labels))
         producer = await self._backend.catalog.open_producer(
             opening.stream, check_name(opening.producer_id, what="producer id"), opening.epoch
         )
@@ -86,7 +89,7 @@ class PublishCall:
         opened = pb.PublishOpened(epoch=producer.epoch, next_sequence=producer.next_sequence)
         await self._context.write(pb.PublishResponse(opened=opened))
         gate = self._backend.lag.register(producer.stream_id)
-        receiving = asyncio.create_task(self._receive(_Opened(opening, producer, gate), tail))
+        receiving = asyncio.create_task(self._receive(_Opened(opening, labels, producer, gate), tail))
         try:
             await self._acknowledge()
         finally:
@@ -196,13 +199,11 @@ def _new_block(opened: _Opened, request: PublishBlock, header: BlockHeader) -> N
         prompt_token_count=header.prompt_token_count,
         completion_token_count=header.completion_token_count,
     )
+    labels = opened.labels
+    if request.tags is not None:
+        labels = labels_to_bytes(BlockLabels(opened.opening.labels, request.tags))
     return NewBlock(
-        producer,
-        request.sequence,
-        facts,
-        request.finished_prompt_ids,
-        request.finished_work,
-        labels_to_bytes(BlockLabels(opened.opening.labels, request.tags)),
+        producer, request.sequence, facts, request.finished_prompt_ids, request.finished_work, labels
     )
 
 
