@@ -1,10 +1,12 @@
 """The SDK: create, publish to, follow and read streams of teacher traces."""
 
-from lynearm.client.consumers import ConsumerClient, ConsumerInfo
+from lynearm.client.consumer_calls import ConsumerInfo
+from lynearm.client.consumers import ConsumerClient
 from lynearm.client.dictionaries import DictionaryCache
 from lynearm.client.interrupts import stop_on_interrupt
-from lynearm.client.jobs import JobClient, JobInfo, JobPrompt
-from lynearm.client.leases import Lease, LeasedPrompt, PromptWorker
+from lynearm.client.job_calls import JobInfo, JobPrompt, LeasedPrompt
+from lynearm.client.jobs import JobClient
+from lynearm.client.leases import Lease, PromptWorker
 from lynearm.client.publisher import Publisher
 from lynearm.client.subscription import ReceivedBlock, Subscription
 from lynearm.client.trace_client import TraceClient

@@ -6,31 +6,12 @@ then publishers know how far they may run ahead, the service what it may drop, a
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
-from lynearm.client.unary_calls import SendCall, UnaryCall
-from lynearm.v1 import consumer_pb2 as pb
-from lynearm.v1 import trace_service_pb2
+from lynearm.client import consumer_calls
+from lynearm.client.consumer_calls import ConsumerInfo
+from lynearm.client.unary_calls import SendCall
 from lynearm.wire.errors import ConsumerNotFoundError
-from lynearm.wire.protobuf import StreamInfo, stream_from_proto
-from lynearm.wire.specs import check_name
+from lynearm.wire.protobuf import StreamInfo
 from lynearm.wire.traces import Cursor
-
-
-@dataclass(frozen=True, slots=True)
-class ConsumerInfo:
-    """A consumer as it was when the service answered."""
-
-    stream: str
-    name: str
-    cursor: Cursor
-    """Everything before it is used."""
-    lag_blocks: int
-    """From the cursor to the stream's end; a block that is used in part counts."""
-    lag_traces: int
-    lag_bytes: int
-    updated_unix_nano: int
-    """When the cursor was stored."""
 
 
 class ConsumerClient:
@@ -59,13 +40,7 @@ class ConsumerClient:
             OffsetNotFoundError: the stream is not that long.
             CursorBackwardsError: the stored cursor is further.
         """
-        request = pb.CommitCursorRequest(
-            stream=check_name(stream),
-            consumer=check_name(name, what="consumer"),
-            cursor=pb.Cursor(offset=cursor.offset, trace_index=cursor.trace_index),
-            allow_backwards=allow_backwards,
-        )
-        return self._send(UnaryCall("CommitCursor", request, _read_consumer))
+        return self._send(consumer_calls.commit_cursor(stream, name, cursor, allow_backwards=allow_backwards))
 
     def get(self, stream: str, name: str) -> ConsumerInfo:
         """A consumer as it is now.
@@ -73,8 +48,7 @@ class ConsumerClient:
         Raises:
             StreamNotFoundError, ConsumerNotFoundError: there is no such stream or consumer.
         """
-        request = pb.GetConsumerRequest(stream=check_name(stream), name=check_name(name, what="consumer"))
-        return self._send(UnaryCall("GetConsumer", request, _read_consumer))
+        return self._send(consumer_calls.get_consumer(stream, name))
 
     def cursor(self, stream: str, name: str) -> Cursor:
         """Where a consumer goes on reading; the beginning of the stream if it never stored a cursor.
@@ -93,8 +67,7 @@ class ConsumerClient:
         Raises:
             StreamNotFoundError: there is no such stream.
         """
-        request = pb.ListConsumersRequest(stream=check_name(stream))
-        return self._send(UnaryCall("ListConsumers", request, _read_consumers))
+        return self._send(consumer_calls.list_consumers(stream))
 
     def delete(self, stream: str, name: str) -> None:
         """Forget a consumer; publishers do not wait for it any more.
@@ -102,8 +75,7 @@ class ConsumerClient:
         Raises:
             StreamNotFoundError, ConsumerNotFoundError: there is no such stream or consumer.
         """
-        request = pb.DeleteConsumerRequest(stream=check_name(stream), name=check_name(name, what="consumer"))
-        self._send(UnaryCall("DeleteConsumer", request, _read_nothing))
+        self._send(consumer_calls.delete_consumer(stream, name))
 
     def set_max_lag(self, stream: str, *, blocks: int = 0, traces: int = 0) -> StreamInfo:
         """Bound how far publishers may run ahead of the slowest consumer. While there is none, nobody waits.
@@ -116,35 +88,4 @@ class ConsumerClient:
         Raises:
             StreamNotFoundError: there is no such stream.
         """
-        request = trace_service_pb2.ConfigureStreamRequest(
-            name=check_name(stream), max_lag=pb.MaxLag(blocks=blocks, traces=traces)
-        )
-        return self._send(UnaryCall("ConfigureStream", request, _read_stream))
-
-
-def _consumer(message: pb.Consumer) -> ConsumerInfo:
-    return ConsumerInfo(
-        stream=message.stream,
-        name=message.name,
-        cursor=Cursor(message.cursor.offset, message.cursor.trace_index),
-        lag_blocks=message.lag_blocks,
-        lag_traces=message.lag_traces,
-        lag_bytes=message.lag_bytes,
-        updated_unix_nano=message.updated_unix_nano,
-    )
-
-
-def _read_consumer(answer: pb.CommitCursorResponse | pb.GetConsumerResponse) -> ConsumerInfo:
-    return _consumer(answer.consumer)
-
-
-def _read_consumers(answer: pb.ListConsumersResponse) -> list[ConsumerInfo]:
-    return [_consumer(consumer) for consumer in answer.consumers]
-
-
-def _read_stream(answer: trace_service_pb2.ConfigureStreamResponse) -> StreamInfo:
-    return stream_from_proto(answer.stream)
-
-
-def _read_nothing(_answer: pb.DeleteConsumerResponse) -> None:
-    return None
+        return self._send(consumer_calls.set_max_lag(stream, blocks=blocks, traces=traces))

@@ -14,13 +14,12 @@ import random
 import threading
 import time
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
 from types import TracebackType
 from typing import Self
 
-from lynearm.client.jobs import JobInfo, job_from_proto
+from lynearm.client import job_calls
+from lynearm.client.job_calls import Grant, JobInfo, LeasedPrompt
 from lynearm.client.unary_calls import SendCall, UnaryCall
-from lynearm.v1 import prompt_queue_pb2 as pb
 from lynearm.wire.errors import DeadlineError, InvalidInputError, LynearmError, ServiceUnavailableError
 from lynearm.wire.specs import check_name
 from lynearm.wire.work import FinishedSamples, FinishedWork, LeaseKey
@@ -35,19 +34,6 @@ _POLL_SECONDS = 1.0
 
 _RENEWALS = 3
 """Renewals in the time that a holder may be silent: two of them may be lost."""
-
-
-@dataclass(frozen=True, slots=True)
-class LeasedPrompt:
-    """A prompt of a lease."""
-
-    prompt_index: int
-    """In the job, from 0."""
-    prompt_id: str
-    content: bytes
-    """As it was when the job was created."""
-    sample_indices: tuple[int, ...]
-    """The completions wanted, ascending."""
 
 
 class Lease:
@@ -175,21 +161,21 @@ class PromptWorker:
             LeaseLimitError: too many leases of the job are held.
             ServiceUnavailableError: the service stayed away too long.
         """
-        request = pb.LeasePromptsRequest(
-            stream=self.stream,
-            job=self.job_name,
+        call = job_calls.lease_prompts(
+            self.stream,
+            self.job_name,
             worker=self.worker,
             max_units=self._max_units,
             restarted=self._restarted,
         )
-        response = self._send_patiently(UnaryCall("LeasePrompts", request, _read_response))
+        grant = self._send_patiently(call)
         self._restarted = False
-        self.job = job_from_proto(response.job)
-        if not response.HasField("lease"):
+        self.job = grant.job
+        if grant.key is None:
             return None
-        lease = _lease_from_proto(response.lease)
+        lease = Lease(grant.key, grant.prompts)
         with self._changed:
-            self._silence_seconds = response.lease.silence_milliseconds / 1000
+            self._silence_seconds = grant.silence_seconds
             self._held[lease.key] = lease
             self._changed.notify_all()
         return lease
@@ -205,8 +191,7 @@ class PromptWorker:
             for key in keys:
                 self._held.pop(key, None)
         if keys:
-            request = pb.ReleaseLeasesRequest(stream=self.stream, leases=map(_key_to_proto, keys))
-            self._send(UnaryCall("ReleaseLeases", request, _read_nothing))
+            self._send(job_calls.release_leases(self.stream, keys))
 
     def _renew(self) -> None:
         while True:
@@ -216,9 +201,8 @@ class PromptWorker:
                 if self._closed:
                     return
                 keys = list(self._held)
-            request = pb.RenewLeasesRequest(stream=self.stream, leases=map(_key_to_proto, keys))
             try:
-                lost = self._send(UnaryCall("RenewLeases", request, _read_lost))
+                lost = self._send(job_calls.renew_leases(self.stream, keys))
             except LynearmError as error:
                 logger.warning("job %s: leases could not be renewed: %s", self.job_name, error)
                 continue
@@ -233,7 +217,7 @@ class PromptWorker:
                     lease.is_lost = True
                     logger.warning("job %s: lease %d was given to others", self.job_name, key.lease_id)
 
-    def _send_patiently(self, call: UnaryCall[pb.LeasePromptsResponse]) -> pb.LeasePromptsResponse:
+    def _send_patiently(self, call: UnaryCall[Grant]) -> Grant:
         started = time.monotonic()
         while True:
             try:
@@ -246,27 +230,3 @@ class PromptWorker:
     def _pause(self) -> None:
         with self._changed:
             self._changed.wait_for(lambda: self._closed, _POLL_SECONDS * random.uniform(0.5, 1.0))
-
-
-def _lease_from_proto(message: pb.Lease) -> Lease:
-    prompts = tuple(
-        LeasedPrompt(prompt.prompt_index, prompt.prompt_id, prompt.content, tuple(prompt.sample_indices))
-        for prompt in message.prompts
-    )
-    return Lease(LeaseKey(message.key.lease_id, message.key.generation), prompts)
-
-
-def _key_to_proto(key: LeaseKey) -> pb.LeaseKey:
-    return pb.LeaseKey(lease_id=key.lease_id, generation=key.generation)
-
-
-def _read_response(answer: pb.LeasePromptsResponse) -> pb.LeasePromptsResponse:
-    return answer
-
-
-def _read_lost(answer: pb.RenewLeasesResponse) -> list[LeaseKey]:
-    return [LeaseKey(key.lease_id, key.generation) for key in answer.lost]
-
-
-def _read_nothing(_answer: pb.ReleaseLeasesResponse) -> None:
-    return None

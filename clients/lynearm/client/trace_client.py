@@ -73,10 +73,6 @@ class TraceClient:
         self._timeout_seconds = timeout_seconds
         self._patience_seconds = patience_seconds
         self._connection = Connection(target)
-        self.jobs = JobClient(self.send)
-        """Prompts that the service hands out to workers."""
-        self.consumers = ConsumerClient(self.send)
-        """Named readers whose positions the service keeps."""
 
     def __enter__(self) -> Self:
         """The client itself."""
@@ -87,6 +83,16 @@ class TraceClient:
     ) -> None:
         """Close the channel."""
         self.close()
+
+    @property
+    def jobs(self) -> JobClient:
+        """Prompts that the service hands out to workers."""
+        return JobClient(self.send)
+
+    @property
+    def consumers(self) -> ConsumerClient:
+        """Named readers whose positions the service keeps."""
+        return ConsumerClient(self.send)
 
     def close(self) -> None:
         """Close the channel; publishers and subscriptions on it end. The next call opens another."""

@@ -60,7 +60,7 @@ def locate_prompts(send: SendCall, stream: str, prompt_ids: Iterable[str]) -> li
     found: list[PromptLocation] = []
     while chunk := list(islice(wanted, _PROMPTS_PER_CALL)):
         request = pb.LocatePromptsRequest(stream=check_name(stream), prompt_ids=chunk)
-        found += send(UnaryCall("LocatePrompts", request, _read_locations))
+        found += send(UnaryCall("LocatePrompts", request, pb.LocatePromptsResponse, _read_locations))
     return sorted(found, key=lambda location: (location.offset, location.prompt_id))
 
 

@@ -18,6 +18,8 @@ class UnaryCall(Generic[Result]):
     method: str
     """Of the service, as its proto names it."""
     request: Message
+    answer: type[Message]
+    """Class of its response."""
     # Any: a class of messages and what reads them cannot be tied together without naming each in the clients.
     read: Callable[[Any], Result]
     """What the answer means."""

@@ -104,6 +104,7 @@ def select_prompts(*columns: ColumnElement[Any], job_id: int, first: int, end: i
 def delete_jobs(connection: Connection, stream_id: int) -> None:
     """Remove all jobs of a stream that is deleted."""
     of_stream = select(jobs.c.id).where(jobs.c.stream_id == stream_id)
+    connection.execute(of_stream.order_by(jobs.c.id).with_for_update()).all()
     for table in (leases, job_prompts):
         connection.execute(delete(table).where(table.c.job_id.in_(of_stream)))
     for table in (jobs, finished_samples):
