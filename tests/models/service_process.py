@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import signal
 import socket
 import subprocess
@@ -22,22 +23,29 @@ def unused_target() -> str:
 
 
 class ServiceProcess:
-    """A trace server in a process of its own, on a port that survives its restarts."""
+    """A trace server in a process of its own, on a port that survives its restarts.
 
-    def __init__(self, data_dir: Path) -> None:
+    Takes what `ServeConfig` takes, as long as it is a number.
+    """
+
+    def __init__(self, data_dir: Path, **settings: float) -> None:
         self._data_dir = data_dir
+        self._settings = settings
         self.target = unused_target()
         self.port = int(self.target.rpartition(":")[2])
         self._process: subprocess.Popen[bytes] | None = None
 
     def start(self) -> None:
         code = (
-            "import sys; from pathlib import Path\n"
+            "import json, sys; from pathlib import Path\n"
             "from lynearm.traces.config import ServeConfig\n"
             "from lynearm.traces.server import run_server\n"
-            "run_server(ServeConfig(data_dir=Path(sys.argv[1]), port=int(sys.argv[2])), lambda *_: None)\n"
+            "settings = json.loads(sys.argv[3])\n"
+            "config = ServeConfig(data_dir=Path(sys.argv[1]), port=int(sys.argv[2]), **settings)\n"
+            "run_server(config, lambda *_: None)\n"
         )
-        self._process = subprocess.Popen([sys.executable, "-c", code, str(self._data_dir), str(self.port)])
+        arguments = [str(self._data_dir), str(self.port), json.dumps(self._settings)]
+        self._process = subprocess.Popen([sys.executable, "-c", code, *arguments])
         try:
             with TraceClient(self.target) as client:
                 client.wait_until_ready(60)

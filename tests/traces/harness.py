@@ -169,19 +169,21 @@ class Producer:
         stream: str = "s",
         producer_id: str = "p",
         epoch: int = 0,
+        **more: Any,
     ) -> None:
         self._requests: queue.SimpleQueue[pb.PublishRequest | None] = queue.SimpleQueue()
         self._call = stub.Publish(iter(self._requests.get, None))
-        opening = pb.PublishOpen(stream=stream, producer_id=producer_id, epoch=epoch)
+        opening = pb.PublishOpen(stream=stream, producer_id=producer_id, epoch=epoch, **more)
         self._requests.put(pb.PublishRequest(open=opening))
         opened = next(self._call).opened
         self.epoch, self.next_sequence = opened.epoch, opened.next_sequence
 
-    def send(self, sequence: int, block: bytes, finished_prompt_ids: Sequence[str] = ()) -> None:
+    def send(self, sequence: int, block: bytes, finished_prompt_ids: Sequence[str] = (), **more: Any) -> None:
         message = pb.PublishBlock(
             sequence=sequence,
             block=trace_pb2.Block.FromString(block),
             finished_prompt_ids=finished_prompt_ids,
+            **more,
         )
         self._requests.put(pb.PublishRequest(block=message))
 
@@ -192,6 +194,10 @@ class Producer:
             ack = next(self._call).ack
             found.update(enumerate(ack.offsets, ack.first_sequence))
         return found
+
+    def next(self) -> pb.PublishResponse:
+        """The next message, whatever it is."""
+        return next(self._call)
 
     def error(self) -> grpc.RpcError:
         """What the call ends with, after any acknowledgements."""

@@ -7,10 +7,12 @@ from contextlib import closing
 from pathlib import Path
 
 import pytest
-from traces.harness import Producer, RunningServer, StartServer, create, fetch, make_block
+from traces.harness import Producer, Reader, RunningServer, StartServer, create, fetch, make_block
+from traces.jobs import add, announce, finish, lease, units_of
 from traces.storages import on_local_disk
 
 from lynearm.traces.schema import SCHEMA_VERSION
+from lynearm.v1 import consumer_pb2, prompt_queue_pb2
 from lynearm.v1 import trace_service_pb2 as pb
 from lynearm.wire.errors import ConfigError
 
@@ -90,6 +92,27 @@ def test_blocks_of_unknown_age_are_kept_as_if_they_were_new(migrated: RunningSer
     stub.UpdateRetention(pb.UpdateRetentionRequest(name="old", retention=retention))
     assert stub.CollectGarbage(pb.CollectGarbageRequest()).expired_blocks == 0
     assert list(fetch(stub, 0, 9, "old")) == list(enumerate(OLD_BLOCKS))
+
+
+def test_an_old_stream_takes_jobs_and_consumers(migrated: RunningServer) -> None:
+    stub = migrated.stub
+    prompts = [prompt_queue_pb2.JobPrompt(prompt_id=f"p{number}") for number in range(4)]
+    announce(stub, prompts, stream="old")
+    add(stub, prompts, stream="old")
+    leased = lease(stub, 9, stream="old").lease
+    assert units_of(leased) == [("p2", 0), ("p3", 0)]  # the old blocks have finished the others
+    producer = Producer(stub, "old", "teacher")
+    producer.send(1, make_block(3), finished_work=[finish(leased.key, units_of(leased))])
+    assert producer.close() == {1: 2}
+    request = consumer_pb2.CommitCursorRequest(
+        stream="old", consumer="c", cursor=consumer_pb2.Cursor(offset=1)
+    )
+    assert stub.CommitCursor(request).consumer.lag_blocks == 2
+    condition = consumer_pb2.LabelCondition(key="subject", values=["law"])
+    reader = Reader(
+        stub, "old", follow=False, consumer="c", filter=consumer_pb2.BlockFilter(tags=[condition])
+    )
+    assert len(reader.rest()) == 2  # of old blocks nothing is known: they pass
 
 
 def test_a_catalog_brought_up_to_date_is_built_like_a_new_one(

@@ -9,6 +9,8 @@ import google.protobuf.descriptor
 import google.protobuf.internal.containers
 import google.protobuf.internal.enum_type_wrapper
 import google.protobuf.message
+import lynearm.v1.consumer_pb2
+import lynearm.v1.prompt_queue_pb2
 import lynearm.v1.trace_pb2
 import sys
 import typing
@@ -64,6 +66,7 @@ class Stream(google.protobuf.message.Message):
     FIRST_OFFSET_FIELD_NUMBER: builtins.int
     RETAINED_BYTES_FIELD_NUMBER: builtins.int
     RETENTION_FIELD_NUMBER: builtins.int
+    MAX_LAG_FIELD_NUMBER: builtins.int
     state: Global___StreamState.ValueType
     """Whether it takes blocks."""
     created_unix_nano: builtins.int
@@ -96,6 +99,10 @@ class Stream(google.protobuf.message.Message):
     def retention(self) -> Global___Retention:
         """How long the stream keeps blocks. Absent: for ever."""
 
+    @property
+    def max_lag(self) -> lynearm.v1.consumer_pb2.MaxLag:
+        """How far publishers may run ahead of consumers. Absent: as far as the disk allows."""
+
     def __init__(
         self,
         *,
@@ -113,9 +120,10 @@ class Stream(google.protobuf.message.Message):
         first_offset: builtins.int = ...,
         retained_bytes: builtins.int = ...,
         retention: Global___Retention | None = ...,
+        max_lag: lynearm.v1.consumer_pb2.MaxLag | None = ...,
     ) -> None: ...
-    def HasField(self, field_name: typing.Literal["retention", b"retention", "spec", b"spec"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["completion_token_count", b"completion_token_count", "created_unix_nano", b"created_unix_nano", "dictionary_bytes", b"dictionary_bytes", "dictionary_count", b"dictionary_count", "finished_prompt_count", b"finished_prompt_count", "first_offset", b"first_offset", "next_offset", b"next_offset", "prompt_token_count", b"prompt_token_count", "retained_bytes", b"retained_bytes", "retention", b"retention", "size_bytes", b"size_bytes", "spec", b"spec", "state", b"state", "trace_count", b"trace_count"]) -> None: ...
+    def HasField(self, field_name: typing.Literal["max_lag", b"max_lag", "retention", b"retention", "spec", b"spec"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["completion_token_count", b"completion_token_count", "created_unix_nano", b"created_unix_nano", "dictionary_bytes", b"dictionary_bytes", "dictionary_count", b"dictionary_count", "finished_prompt_count", b"finished_prompt_count", "first_offset", b"first_offset", "max_lag", b"max_lag", "next_offset", b"next_offset", "prompt_token_count", b"prompt_token_count", "retained_bytes", b"retained_bytes", "retention", b"retention", "size_bytes", b"size_bytes", "spec", b"spec", "state", b"state", "trace_count", b"trace_count"]) -> None: ...
 
 Global___Stream: typing_extensions.TypeAlias = Stream
 
@@ -159,20 +167,26 @@ class CreateStreamRequest(google.protobuf.message.Message):
 
     SPEC_FIELD_NUMBER: builtins.int
     ALLOW_EXISTING_FIELD_NUMBER: builtins.int
+    MAX_LAG_FIELD_NUMBER: builtins.int
     allow_existing: builtins.bool
     """Success when a stream with an equal spec exists."""
     @property
     def spec(self) -> lynearm.v1.trace_pb2.StreamSpec:
         """What the stream is."""
 
+    @property
+    def max_lag(self) -> lynearm.v1.consumer_pb2.MaxLag:
+        """How far publishers may run ahead of consumers; of a stream that exists, what it has stays."""
+
     def __init__(
         self,
         *,
         spec: lynearm.v1.trace_pb2.StreamSpec | None = ...,
         allow_existing: builtins.bool = ...,
+        max_lag: lynearm.v1.consumer_pb2.MaxLag | None = ...,
     ) -> None: ...
-    def HasField(self, field_name: typing.Literal["spec", b"spec"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["allow_existing", b"allow_existing", "spec", b"spec"]) -> None: ...
+    def HasField(self, field_name: typing.Literal["max_lag", b"max_lag", "spec", b"spec"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["allow_existing", b"allow_existing", "max_lag", b"max_lag", "spec", b"spec"]) -> None: ...
 
 Global___CreateStreamRequest: typing_extensions.TypeAlias = CreateStreamRequest
 
@@ -235,6 +249,52 @@ class GetStreamResponse(google.protobuf.message.Message):
     def ClearField(self, field_name: typing.Literal["stream", b"stream"]) -> None: ...
 
 Global___GetStreamResponse: typing_extensions.TypeAlias = GetStreamResponse
+
+@typing.final
+class ConfigureStreamRequest(google.protobuf.message.Message):
+    """Asks to serve a stream in another way."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    NAME_FIELD_NUMBER: builtins.int
+    MAX_LAG_FIELD_NUMBER: builtins.int
+    name: builtins.str
+    """Name of the stream."""
+    @property
+    def max_lag(self) -> lynearm.v1.consumer_pb2.MaxLag:
+        """How far publishers may run ahead of consumers. Absent: no bound any more."""
+
+    def __init__(
+        self,
+        *,
+        name: builtins.str = ...,
+        max_lag: lynearm.v1.consumer_pb2.MaxLag | None = ...,
+    ) -> None: ...
+    def HasField(self, field_name: typing.Literal["max_lag", b"max_lag"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["max_lag", b"max_lag", "name", b"name"]) -> None: ...
+
+Global___ConfigureStreamRequest: typing_extensions.TypeAlias = ConfigureStreamRequest
+
+@typing.final
+class ConfigureStreamResponse(google.protobuf.message.Message):
+    """The stream as it is now."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    STREAM_FIELD_NUMBER: builtins.int
+    @property
+    def stream(self) -> Global___Stream:
+        """The stream."""
+
+    def __init__(
+        self,
+        *,
+        stream: Global___Stream | None = ...,
+    ) -> None: ...
+    def HasField(self, field_name: typing.Literal["stream", b"stream"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["stream", b"stream"]) -> None: ...
+
+Global___ConfigureStreamResponse: typing_extensions.TypeAlias = ConfigureStreamResponse
 
 @typing.final
 class ListStreamsRequest(google.protobuf.message.Message):
@@ -455,9 +515,27 @@ class PublishOpen(google.protobuf.message.Message):
 
     DESCRIPTOR: google.protobuf.descriptor.Descriptor
 
+    @typing.final
+    class LabelsEntry(google.protobuf.message.Message):
+        DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+        KEY_FIELD_NUMBER: builtins.int
+        VALUE_FIELD_NUMBER: builtins.int
+        key: builtins.str
+        value: builtins.str
+        def __init__(
+            self,
+            *,
+            key: builtins.str = ...,
+            value: builtins.str = ...,
+        ) -> None: ...
+        def ClearField(self, field_name: typing.Literal["key", b"key", "value", b"value"]) -> None: ...
+
     STREAM_FIELD_NUMBER: builtins.int
     PRODUCER_ID_FIELD_NUMBER: builtins.int
     EPOCH_FIELD_NUMBER: builtins.int
+    LABELS_FIELD_NUMBER: builtins.int
+    NO_WAIT_FIELD_NUMBER: builtins.int
     stream: builtins.str
     """Stream to append to."""
     producer_id: builtins.str
@@ -466,14 +544,24 @@ class PublishOpen(google.protobuf.message.Message):
     """Epoch of a producer that reconnects. 0: a producer that starts; it gets the next epoch, and
     all earlier epochs are fenced off.
     """
+    no_wait: builtins.bool
+    """End the call as RESOURCE_EXHAUSTED where a block would have to wait for consumers (max_lag)."""
+    @property
+    def labels(self) -> google.protobuf.internal.containers.ScalarMap[builtins.str, builtins.str]:
+        """Says what the blocks of this call are, for filters; at most 64. Keys match the pattern of stream
+        names.
+        """
+
     def __init__(
         self,
         *,
         stream: builtins.str = ...,
         producer_id: builtins.str = ...,
         epoch: builtins.int = ...,
+        labels: collections.abc.Mapping[builtins.str, builtins.str] | None = ...,
+        no_wait: builtins.bool = ...,
     ) -> None: ...
-    def ClearField(self, field_name: typing.Literal["epoch", b"epoch", "producer_id", b"producer_id", "stream", b"stream"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["epoch", b"epoch", "labels", b"labels", "no_wait", b"no_wait", "producer_id", b"producer_id", "stream", b"stream"]) -> None: ...
 
 Global___PublishOpen: typing_extensions.TypeAlias = PublishOpen
 
@@ -486,6 +574,8 @@ class PublishBlock(google.protobuf.message.Message):
     SEQUENCE_FIELD_NUMBER: builtins.int
     BLOCK_FIELD_NUMBER: builtins.int
     FINISHED_PROMPT_IDS_FIELD_NUMBER: builtins.int
+    FINISHED_WORK_FIELD_NUMBER: builtins.int
+    TAGS_FIELD_NUMBER: builtins.int
     sequence: builtins.int
     """Number of the block in its (producer, epoch), from 1 without gaps."""
     @property
@@ -496,15 +586,25 @@ class PublishBlock(google.protobuf.message.Message):
     def finished_prompt_ids(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.str]:
         """Ids of the prompts that this block finishes, committed with it."""
 
+    @property
+    def finished_work(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[lynearm.v1.prompt_queue_pb2.FinishedWork]:
+        """Leased units of work that this block finishes, committed with it; no lease twice."""
+
+    @property
+    def tags(self) -> lynearm.v1.consumer_pb2.TagSummary:
+        """The tags of the block's traces, for filters. Absent: not known, the block passes every filter by tag."""
+
     def __init__(
         self,
         *,
         sequence: builtins.int = ...,
         block: lynearm.v1.trace_pb2.Block | None = ...,
         finished_prompt_ids: collections.abc.Iterable[builtins.str] | None = ...,
+        finished_work: collections.abc.Iterable[lynearm.v1.prompt_queue_pb2.FinishedWork] | None = ...,
+        tags: lynearm.v1.consumer_pb2.TagSummary | None = ...,
     ) -> None: ...
-    def HasField(self, field_name: typing.Literal["block", b"block"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["block", b"block", "finished_prompt_ids", b"finished_prompt_ids", "sequence", b"sequence"]) -> None: ...
+    def HasField(self, field_name: typing.Literal["block", b"block", "tags", b"tags"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["block", b"block", "finished_prompt_ids", b"finished_prompt_ids", "finished_work", b"finished_work", "sequence", b"sequence", "tags", b"tags"]) -> None: ...
 
 Global___PublishBlock: typing_extensions.TypeAlias = PublishBlock
 
@@ -516,6 +616,7 @@ class PublishResponse(google.protobuf.message.Message):
 
     OPENED_FIELD_NUMBER: builtins.int
     ACK_FIELD_NUMBER: builtins.int
+    HELD_FIELD_NUMBER: builtins.int
     @property
     def opened(self) -> Global___PublishOpened:
         """Answers PublishOpen."""
@@ -524,15 +625,20 @@ class PublishResponse(google.protobuf.message.Message):
     def ack(self) -> Global___PublishAck:
         """Some blocks are durable."""
 
+    @property
+    def held(self) -> Global___PublishHeld:
+        """The next block is held back; sent when that begins."""
+
     def __init__(
         self,
         *,
         opened: Global___PublishOpened | None = ...,
         ack: Global___PublishAck | None = ...,
+        held: Global___PublishHeld | None = ...,
     ) -> None: ...
-    def HasField(self, field_name: typing.Literal["ack", b"ack", "message", b"message", "opened", b"opened"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["ack", b"ack", "message", b"message", "opened", b"opened"]) -> None: ...
-    def WhichOneof(self, oneof_group: typing.Literal["message", b"message"]) -> typing.Literal["opened", "ack"] | None: ...
+    def HasField(self, field_name: typing.Literal["ack", b"ack", "held", b"held", "message", b"message", "opened", b"opened"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["ack", b"ack", "held", b"held", "message", b"message", "opened", b"opened"]) -> None: ...
+    def WhichOneof(self, oneof_group: typing.Literal["message", b"message"]) -> typing.Literal["opened", "ack", "held"] | None: ...
 
 Global___PublishResponse: typing_extensions.TypeAlias = PublishResponse
 
@@ -583,6 +689,36 @@ class PublishAck(google.protobuf.message.Message):
 Global___PublishAck: typing_extensions.TypeAlias = PublishAck
 
 @typing.final
+class PublishHeld(google.protobuf.message.Message):
+    """A block waits until consumers have caught up; nothing is lost, and nothing need be sent again."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    SEQUENCE_FIELD_NUMBER: builtins.int
+    CONSUMER_FIELD_NUMBER: builtins.int
+    LAG_BLOCKS_FIELD_NUMBER: builtins.int
+    LAG_TRACES_FIELD_NUMBER: builtins.int
+    sequence: builtins.int
+    """Sequence number of the block."""
+    consumer: builtins.str
+    """The consumer that is furthest behind."""
+    lag_blocks: builtins.int
+    """Blocks from its cursor to the stream's end; those that are being committed count."""
+    lag_traces: builtins.int
+    """Traces from its cursor to the stream's end; those that are being committed count."""
+    def __init__(
+        self,
+        *,
+        sequence: builtins.int = ...,
+        consumer: builtins.str = ...,
+        lag_blocks: builtins.int = ...,
+        lag_traces: builtins.int = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["consumer", b"consumer", "lag_blocks", b"lag_blocks", "lag_traces", b"lag_traces", "sequence", b"sequence"]) -> None: ...
+
+Global___PublishHeld: typing_extensions.TypeAlias = PublishHeld
+
+@typing.final
 class SubscribeRequest(google.protobuf.message.Message):
     """One message of a subscriber."""
 
@@ -617,8 +753,11 @@ class SubscribeOpen(google.protobuf.message.Message):
     STREAM_FIELD_NUMBER: builtins.int
     START_OFFSET_FIELD_NUMBER: builtins.int
     LIVE_FIELD_NUMBER: builtins.int
+    CURSOR_FIELD_NUMBER: builtins.int
+    CONSUMER_FIELD_NUMBER: builtins.int
     FOLLOW_FIELD_NUMBER: builtins.int
     CREDIT_BYTES_FIELD_NUMBER: builtins.int
+    FILTER_FIELD_NUMBER: builtins.int
     SKIP_DAMAGED_FIELD_NUMBER: builtins.int
     stream: builtins.str
     """Stream to read."""
@@ -626,6 +765,8 @@ class SubscribeOpen(google.protobuf.message.Message):
     """Offset of the first block to deliver; at least the stream's first_offset, at most its next_offset."""
     live: builtins.bool
     """Start at the live tail: only blocks committed from now on."""
+    consumer: builtins.str
+    """Name of a consumer, at whose stored cursor delivery begins. NOT_FOUND: it has none."""
     follow: builtins.bool
     """Wait for blocks that are not there yet, until the stream is sealed."""
     credit_bytes: builtins.int
@@ -636,43 +777,60 @@ class SubscribeOpen(google.protobuf.message.Message):
     """Name damaged blocks (SubscribeResponse.damage) and go on behind them. Absent: the first one ends the
     call as DATA_LOSS.
     """
+    @property
+    def cursor(self) -> lynearm.v1.consumer_pb2.Cursor:
+        """A position; delivery begins with its block."""
+
+    @property
+    def filter(self) -> lynearm.v1.consumer_pb2.BlockFilter:
+        """Which blocks are wanted. Absent: all."""
+
     def __init__(
         self,
         *,
         stream: builtins.str = ...,
         start_offset: builtins.int = ...,
         live: builtins.bool = ...,
+        cursor: lynearm.v1.consumer_pb2.Cursor | None = ...,
+        consumer: builtins.str = ...,
         follow: builtins.bool = ...,
         credit_bytes: builtins.int = ...,
+        filter: lynearm.v1.consumer_pb2.BlockFilter | None = ...,
         skip_damaged: builtins.bool = ...,
     ) -> None: ...
-    def HasField(self, field_name: typing.Literal["live", b"live", "start", b"start", "start_offset", b"start_offset"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["credit_bytes", b"credit_bytes", "follow", b"follow", "live", b"live", "skip_damaged", b"skip_damaged", "start", b"start", "start_offset", b"start_offset", "stream", b"stream"]) -> None: ...
-    def WhichOneof(self, oneof_group: typing.Literal["start", b"start"]) -> typing.Literal["start_offset", "live"] | None: ...
+    def HasField(self, field_name: typing.Literal["consumer", b"consumer", "cursor", b"cursor", "filter", b"filter", "live", b"live", "start", b"start", "start_offset", b"start_offset"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["consumer", b"consumer", "credit_bytes", b"credit_bytes", "cursor", b"cursor", "filter", b"filter", "follow", b"follow", "live", b"live", "skip_damaged", b"skip_damaged", "start", b"start", "start_offset", b"start_offset", "stream", b"stream"]) -> None: ...
+    def WhichOneof(self, oneof_group: typing.Literal["start", b"start"]) -> typing.Literal["start_offset", "live", "cursor", "consumer"] | None: ...
 
 Global___SubscribeOpen: typing_extensions.TypeAlias = SubscribeOpen
 
 @typing.final
 class SubscribeResponse(google.protobuf.message.Message):
-    """One block for a subscriber."""
+    """One block for a subscriber, or word that blocks were passed over."""
 
     DESCRIPTOR: google.protobuf.descriptor.Descriptor
 
     OFFSET_FIELD_NUMBER: builtins.int
     BLOCK_FIELD_NUMBER: builtins.int
     NEXT_OFFSET_FIELD_NUMBER: builtins.int
+    SKIPPED_FIELD_NUMBER: builtins.int
+    USED_TRACES_FIELD_NUMBER: builtins.int
     DAMAGE_FIELD_NUMBER: builtins.int
     offset: builtins.int
-    """The block's offset."""
+    """The block's offset; without a block, the first offset that is not passed over."""
     next_offset: builtins.int
     """The stream's next_offset when this was sent: next_offset - offset - 1 blocks behind."""
+    skipped: builtins.int
+    """Blocks passed over right before `offset`, since the message before this one."""
+    used_traces: builtins.int
+    """Traces of this block that the cursor at which the subscription began has used."""
     damage: builtins.str
     """What is wrong with the block at `offset`, which is left out; only where skip_damaged was asked for.
     Absent: nothing.
     """
     @property
     def block(self) -> lynearm.v1.trace_pb2.Block:
-        """The block."""
+        """The block. Absent only where a filter was asked for."""
 
     def __init__(
         self,
@@ -680,10 +838,12 @@ class SubscribeResponse(google.protobuf.message.Message):
         offset: builtins.int = ...,
         block: lynearm.v1.trace_pb2.Block | None = ...,
         next_offset: builtins.int = ...,
+        skipped: builtins.int = ...,
+        used_traces: builtins.int = ...,
         damage: builtins.str = ...,
     ) -> None: ...
     def HasField(self, field_name: typing.Literal["block", b"block"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["block", b"block", "damage", b"damage", "next_offset", b"next_offset", "offset", b"offset"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["block", b"block", "damage", b"damage", "next_offset", b"next_offset", "offset", b"offset", "skipped", b"skipped", "used_traces", b"used_traces"]) -> None: ...
 
 Global___SubscribeResponse: typing_extensions.TypeAlias = SubscribeResponse
 

@@ -3,6 +3,8 @@
 import grpc
 import warnings
 
+from lynearm.v1 import consumer_pb2 as lynearm_dot_v1_dot_consumer__pb2
+from lynearm.v1 import prompt_queue_pb2 as lynearm_dot_v1_dot_prompt__queue__pb2
 from lynearm.v1 import trace_service_pb2 as lynearm_dot_v1_dot_trace__service__pb2
 
 GRPC_GENERATED_VERSION = '1.71.2'
@@ -103,6 +105,76 @@ class TraceServiceStub(object):
                 request_serializer=lynearm_dot_v1_dot_trace__service__pb2.GetDictionaryRequest.SerializeToString,
                 response_deserializer=lynearm_dot_v1_dot_trace__service__pb2.GetDictionaryResponse.FromString,
                 _registered_method=True)
+        self.ConfigureStream = channel.unary_unary(
+                '/lynearm.v1.TraceService/ConfigureStream',
+                request_serializer=lynearm_dot_v1_dot_trace__service__pb2.ConfigureStreamRequest.SerializeToString,
+                response_deserializer=lynearm_dot_v1_dot_trace__service__pb2.ConfigureStreamResponse.FromString,
+                _registered_method=True)
+        self.CreateJob = channel.unary_unary(
+                '/lynearm.v1.TraceService/CreateJob',
+                request_serializer=lynearm_dot_v1_dot_prompt__queue__pb2.CreateJobRequest.SerializeToString,
+                response_deserializer=lynearm_dot_v1_dot_prompt__queue__pb2.CreateJobResponse.FromString,
+                _registered_method=True)
+        self.AddPrompts = channel.unary_unary(
+                '/lynearm.v1.TraceService/AddPrompts',
+                request_serializer=lynearm_dot_v1_dot_prompt__queue__pb2.AddPromptsRequest.SerializeToString,
+                response_deserializer=lynearm_dot_v1_dot_prompt__queue__pb2.AddPromptsResponse.FromString,
+                _registered_method=True)
+        self.GetJob = channel.unary_unary(
+                '/lynearm.v1.TraceService/GetJob',
+                request_serializer=lynearm_dot_v1_dot_prompt__queue__pb2.GetJobRequest.SerializeToString,
+                response_deserializer=lynearm_dot_v1_dot_prompt__queue__pb2.GetJobResponse.FromString,
+                _registered_method=True)
+        self.ListJobs = channel.unary_unary(
+                '/lynearm.v1.TraceService/ListJobs',
+                request_serializer=lynearm_dot_v1_dot_prompt__queue__pb2.ListJobsRequest.SerializeToString,
+                response_deserializer=lynearm_dot_v1_dot_prompt__queue__pb2.ListJobsResponse.FromString,
+                _registered_method=True)
+        self.CancelJob = channel.unary_unary(
+                '/lynearm.v1.TraceService/CancelJob',
+                request_serializer=lynearm_dot_v1_dot_prompt__queue__pb2.CancelJobRequest.SerializeToString,
+                response_deserializer=lynearm_dot_v1_dot_prompt__queue__pb2.CancelJobResponse.FromString,
+                _registered_method=True)
+        self.LeasePrompts = channel.unary_unary(
+                '/lynearm.v1.TraceService/LeasePrompts',
+                request_serializer=lynearm_dot_v1_dot_prompt__queue__pb2.LeasePromptsRequest.SerializeToString,
+                response_deserializer=lynearm_dot_v1_dot_prompt__queue__pb2.LeasePromptsResponse.FromString,
+                _registered_method=True)
+        self.RenewLeases = channel.unary_unary(
+                '/lynearm.v1.TraceService/RenewLeases',
+                request_serializer=lynearm_dot_v1_dot_prompt__queue__pb2.RenewLeasesRequest.SerializeToString,
+                response_deserializer=lynearm_dot_v1_dot_prompt__queue__pb2.RenewLeasesResponse.FromString,
+                _registered_method=True)
+        self.ReleaseLeases = channel.unary_unary(
+                '/lynearm.v1.TraceService/ReleaseLeases',
+                request_serializer=lynearm_dot_v1_dot_prompt__queue__pb2.ReleaseLeasesRequest.SerializeToString,
+                response_deserializer=lynearm_dot_v1_dot_prompt__queue__pb2.ReleaseLeasesResponse.FromString,
+                _registered_method=True)
+        self.LocatePrompts = channel.unary_unary(
+                '/lynearm.v1.TraceService/LocatePrompts',
+                request_serializer=lynearm_dot_v1_dot_prompt__queue__pb2.LocatePromptsRequest.SerializeToString,
+                response_deserializer=lynearm_dot_v1_dot_prompt__queue__pb2.LocatePromptsResponse.FromString,
+                _registered_method=True)
+        self.CommitCursor = channel.unary_unary(
+                '/lynearm.v1.TraceService/CommitCursor',
+                request_serializer=lynearm_dot_v1_dot_consumer__pb2.CommitCursorRequest.SerializeToString,
+                response_deserializer=lynearm_dot_v1_dot_consumer__pb2.CommitCursorResponse.FromString,
+                _registered_method=True)
+        self.GetConsumer = channel.unary_unary(
+                '/lynearm.v1.TraceService/GetConsumer',
+                request_serializer=lynearm_dot_v1_dot_consumer__pb2.GetConsumerRequest.SerializeToString,
+                response_deserializer=lynearm_dot_v1_dot_consumer__pb2.GetConsumerResponse.FromString,
+                _registered_method=True)
+        self.ListConsumers = channel.unary_unary(
+                '/lynearm.v1.TraceService/ListConsumers',
+                request_serializer=lynearm_dot_v1_dot_consumer__pb2.ListConsumersRequest.SerializeToString,
+                response_deserializer=lynearm_dot_v1_dot_consumer__pb2.ListConsumersResponse.FromString,
+                _registered_method=True)
+        self.DeleteConsumer = channel.unary_unary(
+                '/lynearm.v1.TraceService/DeleteConsumer',
+                request_serializer=lynearm_dot_v1_dot_consumer__pb2.DeleteConsumerRequest.SerializeToString,
+                response_deserializer=lynearm_dot_v1_dot_consumer__pb2.DeleteConsumerResponse.FromString,
+                _registered_method=True)
 
 
 class TraceServiceServicer(object):
@@ -167,9 +239,10 @@ class TraceServiceServicer(object):
     def Publish(self, request_iterator, context):
         """Appends blocks. The first request opens the producer, the rest carry blocks; each block is
         acknowledged once it is durable. FAILED_PRECONDITION: sealed stream, old epoch, gap in the
-        sequence, a prompt that is finished already, a dictionary that the stream does not hold.
-        ALREADY_EXISTS: a sequence number reused for other bytes. RESOURCE_EXHAUSTED: the disk is full;
-        nothing of the block was kept.
+        sequence, a prompt or sample that is finished already, a lease that was superseded, a dictionary that
+        the stream does not hold. ALREADY_EXISTS: a sequence number reused for other bytes.
+        RESOURCE_EXHAUSTED: the disk is full, or, with no_wait, a consumer is too far behind; nothing of the
+        block was kept.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -212,6 +285,111 @@ class TraceServiceServicer(object):
     def GetDictionary(self, request, context):
         """Returns a dictionary of a stream. NOT_FOUND: no such stream, or it holds no such dictionary.
         INVALID_ARGUMENT: the digest is not 8 bytes.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def ConfigureStream(self, request, context):
+        """Changes how a stream is served; what it is stays. NOT_FOUND: no such stream.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def CreateJob(self, request, context):
+        """Announces a job, whose prompts AddPrompts then brings. A job of the same name, size and content is
+        success. ALREADY_EXISTS: the name is taken by another. NOT_FOUND: no such stream.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def AddPrompts(self, request, context):
+        """Adds the next prompts of a job; durable when answered, idempotent. NOT_FOUND: no such job.
+        FAILED_PRECONDITION: prompts before these are missing, the job was announced anew with another digest, or
+        it was cancelled. INVALID_ARGUMENT: there are more than were announced, or the whole has another digest;
+        the service has none of the job's prompts then.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def GetJob(self, request, context):
+        """Describes a job. NOT_FOUND: no such job.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def ListJobs(self, request, context):
+        """Lists the jobs of a stream. NOT_FOUND: no such stream.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def CancelJob(self, request, context):
+        """Ends a job: nothing of it is handed out any more, and publishes under its leases are refused; the traces
+        that are committed stay. Idempotent; a job that is done stays so. NOT_FOUND: no such job.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def LeasePrompts(self, request, context):
+        """Hands out units of work to one worker. NOT_FOUND: no such job. FAILED_PRECONDITION: prompts of the job
+        are still to be added, or it was cancelled. RESOURCE_EXHAUSTED: too many leases are open.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def RenewLeases(self, request, context):
+        """Keeps leases from being given to others. NOT_FOUND: no such stream.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def ReleaseLeases(self, request, context):
+        """Lets others have what is not done of some leases. Idempotent. NOT_FOUND: no such stream.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def LocatePrompts(self, request, context):
+        """Says which blocks hold the traces of some prompts. NOT_FOUND: no such stream.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def CommitCursor(self, request, context):
+        """Stores how far a consumer is. NOT_FOUND: no such stream. OUT_OF_RANGE: the stream is not that long.
+        FAILED_PRECONDITION: the consumer is further already.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def GetConsumer(self, request, context):
+        """Describes a consumer. NOT_FOUND: no such consumer.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def ListConsumers(self, request, context):
+        """Lists the consumers of a stream. NOT_FOUND: no such stream.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def DeleteConsumer(self, request, context):
+        """Forgets a consumer. NOT_FOUND: no such consumer.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -284,6 +462,76 @@ def add_TraceServiceServicer_to_server(servicer, server):
                     servicer.GetDictionary,
                     request_deserializer=lynearm_dot_v1_dot_trace__service__pb2.GetDictionaryRequest.FromString,
                     response_serializer=lynearm_dot_v1_dot_trace__service__pb2.GetDictionaryResponse.SerializeToString,
+            ),
+            'ConfigureStream': grpc.unary_unary_rpc_method_handler(
+                    servicer.ConfigureStream,
+                    request_deserializer=lynearm_dot_v1_dot_trace__service__pb2.ConfigureStreamRequest.FromString,
+                    response_serializer=lynearm_dot_v1_dot_trace__service__pb2.ConfigureStreamResponse.SerializeToString,
+            ),
+            'CreateJob': grpc.unary_unary_rpc_method_handler(
+                    servicer.CreateJob,
+                    request_deserializer=lynearm_dot_v1_dot_prompt__queue__pb2.CreateJobRequest.FromString,
+                    response_serializer=lynearm_dot_v1_dot_prompt__queue__pb2.CreateJobResponse.SerializeToString,
+            ),
+            'AddPrompts': grpc.unary_unary_rpc_method_handler(
+                    servicer.AddPrompts,
+                    request_deserializer=lynearm_dot_v1_dot_prompt__queue__pb2.AddPromptsRequest.FromString,
+                    response_serializer=lynearm_dot_v1_dot_prompt__queue__pb2.AddPromptsResponse.SerializeToString,
+            ),
+            'GetJob': grpc.unary_unary_rpc_method_handler(
+                    servicer.GetJob,
+                    request_deserializer=lynearm_dot_v1_dot_prompt__queue__pb2.GetJobRequest.FromString,
+                    response_serializer=lynearm_dot_v1_dot_prompt__queue__pb2.GetJobResponse.SerializeToString,
+            ),
+            'ListJobs': grpc.unary_unary_rpc_method_handler(
+                    servicer.ListJobs,
+                    request_deserializer=lynearm_dot_v1_dot_prompt__queue__pb2.ListJobsRequest.FromString,
+                    response_serializer=lynearm_dot_v1_dot_prompt__queue__pb2.ListJobsResponse.SerializeToString,
+            ),
+            'CancelJob': grpc.unary_unary_rpc_method_handler(
+                    servicer.CancelJob,
+                    request_deserializer=lynearm_dot_v1_dot_prompt__queue__pb2.CancelJobRequest.FromString,
+                    response_serializer=lynearm_dot_v1_dot_prompt__queue__pb2.CancelJobResponse.SerializeToString,
+            ),
+            'LeasePrompts': grpc.unary_unary_rpc_method_handler(
+                    servicer.LeasePrompts,
+                    request_deserializer=lynearm_dot_v1_dot_prompt__queue__pb2.LeasePromptsRequest.FromString,
+                    response_serializer=lynearm_dot_v1_dot_prompt__queue__pb2.LeasePromptsResponse.SerializeToString,
+            ),
+            'RenewLeases': grpc.unary_unary_rpc_method_handler(
+                    servicer.RenewLeases,
+                    request_deserializer=lynearm_dot_v1_dot_prompt__queue__pb2.RenewLeasesRequest.FromString,
+                    response_serializer=lynearm_dot_v1_dot_prompt__queue__pb2.RenewLeasesResponse.SerializeToString,
+            ),
+            'ReleaseLeases': grpc.unary_unary_rpc_method_handler(
+                    servicer.ReleaseLeases,
+                    request_deserializer=lynearm_dot_v1_dot_prompt__queue__pb2.ReleaseLeasesRequest.FromString,
+                    response_serializer=lynearm_dot_v1_dot_prompt__queue__pb2.ReleaseLeasesResponse.SerializeToString,
+            ),
+            'LocatePrompts': grpc.unary_unary_rpc_method_handler(
+                    servicer.LocatePrompts,
+                    request_deserializer=lynearm_dot_v1_dot_prompt__queue__pb2.LocatePromptsRequest.FromString,
+                    response_serializer=lynearm_dot_v1_dot_prompt__queue__pb2.LocatePromptsResponse.SerializeToString,
+            ),
+            'CommitCursor': grpc.unary_unary_rpc_method_handler(
+                    servicer.CommitCursor,
+                    request_deserializer=lynearm_dot_v1_dot_consumer__pb2.CommitCursorRequest.FromString,
+                    response_serializer=lynearm_dot_v1_dot_consumer__pb2.CommitCursorResponse.SerializeToString,
+            ),
+            'GetConsumer': grpc.unary_unary_rpc_method_handler(
+                    servicer.GetConsumer,
+                    request_deserializer=lynearm_dot_v1_dot_consumer__pb2.GetConsumerRequest.FromString,
+                    response_serializer=lynearm_dot_v1_dot_consumer__pb2.GetConsumerResponse.SerializeToString,
+            ),
+            'ListConsumers': grpc.unary_unary_rpc_method_handler(
+                    servicer.ListConsumers,
+                    request_deserializer=lynearm_dot_v1_dot_consumer__pb2.ListConsumersRequest.FromString,
+                    response_serializer=lynearm_dot_v1_dot_consumer__pb2.ListConsumersResponse.SerializeToString,
+            ),
+            'DeleteConsumer': grpc.unary_unary_rpc_method_handler(
+                    servicer.DeleteConsumer,
+                    request_deserializer=lynearm_dot_v1_dot_consumer__pb2.DeleteConsumerRequest.FromString,
+                    response_serializer=lynearm_dot_v1_dot_consumer__pb2.DeleteConsumerResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -641,6 +889,384 @@ class TraceService(object):
             '/lynearm.v1.TraceService/GetDictionary',
             lynearm_dot_v1_dot_trace__service__pb2.GetDictionaryRequest.SerializeToString,
             lynearm_dot_v1_dot_trace__service__pb2.GetDictionaryResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ConfigureStream(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/lynearm.v1.TraceService/ConfigureStream',
+            lynearm_dot_v1_dot_trace__service__pb2.ConfigureStreamRequest.SerializeToString,
+            lynearm_dot_v1_dot_trace__service__pb2.ConfigureStreamResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def CreateJob(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/lynearm.v1.TraceService/CreateJob',
+            lynearm_dot_v1_dot_prompt__queue__pb2.CreateJobRequest.SerializeToString,
+            lynearm_dot_v1_dot_prompt__queue__pb2.CreateJobResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def AddPrompts(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/lynearm.v1.TraceService/AddPrompts',
+            lynearm_dot_v1_dot_prompt__queue__pb2.AddPromptsRequest.SerializeToString,
+            lynearm_dot_v1_dot_prompt__queue__pb2.AddPromptsResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def GetJob(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/lynearm.v1.TraceService/GetJob',
+            lynearm_dot_v1_dot_prompt__queue__pb2.GetJobRequest.SerializeToString,
+            lynearm_dot_v1_dot_prompt__queue__pb2.GetJobResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ListJobs(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/lynearm.v1.TraceService/ListJobs',
+            lynearm_dot_v1_dot_prompt__queue__pb2.ListJobsRequest.SerializeToString,
+            lynearm_dot_v1_dot_prompt__queue__pb2.ListJobsResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def CancelJob(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/lynearm.v1.TraceService/CancelJob',
+            lynearm_dot_v1_dot_prompt__queue__pb2.CancelJobRequest.SerializeToString,
+            lynearm_dot_v1_dot_prompt__queue__pb2.CancelJobResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def LeasePrompts(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/lynearm.v1.TraceService/LeasePrompts',
+            lynearm_dot_v1_dot_prompt__queue__pb2.LeasePromptsRequest.SerializeToString,
+            lynearm_dot_v1_dot_prompt__queue__pb2.LeasePromptsResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def RenewLeases(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/lynearm.v1.TraceService/RenewLeases',
+            lynearm_dot_v1_dot_prompt__queue__pb2.RenewLeasesRequest.SerializeToString,
+            lynearm_dot_v1_dot_prompt__queue__pb2.RenewLeasesResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ReleaseLeases(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/lynearm.v1.TraceService/ReleaseLeases',
+            lynearm_dot_v1_dot_prompt__queue__pb2.ReleaseLeasesRequest.SerializeToString,
+            lynearm_dot_v1_dot_prompt__queue__pb2.ReleaseLeasesResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def LocatePrompts(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/lynearm.v1.TraceService/LocatePrompts',
+            lynearm_dot_v1_dot_prompt__queue__pb2.LocatePromptsRequest.SerializeToString,
+            lynearm_dot_v1_dot_prompt__queue__pb2.LocatePromptsResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def CommitCursor(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/lynearm.v1.TraceService/CommitCursor',
+            lynearm_dot_v1_dot_consumer__pb2.CommitCursorRequest.SerializeToString,
+            lynearm_dot_v1_dot_consumer__pb2.CommitCursorResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def GetConsumer(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/lynearm.v1.TraceService/GetConsumer',
+            lynearm_dot_v1_dot_consumer__pb2.GetConsumerRequest.SerializeToString,
+            lynearm_dot_v1_dot_consumer__pb2.GetConsumerResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ListConsumers(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/lynearm.v1.TraceService/ListConsumers',
+            lynearm_dot_v1_dot_consumer__pb2.ListConsumersRequest.SerializeToString,
+            lynearm_dot_v1_dot_consumer__pb2.ListConsumersResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def DeleteConsumer(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/lynearm.v1.TraceService/DeleteConsumer',
+            lynearm_dot_v1_dot_consumer__pb2.DeleteConsumerRequest.SerializeToString,
+            lynearm_dot_v1_dot_consumer__pb2.DeleteConsumerResponse.FromString,
             options,
             channel_credentials,
             insecure,

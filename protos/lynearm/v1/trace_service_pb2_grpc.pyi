@@ -7,6 +7,8 @@ import abc
 import collections.abc
 import grpc
 import grpc.aio
+import lynearm.v1.consumer_pb2
+import lynearm.v1.prompt_queue_pb2
 import lynearm.v1.trace_service_pb2
 import sys
 import typing
@@ -233,7 +235,231 @@ _TraceServiceGetDictionaryType = typing_extensions.TypeVar(
     ],
 )
 
-class TraceServiceStub(typing.Generic[_TraceServiceCreateStreamType, _TraceServiceGetStreamType, _TraceServiceListStreamsType, _TraceServiceDeleteStreamType, _TraceServiceSealStreamType, _TraceServiceUpdateRetentionType, _TraceServiceCollectGarbageType, _TraceServicePublishType, _TraceServiceSubscribeType, _TraceServiceFetchBlocksType, _TraceServiceListFinishedPromptsType, _TraceServicePutDictionaryType, _TraceServiceGetDictionaryType]):
+_TraceServiceConfigureStreamType = typing_extensions.TypeVar(
+    '_TraceServiceConfigureStreamType',
+    grpc.UnaryUnaryMultiCallable[
+        lynearm.v1.trace_service_pb2.ConfigureStreamRequest,
+        lynearm.v1.trace_service_pb2.ConfigureStreamResponse,
+    ],
+    grpc.aio.UnaryUnaryMultiCallable[
+        lynearm.v1.trace_service_pb2.ConfigureStreamRequest,
+        lynearm.v1.trace_service_pb2.ConfigureStreamResponse,
+    ],
+    default=grpc.UnaryUnaryMultiCallable[
+        lynearm.v1.trace_service_pb2.ConfigureStreamRequest,
+        lynearm.v1.trace_service_pb2.ConfigureStreamResponse,
+    ],
+)
+
+_TraceServiceCreateJobType = typing_extensions.TypeVar(
+    '_TraceServiceCreateJobType',
+    grpc.UnaryUnaryMultiCallable[
+        lynearm.v1.prompt_queue_pb2.CreateJobRequest,
+        lynearm.v1.prompt_queue_pb2.CreateJobResponse,
+    ],
+    grpc.aio.UnaryUnaryMultiCallable[
+        lynearm.v1.prompt_queue_pb2.CreateJobRequest,
+        lynearm.v1.prompt_queue_pb2.CreateJobResponse,
+    ],
+    default=grpc.UnaryUnaryMultiCallable[
+        lynearm.v1.prompt_queue_pb2.CreateJobRequest,
+        lynearm.v1.prompt_queue_pb2.CreateJobResponse,
+    ],
+)
+
+_TraceServiceAddPromptsType = typing_extensions.TypeVar(
+    '_TraceServiceAddPromptsType',
+    grpc.UnaryUnaryMultiCallable[
+        lynearm.v1.prompt_queue_pb2.AddPromptsRequest,
+        lynearm.v1.prompt_queue_pb2.AddPromptsResponse,
+    ],
+    grpc.aio.UnaryUnaryMultiCallable[
+        lynearm.v1.prompt_queue_pb2.AddPromptsRequest,
+        lynearm.v1.prompt_queue_pb2.AddPromptsResponse,
+    ],
+    default=grpc.UnaryUnaryMultiCallable[
+        lynearm.v1.prompt_queue_pb2.AddPromptsRequest,
+        lynearm.v1.prompt_queue_pb2.AddPromptsResponse,
+    ],
+)
+
+_TraceServiceGetJobType = typing_extensions.TypeVar(
+    '_TraceServiceGetJobType',
+    grpc.UnaryUnaryMultiCallable[
+        lynearm.v1.prompt_queue_pb2.GetJobRequest,
+        lynearm.v1.prompt_queue_pb2.GetJobResponse,
+    ],
+    grpc.aio.UnaryUnaryMultiCallable[
+        lynearm.v1.prompt_queue_pb2.GetJobRequest,
+        lynearm.v1.prompt_queue_pb2.GetJobResponse,
+    ],
+    default=grpc.UnaryUnaryMultiCallable[
+        lynearm.v1.prompt_queue_pb2.GetJobRequest,
+        lynearm.v1.prompt_queue_pb2.GetJobResponse,
+    ],
+)
+
+_TraceServiceListJobsType = typing_extensions.TypeVar(
+    '_TraceServiceListJobsType',
+    grpc.UnaryUnaryMultiCallable[
+        lynearm.v1.prompt_queue_pb2.ListJobsRequest,
+        lynearm.v1.prompt_queue_pb2.ListJobsResponse,
+    ],
+    grpc.aio.UnaryUnaryMultiCallable[
+        lynearm.v1.prompt_queue_pb2.ListJobsRequest,
+        lynearm.v1.prompt_queue_pb2.ListJobsResponse,
+    ],
+    default=grpc.UnaryUnaryMultiCallable[
+        lynearm.v1.prompt_queue_pb2.ListJobsRequest,
+        lynearm.v1.prompt_queue_pb2.ListJobsResponse,
+    ],
+)
+
+_TraceServiceCancelJobType = typing_extensions.TypeVar(
+    '_TraceServiceCancelJobType',
+    grpc.UnaryUnaryMultiCallable[
+        lynearm.v1.prompt_queue_pb2.CancelJobRequest,
+        lynearm.v1.prompt_queue_pb2.CancelJobResponse,
+    ],
+    grpc.aio.UnaryUnaryMultiCallable[
+        lynearm.v1.prompt_queue_pb2.CancelJobRequest,
+        lynearm.v1.prompt_queue_pb2.CancelJobResponse,
+    ],
+    default=grpc.UnaryUnaryMultiCallable[
+        lynearm.v1.prompt_queue_pb2.CancelJobRequest,
+        lynearm.v1.prompt_queue_pb2.CancelJobResponse,
+    ],
+)
+
+_TraceServiceLeasePromptsType = typing_extensions.TypeVar(
+    '_TraceServiceLeasePromptsType',
+    grpc.UnaryUnaryMultiCallable[
+        lynearm.v1.prompt_queue_pb2.LeasePromptsRequest,
+        lynearm.v1.prompt_queue_pb2.LeasePromptsResponse,
+    ],
+    grpc.aio.UnaryUnaryMultiCallable[
+        lynearm.v1.prompt_queue_pb2.LeasePromptsRequest,
+        lynearm.v1.prompt_queue_pb2.LeasePromptsResponse,
+    ],
+    default=grpc.UnaryUnaryMultiCallable[
+        lynearm.v1.prompt_queue_pb2.LeasePromptsRequest,
+        lynearm.v1.prompt_queue_pb2.LeasePromptsResponse,
+    ],
+)
+
+_TraceServiceRenewLeasesType = typing_extensions.TypeVar(
+    '_TraceServiceRenewLeasesType',
+    grpc.UnaryUnaryMultiCallable[
+        lynearm.v1.prompt_queue_pb2.RenewLeasesRequest,
+        lynearm.v1.prompt_queue_pb2.RenewLeasesResponse,
+    ],
+    grpc.aio.UnaryUnaryMultiCallable[
+        lynearm.v1.prompt_queue_pb2.RenewLeasesRequest,
+        lynearm.v1.prompt_queue_pb2.RenewLeasesResponse,
+    ],
+    default=grpc.UnaryUnaryMultiCallable[
+        lynearm.v1.prompt_queue_pb2.RenewLeasesRequest,
+        lynearm.v1.prompt_queue_pb2.RenewLeasesResponse,
+    ],
+)
+
+_TraceServiceReleaseLeasesType = typing_extensions.TypeVar(
+    '_TraceServiceReleaseLeasesType',
+    grpc.UnaryUnaryMultiCallable[
+        lynearm.v1.prompt_queue_pb2.ReleaseLeasesRequest,
+        lynearm.v1.prompt_queue_pb2.ReleaseLeasesResponse,
+    ],
+    grpc.aio.UnaryUnaryMultiCallable[
+        lynearm.v1.prompt_queue_pb2.ReleaseLeasesRequest,
+        lynearm.v1.prompt_queue_pb2.ReleaseLeasesResponse,
+    ],
+    default=grpc.UnaryUnaryMultiCallable[
+        lynearm.v1.prompt_queue_pb2.ReleaseLeasesRequest,
+        lynearm.v1.prompt_queue_pb2.ReleaseLeasesResponse,
+    ],
+)
+
+_TraceServiceLocatePromptsType = typing_extensions.TypeVar(
+    '_TraceServiceLocatePromptsType',
+    grpc.UnaryUnaryMultiCallable[
+        lynearm.v1.prompt_queue_pb2.LocatePromptsRequest,
+        lynearm.v1.prompt_queue_pb2.LocatePromptsResponse,
+    ],
+    grpc.aio.UnaryUnaryMultiCallable[
+        lynearm.v1.prompt_queue_pb2.LocatePromptsRequest,
+        lynearm.v1.prompt_queue_pb2.LocatePromptsResponse,
+    ],
+    default=grpc.UnaryUnaryMultiCallable[
+        lynearm.v1.prompt_queue_pb2.LocatePromptsRequest,
+        lynearm.v1.prompt_queue_pb2.LocatePromptsResponse,
+    ],
+)
+
+_TraceServiceCommitCursorType = typing_extensions.TypeVar(
+    '_TraceServiceCommitCursorType',
+    grpc.UnaryUnaryMultiCallable[
+        lynearm.v1.consumer_pb2.CommitCursorRequest,
+        lynearm.v1.consumer_pb2.CommitCursorResponse,
+    ],
+    grpc.aio.UnaryUnaryMultiCallable[
+        lynearm.v1.consumer_pb2.CommitCursorRequest,
+        lynearm.v1.consumer_pb2.CommitCursorResponse,
+    ],
+    default=grpc.UnaryUnaryMultiCallable[
+        lynearm.v1.consumer_pb2.CommitCursorRequest,
+        lynearm.v1.consumer_pb2.CommitCursorResponse,
+    ],
+)
+
+_TraceServiceGetConsumerType = typing_extensions.TypeVar(
+    '_TraceServiceGetConsumerType',
+    grpc.UnaryUnaryMultiCallable[
+        lynearm.v1.consumer_pb2.GetConsumerRequest,
+        lynearm.v1.consumer_pb2.GetConsumerResponse,
+    ],
+    grpc.aio.UnaryUnaryMultiCallable[
+        lynearm.v1.consumer_pb2.GetConsumerRequest,
+        lynearm.v1.consumer_pb2.GetConsumerResponse,
+    ],
+    default=grpc.UnaryUnaryMultiCallable[
+        lynearm.v1.consumer_pb2.GetConsumerRequest,
+        lynearm.v1.consumer_pb2.GetConsumerResponse,
+    ],
+)
+
+_TraceServiceListConsumersType = typing_extensions.TypeVar(
+    '_TraceServiceListConsumersType',
+    grpc.UnaryUnaryMultiCallable[
+        lynearm.v1.consumer_pb2.ListConsumersRequest,
+        lynearm.v1.consumer_pb2.ListConsumersResponse,
+    ],
+    grpc.aio.UnaryUnaryMultiCallable[
+        lynearm.v1.consumer_pb2.ListConsumersRequest,
+        lynearm.v1.consumer_pb2.ListConsumersResponse,
+    ],
+    default=grpc.UnaryUnaryMultiCallable[
+        lynearm.v1.consumer_pb2.ListConsumersRequest,
+        lynearm.v1.consumer_pb2.ListConsumersResponse,
+    ],
+)
+
+_TraceServiceDeleteConsumerType = typing_extensions.TypeVar(
+    '_TraceServiceDeleteConsumerType',
+    grpc.UnaryUnaryMultiCallable[
+        lynearm.v1.consumer_pb2.DeleteConsumerRequest,
+        lynearm.v1.consumer_pb2.DeleteConsumerResponse,
+    ],
+    grpc.aio.UnaryUnaryMultiCallable[
+        lynearm.v1.consumer_pb2.DeleteConsumerRequest,
+        lynearm.v1.consumer_pb2.DeleteConsumerResponse,
+    ],
+    default=grpc.UnaryUnaryMultiCallable[
+        lynearm.v1.consumer_pb2.DeleteConsumerRequest,
+        lynearm.v1.consumer_pb2.DeleteConsumerResponse,
+    ],
+)
+
+class TraceServiceStub(typing.Generic[_TraceServiceCreateStreamType, _TraceServiceGetStreamType, _TraceServiceListStreamsType, _TraceServiceDeleteStreamType, _TraceServiceSealStreamType, _TraceServiceUpdateRetentionType, _TraceServiceCollectGarbageType, _TraceServicePublishType, _TraceServiceSubscribeType, _TraceServiceFetchBlocksType, _TraceServiceListFinishedPromptsType, _TraceServicePutDictionaryType, _TraceServiceGetDictionaryType, _TraceServiceConfigureStreamType, _TraceServiceCreateJobType, _TraceServiceAddPromptsType, _TraceServiceGetJobType, _TraceServiceListJobsType, _TraceServiceCancelJobType, _TraceServiceLeasePromptsType, _TraceServiceRenewLeasesType, _TraceServiceReleaseLeasesType, _TraceServiceLocatePromptsType, _TraceServiceCommitCursorType, _TraceServiceGetConsumerType, _TraceServiceListConsumersType, _TraceServiceDeleteConsumerType]):
     """Accepts, keeps and replays streams of blocks. Blocks are opaque to it.
 
     Invariants: an acknowledged block is durable, has one offset for ever, and is delivered to every
@@ -294,6 +520,62 @@ class TraceServiceStub(typing.Generic[_TraceServiceCreateStreamType, _TraceServi
             lynearm.v1.trace_service_pb2.GetDictionaryRequest,
             lynearm.v1.trace_service_pb2.GetDictionaryResponse,
         ],
+        grpc.UnaryUnaryMultiCallable[
+            lynearm.v1.trace_service_pb2.ConfigureStreamRequest,
+            lynearm.v1.trace_service_pb2.ConfigureStreamResponse,
+        ],
+        grpc.UnaryUnaryMultiCallable[
+            lynearm.v1.prompt_queue_pb2.CreateJobRequest,
+            lynearm.v1.prompt_queue_pb2.CreateJobResponse,
+        ],
+        grpc.UnaryUnaryMultiCallable[
+            lynearm.v1.prompt_queue_pb2.AddPromptsRequest,
+            lynearm.v1.prompt_queue_pb2.AddPromptsResponse,
+        ],
+        grpc.UnaryUnaryMultiCallable[
+            lynearm.v1.prompt_queue_pb2.GetJobRequest,
+            lynearm.v1.prompt_queue_pb2.GetJobResponse,
+        ],
+        grpc.UnaryUnaryMultiCallable[
+            lynearm.v1.prompt_queue_pb2.ListJobsRequest,
+            lynearm.v1.prompt_queue_pb2.ListJobsResponse,
+        ],
+        grpc.UnaryUnaryMultiCallable[
+            lynearm.v1.prompt_queue_pb2.CancelJobRequest,
+            lynearm.v1.prompt_queue_pb2.CancelJobResponse,
+        ],
+        grpc.UnaryUnaryMultiCallable[
+            lynearm.v1.prompt_queue_pb2.LeasePromptsRequest,
+            lynearm.v1.prompt_queue_pb2.LeasePromptsResponse,
+        ],
+        grpc.UnaryUnaryMultiCallable[
+            lynearm.v1.prompt_queue_pb2.RenewLeasesRequest,
+            lynearm.v1.prompt_queue_pb2.RenewLeasesResponse,
+        ],
+        grpc.UnaryUnaryMultiCallable[
+            lynearm.v1.prompt_queue_pb2.ReleaseLeasesRequest,
+            lynearm.v1.prompt_queue_pb2.ReleaseLeasesResponse,
+        ],
+        grpc.UnaryUnaryMultiCallable[
+            lynearm.v1.prompt_queue_pb2.LocatePromptsRequest,
+            lynearm.v1.prompt_queue_pb2.LocatePromptsResponse,
+        ],
+        grpc.UnaryUnaryMultiCallable[
+            lynearm.v1.consumer_pb2.CommitCursorRequest,
+            lynearm.v1.consumer_pb2.CommitCursorResponse,
+        ],
+        grpc.UnaryUnaryMultiCallable[
+            lynearm.v1.consumer_pb2.GetConsumerRequest,
+            lynearm.v1.consumer_pb2.GetConsumerResponse,
+        ],
+        grpc.UnaryUnaryMultiCallable[
+            lynearm.v1.consumer_pb2.ListConsumersRequest,
+            lynearm.v1.consumer_pb2.ListConsumersResponse,
+        ],
+        grpc.UnaryUnaryMultiCallable[
+            lynearm.v1.consumer_pb2.DeleteConsumerRequest,
+            lynearm.v1.consumer_pb2.DeleteConsumerResponse,
+        ],
     ], channel: grpc.Channel) -> None: ...
 
     @typing.overload
@@ -350,6 +632,62 @@ class TraceServiceStub(typing.Generic[_TraceServiceCreateStreamType, _TraceServi
             lynearm.v1.trace_service_pb2.GetDictionaryRequest,
             lynearm.v1.trace_service_pb2.GetDictionaryResponse,
         ],
+        grpc.aio.UnaryUnaryMultiCallable[
+            lynearm.v1.trace_service_pb2.ConfigureStreamRequest,
+            lynearm.v1.trace_service_pb2.ConfigureStreamResponse,
+        ],
+        grpc.aio.UnaryUnaryMultiCallable[
+            lynearm.v1.prompt_queue_pb2.CreateJobRequest,
+            lynearm.v1.prompt_queue_pb2.CreateJobResponse,
+        ],
+        grpc.aio.UnaryUnaryMultiCallable[
+            lynearm.v1.prompt_queue_pb2.AddPromptsRequest,
+            lynearm.v1.prompt_queue_pb2.AddPromptsResponse,
+        ],
+        grpc.aio.UnaryUnaryMultiCallable[
+            lynearm.v1.prompt_queue_pb2.GetJobRequest,
+            lynearm.v1.prompt_queue_pb2.GetJobResponse,
+        ],
+        grpc.aio.UnaryUnaryMultiCallable[
+            lynearm.v1.prompt_queue_pb2.ListJobsRequest,
+            lynearm.v1.prompt_queue_pb2.ListJobsResponse,
+        ],
+        grpc.aio.UnaryUnaryMultiCallable[
+            lynearm.v1.prompt_queue_pb2.CancelJobRequest,
+            lynearm.v1.prompt_queue_pb2.CancelJobResponse,
+        ],
+        grpc.aio.UnaryUnaryMultiCallable[
+            lynearm.v1.prompt_queue_pb2.LeasePromptsRequest,
+            lynearm.v1.prompt_queue_pb2.LeasePromptsResponse,
+        ],
+        grpc.aio.UnaryUnaryMultiCallable[
+            lynearm.v1.prompt_queue_pb2.RenewLeasesRequest,
+            lynearm.v1.prompt_queue_pb2.RenewLeasesResponse,
+        ],
+        grpc.aio.UnaryUnaryMultiCallable[
+            lynearm.v1.prompt_queue_pb2.ReleaseLeasesRequest,
+            lynearm.v1.prompt_queue_pb2.ReleaseLeasesResponse,
+        ],
+        grpc.aio.UnaryUnaryMultiCallable[
+            lynearm.v1.prompt_queue_pb2.LocatePromptsRequest,
+            lynearm.v1.prompt_queue_pb2.LocatePromptsResponse,
+        ],
+        grpc.aio.UnaryUnaryMultiCallable[
+            lynearm.v1.consumer_pb2.CommitCursorRequest,
+            lynearm.v1.consumer_pb2.CommitCursorResponse,
+        ],
+        grpc.aio.UnaryUnaryMultiCallable[
+            lynearm.v1.consumer_pb2.GetConsumerRequest,
+            lynearm.v1.consumer_pb2.GetConsumerResponse,
+        ],
+        grpc.aio.UnaryUnaryMultiCallable[
+            lynearm.v1.consumer_pb2.ListConsumersRequest,
+            lynearm.v1.consumer_pb2.ListConsumersResponse,
+        ],
+        grpc.aio.UnaryUnaryMultiCallable[
+            lynearm.v1.consumer_pb2.DeleteConsumerRequest,
+            lynearm.v1.consumer_pb2.DeleteConsumerResponse,
+        ],
     ], channel: grpc.aio.Channel) -> None: ...
 
     CreateStream: _TraceServiceCreateStreamType
@@ -382,9 +720,10 @@ class TraceServiceStub(typing.Generic[_TraceServiceCreateStreamType, _TraceServi
     Publish: _TraceServicePublishType
     """Appends blocks. The first request opens the producer, the rest carry blocks; each block is
     acknowledged once it is durable. FAILED_PRECONDITION: sealed stream, old epoch, gap in the
-    sequence, a prompt that is finished already, a dictionary that the stream does not hold.
-    ALREADY_EXISTS: a sequence number reused for other bytes. RESOURCE_EXHAUSTED: the disk is full;
-    nothing of the block was kept.
+    sequence, a prompt or sample that is finished already, a lease that was superseded, a dictionary that
+    the stream does not hold. ALREADY_EXISTS: a sequence number reused for other bytes.
+    RESOURCE_EXHAUSTED: the disk is full, or, with no_wait, a consumer is too far behind; nothing of the
+    block was kept.
     """
 
     Subscribe: _TraceServiceSubscribeType
@@ -412,6 +751,60 @@ class TraceServiceStub(typing.Generic[_TraceServiceCreateStreamType, _TraceServi
     """Returns a dictionary of a stream. NOT_FOUND: no such stream, or it holds no such dictionary.
     INVALID_ARGUMENT: the digest is not 8 bytes.
     """
+
+    ConfigureStream: _TraceServiceConfigureStreamType
+    """Changes how a stream is served; what it is stays. NOT_FOUND: no such stream."""
+
+    CreateJob: _TraceServiceCreateJobType
+    """Announces a job, whose prompts AddPrompts then brings. A job of the same name, size and content is
+    success. ALREADY_EXISTS: the name is taken by another. NOT_FOUND: no such stream.
+    """
+
+    AddPrompts: _TraceServiceAddPromptsType
+    """Adds the next prompts of a job; durable when answered, idempotent. NOT_FOUND: no such job.
+    FAILED_PRECONDITION: prompts before these are missing, the job was announced anew with another digest, or
+    it was cancelled. INVALID_ARGUMENT: there are more than were announced, or the whole has another digest;
+    the service has none of the job's prompts then.
+    """
+
+    GetJob: _TraceServiceGetJobType
+    """Describes a job. NOT_FOUND: no such job."""
+
+    ListJobs: _TraceServiceListJobsType
+    """Lists the jobs of a stream. NOT_FOUND: no such stream."""
+
+    CancelJob: _TraceServiceCancelJobType
+    """Ends a job: nothing of it is handed out any more, and publishes under its leases are refused; the traces
+    that are committed stay. Idempotent; a job that is done stays so. NOT_FOUND: no such job.
+    """
+
+    LeasePrompts: _TraceServiceLeasePromptsType
+    """Hands out units of work to one worker. NOT_FOUND: no such job. FAILED_PRECONDITION: prompts of the job
+    are still to be added, or it was cancelled. RESOURCE_EXHAUSTED: too many leases are open.
+    """
+
+    RenewLeases: _TraceServiceRenewLeasesType
+    """Keeps leases from being given to others. NOT_FOUND: no such stream."""
+
+    ReleaseLeases: _TraceServiceReleaseLeasesType
+    """Lets others have what is not done of some leases. Idempotent. NOT_FOUND: no such stream."""
+
+    LocatePrompts: _TraceServiceLocatePromptsType
+    """Says which blocks hold the traces of some prompts. NOT_FOUND: no such stream."""
+
+    CommitCursor: _TraceServiceCommitCursorType
+    """Stores how far a consumer is. NOT_FOUND: no such stream. OUT_OF_RANGE: the stream is not that long.
+    FAILED_PRECONDITION: the consumer is further already.
+    """
+
+    GetConsumer: _TraceServiceGetConsumerType
+    """Describes a consumer. NOT_FOUND: no such consumer."""
+
+    ListConsumers: _TraceServiceListConsumersType
+    """Lists the consumers of a stream. NOT_FOUND: no such stream."""
+
+    DeleteConsumer: _TraceServiceDeleteConsumerType
+    """Forgets a consumer. NOT_FOUND: no such consumer."""
 
 TraceServiceAsyncStub: typing_extensions.TypeAlias = TraceServiceStub[
     grpc.aio.UnaryUnaryMultiCallable[
@@ -465,6 +858,62 @@ TraceServiceAsyncStub: typing_extensions.TypeAlias = TraceServiceStub[
     grpc.aio.UnaryUnaryMultiCallable[
         lynearm.v1.trace_service_pb2.GetDictionaryRequest,
         lynearm.v1.trace_service_pb2.GetDictionaryResponse,
+    ],
+    grpc.aio.UnaryUnaryMultiCallable[
+        lynearm.v1.trace_service_pb2.ConfigureStreamRequest,
+        lynearm.v1.trace_service_pb2.ConfigureStreamResponse,
+    ],
+    grpc.aio.UnaryUnaryMultiCallable[
+        lynearm.v1.prompt_queue_pb2.CreateJobRequest,
+        lynearm.v1.prompt_queue_pb2.CreateJobResponse,
+    ],
+    grpc.aio.UnaryUnaryMultiCallable[
+        lynearm.v1.prompt_queue_pb2.AddPromptsRequest,
+        lynearm.v1.prompt_queue_pb2.AddPromptsResponse,
+    ],
+    grpc.aio.UnaryUnaryMultiCallable[
+        lynearm.v1.prompt_queue_pb2.GetJobRequest,
+        lynearm.v1.prompt_queue_pb2.GetJobResponse,
+    ],
+    grpc.aio.UnaryUnaryMultiCallable[
+        lynearm.v1.prompt_queue_pb2.ListJobsRequest,
+        lynearm.v1.prompt_queue_pb2.ListJobsResponse,
+    ],
+    grpc.aio.UnaryUnaryMultiCallable[
+        lynearm.v1.prompt_queue_pb2.CancelJobRequest,
+        lynearm.v1.prompt_queue_pb2.CancelJobResponse,
+    ],
+    grpc.aio.UnaryUnaryMultiCallable[
+        lynearm.v1.prompt_queue_pb2.LeasePromptsRequest,
+        lynearm.v1.prompt_queue_pb2.LeasePromptsResponse,
+    ],
+    grpc.aio.UnaryUnaryMultiCallable[
+        lynearm.v1.prompt_queue_pb2.RenewLeasesRequest,
+        lynearm.v1.prompt_queue_pb2.RenewLeasesResponse,
+    ],
+    grpc.aio.UnaryUnaryMultiCallable[
+        lynearm.v1.prompt_queue_pb2.ReleaseLeasesRequest,
+        lynearm.v1.prompt_queue_pb2.ReleaseLeasesResponse,
+    ],
+    grpc.aio.UnaryUnaryMultiCallable[
+        lynearm.v1.prompt_queue_pb2.LocatePromptsRequest,
+        lynearm.v1.prompt_queue_pb2.LocatePromptsResponse,
+    ],
+    grpc.aio.UnaryUnaryMultiCallable[
+        lynearm.v1.consumer_pb2.CommitCursorRequest,
+        lynearm.v1.consumer_pb2.CommitCursorResponse,
+    ],
+    grpc.aio.UnaryUnaryMultiCallable[
+        lynearm.v1.consumer_pb2.GetConsumerRequest,
+        lynearm.v1.consumer_pb2.GetConsumerResponse,
+    ],
+    grpc.aio.UnaryUnaryMultiCallable[
+        lynearm.v1.consumer_pb2.ListConsumersRequest,
+        lynearm.v1.consumer_pb2.ListConsumersResponse,
+    ],
+    grpc.aio.UnaryUnaryMultiCallable[
+        lynearm.v1.consumer_pb2.DeleteConsumerRequest,
+        lynearm.v1.consumer_pb2.DeleteConsumerResponse,
     ],
 ]
 
@@ -545,9 +994,10 @@ class TraceServiceServicer(metaclass=abc.ABCMeta):
     ) -> typing.Union[collections.abc.Iterator[lynearm.v1.trace_service_pb2.PublishResponse], collections.abc.AsyncIterator[lynearm.v1.trace_service_pb2.PublishResponse]]:
         """Appends blocks. The first request opens the producer, the rest carry blocks; each block is
         acknowledged once it is durable. FAILED_PRECONDITION: sealed stream, old epoch, gap in the
-        sequence, a prompt that is finished already, a dictionary that the stream does not hold.
-        ALREADY_EXISTS: a sequence number reused for other bytes. RESOURCE_EXHAUSTED: the disk is full;
-        nothing of the block was kept.
+        sequence, a prompt or sample that is finished already, a lease that was superseded, a dictionary that
+        the stream does not hold. ALREADY_EXISTS: a sequence number reused for other bytes.
+        RESOURCE_EXHAUSTED: the disk is full, or, with no_wait, a consumer is too far behind; nothing of the
+        block was kept.
         """
 
     @abc.abstractmethod
@@ -600,5 +1050,129 @@ class TraceServiceServicer(metaclass=abc.ABCMeta):
         """Returns a dictionary of a stream. NOT_FOUND: no such stream, or it holds no such dictionary.
         INVALID_ARGUMENT: the digest is not 8 bytes.
         """
+
+    @abc.abstractmethod
+    def ConfigureStream(
+        self,
+        request: lynearm.v1.trace_service_pb2.ConfigureStreamRequest,
+        context: _ServicerContext,
+    ) -> typing.Union[lynearm.v1.trace_service_pb2.ConfigureStreamResponse, collections.abc.Awaitable[lynearm.v1.trace_service_pb2.ConfigureStreamResponse]]:
+        """Changes how a stream is served; what it is stays. NOT_FOUND: no such stream."""
+
+    @abc.abstractmethod
+    def CreateJob(
+        self,
+        request: lynearm.v1.prompt_queue_pb2.CreateJobRequest,
+        context: _ServicerContext,
+    ) -> typing.Union[lynearm.v1.prompt_queue_pb2.CreateJobResponse, collections.abc.Awaitable[lynearm.v1.prompt_queue_pb2.CreateJobResponse]]:
+        """Announces a job, whose prompts AddPrompts then brings. A job of the same name, size and content is
+        success. ALREADY_EXISTS: the name is taken by another. NOT_FOUND: no such stream.
+        """
+
+    @abc.abstractmethod
+    def AddPrompts(
+        self,
+        request: lynearm.v1.prompt_queue_pb2.AddPromptsRequest,
+        context: _ServicerContext,
+    ) -> typing.Union[lynearm.v1.prompt_queue_pb2.AddPromptsResponse, collections.abc.Awaitable[lynearm.v1.prompt_queue_pb2.AddPromptsResponse]]:
+        """Adds the next prompts of a job; durable when answered, idempotent. NOT_FOUND: no such job.
+        FAILED_PRECONDITION: prompts before these are missing, the job was announced anew with another digest, or
+        it was cancelled. INVALID_ARGUMENT: there are more than were announced, or the whole has another digest;
+        the service has none of the job's prompts then.
+        """
+
+    @abc.abstractmethod
+    def GetJob(
+        self,
+        request: lynearm.v1.prompt_queue_pb2.GetJobRequest,
+        context: _ServicerContext,
+    ) -> typing.Union[lynearm.v1.prompt_queue_pb2.GetJobResponse, collections.abc.Awaitable[lynearm.v1.prompt_queue_pb2.GetJobResponse]]:
+        """Describes a job. NOT_FOUND: no such job."""
+
+    @abc.abstractmethod
+    def ListJobs(
+        self,
+        request: lynearm.v1.prompt_queue_pb2.ListJobsRequest,
+        context: _ServicerContext,
+    ) -> typing.Union[lynearm.v1.prompt_queue_pb2.ListJobsResponse, collections.abc.Awaitable[lynearm.v1.prompt_queue_pb2.ListJobsResponse]]:
+        """Lists the jobs of a stream. NOT_FOUND: no such stream."""
+
+    @abc.abstractmethod
+    def CancelJob(
+        self,
+        request: lynearm.v1.prompt_queue_pb2.CancelJobRequest,
+        context: _ServicerContext,
+    ) -> typing.Union[lynearm.v1.prompt_queue_pb2.CancelJobResponse, collections.abc.Awaitable[lynearm.v1.prompt_queue_pb2.CancelJobResponse]]:
+        """Ends a job: nothing of it is handed out any more, and publishes under its leases are refused; the traces
+        that are committed stay. Idempotent; a job that is done stays so. NOT_FOUND: no such job.
+        """
+
+    @abc.abstractmethod
+    def LeasePrompts(
+        self,
+        request: lynearm.v1.prompt_queue_pb2.LeasePromptsRequest,
+        context: _ServicerContext,
+    ) -> typing.Union[lynearm.v1.prompt_queue_pb2.LeasePromptsResponse, collections.abc.Awaitable[lynearm.v1.prompt_queue_pb2.LeasePromptsResponse]]:
+        """Hands out units of work to one worker. NOT_FOUND: no such job. FAILED_PRECONDITION: prompts of the job
+        are still to be added, or it was cancelled. RESOURCE_EXHAUSTED: too many leases are open.
+        """
+
+    @abc.abstractmethod
+    def RenewLeases(
+        self,
+        request: lynearm.v1.prompt_queue_pb2.RenewLeasesRequest,
+        context: _ServicerContext,
+    ) -> typing.Union[lynearm.v1.prompt_queue_pb2.RenewLeasesResponse, collections.abc.Awaitable[lynearm.v1.prompt_queue_pb2.RenewLeasesResponse]]:
+        """Keeps leases from being given to others. NOT_FOUND: no such stream."""
+
+    @abc.abstractmethod
+    def ReleaseLeases(
+        self,
+        request: lynearm.v1.prompt_queue_pb2.ReleaseLeasesRequest,
+        context: _ServicerContext,
+    ) -> typing.Union[lynearm.v1.prompt_queue_pb2.ReleaseLeasesResponse, collections.abc.Awaitable[lynearm.v1.prompt_queue_pb2.ReleaseLeasesResponse]]:
+        """Lets others have what is not done of some leases. Idempotent. NOT_FOUND: no such stream."""
+
+    @abc.abstractmethod
+    def LocatePrompts(
+        self,
+        request: lynearm.v1.prompt_queue_pb2.LocatePromptsRequest,
+        context: _ServicerContext,
+    ) -> typing.Union[lynearm.v1.prompt_queue_pb2.LocatePromptsResponse, collections.abc.Awaitable[lynearm.v1.prompt_queue_pb2.LocatePromptsResponse]]:
+        """Says which blocks hold the traces of some prompts. NOT_FOUND: no such stream."""
+
+    @abc.abstractmethod
+    def CommitCursor(
+        self,
+        request: lynearm.v1.consumer_pb2.CommitCursorRequest,
+        context: _ServicerContext,
+    ) -> typing.Union[lynearm.v1.consumer_pb2.CommitCursorResponse, collections.abc.Awaitable[lynearm.v1.consumer_pb2.CommitCursorResponse]]:
+        """Stores how far a consumer is. NOT_FOUND: no such stream. OUT_OF_RANGE: the stream is not that long.
+        FAILED_PRECONDITION: the consumer is further already.
+        """
+
+    @abc.abstractmethod
+    def GetConsumer(
+        self,
+        request: lynearm.v1.consumer_pb2.GetConsumerRequest,
+        context: _ServicerContext,
+    ) -> typing.Union[lynearm.v1.consumer_pb2.GetConsumerResponse, collections.abc.Awaitable[lynearm.v1.consumer_pb2.GetConsumerResponse]]:
+        """Describes a consumer. NOT_FOUND: no such consumer."""
+
+    @abc.abstractmethod
+    def ListConsumers(
+        self,
+        request: lynearm.v1.consumer_pb2.ListConsumersRequest,
+        context: _ServicerContext,
+    ) -> typing.Union[lynearm.v1.consumer_pb2.ListConsumersResponse, collections.abc.Awaitable[lynearm.v1.consumer_pb2.ListConsumersResponse]]:
+        """Lists the consumers of a stream. NOT_FOUND: no such stream."""
+
+    @abc.abstractmethod
+    def DeleteConsumer(
+        self,
+        request: lynearm.v1.consumer_pb2.DeleteConsumerRequest,
+        context: _ServicerContext,
+    ) -> typing.Union[lynearm.v1.consumer_pb2.DeleteConsumerResponse, collections.abc.Awaitable[lynearm.v1.consumer_pb2.DeleteConsumerResponse]]:
+        """Forgets a consumer. NOT_FOUND: no such consumer."""
 
 def add_TraceServiceServicer_to_server(servicer: TraceServiceServicer, server: typing.Union[grpc.Server, grpc.aio.Server]) -> None: ...

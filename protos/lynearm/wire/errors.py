@@ -10,16 +10,23 @@
     │   └── UnsupportedFormatError          UNIMPLEMENTED
     ├── StreamNotFoundError (LookupError)   NOT_FOUND
     ├── DictionaryNotFoundError (LookupError)  NOT_FOUND
+    ├── JobNotFoundError (LookupError)      NOT_FOUND
+    ├── ConsumerNotFoundError (LookupError)  NOT_FOUND
     ├── OffsetNotFoundError (LookupError)   OUT_OF_RANGE
     │   └── OffsetExpiredError              OUT_OF_RANGE
     ├── StreamExistsError                   ALREADY_EXISTS
     ├── SequenceConflictError               ALREADY_EXISTS
+    ├── JobExistsError                      ALREADY_EXISTS
     ├── PreconditionError                   FAILED_PRECONDITION
     │   ├── StreamSealedError               FAILED_PRECONDITION
     │   ├── ProducerFencedError             FAILED_PRECONDITION
     │   ├── SequenceGapError                FAILED_PRECONDITION
     │   ├── PromptFinishedError             FAILED_PRECONDITION
     │   ├── UnknownDictionaryError          FAILED_PRECONDITION
+    │   ├── JobIncompleteError              FAILED_PRECONDITION
+    │   ├── JobCancelledError               FAILED_PRECONDITION
+    │   ├── LeaseSupersededError            FAILED_PRECONDITION
+    │   ├── CursorBackwardsError            FAILED_PRECONDITION
     │   └── MisalignmentError               FAILED_PRECONDITION
     ├── AuthenticationError (PermissionError)  UNAUTHENTICATED
     ├── AccessDeniedError (PermissionError)  PERMISSION_DENIED
@@ -27,6 +34,8 @@
     │   ├── RateLimitedError                RESOURCE_EXHAUSTED
     │   └── StreamLimitError                RESOURCE_EXHAUSTED
     ├── DictionaryLimitError                RESOURCE_EXHAUSTED
+    ├── LeaseLimitError                     RESOURCE_EXHAUSTED
+    ├── LagLimitError                       RESOURCE_EXHAUSTED
     ├── StorageFullError (OSError)          RESOURCE_EXHAUSTED
     ├── StorageError (OSError)              INTERNAL
     ├── ServiceUnavailableError (ConnectionError)  UNAVAILABLE
@@ -127,6 +136,18 @@ class DictionaryNotFoundError(LynearmError, LookupError):
     status_code = "NOT_FOUND"
 
 
+class JobNotFoundError(LynearmError, LookupError):
+    """The stream has no job of that name."""
+
+    status_code = "NOT_FOUND"
+
+
+class ConsumerNotFoundError(LynearmError, LookupError):
+    """The stream has no consumer of that name."""
+
+    status_code = "NOT_FOUND"
+
+
 class OffsetNotFoundError(LynearmError, LookupError):
     """The stream has no block at that offset."""
 
@@ -145,6 +166,12 @@ class StreamExistsError(LynearmError):
 
 class SequenceConflictError(LynearmError):
     """A publish reuses a sequence number for other bytes."""
+
+    status_code = "ALREADY_EXISTS"
+
+
+class JobExistsError(LynearmError):
+    """A job of that name exists with other prompts or another number of samples."""
 
     status_code = "ALREADY_EXISTS"
 
@@ -168,11 +195,27 @@ class SequenceGapError(PreconditionError):
 
 
 class PromptFinishedError(PreconditionError):
-    """A publish finishes a prompt whose traces are in the stream already."""
+    """A publish finishes a prompt, or a sample of one, that is in the stream already."""
 
 
 class UnknownDictionaryError(PreconditionError):
     """A publish names a codec dictionary that the stream does not hold."""
+
+
+class JobIncompleteError(PreconditionError):
+    """Prompts of a job are still to be added."""
+
+
+class JobCancelledError(PreconditionError):
+    """Somebody ended the job before it was done."""
+
+
+class LeaseSupersededError(PreconditionError):
+    """A lease is over: its units were given to another worker, given back, or are all done."""
+
+
+class CursorBackwardsError(PreconditionError):
+    """A consumer would store a cursor before the one that it has stored."""
 
 
 class MisalignmentError(PreconditionError):
@@ -209,6 +252,18 @@ class StreamLimitError(LimitError):
 
 class DictionaryLimitError(LynearmError):
     """A stream would hold more codec dictionaries than it may; the new one was not kept."""
+
+    status_code = "RESOURCE_EXHAUSTED"
+
+
+class LeaseLimitError(LynearmError):
+    """A job has as many open leases as it may."""
+
+    status_code = "RESOURCE_EXHAUSTED"
+
+
+class LagLimitError(LynearmError):
+    """A consumer is as far behind as the stream allows, and the publisher did not want to wait for it."""
 
     status_code = "RESOURCE_EXHAUSTED"
 

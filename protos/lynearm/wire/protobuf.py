@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import TypeVar
 
-from lynearm.v1 import trace_pb2, trace_service_pb2
+from lynearm.v1 import consumer_pb2, trace_pb2, trace_service_pb2
 from lynearm.wire.blocks import MODE_FROM_PROTO, MODE_TO_PROTO
 from lynearm.wire.errors import InvalidInputError, UnsupportedFormatError
 from lynearm.wire.retention import Retention
@@ -38,6 +38,10 @@ class StreamInfo:
     retained_bytes: int = 0
     """Encoded blocks that the stream still keeps; `size_bytes` counts all that it ever had."""
     retention: Retention = field(default_factory=Retention)
+    max_lag_blocks: int = 0
+    """Blocks that publishers may run ahead of the slowest consumer; 0: no bound."""
+    max_lag_traces: int = 0
+    """The same in traces."""
 
 
 def spec_to_proto(spec: StreamSpec) -> trace_pb2.StreamSpec:
@@ -113,6 +117,7 @@ def spec_from_proto(message: trace_pb2.StreamSpec) -> StreamSpec:
 
 def stream_to_proto(info: StreamInfo) -> trace_service_pb2.Stream:
     """The message of a stream."""
+    max_lag = consumer_pb2.MaxLag(blocks=info.max_lag_blocks, traces=info.max_lag_traces)
     return trace_service_pb2.Stream(
         spec=spec_to_proto(info.spec),
         state=trace_service_pb2.STREAM_STATE_SEALED if info.sealed else trace_service_pb2.STREAM_STATE_OPEN,
@@ -128,6 +133,7 @@ def stream_to_proto(info: StreamInfo) -> trace_service_pb2.Stream:
         first_offset=info.first_offset,
         retained_bytes=info.retained_bytes,
         retention=retention_to_proto(info.retention),
+        max_lag=max_lag if max_lag.ByteSize() else None,
     )
 
 
@@ -153,6 +159,8 @@ def stream_from_proto(message: trace_service_pb2.Stream) -> StreamInfo:
         first_offset=message.first_offset,
         retained_bytes=message.retained_bytes,
         retention=retention_from_proto(message.retention),
+        max_lag_blocks=message.max_lag.blocks,
+        max_lag_traces=message.max_lag.traces,
     )
 
 

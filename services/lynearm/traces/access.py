@@ -64,7 +64,8 @@ def _sent_offset(message: bytes) -> int:
     return value if number == 1 and isinstance(value, int) else 0
 
 
-# A teacher makes, looks at, fills and seals its stream, and asks which prompts are finished.
+# A teacher makes, looks at, fills and seals its stream, hands out its prompts among its workers, asks which
+# are finished, and sees which consumers hold it back.
 _TRACE_RULES: Mapping[str, Rule] = {
     "CreateStream": Rule(("publish",), lambda request: Target(request.spec.name)),
     "GetStream": Rule(("publish", "consume"), _name),
@@ -79,6 +80,20 @@ _TRACE_RULES: Mapping[str, Rule] = {
     "ListFinishedPrompts": Rule(("publish", "consume"), _stream),
     "PutDictionary": Rule(("publish",), _stream),
     "GetDictionary": Rule(("publish", "consume"), _stream),
+    "ConfigureStream": Rule(("publish", "admin"), _name),
+    "CreateJob": Rule(("publish",), _stream),
+    "AddPrompts": Rule(("publish",), _stream),
+    "GetJob": Rule(("publish", "consume"), _stream),
+    "ListJobs": Rule(("publish", "consume"), _stream),
+    "CancelJob": Rule(("publish",), _stream),
+    "LeasePrompts": Rule(("publish",), _stream),
+    "RenewLeases": Rule(("publish",), _stream),
+    "ReleaseLeases": Rule(("publish",), _stream),
+    "LocatePrompts": Rule(("publish", "consume"), _stream),
+    "CommitCursor": Rule(("consume",), _stream),
+    "GetConsumer": Rule(("consume", "publish"), _stream),
+    "ListConsumers": Rule(("consume", "publish"), _stream),
+    "DeleteConsumer": Rule(("consume", "admin"), _stream),
 }
 
 RULES: Mapping[str, Rule] = {

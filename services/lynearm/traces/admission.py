@@ -2,7 +2,7 @@
 
 The rules, in order: the stream exists; the epoch is the producer's newest; a sequence number seen before
 is the same block (its first offset is the answer) or a conflict; the stream is open; the sequence number
-is the next; no finished prompt of the block was finished before.
+is the next; no finished prompt of the block was finished before; its units of work are its own and not done.
 """
 
 from __future__ import annotations
@@ -10,7 +10,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+from lynearm.traces import work_admission
 from lynearm.traces.catalog import CommitOutcome, CommittedBlock, NewBlock, stream_not_found
+from lynearm.traces.work_admission import WorkState
 from lynearm.wire.errors import (
     LynearmError,
     ProducerFencedError,
@@ -64,6 +66,8 @@ class GroupState:
     """By (producer key, sequence), newest epoch; the group's sequence numbers only."""
     finished: set[tuple[int, str]]
     """(stream id, prompt id); the group's prompts only."""
+    work: WorkState = field(default_factory=WorkState)
+    """Of the group's leases and prompts only."""
     admitted: list[tuple[int, int]] = field(default_factory=list[tuple[int, int]])
     """(index in the group, offset) of each new block."""
 
@@ -91,7 +95,11 @@ def _admit(index: int, block: NewBlock, state: GroupState) -> CommitOutcome:
     state.published[block.producer.key, block.sequence] = PublishedBlock(
         offset, block.facts.size_bytes, block.facts.checksum
     )
-    state.finished.update((block.producer.stream_id, prompt_id) for prompt_id in block.finished_prompt_ids)
+    completed = work_admission.take(block.producer.stream_id, offset, block.finished_work, state.work)
+    stream.finished_prompt_count += len(completed)
+    state.finished.update(
+        (block.producer.stream_id, prompt_id) for prompt_id in (*block.finished_prompt_ids, *completed)
+    )
     state.admitted.append((index, offset))
     return CommittedBlock(offset, is_new=True)
 
@@ -118,10 +126,19 @@ def _refusal(
             f"expected {producer.last_sequence + 1}",
             "reconnect and resend from the next_sequence that the server names",
         )
-    if len(set(block.finished_prompt_ids)) < len(block.finished_prompt_ids):
+    return _finished_refusal(block, state) or work_admission.refuse(
+        block.producer.stream_id, block.finished_work, state.work, state.finished
+    )
+
+
+def _finished_refusal(block: NewBlock, state: GroupState) -> LynearmError | None:
+    whole = set(block.finished_prompt_ids)
+    by_lease = {prompt.prompt_id for of_lease in block.finished_work for prompt in of_lease.prompts}
+    if len(whole) < len(block.finished_prompt_ids) or not whole.isdisjoint(by_lease):
         return PromptFinishedError("a block finishes the same prompt twice", "name each prompt once")
     for prompt_id in block.finished_prompt_ids:
-        if (block.producer.stream_id, prompt_id) in state.finished:
+        known = (block.producer.stream_id, prompt_id)
+        if known in state.finished or state.work.samples.get(known):
             return PromptFinishedError(
                 f"prompt {prompt_id!r} is finished in stream {block.producer.stream_name!r} already",
                 "drop its traces and publish the rest",

@@ -16,8 +16,10 @@ from lynearm.traces.config import ServeConfig
 from lynearm.traces.current_call import note_tail
 from lynearm.traces.dictionaries import KnownDictionaries
 from lynearm.traces.free_space import FreeSpace
+from lynearm.traces.lag_gate import LagGates
 from lynearm.traces.observation import UNWATCHED, Observation
 from lynearm.traces.reader import BlockCache, BlockReader
+from lynearm.traces.silence import SilenceWatch
 from lynearm.traces.storage import open_storage
 from lynearm.traces.store import BlockStore
 from lynearm.traces.tail import StreamTail, Tails
@@ -41,6 +43,8 @@ class Backend:
     dictionaries: KnownDictionaries
     space: FreeSpace
     collector: Collector
+    lag: LagGates
+    silence: SilenceWatch
 
     async def watch_stream(self, name: str) -> tuple[StreamRecord, StreamTail]:
         """A stream as it is, and the tail that tells of every commit from then on.
@@ -115,9 +119,19 @@ async def open_backend(config: ServeConfig, observation: Observation = UNWATCHED
         )
         await stack.enter_async_context(committer)
         reader = BlockReader(catalog, store, cache)
-        watched = observation.watch_committer(committer)
-        known = KnownDictionaries(catalog)
-        yield Backend(catalog, store, cache, tails, reader, watched, known, storage.space, collector)
+        yield Backend(
+            catalog,
+            store,
+            cache,
+            tails,
+            reader,
+            observation.watch_committer(committer),
+            KnownDictionaries(catalog),
+            storage.space,
+            collector,
+            LagGates(catalog),
+            SilenceWatch(config.lease_silence_seconds),
+        )
 
 
 @asynccontextmanager

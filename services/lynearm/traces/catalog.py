@@ -3,7 +3,7 @@
 Invariants of every catalog:
 
 - `commit` is the only commit point: in one transaction it adds a group's index rows, producers' sequence
-  numbers and finished prompts, and hands out the offsets. Durable on return.
+  numbers, finished prompts and units of work, and hands out the offsets. Durable on return.
 - Offsets of a stream are 0, 1, 2, … without gaps, and never change.
 - A row never points at an object that was not durable when the row was committed.
 - A stream holds each dictionary that it was given, unchanged, until the stream is deleted.
@@ -15,11 +15,14 @@ from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass
 from typing import Literal, Protocol, TypeAlias
 
+from lynearm.traces.consumer_records import NO_BOUND, ConsumerCatalog, MaxLag
+from lynearm.traces.job_records import QueueCatalog
 from lynearm.traces.store import Span, StoredObject
 from lynearm.wire.errors import LynearmError, StreamNotFoundError
 from lynearm.wire.protobuf import StreamInfo
 from lynearm.wire.retention import Retention
 from lynearm.wire.specs import CodecMode, StreamSpec
+from lynearm.wire.work import FinishedWork
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,6 +75,10 @@ class NewBlock:
     """From 1, without gaps in one epoch."""
     facts: BlockFacts
     finished_prompt_ids: tuple[str, ...] = ()
+    finished_work: tuple[FinishedWork, ...] = ()
+    """Leased units that it finishes; of different leases."""
+    labels: bytes = b""
+    """What the index keeps for filters; see `lynearm.wire.labels`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -135,7 +142,15 @@ class FinishedPrompt:
     prompt_id: str
 
 
-class Catalog(Protocol):
+@dataclass(frozen=True, slots=True)
+class LabelledOffset:
+    """What filters look at."""
+
+    offset: int
+    labels: bytes
+
+
+class Catalog(QueueCatalog, ConsumerCatalog, Protocol):
     """Streams, block index, producers, finished prompts and dictionaries, in a transactional database.
 
     Every method raises StorageFullError or StorageError where the database fails, CatalogUnavailableError
@@ -147,8 +162,10 @@ class Catalog(Protocol):
         """Whether several servers may use the catalog at the same time."""
         ...
 
-    async def create_stream(self, spec: StreamSpec, *, allow_existing: bool) -> StreamRecord:
-        """Add a stream.
+    async def create_stream(
+        self, spec: StreamSpec, *, allow_existing: bool, max_lag: MaxLag = NO_BOUND
+    ) -> StreamRecord:
+        """Add a stream; of one that exists, the bound on its lag stays.
 
         Raises:
             StreamExistsError: the name is taken, and not (with `allow_existing`) by an equal spec.
@@ -207,8 +224,9 @@ class Catalog(Protocol):
 
         Returns:
             One outcome per block. An error is StreamNotFoundError, StreamSealedError, ProducerFencedError,
-            SequenceGapError, SequenceConflictError or PromptFinishedError. When no block is new, the
-            object is not referred to.
+            SequenceGapError, SequenceConflictError, PromptFinishedError, LeaseSupersededError or
+            InvalidInputError (units that its lease does not cover). When no block is new, the object is
+            not referred to.
 
         Raises:
             StorageFullError: nothing was committed.
@@ -220,6 +238,10 @@ class Catalog(Protocol):
 
     async def find_blocks(self, stream_id: int, offset: int, count: int) -> list[BlockLocation]:
         """Locations of up to `count` blocks from `offset` on; fewer at the end."""
+        ...
+
+    async def find_labels(self, stream_id: int, offset: int, count: int) -> list[LabelledOffset]:
+        """Labels of up to `count` blocks from `offset` on; fewer at the end."""
         ...
 
     async def list_finished_prompts(self, stream_id: int, after: int, count: int) -> list[FinishedPrompt]:

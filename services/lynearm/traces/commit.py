@@ -33,7 +33,7 @@ BLOCK_OVERHEAD_BYTES = 4096
 """What a queued block is charged beyond its size, so that tiny blocks cannot queue without bound."""
 
 PROMPT_OVERHEAD_BYTES = 64
-"""The same for each prompt id that comes with it."""
+"""The same for each prompt id that comes with it, and for each unit of work."""
 
 PendingOffset: TypeAlias = asyncio.Future[int | LynearmError]
 """The offset of a submitted block, or why it has none: a value, since nobody may be left to fetch an
@@ -50,7 +50,10 @@ class _Submission:
     def charge_bytes(self) -> int:
         prompt_ids = self.block.finished_prompt_ids
         prompts = sum(map(len, prompt_ids)) + PROMPT_OVERHEAD_BYTES * len(prompt_ids)
-        return len(self.data) + prompts + BLOCK_OVERHEAD_BYTES
+        for of_lease in self.block.finished_work:
+            for prompt in of_lease.prompts:
+                prompts += len(prompt.prompt_id) + PROMPT_OVERHEAD_BYTES * len(prompt.sample_indices)
+        return len(self.data) + len(self.block.labels) + prompts + BLOCK_OVERHEAD_BYTES
 
     def resolve(self, outcome: int | LynearmError) -> None:
         if not self.outcome.done():

@@ -97,6 +97,10 @@ class ServeConfig:
     """Calls at the same time; more are refused at once, as unavailable, rather than queued. A call costs
     little memory beyond the blocks on their way to a reader, at most about 8 MiB."""
 
+    lease_silence_seconds: float = 60.0
+    """How long a worker that holds prompts may be silent before they are given to others. Workers renew three
+    times as often; a minute bridges a restart of this server, and is all that a crashed worker costs."""
+
     drain_seconds: float = 10.0
     """Time that running calls get to end when the server is asked to stop."""
 
@@ -153,6 +157,9 @@ class ServeConfig:
             f"cache_bytes is {self.cache_bytes}, expected 0 or more": self.cache_bytes >= 0,
             f"min_free_bytes is {self.min_free_bytes}, expected 0 or more": self.min_free_bytes >= 0,
             f"max_calls is {self.max_calls}, expected at least 1": self.max_calls >= 1,
+            f"lease_silence_seconds is {self.lease_silence_seconds}, expected 0.1 to 86400": (
+                0.1 <= self.lease_silence_seconds <= 86_400
+            ),
             f"drain_seconds is {self.drain_seconds}, expected 0 or more": self.drain_seconds >= 0,
         }
         _check(checks)

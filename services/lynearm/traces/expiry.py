@@ -16,46 +16,27 @@ Invariants:
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from itertools import takewhile
-from typing import TypeVar
 
 from sqlalchemy import (
-    BigInteger,
     ColumnElement,
     Connection,
     Exists,
     RowMapping,
     Table,
-    column,
     delete,
     insert,
-    inspect,
     select,
-    table,
     update,
 )
 
 from lynearm.traces.catalog import ExpiredBlocks
-from lynearm.traces.schema import blocks, expired_blocks, objects, producers, streams
+from lynearm.traces.schema import blocks, consumers, expired_blocks, objects, producers, streams
+from lynearm.traces.statements import chunks
 
 REMEMBERED_BLOCKS = 8192
 """Of each producer. Twice what one call may hold unacknowledged: older ones cannot be sent again."""
-
-MAX_VARIABLES = 500
-"""Values per IN list: SQLite compiles a statement for each length, and old builds stop at 999."""
-
-# A cursor says that the blocks below its offset have been read.
-consumers = table("consumers", column("stream_id"), column("name"), column("offset", BigInteger))
-
-T = TypeVar("T")
-
-
-def chunked(values: Iterable[T]) -> Iterator[list[T]]:
-    """The values in lists that fit into one IN."""
-    remaining = list(values)
-    for start in range(0, len(remaining), MAX_VARIABLES):
-        yield remaining[start : start + MAX_VARIABLES]
 
 
 def expire_blocks(connection: Connection, stream_id: int, now_unix_nano: int, limit: int) -> ExpiredBlocks:
@@ -86,7 +67,7 @@ def release_objects(connection: Connection, object_ids: Iterable[int]) -> list[s
     object at the same time, the second one then sees what the first one took.
     """
     keys: list[str] = []
-    for chunk in chunked(sorted(object_ids)):
+    for chunk in chunks(sorted(object_ids)):
         given = objects.c.id.in_(chunk)
         connection.execute(select(objects.c.id).where(given).order_by(objects.c.id).with_for_update()).all()
         unused = given & ~_has_blocks()
@@ -135,7 +116,7 @@ def _find_objects(connection: Connection, object_keys: Sequence[str]) -> dict[st
     """Whether blocks point at each object that has a row."""
     return {
         row.key: bool(row.has_blocks)
-        for chunk in chunked(object_keys)
+        for chunk in chunks(object_keys)
         for row in connection.execute(
             select(objects.c.key, _has_blocks().label("has_blocks")).where(objects.c.key.in_(chunk))
         )
@@ -177,8 +158,9 @@ def _expired_prefix(
 
 def _read_below(connection: Connection, stream_id: int, names: Sequence[str]) -> int:
     """Offset below which every block has been read by all of these consumers; 0 where some have no cursor."""
-    if not names or not inspect(connection).has_table(consumers.name):
+    if not names:
         return 0
+    # A cursor says that the blocks below its offset have been read.
     query = select(consumers.c.offset).where(
         consumers.c.stream_id == stream_id, consumers.c.name.in_(set(names))
     )

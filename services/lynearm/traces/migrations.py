@@ -15,8 +15,14 @@ from sqlalchemy import Connection, insert, inspect, select, text, update
 from lynearm.traces.schema import (
     SCHEMA_VERSION,
     block_store,
+    blocks,
+    consumers,
     dictionaries,
     expired_blocks,
+    finished_samples,
+    job_prompts,
+    jobs,
+    leases,
     metadata,
     objects,
     schema_version,
@@ -60,6 +66,14 @@ def _add_dictionaries(connection: Connection) -> None:
     _add_counters(connection, "streams", "dictionary_count", "dictionary_bytes")
 
 
+def _add_jobs_and_consumers(connection: Connection) -> None:
+    for table in (finished_samples, jobs, job_prompts, leases, consumers):
+        table.create(connection)
+    _add_counters(connection, "streams", "max_lag_blocks", "max_lag_traces")
+    binary = blocks.c.labels.type.compile(connection.dialect)
+    connection.execute(text(f"ALTER TABLE blocks ADD COLUMN labels {binary}"))
+
+
 def _add_retention(connection: Connection) -> None:
     for table in (block_store, expired_blocks):
         table.create(connection)
@@ -76,5 +90,9 @@ def _add_counters(connection: Connection, table: str, *columns: str) -> None:
         connection.execute(text(f"ALTER TABLE {table} ADD COLUMN {column} BIGINT DEFAULT 0 NOT NULL"))
 
 
-_STEPS: Mapping[int, Callable[[Connection], None]] = {1: _add_dictionaries, 2: _add_retention}
+_STEPS: Mapping[int, Callable[[Connection], None]] = {
+    1: _add_dictionaries,
+    2: _add_jobs_and_consumers,
+    3: _add_retention,
+}
 """By the version that a step starts from; it leads to the next."""

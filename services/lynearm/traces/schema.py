@@ -17,7 +17,7 @@ from sqlalchemy import (
     text,
 )
 
-SCHEMA_VERSION = 3
+SCHEMA_VERSION = 4
 """A new number needs a step in `migrations`."""
 
 # SQLite makes rowid aliases, and so generated keys, of INTEGER columns only.
@@ -43,6 +43,8 @@ streams = Table(
     Column("finished_prompt_count", BigInteger, nullable=False),
     Column("dictionary_count", BigInteger, nullable=False, server_default=text("0")),
     Column("dictionary_bytes", BigInteger, nullable=False, server_default=text("0")),
+    Column("max_lag_blocks", BigInteger, nullable=False, server_default=text("0")),  # 0: no bound
+    Column("max_lag_traces", BigInteger, nullable=False, server_default=text("0")),
     # Of the blocks that retention has left: the offset of the first, and their bytes.
     Column("first_offset", BigInteger, nullable=False, server_default=text("0")),
     Column("retained_bytes", BigInteger, nullable=False, server_default=text("0")),
@@ -90,6 +92,7 @@ blocks = Table(
     Column("producer_key", _Key, ForeignKey("producers.id"), nullable=False),
     Column("epoch", BigInteger, nullable=False),
     Column("sequence", BigInteger, nullable=False),
+    Column("labels", LargeBinary),  # lynearm.v1.BlockLabels; nothing where nothing is known
     UniqueConstraint("producer_key", "epoch", "sequence"),
     Index("blocks_by_object", "object_id"),
     sqlite_with_rowid=False,
@@ -137,4 +140,74 @@ block_store = Table(
     metadata,
     Column("id", Integer, primary_key=True, autoincrement=False),
     Column("identity", Text, nullable=False),
+)
+
+# Of a prompt whose samples lie in several blocks, or are not all there: one row for each of the blocks. Of a
+# prompt that one block finished whole, finished_prompts says all.
+finished_samples = Table(
+    "finished_samples",
+    metadata,
+    Column("stream_id", _Key, ForeignKey("streams.id"), primary_key=True),
+    Column("prompt_id", Text, primary_key=True),
+    Column("offset", BigInteger, primary_key=True),
+    Column("sample_indices", LargeBinary, nullable=False),  # 4 bytes each, little endian, ascending
+    sqlite_with_rowid=False,
+)
+
+jobs = Table(
+    "jobs",
+    metadata,
+    Column("id", _Key, primary_key=True),
+    Column("stream_id", _Key, ForeignKey("streams.id"), nullable=False),
+    Column("name", Text, nullable=False),
+    Column("samples_per_prompt", BigInteger, nullable=False),
+    Column("prompt_count", BigInteger, nullable=False),
+    Column("content_sha256", LargeBinary, nullable=False),
+    Column("stored_prompt_count", BigInteger, nullable=False),
+    Column("stored_sha256", LargeBinary, nullable=False),  # digest of what is stored so far
+    Column("created_unix_nano", BigInteger, nullable=False),
+    Column("next_unit", BigInteger, nullable=False),  # units below it are done, or belong to a lease's row
+    Column("done_count", BigInteger, nullable=False),
+    Column("cancelled", Boolean, nullable=False),  # its prompts and leases are gone then
+    UniqueConstraint("stream_id", "name"),
+    sqlite_autoincrement=True,
+)
+
+# Many prompts a row. With rowid: the contents are large.
+job_prompts = Table(
+    "job_prompts",
+    metadata,
+    Column("job_id", _Key, ForeignKey("jobs.id"), primary_key=True),
+    Column("first_prompt", BigInteger, primary_key=True),
+    Column("prompt_count", BigInteger, nullable=False),
+    Column("prompt_ids", LargeBinary, nullable=False),  # packed, see `packing`
+    Column("contents", LargeBinary, nullable=False),  # packed, then zstd
+)
+
+# Units that were handed out once and are not all done; a row goes when they are.
+leases = Table(
+    "leases",
+    metadata,
+    Column("id", _Key, primary_key=True),
+    Column("job_id", _Key, ForeignKey("jobs.id"), nullable=False),
+    Column("first_unit", BigInteger, nullable=False),
+    Column("done", LargeBinary, nullable=False),  # a byte for each unit: 1 when it is done
+    Column("open_count", BigInteger, nullable=False),  # units that are not done
+    Column("holder", Text, nullable=False),  # empty: nobody
+    Column("generation", BigInteger, nullable=False),  # how often it was handed out
+    Column("news", BigInteger, nullable=False),  # how often its holder was heard of
+    Index("leases_by_job", "job_id", "first_unit"),
+    # Ids are never used again: what somebody once held must not match another lease.
+    sqlite_autoincrement=True,
+)
+
+consumers = Table(
+    "consumers",
+    metadata,
+    Column("stream_id", _Key, ForeignKey("streams.id"), primary_key=True),
+    Column("name", Text, primary_key=True),
+    Column("offset", BigInteger, nullable=False),
+    Column("trace_index", BigInteger, nullable=False),
+    Column("updated_unix_nano", BigInteger, nullable=False),
+    sqlite_with_rowid=False,
 )

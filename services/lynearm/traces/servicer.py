@@ -11,10 +11,13 @@ from google.protobuf.message import Message
 
 from lynearm.traces.backend import Backend
 from lynearm.traces.calls import CallGate, Context
+from lynearm.traces.consumer_calls import ConsumerCalls, read_max_lag
 from lynearm.traces.current_call import may_consume
 from lynearm.traces.dictionaries import check_digest, name_dictionary
 from lynearm.traces.publish import PublishCall
+from lynearm.traces.queue_calls import QueueCalls
 from lynearm.traces.subscribe import SubscribeCall, fetch_blocks
+from lynearm.v1 import consumer_pb2, prompt_queue_pb2
 from lynearm.v1 import trace_service_pb2 as pb
 from lynearm.wire.errors import InvalidInputError, StreamLimitError
 from lynearm.wire.protobuf import retention_from_proto, spec_from_proto, stream_to_proto
@@ -39,6 +42,8 @@ class TraceServicer:
     def __init__(self, backend: Backend, *, max_streams: int) -> None:
         self._backend = backend
         self._max_streams = max_streams
+        self.queue = QueueCalls(backend)
+        self.consumers = ConsumerCalls(backend)
 
     async def create_stream(self, request: pb.CreateStreamRequest, _: Context) -> pb.CreateStreamResponse:
         """CreateStream."""
@@ -49,7 +54,9 @@ class TraceServicer:
             )
         spec = spec_from_proto(request.spec)
         await self._check_room(spec.name)
-        record = await self._backend.catalog.create_stream(spec, allow_existing=request.allow_existing)
+        record = await self._backend.catalog.create_stream(
+            spec, allow_existing=request.allow_existing, max_lag=read_max_lag(request.max_lag)
+        )
         return pb.CreateStreamResponse(stream=stream_to_proto(record.info))
 
     async def _check_room(self, name: str) -> None:
@@ -164,6 +171,20 @@ def service_handler(servicer: TraceServicer, gate: CallGate) -> grpc.GenericRpcH
         ),
         "PutDictionary": unary(servicer.put_dictionary, pb.PutDictionaryRequest),
         "GetDictionary": unary(servicer.get_dictionary, pb.GetDictionaryRequest),
+        "ConfigureStream": unary(servicer.consumers.configure_stream, pb.ConfigureStreamRequest),
+        "CreateJob": unary(servicer.queue.create_job, prompt_queue_pb2.CreateJobRequest),
+        "AddPrompts": unary(servicer.queue.add_prompts, prompt_queue_pb2.AddPromptsRequest),
+        "GetJob": unary(servicer.queue.get_job, prompt_queue_pb2.GetJobRequest),
+        "ListJobs": unary(servicer.queue.list_jobs, prompt_queue_pb2.ListJobsRequest),
+        "CancelJob": unary(servicer.queue.cancel_job, prompt_queue_pb2.CancelJobRequest),
+        "LeasePrompts": unary(servicer.queue.lease_prompts, prompt_queue_pb2.LeasePromptsRequest),
+        "RenewLeases": unary(servicer.queue.renew_leases, prompt_queue_pb2.RenewLeasesRequest),
+        "ReleaseLeases": unary(servicer.queue.release_leases, prompt_queue_pb2.ReleaseLeasesRequest),
+        "LocatePrompts": unary(servicer.queue.locate_prompts, prompt_queue_pb2.LocatePromptsRequest),
+        "CommitCursor": unary(servicer.consumers.commit_cursor, consumer_pb2.CommitCursorRequest),
+        "GetConsumer": unary(servicer.consumers.get_consumer, consumer_pb2.GetConsumerRequest),
+        "ListConsumers": unary(servicer.consumers.list_consumers, consumer_pb2.ListConsumersRequest),
+        "DeleteConsumer": unary(servicer.consumers.delete_consumer, consumer_pb2.DeleteConsumerRequest),
     }
     return grpc.method_handlers_generic_handler(SERVICE_NAME, handlers)
 

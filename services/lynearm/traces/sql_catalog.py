@@ -15,12 +15,15 @@ from lynearm.traces.catalog import (
     DeletedStream,
     ExpiredBlocks,
     FinishedPrompt,
+    LabelledOffset,
     NewBlock,
     Producer,
     StreamChange,
     StreamRecord,
 )
+from lynearm.traces.consumer_records import NO_BOUND, MaxLag
 from lynearm.traces.database import Database
+from lynearm.traces.sql_queue import SqlQueue
 from lynearm.traces.store import StoredObject
 from lynearm.wire.retention import Retention
 from lynearm.wire.specs import StreamSpec
@@ -28,7 +31,7 @@ from lynearm.wire.specs import StreamSpec
 T = TypeVar("T")
 
 
-class SqlCatalog:
+class SqlCatalog(SqlQueue):
     """A `Catalog` in a SQL database. Make one with `open`."""
 
     def __init__(self, database: Database) -> None:
@@ -59,10 +62,12 @@ class SqlCatalog:
         """See `Catalog.is_shared`."""
         return self._database.is_shared
 
-    async def create_stream(self, spec: StreamSpec, *, allow_existing: bool) -> StreamRecord:
+    async def create_stream(
+        self, spec: StreamSpec, *, allow_existing: bool, max_lag: MaxLag = NO_BOUND
+    ) -> StreamRecord:
         """See `Catalog.create_stream`."""
         return await self._write(
-            lambda connection: transactions.create_stream(connection, spec, allow_existing)
+            lambda connection: transactions.create_stream(connection, spec, allow_existing, max_lag)
         )
 
     async def get_stream(self, name: str) -> StreamRecord:
@@ -99,6 +104,12 @@ class SqlCatalog:
         """See `Catalog.find_blocks`."""
         return await self._read(
             lambda connection: transactions.find_blocks(connection, stream_id, offset, count)
+        )
+
+    async def find_labels(self, stream_id: int, offset: int, count: int) -> list[LabelledOffset]:
+        """See `Catalog.find_labels`."""
+        return await self._read(
+            lambda connection: transactions.find_labels(connection, stream_id, offset, count)
         )
 
     async def list_finished_prompts(self, stream_id: int, after: int, count: int) -> list[FinishedPrompt]:

@@ -1,9 +1,4 @@
-"""Calls that read blocks: Subscribe, which follows a stream under credit, and FetchBlocks.
-
-Invariants: blocks go out in offset order without gaps. A block is sent only while credit is left, so that
-at most one block more than the credit is on its way; what is read ahead of that from the store is at most
-`reader.READ_BYTES` and one block.
-"""
+"""Calls that read blocks: Subscribe, which follows a stream under credit, and FetchBlocks."""
 
 from __future__ import annotations
 
@@ -14,57 +9,24 @@ import grpc.aio
 from lynearm.traces.backend import Backend
 from lynearm.traces.calls import Context
 from lynearm.traces.catalog import StreamRecord
+from lynearm.traces.delivery import Credit, Delivery, Reading
 from lynearm.traces.reader import READ_BYTES, offset_expired
-from lynearm.traces.tail import StreamTail, run_until_end
+from lynearm.traces.tail import run_until_end
 from lynearm.v1 import trace_service_pb2 as pb
 from lynearm.wire.errors import (
-    CorruptBlockError,
     DeadlineError,
     InvalidInputError,
     LynearmError,
     OffsetNotFoundError,
     PreconditionError,
 )
-from lynearm.wire.frames import frame_damaged_block, frame_fetch_response, frame_subscribe_response
+from lynearm.wire.frames import frame_fetch_response
+from lynearm.wire.labels import filter_from_proto
+from lynearm.wire.specs import check_name
+from lynearm.wire.traces import Cursor
 
 OPEN_SECONDS = 30.0
 """How long a call may take to say what it is."""
-
-
-class Credit:
-    """Bytes that a subscriber is ready to take."""
-
-    def __init__(self, size_bytes: int) -> None:
-        self._left_bytes = size_bytes
-        self._end: LynearmError | None = None
-        self._changed = asyncio.Event()
-
-    def grant(self, size_bytes: int) -> None:
-        """Add to what is left."""
-        self._left_bytes += size_bytes
-        self._changed.set()
-
-    def spend(self, size_bytes: int) -> None:
-        """Take from what is left, which may then be below 0."""
-        self._left_bytes -= size_bytes
-
-    def end(self, reason: LynearmError) -> None:
-        """Note that no more will come."""
-        self._end = reason
-        self._changed.set()
-
-    async def wait(self) -> int:
-        """Wait until some is left; returns how much.
-
-        Raises:
-            LynearmError: none is left, and no more will come.
-        """
-        while self._left_bytes <= 0:
-            if self._end is not None:
-                raise self._end
-            self._changed.clear()
-            await self._changed.wait()
-        return self._left_bytes
 
 
 class SubscribeCall:
@@ -88,15 +50,16 @@ class SubscribeCall:
             LynearmError: why the call ends, unless the subscriber has all that it asked for.
         """
         opening = await self._read_opening()
-        self._skips_damaged = opening.skip_damaged
+        wanted = filter_from_proto(opening.filter) if opening.HasField("filter") else None
         record, tail = await self._backend.watch_stream(opening.stream)
-        start = _start_offset(opening, record)
+        start = await self._find_start(opening, record)
         end = None if opening.follow else record.info.next_offset
         credit = Credit(opening.credit_bytes)
+        reading = Reading(record, tail, start, end, wanted, opening.skip_damaged)
         granting = asyncio.create_task(self._read_grants(credit))
         try:
-            delivering = self._deliver(record, tail, start, end, credit)
-            await run_until_end(tail, delivering, writing=self._writing)
+            delivery = Delivery(self._backend, self._context, reading, credit)
+            await run_until_end(tail, delivery.run(), writing=delivery.writing)
         finally:
             granting.cancel()
             await asyncio.gather(granting, return_exceptions=True)
@@ -130,25 +93,24 @@ class SubscribeCall:
         except LynearmError as error:
             credit.end(error)
 
-    async def _deliver(
-        self, record: StreamRecord, tail: StreamTail, offset: int, end: int | None, credit: Credit
-    ) -> None:
-        while offset < (limit := await tail.wait_beyond(offset) if end is None else end):
-            max_bytes = await credit.wait()
-            try:
-                blocks = await self._backend.reader.read(record, offset, end=limit, max_bytes=max_bytes)
-            except CorruptBlockError as error:
-                if not self._skips_damaged:
-                    raise
-                async with self._writing:
-                    await self._context.write(frame_damaged_block(offset, error.message, tail.next_offset))
-                offset += 1
-                continue
-            for block in blocks:
-                async with self._writing:
-                    await self._context.write(frame_subscribe_response(offset, block, tail.next_offset))
-                credit.spend(len(block))
-                offset += 1
+    async def _find_start(self, opening: pb.SubscribeOpen, record: StreamRecord) -> Cursor:
+        kind = opening.WhichOneof("start")
+        if kind == "live" and opening.live:
+            return Cursor(record.info.next_offset)
+        if kind == "consumer":
+            name = check_name(opening.consumer, what="consumer")
+            consumer = await self._backend.catalog.get_consumer(record.name, name)
+            start = consumer.cursor
+        elif kind == "cursor":
+            start = Cursor(opening.cursor.offset, opening.cursor.trace_index)
+        elif kind == "start_offset":
+            start = Cursor(opening.start_offset)
+        else:
+            start = Cursor(record.info.first_offset)
+        if (start.offset, min(start.trace_index, 1)) > (record.info.next_offset, 0):
+            raise _offset_not_found(record, start.offset)
+        _check_offset(record, start.offset)
+        return start
 
 
 async def fetch_blocks(backend: Backend, request: pb.FetchBlocksRequest, context: Context) -> None:
@@ -177,16 +139,6 @@ async def fetch_blocks(backend: Backend, request: pb.FetchBlocksRequest, context
                 offset += 1
 
     await run_until_end(tail, send(request.offset), writing=writing)
-
-
-def _start_offset(opening: pb.SubscribeOpen, record: StreamRecord) -> int:
-    start = opening.WhichOneof("start")
-    if start == "live" and opening.live:
-        return record.info.next_offset
-    if start != "start_offset":
-        return record.info.first_offset
-    _check_offset(record, opening.start_offset)
-    return opening.start_offset
 
 
 def _check_offset(record: StreamRecord, offset: int) -> None:

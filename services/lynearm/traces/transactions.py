@@ -43,17 +43,20 @@ from lynearm.traces.catalog import (
     CommitOutcome,
     DeletedStream,
     FinishedPrompt,
+    LabelledOffset,
     NewBlock,
     Producer,
     StreamChange,
     StreamRecord,
     stream_not_found,
 )
+from lynearm.traces.consumer_records import NO_BOUND, MaxLag
 from lynearm.traces.dictionaries import MAX_DICTIONARIES, short_digest
-from lynearm.traces.expiry import chunked, release_objects
+from lynearm.traces.expiry import release_objects
 from lynearm.traces.schema import (
     block_store,
     blocks,
+    consumers,
     dictionaries,
     expired_blocks,
     finished_prompts,
@@ -61,7 +64,9 @@ from lynearm.traces.schema import (
     producers,
     streams,
 )
+from lynearm.traces.statements import chunks, inserted_key
 from lynearm.traces.store import Span, StoredObject
+from lynearm.traces.work_transactions import delete_jobs, load_work, store_work
 from lynearm.v1 import trace_pb2
 from lynearm.wire.errors import (
     DictionaryLimitError,
@@ -85,6 +90,7 @@ _PROGRESS = (
 )
 
 _DICTIONARIES = ("dictionary_count", "dictionary_bytes")
+_MAX_LAG = ("max_lag_blocks", "max_lag_traces")
 
 
 def get_stream(connection: Connection, name: str) -> StreamRecord:
@@ -104,7 +110,7 @@ def find_progress(connection: Connection, stream_ids: Sequence[int]) -> dict[int
     columns = (streams.c.id, streams.c.name, streams.c.next_offset, streams.c.sealed)
     return {
         row.id: StreamChange(row.id, row.name, row.next_offset, "sealed" if row.sealed else "open")
-        for chunk in chunked(stream_ids)
+        for chunk in chunks(stream_ids)
         for row in connection.execute(select(*columns).where(streams.c.id.in_(chunk)))
     }
 
@@ -131,7 +137,9 @@ def set_retention(connection: Connection, name: str, retention: Retention) -> St
     return get_stream(connection, name)
 
 
-def create_stream(connection: Connection, spec: StreamSpec, allow_existing: bool) -> StreamRecord:
+def create_stream(
+    connection: Connection, spec: StreamSpec, allow_existing: bool, max_lag: MaxLag = NO_BOUND
+) -> StreamRecord:
     """See `Catalog.create_stream`."""
     row = connection.execute(select(streams).where(streams.c.name == spec.name)).mappings().one_or_none()
     if row is not None:
@@ -149,6 +157,8 @@ def create_stream(connection: Connection, spec: StreamSpec, allow_existing: bool
             spec=spec_to_proto(spec).SerializeToString(deterministic=True),
             sealed=False,
             created_unix_nano=time.time_ns(),
+            max_lag_blocks=max_lag.blocks,
+            max_lag_traces=max_lag.traces,
             **dict.fromkeys(_PROGRESS, 0),
         )
     )
@@ -160,7 +170,8 @@ def delete_stream(connection: Connection, name: str) -> DeletedStream:
     stream_id = _lock_stream(connection, name).stream_id
     of_stream = select(blocks.c.object_id).where(blocks.c.stream_id == stream_id).distinct()
     touched = list(connection.scalars(of_stream))
-    for table in (finished_prompts, blocks, expired_blocks, producers, dictionaries):
+    delete_jobs(connection, stream_id)
+    for table in (finished_prompts, blocks, expired_blocks, producers, dictionaries, consumers):
         connection.execute(delete(table).where(table.c.stream_id == stream_id))
     connection.execute(delete(streams).where(streams.c.id == stream_id))
     return DeletedStream(stream_id, tuple(release_objects(connection, touched)))
@@ -222,6 +233,17 @@ def find_blocks(connection: Connection, stream_id: int, offset: int, count: int)
         BlockLocation(row.offset, row.key, Span(row.position, row.size_bytes), int.from_bytes(row.checksum))
         for row in connection.execute(query)
     ]
+
+
+def find_labels(connection: Connection, stream_id: int, offset: int, count: int) -> list[LabelledOffset]:
+    """See `Catalog.find_labels`."""
+    query = (
+        select(blocks.c.offset, blocks.c.labels)
+        .where(blocks.c.stream_id == stream_id, blocks.c.offset >= offset)
+        .order_by(blocks.c.offset)
+        .limit(count)
+    )
+    return [LabelledOffset(offset, bytes(labels or b"")) for offset, labels in connection.execute(query)]
 
 
 def list_finished_prompts(
@@ -311,7 +333,7 @@ def _record(row: RowMapping) -> StreamRecord:
         created_unix_nano=row["created_unix_nano"],
         first_offset=row["first_offset"],
         retention=Retention(row["max_age_seconds"], row["max_bytes"], tuple(row["read_by"].split())),
-        **{column: row[column] for column in (*_PROGRESS, *_DICTIONARIES)},
+        **{column: row[column] for column in (*_PROGRESS, *_DICTIONARIES, *_MAX_LAG)},
     )
     return StreamRecord(row["id"], info)
 
@@ -330,7 +352,7 @@ def _take_next_epoch(
         )
         return row["id"], epoch
     values = {"stream_id": stream_id, "producer_id": producer_id, "epoch": 1, "last_sequence": 0}
-    return _inserted_key(connection, insert(producers).values(values).returning(producers.c.id)), 1
+    return inserted_key(connection, insert(producers).values(values).returning(producers.c.id)), 1
 
 
 def _load_state(connection: Connection, group: Sequence[NewBlock]) -> GroupState:
@@ -339,6 +361,7 @@ def _load_state(connection: Connection, group: Sequence[NewBlock]) -> GroupState
         producers=_load_producers(connection, {block.producer.key for block in group}),
         published={},
         finished=set(),
+        work=load_work(connection, group),
     )
     _load_published(connection, group, state)
     _load_finished(connection, group, state)
@@ -363,7 +386,7 @@ def _lock_rows(
 ) -> Iterator[tuple[Any, ...]]:
     """The rows of these ids, the first column, locked ascending."""
     key = columns[0]
-    for chunk in chunked(sorted(ids)):
+    for chunk in chunks(sorted(ids)):
         query = select(*columns).where(key.in_(chunk)).order_by(key).with_for_update(key_share=True)
         yield from (tuple(row) for row in connection.execute(query))
 
@@ -392,9 +415,11 @@ def _load_published(connection: Connection, group: Sequence[NewBlock], state: Gr
 def _load_finished(connection: Connection, group: Sequence[NewBlock], state: GroupState) -> None:
     prompts_by_stream: dict[int, set[str]] = {}
     for block in group:
-        prompts_by_stream.setdefault(block.producer.stream_id, set()).update(block.finished_prompt_ids)
+        of_stream = prompts_by_stream.setdefault(block.producer.stream_id, set())
+        of_stream.update(block.finished_prompt_ids)
+        of_stream.update(prompt.prompt_id for work in block.finished_work for prompt in work.prompts)
     for stream_id, prompt_ids in prompts_by_stream.items():
-        for chunk in chunked(prompt_ids):
+        for chunk in chunks(prompt_ids):
             found = connection.scalars(
                 select(finished_prompts.c.prompt_id).where(
                     finished_prompts.c.stream_id == stream_id, finished_prompts.c.prompt_id.in_(chunk)
@@ -412,6 +437,7 @@ def _store_state(connection: Connection, group: Sequence[NewBlock], state: Group
     for key in {block.producer.key for block in admitted}:
         last = state.producers[key].last_sequence
         connection.execute(update(producers).where(producers.c.id == key).values(last_sequence=last))
+    store_work(connection, state.work)
 
 
 def _check_object(connection: Connection, key: str) -> None:
@@ -429,7 +455,7 @@ def _insert_blocks(
     admitted: Sequence[tuple[int, int]],
 ) -> None:
     values = {"key": stored.key, "created_unix_nano": time.time_ns()}
-    object_id = _inserted_key(connection, insert(objects).values(values).returning(objects.c.id))
+    object_id = inserted_key(connection, insert(objects).values(values).returning(objects.c.id))
     rows = [_block_row(group[index], offset, object_id, stored.spans[index]) for index, offset in admitted]
     connection.execute(insert(blocks), rows)
     finished: list[dict[str, Any]] = [
@@ -455,9 +481,5 @@ def _block_row(block: NewBlock, offset: int, object_id: int, span: Span) -> dict
         "producer_key": block.producer.key,
         "epoch": block.producer.epoch,
         "sequence": block.sequence,
+        "labels": block.labels or None,
     }
-
-
-def _inserted_key(connection: Connection, statement: Any) -> int:
-    # Any: SQLAlchemy's type of INSERT … RETURNING names private generics.
-    return int(connection.execute(statement).scalar_one())

@@ -1,0 +1,251 @@
+"""The calls about jobs and leases: what each sends, and what its answer means; no I/O."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Literal, TypeAlias
+
+from lynearm.client.unary_calls import UnaryCall
+from lynearm.v1 import prompt_queue_pb2 as pb
+from lynearm.wire.errors import InvalidInputError, JobIncompleteError
+from lynearm.wire.specs import check_name
+from lynearm.wire.work import DIGEST_OF_NOTHING, LeaseKey, check_prompt_id, extend_digest
+
+JobState: TypeAlias = Literal["adding", "open", "done", "cancelled"]
+
+_MESSAGE_BYTES = 1 << 20
+"""Prompts after which a message is full. One of 1 MiB may come on top; gRPC takes 4 MiB."""
+
+_MESSAGE_PROMPTS = 1 << 13
+
+_PROMPT_OVERHEAD_BYTES = 16
+
+_STATES: dict[int, JobState] = {
+    int(pb.JOB_STATE_ADDING): "adding",
+    int(pb.JOB_STATE_OPEN): "open",
+    int(pb.JOB_STATE_DONE): "done",
+    int(pb.JOB_STATE_CANCELLED): "cancelled",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class JobPrompt:
+    """A prompt of a job."""
+
+    prompt_id: str
+    """1 to 256 bytes of UTF-8. One that the stream has finished already is not handed out."""
+    content: bytes
+    """What a worker needs to answer it; opaque to the service, at most 1 MiB."""
+
+
+@dataclass(frozen=True, slots=True)
+class JobInfo:
+    """A job as it was when the service answered. A unit is one sample of one prompt."""
+
+    stream: str
+    name: str
+    samples_per_prompt: int
+    prompt_count: int
+    stored_prompt_count: int
+    state: JobState
+    done_units: int
+    leased_units: int
+    """In the hands of workers, and not done."""
+    created_unix_nano: int
+
+    @property
+    def unit_count(self) -> int:
+        """Units of the whole job."""
+        return self.prompt_count * self.samples_per_prompt
+
+    @property
+    def waiting_units(self) -> int:
+        """Units that are neither done nor in the hands of workers."""
+        return self.unit_count - self.done_units - self.leased_units
+
+
+@dataclass(frozen=True, slots=True)
+class LeasedPrompt:
+    """A prompt of a lease."""
+
+    prompt_index: int
+    """In the job, from 0."""
+    prompt_id: str
+    content: bytes
+    """As it was when the job was created."""
+    sample_indices: tuple[int, ...]
+    """The completions wanted, ascending."""
+
+
+@dataclass(frozen=True, slots=True)
+class Grant:
+    """What a worker that asks for work gets."""
+
+    job: JobInfo
+    key: LeaseKey | None
+    """None: there is nothing to hand out now."""
+    prompts: tuple[LeasedPrompt, ...]
+    silence_seconds: float
+    """How long the holder may be silent."""
+
+
+@dataclass(frozen=True, slots=True)
+class NewJob:
+    """A job before its prompts are sent."""
+
+    stream: str
+    name: str
+    samples_per_prompt: int
+    prompt_count: int
+    content_sha256: bytes
+
+    @classmethod
+    def of(cls, stream: str, name: str, prompts: Iterable[JobPrompt], samples_per_prompt: int) -> NewJob:
+        """Read through the prompts once.
+
+        Raises:
+            InvalidInputError: `prompts` is an iterator, which is read once only, or an id cannot be one.
+        """
+        if iter(prompts) is prompts:
+            raise InvalidInputError(
+                "prompts is an iterator, which can be iterated once only", "pass a list, or a class of yours"
+            )
+        count, digest = 0, DIGEST_OF_NOTHING
+        for prompt in prompts:
+            count += 1
+            digest = extend_digest(digest, check_prompt_id(prompt.prompt_id), prompt.content)
+        return cls(check_name(stream), check_name(name, what="job"), samples_per_prompt, count, digest)
+
+
+def create_job(job: NewJob) -> UnaryCall[JobInfo]:
+    """CreateJob."""
+    request = pb.CreateJobRequest(
+        stream=job.stream,
+        name=job.name,
+        samples_per_prompt=job.samples_per_prompt,
+        prompt_count=job.prompt_count,
+        content_sha256=job.content_sha256,
+    )
+    return UnaryCall("CreateJob", request, pb.CreateJobResponse, _read_job)
+
+
+def add_prompts(job: NewJob, first_prompt: int, prompts: Iterable[JobPrompt]) -> Iterator[UnaryCall[int]]:
+    """AddPrompts, once for each message's worth; each result is how many the service has then."""
+    for batch in _messages(prompts):
+        request = pb.AddPromptsRequest(
+            stream=job.stream,
+            job=job.name,
+            first_prompt=first_prompt,
+            prompts=batch,
+            content_sha256=job.content_sha256,
+        )
+        yield UnaryCall("AddPrompts", request, pb.AddPromptsResponse, _read_stored)
+        first_prompt += len(batch)
+
+
+def get_job(stream: str, name: str) -> UnaryCall[JobInfo]:
+    """GetJob."""
+    request = pb.GetJobRequest(stream=check_name(stream), name=check_name(name, what="job"))
+    return UnaryCall("GetJob", request, pb.GetJobResponse, _read_job)
+
+
+def list_jobs(stream: str) -> UnaryCall[list[JobInfo]]:
+    """ListJobs."""
+    request = pb.ListJobsRequest(stream=check_name(stream))
+    return UnaryCall("ListJobs", request, pb.ListJobsResponse, _read_jobs)
+
+
+def cancel_job(stream: str, name: str) -> UnaryCall[JobInfo]:
+    """CancelJob."""
+    request = pb.CancelJobRequest(stream=check_name(stream), name=check_name(name, what="job"))
+    return UnaryCall("CancelJob", request, pb.CancelJobResponse, _read_job)
+
+
+def lease_prompts(stream: str, job: str, *, worker: str, max_units: int, restarted: bool) -> UnaryCall[Grant]:
+    """LeasePrompts. Where its answer is lost, the units come back once their holder was silent for long."""
+    request = pb.LeasePromptsRequest(
+        stream=stream, job=job, worker=worker, max_units=max_units, restarted=restarted
+    )
+    return UnaryCall("LeasePrompts", request, pb.LeasePromptsResponse, _read_grant)
+
+
+def renew_leases(stream: str, keys: Sequence[LeaseKey]) -> UnaryCall[list[LeaseKey]]:
+    """RenewLeases; the result are those that are lost."""
+    request = pb.RenewLeasesRequest(stream=stream, leases=map(_key_to_proto, keys))
+    return UnaryCall("RenewLeases", request, pb.RenewLeasesResponse, _read_lost)
+
+
+def release_leases(stream: str, keys: Sequence[LeaseKey]) -> UnaryCall[None]:
+    """ReleaseLeases."""
+    request = pb.ReleaseLeasesRequest(stream=stream, leases=map(_key_to_proto, keys))
+    return UnaryCall("ReleaseLeases", request, pb.ReleaseLeasesResponse, _read_nothing)
+
+
+def incomplete(job: JobInfo) -> JobIncompleteError:
+    """Why a job has fewer prompts than were announced although all were sent."""
+    return JobIncompleteError(
+        f"job {job.name!r} has {job.stored_prompt_count} of {job.prompt_count} prompts, and no more came",
+        "do the prompts change while they are read? create the job again",
+    )
+
+
+def _messages(prompts: Iterable[JobPrompt]) -> Iterator[list[pb.JobPrompt]]:
+    batch: list[pb.JobPrompt] = []
+    size_bytes = 0
+    for prompt in prompts:
+        batch.append(pb.JobPrompt(prompt_id=prompt.prompt_id, content=prompt.content))
+        size_bytes += len(prompt.prompt_id) + len(prompt.content) + _PROMPT_OVERHEAD_BYTES
+        if size_bytes >= _MESSAGE_BYTES or len(batch) == _MESSAGE_PROMPTS:
+            yield batch
+            batch, size_bytes = [], 0
+    if batch:
+        yield batch
+
+
+def _job(job: pb.Job) -> JobInfo:
+    return JobInfo(
+        stream=job.stream,
+        name=job.name,
+        samples_per_prompt=job.samples_per_prompt,
+        prompt_count=job.prompt_count,
+        stored_prompt_count=job.stored_prompt_count,
+        state=_STATES[job.state],
+        done_units=job.done_count,
+        leased_units=job.leased_count,
+        created_unix_nano=job.created_unix_nano,
+    )
+
+
+def _read_job(answer: pb.CreateJobResponse | pb.GetJobResponse | pb.CancelJobResponse) -> JobInfo:
+    return _job(answer.job)
+
+
+def _read_jobs(answer: pb.ListJobsResponse) -> list[JobInfo]:
+    return [_job(job) for job in answer.jobs]
+
+
+def _read_stored(answer: pb.AddPromptsResponse) -> int:
+    return answer.stored_prompt_count
+
+
+def _read_grant(answer: pb.LeasePromptsResponse) -> Grant:
+    lease = answer.lease
+    key = LeaseKey(lease.key.lease_id, lease.key.generation) if answer.HasField("lease") else None
+    prompts = tuple(
+        LeasedPrompt(prompt.prompt_index, prompt.prompt_id, prompt.content, tuple(prompt.sample_indices))
+        for prompt in lease.prompts
+    )
+    return Grant(_job(answer.job), key, prompts, lease.silence_milliseconds / 1000)
+
+
+def _read_lost(answer: pb.RenewLeasesResponse) -> list[LeaseKey]:
+    return [LeaseKey(key.lease_id, key.generation) for key in answer.lost]
+
+
+def _read_nothing(_answer: pb.ReleaseLeasesResponse) -> None:
+    return None
+
+
+def _key_to_proto(key: LeaseKey) -> pb.LeaseKey:
+    return pb.LeaseKey(lease_id=key.lease_id, generation=key.generation)
