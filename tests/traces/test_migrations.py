@@ -22,7 +22,7 @@ OLD_CATALOGS = tuple(Path(__file__).parent / "data" / f"catalog_v{version}.sql" 
 """Stream "old" with two blocks of producer "teacher", each of which finishes a prompt; stream "sealed". From
 version 2 on, "old" has a dictionary."""
 
-ALTERED = ("streams", "objects")
+ALTERED = ("blocks", "streams", "objects")
 """Tables that some step has added columns to."""
 
 OLD_OBJECT = "da4e69c21cb5dd56e03b545a9f730a9d"
