@@ -95,11 +95,12 @@ async def open_backend(config: ServeConfig, observation: Observation = UNWATCHED
     """
     async with AsyncExitStack() as stack:
         stack.enter_context(lock_directory(config.data_dir))
-        catalog = observation.watch_catalog(await SqliteCatalog.open(config.data_dir / "catalog.sqlite3"))
+        catalog = await SqliteCatalog.open(config.data_dir / "catalog.sqlite3")
         stack.push_async_callback(catalog.close)
-        store = observation.watch_store(LocalBlockStore(config.data_dir / "blocks"))
+        store = LocalBlockStore(config.data_dir / "blocks")
         stack.push_async_callback(store.close)
         await _sweep(catalog, store)
+        catalog, store = observation.watch_catalog(catalog), observation.watch_store(store)
         cache, tails = BlockCache(config.cache_bytes), Tails()
         committer = GroupCommitter(
             catalog,
@@ -111,9 +112,9 @@ async def open_backend(config: ServeConfig, observation: Observation = UNWATCHED
             queue_bytes=config.queue_bytes,
         )
         await stack.enter_async_context(committer)
+        committer = observation.watch_committer(committer)
         reader = BlockReader(catalog, store, cache)
-        watched = observation.watch_committer(committer)
-        yield Backend(catalog, store, cache, tails, reader, watched, KnownDictionaries(catalog))
+        yield Backend(catalog, store, cache, tails, reader, committer, KnownDictionaries(catalog))
 
 
 @contextmanager
