@@ -97,7 +97,7 @@ class AsyncPublisher:
 
     @property
     def waiting_reason(self) -> str:
-        """Why nothing can be sent right now; empty while connected."""
+        """Why nothing gets through right now; empty again with the next acknowledgement."""
         return self._retries.waiting_reason
 
     async def publish(self, block: bytes, finished_prompt_ids: Sequence[str] = ()) -> None:

@@ -95,7 +95,7 @@ class Publisher:
 
     @property
     def waiting_reason(self) -> str:
-        """Why nothing can be sent right now; empty while connected."""
+        """Why nothing gets through right now; empty again with the next acknowledgement."""
         return self._retries.waiting_reason
 
     def publish(self, block: bytes, finished_prompt_ids: Sequence[str] = ()) -> None:
