@@ -4,17 +4,16 @@ from __future__ import annotations
 
 import os
 import signal
-import socket
 import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from models.service_process import ServiceProcess
+from models.service_process import ServiceProcess, unused_target
+from models.trace_blocks import make_block, make_spec
 
 from lynearm.client import Publisher, TraceClient, stop_on_interrupt
-from lynearm.wire.blocks import BlockHeader, checksum, join_block
 from lynearm.wire.errors import (
     DeadlineError,
     InvalidInputError,
@@ -26,22 +25,6 @@ from lynearm.wire.errors import (
     StreamNotFoundError,
     StreamSealedError,
 )
-from lynearm.wire.specs import CodecSpec, StreamSpec, TeacherSpec, TokenizerSpec
-
-
-def make_spec(name: str = "s", license: str = "Apache-2.0") -> StreamSpec:
-    return StreamSpec(
-        name=name,
-        teacher=TeacherSpec("teacher", "sha256:00", "test", "float32", 128, 512),
-        tokenizer=TokenizerSpec("tok", bytes(32), b"", 128, (2,)),
-        codec=CodecSpec("exact", 4),
-        license=license,
-    )
-
-
-def make_block(number: int, size_bytes: int = 2000) -> bytes:
-    payload = number.to_bytes(4, "little") * (size_bytes // 4)
-    return join_block(BlockHeader(1, "exact", 1, 3, 5, size_bytes, checksum(payload)), payload)
 
 
 @pytest.fixture
@@ -261,9 +244,7 @@ def test_small_credit_still_delivers_everything(client: TraceClient) -> None:
 
 
 def test_no_service_is_said_within_seconds() -> None:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        target = f"127.0.0.1:{probe.getsockname()[1]}"
+    target = unused_target()
     with TraceClient(target) as client:
         with pytest.raises(ServiceUnavailableError, match=f"no trace service answers at {target}"):
             client.list_streams()

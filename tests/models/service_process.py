@@ -15,6 +15,13 @@ from lynearm.client import TraceClient
 from lynearm.wire.errors import LynearmError
 
 
+def unused_target() -> str:
+    """An address of this machine at which nothing listens."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return f"127.0.0.1:{probe.getsockname()[1]}"
+
+
 class ServiceProcess:
     """A trace server in a process of its own, on a port that survives its restarts.
 
@@ -24,14 +31,9 @@ class ServiceProcess:
     def __init__(self, data_dir: Path, **settings: float) -> None:
         self._data_dir = data_dir
         self._settings = settings
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            self.port = int(probe.getsockname()[1])
+        self.target = unused_target()
+        self.port = int(self.target.rpartition(":")[2])
         self._process: subprocess.Popen[bytes] | None = None
-
-    @property
-    def target(self) -> str:
-        return f"127.0.0.1:{self.port}"
 
     def start(self) -> None:
         code = (
@@ -57,6 +59,13 @@ class ServiceProcess:
             self._process.wait(30)
             self._process = None
 
+    def freeze(self) -> None:
+        """Stop it as a debugger would: connections stay, nothing answers."""
+        self._send(signal.SIGSTOP)
+
+    def thaw(self) -> None:
+        self._send(signal.SIGCONT)
+
     def kill(self) -> None:
         self.stop(signal.SIGKILL)
 
@@ -68,3 +77,8 @@ class ServiceProcess:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.kill()
+
+    def _send(self, number: signal.Signals) -> None:
+        if self._process is None:
+            raise ValueError(f"no service runs that {number.name} could be sent to")
+        self._process.send_signal(number)

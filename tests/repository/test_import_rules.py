@@ -9,9 +9,11 @@ import pytest
 ROOT = Path(__file__).resolve().parents[2]
 ROLE_FOLDERS = ("protos", "services", "workers", "clients")
 
-EVERYTHING = frozenset(
-    {"v1", "wire", "traces", "client", "teacher", "student", "export", "interchange", "demo", "cli"}
-)
+EVERYTHING = frozenset({"v1", "wire", "traces", "client", "datasets", "interchange", "demo", "cli"}) | {
+    "teacher",
+    "student",
+    "export",
+}
 MAY_IMPORT = {
     "v1": frozenset[str](),
     "wire": frozenset({"v1"}),
@@ -21,6 +23,7 @@ MAY_IMPORT = {
     "student": frozenset({"wire", "client"}),
     "export": frozenset({"wire"}),
     "interchange": frozenset({"v1", "wire", "client"}),
+    "datasets": frozenset({"wire", "client"}),
     "demo": EVERYTHING - {"v1", "traces", "cli"},
     "cli": EVERYTHING,
 }
@@ -31,6 +34,7 @@ MUST_NOT_LOAD = {
     "client": frozenset({"torch", "ray", "vllm", "transformers"}),
     "export": frozenset({"grpc", "ray", "vllm"}),
     "interchange": frozenset({"torch", "ray", "vllm"}),
+    "datasets": frozenset({"ray", "vllm", "transformers"}),
 }
 """Packages of others that a subpackage does without."""
 

@@ -1,21 +1,30 @@
 """The SDK: create, publish to, follow and read streams of teacher traces."""
 
+from lynearm.client.async_publisher import AsyncPublisher
+from lynearm.client.async_subscription import AsyncSubscription
+from lynearm.client.async_trace_client import AsyncTraceClient
 from lynearm.client.consumer_calls import ConsumerInfo
 from lynearm.client.consumers import ConsumerClient
+from lynearm.client.credentials import Credentials, TlsConfig
 from lynearm.client.dictionaries import DictionaryCache
 from lynearm.client.interrupts import stop_on_interrupt
 from lynearm.client.job_calls import JobInfo, JobPrompt, LeasedPrompt
 from lynearm.client.jobs import JobClient
 from lynearm.client.leases import Lease, PromptWorker
 from lynearm.client.publisher import Publisher
-from lynearm.client.subscription import ReceivedBlock, Subscription
+from lynearm.client.reading_position import ReceivedBlock
+from lynearm.client.subscription import Subscription
 from lynearm.client.trace_client import TraceClient
 from lynearm.client.trace_lookup import FoundTrace, TraceId, fetch_trace, fetch_traces
 from lynearm.wire.protobuf import StreamInfo
 
 __all__ = [
+    "AsyncPublisher",
+    "AsyncSubscription",
+    "AsyncTraceClient",
     "ConsumerClient",
     "ConsumerInfo",
+    "Credentials",
     "DictionaryCache",
     "FoundTrace",
     "JobClient",
@@ -28,6 +37,7 @@ __all__ = [
     "ReceivedBlock",
     "StreamInfo",
     "Subscription",
+    "TlsConfig",
     "TraceClient",
     "TraceId",
     "fetch_trace",

@@ -1,200 +1,149 @@
-"""One gRPC channel to a trace service: its options, its methods, and what its errors mean."""
+"""The channels of the sync client, one for each address, opened when they are first used."""
 
 from __future__ import annotations
 
 import os
-import random
-import time
-from collections.abc import Iterator
-from typing import Any, Protocol, TypeVar, cast
+from collections.abc import Callable, Iterator
+from typing import Any, TypeVar, cast
 
 import grpc
-from grpc_health.v1 import health_pb2
+from google.protobuf.message import Message
 
-from lynearm.v1 import trace_service_pb2, trace_service_pb2_grpc
-from lynearm.wire.errors import (
-    ERROR_NAME_METADATA_KEY,
-    REMEDY_METADATA_KEY,
-    LynearmError,
-    ServiceUnavailableError,
-    StorageFullError,
-    error_from_status,
-)
+from lynearm.client import methods
+from lynearm.client.calls import Call
+from lynearm.client.credentials import Credentials, open_channel
+from lynearm.client.endpoints import Endpoints
+from lynearm.client.forks import close_before_forks, leave_to_parent, opening
+from lynearm.client.interrupts import Interruptible
+from lynearm.client.methods import ResponseStream
+from lynearm.client.retries import client_closed
+from lynearm.v1 import trace_service_pb2 as pb
 
-KEEPALIVE_SECONDS = 10
-"""A peer that froze is noticed after this and `PING_TIMEOUT_SECONDS`; without both, after a minute."""
-
-PING_TIMEOUT_SECONDS = 5
-
-FIRST_RETRY_SECONDS = 0.1
-LAST_RETRY_SECONDS = 5.0
-
-_OPTIONS: tuple[tuple[str, int], ...] = (
-    ("grpc.keepalive_time_ms", KEEPALIVE_SECONDS * 1000),
-    ("grpc.keepalive_timeout_ms", PING_TIMEOUT_SECONDS * 1000),
-    ("grpc.http2.ping_timeout_ms", PING_TIMEOUT_SECONDS * 1000),
-    ("grpc.keepalive_permit_without_calls", 1),
-    ("grpc.http2.max_pings_without_data", 0),
-    ("grpc.initial_reconnect_backoff_ms", 100),
-    ("grpc.min_reconnect_backoff_ms", 500),
-    ("grpc.max_reconnect_backoff_ms", 2000),
-)
-
-_SERVICE = "/lynearm.v1.TraceService/"
-
-_Response_co = TypeVar("_Response_co", covariant=True)
-
-
-class ResponseStream(Protocol[_Response_co]):
-    """A call whose responses are iterated; what grpc returns, of which its stubs name no type."""
-
-    def __iter__(self) -> Iterator[_Response_co]:
-        """The call itself."""
-        ...
-
-    def __next__(self) -> _Response_co:
-        """The next response; raises grpc.RpcError when the call failed."""
-        ...
-
-    def cancel(self) -> bool:
-        """End the call."""
-        ...
+Result = TypeVar("Result")
 
 
 class Connection:
-    """A lazily opened channel; one for each process that uses it, since gRPC does not survive a fork.
+    """Channels to every address of a service. Threads may share it.
+
+    Before a fork, and when the client is closed, they are closed, and calls on them end; later calls, and
+    those of the child, open others.
 
     Args:
-        target: host:port.
+        endpoints: The addresses.
+        credentials: Of the client.
     """
 
-    def __init__(self, target: str) -> None:
-        self.target = target
-        self._channel: grpc.Channel | None = None
-        self._pid = 0
+    def __init__(self, endpoints: Endpoints, credentials: Credentials) -> None:
+        self.endpoints = endpoints
+        self._credentials = credentials
+        self.generation = 0
+        """Grows when the connection is closed: what was made before belongs to the past."""
+        self._channels: dict[str, grpc.Channel] = {}
+        self._pid = os.getpid()
+        close_before_forks(self)
 
-    @property
-    def channel(self) -> grpc.Channel:
-        """The channel of this process."""
-        if self._channel is None or self._pid != os.getpid():
-            self._channel = grpc.insecure_channel(self.target, options=_OPTIONS)
-            self._pid = os.getpid()
-        return self._channel
+    def publish(self, target: str, requests: Iterator[bytes]) -> ResponseStream[pb.PublishResponse]:
+        """Begin to publish; requests are framed by hand."""
+        call = self._begin(target, methods.publish_method, requests)
+        return cast("ResponseStream[pb.PublishResponse]", call)
 
-    @property
-    def stub(self) -> trace_service_pb2_grpc.TraceServiceStub:
-        """The generated stub, for everything but the hot methods."""
-        return trace_service_pb2_grpc.TraceServiceStub(self.channel)
-
-    # Any below: the stubs cannot type a method without serialisers.
-
-    def publish(self, requests: Iterator[bytes]) -> ResponseStream[trace_service_pb2.PublishResponse]:
-        """Publish with requests framed by hand."""
-        method = cast("Any", self.channel).stream_stream(
-            _SERVICE + "Publish",
-            request_serializer=None,
-            response_deserializer=trace_service_pb2.PublishResponse.FromString,
-        )
-        return cast("ResponseStream[trace_service_pb2.PublishResponse]", method(requests))
-
-    def subscribe(self, requests: Iterator[trace_service_pb2.SubscribeRequest]) -> ResponseStream[bytes]:
-        """Subscribe with responses left as bytes."""
-        method = cast("Any", self.channel).stream_stream(
-            _SERVICE + "Subscribe",
-            request_serializer=trace_service_pb2.SubscribeRequest.SerializeToString,
-            response_deserializer=None,
-        )
-        return cast("ResponseStream[bytes]", method(requests))
+    def subscribe(self, target: str, requests: Iterator[pb.SubscribeRequest]) -> ResponseStream[bytes]:
+        """Begin to subscribe; responses are bytes."""
+        return cast("ResponseStream[bytes]", self._begin(target, methods.subscribe_method, requests))
 
     def fetch(
-        self, request: trace_service_pb2.FetchBlocksRequest, timeout_seconds: float
+        self, target: str, request: pb.FetchBlocksRequest, timeout_seconds: float
     ) -> ResponseStream[bytes]:
-        """FetchBlocks with responses left as bytes."""
-        method = cast("Any", self.channel).unary_stream(
-            _SERVICE + "FetchBlocks",
-            request_serializer=trace_service_pb2.FetchBlocksRequest.SerializeToString,
-            response_deserializer=None,
-        )
-        return cast("ResponseStream[bytes]", method(request, timeout=timeout_seconds))
+        """Begin to fetch; responses are bytes."""
+        call = self._begin(target, methods.fetch_method, request, timeout=timeout_seconds)
+        return cast("ResponseStream[bytes]", call)
 
-    def is_serving(self, timeout_seconds: float) -> bool:
-        """Whether the service answers its health check with SERVING."""
-        method = cast("Any", self.channel).unary_unary(
-            "/grpc.health.v1.Health/Check",
-            request_serializer=health_pb2.HealthCheckRequest.SerializeToString,
-            response_deserializer=health_pb2.HealthCheckResponse.FromString,
-        )
+    def ask(self, target: str, call: Call[Result], timeout_seconds: float) -> Result:
+        """Call, and wait for the answer.
+
+        Raises:
+            grpc.RpcError: if the call failed.
+        """
+
+        def make_method(channel: grpc.Channel) -> Any:
+            return methods.call_method(channel, call)
+
+        with Interruptible() as interrupt:
+            if call.streamed:
+                responses = self._begin(target, make_method, call.request, timeout=timeout_seconds)
+                interrupt.wake_by(responses.cancel)
+                answer = list(responses)
+            else:
+                answer = self._ask(target, make_method, call.request, timeout_seconds, interrupt)
+        return call.read(answer)
+
+    def is_serving(self, target: str, timeout_seconds: float) -> bool:
+        """Whether the service at an address answers its health check with SERVING."""
         try:
-            response = method(health_pb2.HealthCheckRequest(), timeout=timeout_seconds)
+            with Interruptible() as interrupt:
+                answer = self._ask(
+                    target, methods.health_method, methods.HEALTH_REQUEST, timeout_seconds, interrupt
+                )
         except grpc.RpcError:
             return False
-        return bool(response.status == health_pb2.HealthCheckResponse.SERVING)
+        return methods.is_serving(answer)
 
     def close(self) -> None:
-        """Close the channel; calls on it end."""
-        if self._channel is not None and self._pid == os.getpid():
-            self._channel.close()
-        self._channel = None
+        """Close the channels, and tell by `generation` that what was made before is over."""
+        self.generation += 1
+        with Interruptible():
+            self.prepare_fork()
 
-    def error(self, failure: grpc.RpcError) -> LynearmError:
-        """The typed error behind a failed call."""
-        call = cast("grpc.Call", failure)
-        metadata = dict(call.trailing_metadata() or ())
-        status = call.code().name
-        name = _text(metadata.get(ERROR_NAME_METADATA_KEY, ""))
-        if status == "UNAVAILABLE" and not name:
-            return ServiceUnavailableError(
-                f"no trace service answers at {self.target} ({call.details()})",
-                "start one with `lynearm serve`, or name another with --service",
-            )
-        remedy = _text(metadata.get(REMEDY_METADATA_KEY, ""))
-        return error_from_status(status, call.details() or "", name, remedy)
+    def prepare_fork(self) -> None:
+        """Close the channels; returns when none of their threads is in gRPC."""
+        self._leave_parent()
+        channels, self._channels = self._channels, {}
+        for channel in channels.values():
+            channel.close()
 
+    # Any, below: what grpc's methods take and return is typed nowhere.
+    def _ask(
+        self,
+        target: str,
+        make_method: Callable[[grpc.Channel], Any],
+        request: Message,
+        timeout_seconds: float,
+        interrupt: Interruptible,
+    ) -> Any:
+        if not interrupt.is_active:
+            return self._begin(target, make_method, request, timeout=timeout_seconds)
 
-def is_transient(failure: grpc.RpcError) -> bool:
-    """Whether the same call may succeed once the service is back, or has room again."""
-    call = cast("grpc.Call", failure)
-    code = call.code()
-    if code in (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.CANCELLED):
-        return True
-    name = _text(dict(call.trailing_metadata() or ()).get(ERROR_NAME_METADATA_KEY, ""))
-    if name == StorageFullError.__name__:
-        return True
-    # A server that is stopped or killed may also reset the stream, which gRPC reports in these two.
-    reset = "RST_STREAM" in (call.details() or "")
-    return not name and reset and code in (grpc.StatusCode.INTERNAL, grpc.StatusCode.UNKNOWN)
+        def make_future(channel: grpc.Channel) -> Any:
+            return make_method(channel).future
 
+        # A call that can be cancelled, which costs a thread of grpc's.
+        future = self._begin(target, make_future, request, timeout=timeout_seconds)
+        interrupt.wake_by(future.cancel)
+        return future.result()
 
-class Backoff:
-    """Waits between tries: doubling, with full jitter, so that a fleet does not return all at once.
+    def _begin(
+        self, target: str, make_method: Callable[[grpc.Channel], Any], *arguments: object, **options: object
+    ) -> Any:
+        while True:
+            generation, channel = self.generation, self._channel(target)
+            try:
+                return make_method(channel)(*arguments, **options)
+            except ValueError as error:  # grpc's word for a channel that another thread has closed
+                if generation != self.generation or self._channels.get(target) is channel:
+                    raise client_closed("a call") from error
+                # It was closed before a fork.
 
-    Args:
-        patience_seconds: Time without success after which `spent` is true.
-    """
+    def _channel(self, target: str) -> grpc.Channel:
+        with opening():
+            self._leave_parent()
+            channel = self._channels.get(target)
+            if channel is None:
+                with Interruptible():
+                    channel = open_channel(target, self._credentials, methods.CHANNEL_OPTIONS)
+                    self._channels[target] = channel
+        return channel
 
-    def __init__(self, patience_seconds: float) -> None:
-        self._patience_seconds = patience_seconds
-        self._tries = 0
-        self._since: float | None = None
-
-    def failed(self) -> float:
-        """Count a failure; the seconds to wait before the next try."""
-        if self._since is None:
-            self._since = time.monotonic()
-        ceiling = min(LAST_RETRY_SECONDS, FIRST_RETRY_SECONDS * 2.0**self._tries)
-        self._tries = min(self._tries + 1, 16)
-        return ceiling * random.uniform(0.5, 1.0)
-
-    def succeeded(self) -> None:
-        """Forget the failures."""
-        self._tries = 0
-        self._since = None
-
-    @property
-    def spent(self) -> bool:
-        """Whether patience has run out."""
-        return self._since is not None and time.monotonic() - self._since >= self._patience_seconds
-
-
-def _text(value: str | bytes) -> str:
-    return value.decode("utf-8", "replace") if isinstance(value, bytes) else value
+    def _leave_parent(self) -> None:
+        if self._pid != os.getpid():
+            leave_to_parent(self._channels)
+            self._channels, self._pid = {}, os.getpid()

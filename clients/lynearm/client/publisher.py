@@ -1,91 +1,67 @@
 """Publishes blocks so that each is stored once, whatever happens to the connection.
 
-Invariants: blocks are stored in the order of `publish`. A block stays in memory until the service
-says that it is durable; after a lost connection the unacknowledged ones are sent again under the
-same sequence numbers, and the service drops those that it has. `publish` waits while too many
-bytes are in flight: that is the backpressure on whoever produces.
+`ProducerWindow` says what is sent and when; here are the thread that does it, and those who wait for it.
+`publish` waits while too many bytes are in flight: that is the backpressure on whoever produces.
 """
 
 from __future__ import annotations
 
 import logging
+import os
 import threading
 import time
-from collections import deque
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
 from types import TracebackType
 from typing import Self
 
 import grpc
 
-from lynearm.client.connection import Backoff, Connection, ResponseStream, is_transient
-from lynearm.v1 import trace_service_pb2
-from lynearm.wire.blocks import MAX_BLOCK_BYTES
-from lynearm.wire.errors import DeadlineError, InternalError, InvalidInputError, LynearmError
-from lynearm.wire.frames import PublishOpen, frame_publish_block, frame_publish_open
+from lynearm.client.connection import Connection
+from lynearm.client.interrupts import Interruptible
+from lynearm.client.methods import ResponseStream
+from lynearm.client.producer_window import (
+    FAREWELL_SECONDS,
+    OPEN_SECONDS,
+    Finished,
+    ProducerWindow,
+    check_block,
+    too_late,
+)
+from lynearm.client.retries import Retries, client_closed, service_hung_up
+from lynearm.v1 import trace_service_pb2 as pb
+from lynearm.wire.errors import InternalError, LynearmError, PreconditionError
 from lynearm.wire.labels import TagSummary
 from lynearm.wire.work import FinishedWork
 
 logger = logging.getLogger(__name__)
 
-DEFAULT_IN_FLIGHT_BYTES = 16 << 20
-"""Sixty blocks of 256 KB: more than a group commit takes in one go."""
-
-_MAX_MESSAGE_BYTES = (4 << 20) - 1024
-"""gRPC's default limit of a message."""
-
-_OPEN_SECONDS = 30.0
-"""How long a connected service may take to answer the opening."""
-
-_FAREWELL_SECONDS = 5.0
-"""How long an exception may be held up to save blocks that are on their way."""
-
-
-@dataclass(frozen=True, slots=True)
-class _Unacknowledged:
-    sequence: int
-    frame: bytes
-
 
 class Publisher:
     """A producer of one stream. Made by `TraceClient.publisher`; use it as a context manager.
 
-    One thread publishes; a thread of the publisher's own sends, and reads what became durable.
+    One thread publishes; a thread of the publisher's own sends, and reads what became durable. Both live in
+    the process that made it.
     """
 
-    def __init__(
-        self,
-        connection: Connection,
-        stream: str,
-        producer_id: str,
-        *,
-        max_in_flight_bytes: int,
-        patience_seconds: float,
-        labels: Mapping[str, str] | None = None,
-    ) -> None:
-        self.stream = stream
-        self.producer_id = producer_id
+    def __init__(self, connection: Connection, window: ProducerWindow, *, retries: Retries) -> None:
+        self.stream = window.stream
+        self.producer_id = window.producer_id
         self._connection = connection
-        self._labels = dict(labels or {})
-        self._max_in_flight_bytes = max_in_flight_bytes
-        self._backoff = Backoff(patience_seconds)
+        self._generation = connection.generation
+        self._retries = retries
+        self._pid = os.getpid()
         self._changed = threading.Condition()
         # Everything below is guarded by _changed.
-        self._unacknowledged: deque[_Unacknowledged] = deque()
-        self._in_flight_bytes = 0
-        self._last_sequence = 0
-        self._sent_sequence = 0
-        self._acked_blocks = 0
-        self._epoch = 0
+        self._window = window
         self._waiting_seconds = 0.0
-        self._opened = False
         self._closing = False
         self._error: LynearmError | None = None
-        self._waiting_reason = ""
-        self._call: ResponseStream[trace_service_pb2.PublishResponse] | None = None
-        self._thread = threading.Thread(target=self._run, name=f"publish-{stream}", daemon=True)
+        self._call: ResponseStream[pb.PublishResponse] | None = None
+        self._thread = threading.Thread(target=self._run, name=f"publish-{window.stream}", daemon=True)
         self._thread.start()
+
+    def __repr__(self) -> str:
+        return f"<Publisher {self.producer_id!r} of {self.stream!r}: {self._window.progress}>"
 
     def __enter__(self) -> Self:
         """The publisher itself."""
@@ -99,21 +75,19 @@ class Publisher:
             self.close()
             return
         try:
-            self.close(timeout_seconds=_FAREWELL_SECONDS)
+            self.close(timeout_seconds=FAREWELL_SECONDS)
         except LynearmError:
-            logger.warning(
-                "stream %s: %d blocks were not acknowledged", self.stream, len(self._unacknowledged)
-            )
+            logger.warning("stream %s: %d blocks were not acknowledged", self.stream, len(self._window))
 
     @property
     def acked_blocks(self) -> int:
         """Blocks of this publisher that are durable."""
-        return self._acked_blocks
+        return self._window.acked_blocks
 
     @property
     def in_flight_bytes(self) -> int:
         """Bytes of blocks that are not known to be durable yet."""
-        return self._in_flight_bytes
+        return self._window.in_flight_bytes
 
     @property
     def waiting_seconds(self) -> float:
@@ -123,7 +97,7 @@ class Publisher:
     @property
     def waiting_reason(self) -> str:
         """Why nothing goes on right now; empty while it does."""
-        return self._waiting_reason
+        return self._retries.waiting_reason or self._window.held_reason
 
     def publish(
         self,
@@ -146,26 +120,16 @@ class Publisher:
             StreamNotFoundError, StreamSealedError, ProducerFencedError, …: what the service said to
                 this block or to an earlier one. The publisher is of no more use then.
         """
-        if len(block) > MAX_BLOCK_BYTES:
-            raise InvalidInputError(
-                f"block of {len(block)} bytes, expected at most {MAX_BLOCK_BYTES}",
-                "put fewer traces into one block",
-            )
-        with self._changed:
-            self._wait_for_room(len(block))
-            frame = frame_publish_block(
-                self._last_sequence + 1, block, finished_prompt_ids, finished_work=finished_work, tags=tags
-            )
-            if len(frame) > _MAX_MESSAGE_BYTES:
-                raise InvalidInputError(
-                    f"a block with the prompts that it finishes is {len(frame)} bytes, "
-                    f"expected at most {_MAX_MESSAGE_BYTES}",
-                    "put fewer traces into one block",
-                )
-            self._last_sequence += 1
-            self._unacknowledged.append(_Unacknowledged(self._last_sequence, frame))
-            self._in_flight_bytes += len(frame)
-            self._changed.notify_all()
+        check_block(block)
+        started = time.monotonic()
+        with self._waiting() as interrupt, self._changed:
+            self._wait(lambda: self._closing or self._window.has_room(len(block)), None, interrupt)
+            self._waiting_seconds += time.monotonic() - started
+            if self._closing:
+                raise too_late(self.stream)
+            if not interrupt.was_interrupted:
+                self._window.add(block, Finished(finished_prompt_ids, finished_work, tags))
+                self._changed.notify_all()
 
     def flush(self, timeout_seconds: float | None = None) -> None:
         """Wait until every block is durable.
@@ -174,17 +138,9 @@ class Publisher:
             DeadlineError: if that took longer than `timeout_seconds`.
             LynearmError: as for `publish`.
         """
-        with self._changed:
-            done = self._changed.wait_for(
-                lambda: not self._unacknowledged or self._error is not None, timeout_seconds
-            )
-            self._raise_error()
-            if not done:
-                raise DeadlineError(
-                    f"stream {self.stream!r}: {len(self._unacknowledged)} blocks were not acknowledged "
-                    f"within {timeout_seconds:g} s",
-                    self._waiting_reason or "look at the trace service's log",
-                )
+        with self._waiting() as interrupt, self._changed:
+            if not self._wait(lambda: self._window.is_empty, timeout_seconds, interrupt):
+                raise self._window.overdue(timeout_seconds, self.waiting_reason)
 
     def close(self, timeout_seconds: float | None = None) -> None:
         """Flush, then leave. Idempotent.
@@ -195,49 +151,76 @@ class Publisher:
         try:
             self.flush(timeout_seconds)
         finally:
+            if self._pid == os.getpid():
+                self._leave()
+
+    def _leave(self) -> None:
+        with Interruptible():
             with self._changed:
                 self._closing = True
-                call = self._call if self._unacknowledged or not self._opened else None
+                call = None if self._window.is_empty and self._window.is_open else self._call
                 self._changed.notify_all()
             if call is not None:
                 call.cancel()
-            self._thread.join(_FAREWELL_SECONDS)
+            self._thread.join(FAREWELL_SECONDS)
 
-    def _wait_for_room(self, size_bytes: int) -> None:
-        started = time.monotonic()
-        self._changed.wait_for(
-            lambda: (
-                self._error is not None
-                or self._closing
-                or not self._unacknowledged
-                or self._in_flight_bytes + size_bytes <= self._max_in_flight_bytes
+    def _waiting(self) -> Interruptible:
+        if self._pid != os.getpid():
+            raise PreconditionError(
+                f"this publisher to stream {self.stream!r} belongs to process {self._pid}",
+                "make a publisher in the process that publishes",
             )
-        )
-        self._waiting_seconds += time.monotonic() - started
-        self._raise_error()
-        if self._closing:
-            raise InternalError(f"publish to stream {self.stream!r} after close")
+        interrupt = Interruptible()
+        interrupt.wake_by(self._wake)
+        return interrupt
 
-    def _raise_error(self) -> None:
+    def _wake(self) -> None:
+        with self._changed:
+            self._changed.notify_all()
+
+    def _wait(
+        self, is_done: Callable[[], bool], timeout_seconds: float | None, interrupt: Interruptible
+    ) -> bool:
+        """Wait until something is done, or an interrupt, which counts as done; False after the time."""
+        done = self._changed.wait_for(
+            lambda: self._error is not None or interrupt.was_interrupted or is_done(), timeout_seconds
+        )
         if self._error is not None:
             raise self._error
+        return done
 
     def _run(self) -> None:
-        while True:
-            pause_seconds = self._connect_once()
-            with self._changed:
-                if pause_seconds is None or self._changed.wait_for(lambda: self._closing, pause_seconds):
-                    return
+        try:
+            while (pause_seconds := self._connect_once()) is not None:
+                with self._changed:
+                    if self._changed.wait_for(lambda: self._closing, pause_seconds):
+                        return
+        except LynearmError as error:
+            self._fail(error)
+        except Exception as error:
+            # Whatever it is, those who wait have to hear of it, or they wait for ever.
+            logger.exception("stream %s: the publisher failed", self.stream)
+            self._fail(InternalError(f"the publisher to stream {self.stream!r} failed: {error!r}"))
+
+    def _fail(self, error: LynearmError) -> None:
+        with self._changed:
+            if not self._closing:
+                self._error = error
+            self._changed.notify_all()
 
     def _connect_once(self) -> float | None:
         """One connection, from opening to end; the seconds to wait before the next, None for the last."""
+        if self._generation != self._connection.generation:
+            raise client_closed(f"publisher to stream {self.stream!r}")
+        target = self._connection.endpoints.current
         finished = threading.Event()
-        call = self._connection.publish(self._requests(finished))
         with self._changed:
-            self._opened = False
+            opening = self._window.reopen()
+        call = self._connection.publish(target, self._requests(opening, finished))
+        with self._changed:
             self._call = call
         # A service that hangs would otherwise hold the opening for ever.
-        watchdog = threading.Timer(_OPEN_SECONDS, call.cancel)
+        watchdog = threading.Timer(OPEN_SECONDS, call.cancel)
         watchdog.daemon = True
         watchdog.start()
         try:
@@ -245,82 +228,34 @@ class Publisher:
                 watchdog.cancel()
                 self._receive(response)
         except grpc.RpcError as failure:
-            return self._disconnected(failure)
-        except LynearmError as error:
-            call.cancel()
-            self._fail(error)
+            if self._generation != self._connection.generation:
+                raise client_closed(f"publisher to stream {self.stream!r}") from failure
+            return None if self._closing else self._retries.failed(failure, target)
         finally:
             watchdog.cancel()
             with self._changed:
                 finished.set()
                 self._changed.notify_all()
-        with self._changed:
-            closed_by_service = not self._closing and self._error is None
-        return self._backoff.failed() if closed_by_service else None
+            call.cancel()
+        return None if self._closing else self._retries.lost(service_hung_up(target), target)
 
-    def _requests(self, finished: threading.Event) -> Iterator[bytes]:
+    def _requests(self, opening: bytes, finished: threading.Event) -> Iterator[bytes]:
         """What is sent on one connection: the opening, then every block that is not acknowledged."""
-        yield frame_publish_open(PublishOpen(self.stream, self.producer_id, self._epoch, self._labels))
+        yield opening
         while True:
             with self._changed:
-                self._changed.wait_for(lambda: finished.is_set() or self._closing or self._next_to_send())
-                if finished.is_set():
-                    return
-                pending = self._next_to_send()
-                if pending is None:
-                    return
-                self._sent_sequence = pending.sequence
-            yield pending.frame
-
-    def _next_to_send(self) -> _Unacknowledged | None:
-        if not self._opened or self._sent_sequence >= self._last_sequence:
-            return None
-        return self._unacknowledged[self._sent_sequence + 1 - self._unacknowledged[0].sequence]
-
-    def _receive(self, response: trace_service_pb2.PublishResponse) -> None:
-        with self._changed:
-            if response.WhichOneof("message") == "opened":
-                self._epoch = response.opened.epoch
-                if response.opened.next_sequence > self._last_sequence + 1:
-                    raise InternalError(
-                        f"stream {self.stream!r}: the service has block {response.opened.next_sequence - 1} "
-                        f"of this producer, which sent {self._last_sequence}"
-                    )
-                self._acknowledge(response.opened.next_sequence - 1)
-                self._sent_sequence = response.opened.next_sequence - 1
-                self._opened = True
-                self._waiting_reason = ""
-                self._backoff.succeeded()
-            elif response.WhichOneof("message") == "held":
-                self._waiting_reason = (
-                    f"consumer {response.held.consumer!r} is {response.held.lag_blocks} blocks and "
-                    f"{response.held.lag_traces} traces behind, as far as the stream allows"
+                self._changed.wait_for(
+                    lambda: finished.is_set() or self._closing or self._window.has_more_to_send
                 )
-            else:
-                self._waiting_reason = ""
-                self._acknowledge(response.ack.first_sequence + len(response.ack.offsets) - 1)
-            self._changed.notify_all()
+                frame = None if finished.is_set() else self._window.take()
+            if frame is None:
+                return
+            yield frame
 
-    def _acknowledge(self, sequence: int) -> None:
-        while self._unacknowledged and self._unacknowledged[0].sequence <= sequence:
-            self._in_flight_bytes -= len(self._unacknowledged.popleft().frame)
-            self._acked_blocks += 1
-
-    def _disconnected(self, failure: grpc.RpcError) -> float | None:
-        error = self._connection.error(failure)
-        pause_seconds = self._backoff.failed()
+    def _receive(self, response: pb.PublishResponse) -> None:
         with self._changed:
-            if self._closing:
-                return None
-            if is_transient(failure) and not self._backoff.spent:
-                if not self._waiting_reason:
-                    logger.warning("stream %s: waiting to publish: %s", self.stream, error.message)
-                self._waiting_reason = error.message
-                return pause_seconds
-        self._fail(error)
-        return None
-
-    def _fail(self, error: LynearmError) -> None:
-        with self._changed:
-            self._error = error
+            was_open = self._window.is_open
+            self._window.receive(response)
+            if not was_open:
+                self._retries.succeeded()
             self._changed.notify_all()

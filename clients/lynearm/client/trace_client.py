@@ -4,75 +4,77 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from types import TracebackType
 from typing import TYPE_CHECKING, Literal, Self, TypeVar
 
 import grpc
 
-from lynearm.client.connection import Backoff, Connection, is_transient
+from lynearm.client import calls
+from lynearm.client.calls import Call
+from lynearm.client.client_settings import DEFAULT_TIMEOUT_SECONDS, ClientSettings
+from lynearm.client.connection import Connection
 from lynearm.client.consumers import ConsumerClient
+from lynearm.client.credentials import Credentials
+from lynearm.client.endpoints import DEFAULT_TARGET
 from lynearm.client.jobs import JobClient
 from lynearm.client.leases import DEFAULT_UNITS, PromptWorker
-from lynearm.client.publisher import DEFAULT_IN_FLIGHT_BYTES, Publisher
-from lynearm.client.selection import Selection
-from lynearm.client.subscription import DEFAULT_CREDIT_BYTES, ReceivedBlock, Subscription
-from lynearm.client.unary_calls import Result, UnaryCall
-from lynearm.v1 import trace_service_pb2 as pb
-from lynearm.wire.blocks import MAX_DICTIONARY_BYTES, dictionary_digest
-from lynearm.wire.errors import (
-    CorruptBlockError,
-    InvalidInputError,
-    ServiceUnavailableError,
-    StreamExistsError,
+from lynearm.client.producer_window import DEFAULT_IN_FLIGHT_BYTES, ProducerWindow
+from lynearm.client.publisher import Publisher
+from lynearm.client.reading_position import (
+    DEFAULT_CREDIT_BYTES,
+    FetchPosition,
+    ReceivedBlock,
+    SubscriptionPosition,
 )
-from lynearm.wire.frames import parse_fetch_response
+from lynearm.client.retries import not_ready
+from lynearm.client.selection import Selection
+from lynearm.client.subscription import Subscription, fetch_blocks
+from lynearm.wire.errors import StreamExistsError
 from lynearm.wire.labels import TraceFilter, check_producer_labels
-from lynearm.wire.protobuf import StreamInfo, spec_to_proto, stream_from_proto
-from lynearm.wire.specs import StreamSpec, check_name, spec_differences
+from lynearm.wire.protobuf import StreamInfo
+from lynearm.wire.specs import StreamSpec, check_name
 from lynearm.wire.traces import Cursor
 
 if TYPE_CHECKING:
     from lynearm.wire.dictionaries import DictionaryReader
 
-DEFAULT_TARGET = "127.0.0.1:7411"
-
-_SHORT_PATIENCE_SECONDS = 1.0
-"""How long a single call bridges a hiccup; a person at a keyboard waits no longer for bad news."""
-
-_Request = TypeVar("_Request")
-_Response = TypeVar("_Response")
+Result = TypeVar("Result")
 
 
-class TraceClient:
-    """A client of one trace service. Threads may share it; the channel opens at the first call.
+class TraceClient(ClientSettings):
+    """A client of one trace service. Threads may share it; a channel opens at the first call.
 
-    Single calls raise `ServiceUnavailableError` after about a second without a service. Publishers
-    and subscriptions wait for it, and go on where they were.
+    Single calls raise `ServiceUnavailableError` after about a second without a service, once every address
+    was tried. Publishers and subscriptions wait for it, and go on where they were, at whichever address
+    answers. Pickled or forked, a client opens channels of its own. `AsyncTraceClient` is its twin.
 
     Args:
-        target: host:port of the service.
-        timeout_seconds: Deadline of each single call.
+        target: host:port of the service; several servers of one catalog as a sequence, or with commas.
+        timeout_seconds: Deadline of each single call, tries and waits included.
         patience_seconds: How long publishers and subscriptions wait for a service that went away.
+        credentials: TLS and token; None: what the environment says (`lynearm.client.credentials`).
 
     Raises:
-        InvalidInputError: if the target is not host:port.
+        InvalidInputError: if an address is not host:port.
+        ConfigError: if a token would go out in plain text.
     """
 
     def __init__(
         self,
-        target: str = DEFAULT_TARGET,
+        target: str | Sequence[str] = DEFAULT_TARGET,
         *,
-        timeout_seconds: float = 30.0,
+        timeout_seconds: float = DEFAULT_TIMEOUT_SECONDS,
         patience_seconds: float = math.inf,
+        credentials: Credentials | None = None,
     ) -> None:
-        host, _, port = target.rpartition(":")
-        if not host or not port.isdigit() or not 0 < int(port) < 1 << 16:
-            raise InvalidInputError(f"service {target!r} is not host:port", f"for example {DEFAULT_TARGET}")
-        self.target = target
-        self._timeout_seconds = timeout_seconds
-        self._patience_seconds = patience_seconds
-        self._connection = Connection(target)
+        super().__init__(
+            target,
+            timeout_seconds=timeout_seconds,
+            patience_seconds=patience_seconds,
+            credentials=credentials,
+        )
+        self._connection = Connection(self._endpoints, self._credentials)
 
     def __enter__(self) -> Self:
         """The client itself."""
@@ -81,22 +83,25 @@ class TraceClient:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        """Close the channel."""
+        """Close the channels."""
         self.close()
 
-    @property
-    def jobs(self) -> JobClient:
-        """Prompts that the service hands out to workers."""
-        return JobClient(self.send)
-
-    @property
-    def consumers(self) -> ConsumerClient:
-        """Named readers whose positions the service keeps."""
-        return ConsumerClient(self.send)
-
     def close(self) -> None:
-        """Close the channel; publishers and subscriptions on it end. The next call opens another."""
+        """Close the channels; publishers and subscriptions on them end. The next call opens others."""
         self._connection.close()
+
+    def is_serving(self, *, timeout_seconds: float = 5.0) -> bool:
+        """Whether the service answers at any of its addresses, and says that it is serving.
+
+        Args:
+            timeout_seconds: How long one address may take to answer.
+        """
+        for _ in self._endpoints.targets:
+            target = self._endpoints.current
+            if self._connection.is_serving(target, timeout_seconds):
+                return True
+            self._endpoints.leave(target)
+        return False
 
     def wait_until_ready(
         self, timeout_seconds: float = math.inf, on_wait: Callable[[], None] | None = None
@@ -110,84 +115,78 @@ class TraceClient:
         Raises:
             ServiceUnavailableError: if it did not come up in time.
         """
-        backoff = Backoff(timeout_seconds)
-        while not self._connection.is_serving(min(5.0, self._timeout_seconds)):
-            pause_seconds = backoff.failed()
-            if backoff.spent:
-                raise ServiceUnavailableError(
-                    f"no trace service answers at {self.target} after {timeout_seconds:g} s",
-                    "start one with `lynearm serve`, or name another with --service",
-                )
+        retries = self._ready_retries(timeout_seconds)
+        while not self.is_serving(timeout_seconds=min(5.0, self._timeout_seconds)):
+            pause_seconds = retries.lost(not_ready(self._endpoints, timeout_seconds))
             if on_wait is not None:
                 on_wait()
                 on_wait = None
             time.sleep(min(pause_seconds, 1.0))
 
-    def create_stream(self, spec: StreamSpec, *, allow_existing: bool = False) -> StreamInfo:
+    def create_stream(
+        self, spec: StreamSpec, *, allow_existing: bool = False, timeout_seconds: float | None = None
+    ) -> StreamInfo:
         """Create a stream.
 
         Args:
             spec: What the stream is.
             allow_existing: Return the stream of that name if its spec equals `spec`.
+            timeout_seconds: Deadline of this call; None: the client's.
 
         Raises:
             StreamExistsError: if the name is taken (by another spec, with `allow_existing`).
         """
-        request = pb.CreateStreamRequest(spec=spec_to_proto(spec), allow_existing=allow_existing)
-        return stream_from_proto(self._call(self._connection.stub.CreateStream, request).stream)
+        return self._ask(calls.create_stream(spec, allow_existing=allow_existing), timeout_seconds)
 
-    def open_stream(self, spec: StreamSpec) -> StreamInfo:
+    def open_stream(self, spec: StreamSpec, *, timeout_seconds: float | None = None) -> StreamInfo:
         """Create a stream, or open the one that exists with the same spec.
 
         Raises:
             StreamExistsError: if one of that name has another spec; the message names what differs.
         """
         try:
-            return self.create_stream(spec, allow_existing=True)
+            return self.create_stream(spec, allow_existing=True, timeout_seconds=timeout_seconds)
         except StreamExistsError as error:
-            existing = self.get_stream(spec.name).spec
-            raise StreamExistsError(
-                f"stream {spec.name!r} exists and is another: {'; '.join(spec_differences(existing, spec))}",
-                "choose another stream name, or the settings that the stream was made with",
-            ) from error
+            existing = self.get_stream(spec.name, timeout_seconds=timeout_seconds).spec
+            raise calls.another_stream(existing, spec) from error
 
-    def get_stream(self, name: str) -> StreamInfo:
+    def get_stream(self, name: str, *, timeout_seconds: float | None = None) -> StreamInfo:
         """The stream as it is now.
 
         Raises:
             StreamNotFoundError: if there is none of that name.
         """
-        request = pb.GetStreamRequest(name=check_name(name))
-        return stream_from_proto(self._call(self._connection.stub.GetStream, request).stream)
+        return self._ask(calls.get_stream(name), timeout_seconds)
 
-    def list_streams(self) -> list[StreamInfo]:
+    def list_streams(self, *, timeout_seconds: float | None = None) -> list[StreamInfo]:
         """Every stream, by name."""
-        response = self._call(self._connection.stub.ListStreams, pb.ListStreamsRequest())
-        return [stream_from_proto(stream) for stream in response.streams]
+        return self._ask(calls.list_streams(), timeout_seconds)
 
-    def delete_stream(self, name: str) -> None:
+    def delete_stream(self, name: str, *, timeout_seconds: float | None = None) -> None:
         """Delete a stream with all its blocks and dictionaries.
 
         Raises:
             StreamNotFoundError: if there is none of that name.
         """
-        self._call(self._connection.stub.DeleteStream, pb.DeleteStreamRequest(name=check_name(name)))
+        self._ask(calls.delete_stream(name), timeout_seconds)
 
-    def seal_stream(self, name: str) -> StreamInfo:
+    def seal_stream(self, name: str, *, timeout_seconds: float | None = None) -> StreamInfo:
         """End a stream: it takes no more blocks, and subscriptions that follow it finish.
 
         Raises:
             StreamNotFoundError: if there is none of that name.
         """
-        request = pb.SealStreamRequest(name=check_name(name))
-        return stream_from_proto(self._call(self._connection.stub.SealStream, request).stream)
+        return self._ask(calls.seal_stream(name), timeout_seconds)
 
-    def put_dictionary(self, stream: str, dictionary: bytes) -> bytes:
+    def put_dictionary(
+        self, stream: str, dictionary: bytes, *, timeout_seconds: float | None = None
+    ) -> bytes:
         """Give a stream a codec dictionary, so that published blocks may name it; idempotent.
 
         Args:
             stream: Name of the stream.
             dictionary: At most 3 MiB; durable on return.
+            timeout_seconds: Deadline of this call; None: the client's.
 
         Returns:
             Its digest, 8 bytes.
@@ -199,28 +198,15 @@ class TraceClient:
             CorruptBlockError: if the service received other bytes.
             InvalidInputError: if it is empty or too large.
         """
-        # Checked here too: above 4 MiB gRPC would speak of a limit of its own.
-        if not 1 <= len(dictionary) <= MAX_DICTIONARY_BYTES:
-            raise InvalidInputError(
-                f"dictionary of {len(dictionary)} bytes, expected 1 to {MAX_DICTIONARY_BYTES}"
-            )
-        request = pb.PutDictionaryRequest(stream=check_name(stream), dictionary=dictionary)
-        found = self._call(self._connection.stub.PutDictionary, request).digest
-        digest = dictionary_digest(dictionary)
-        if found != digest:
-            raise CorruptBlockError(
-                f"the service at {self.target} received a dictionary of digest {found.hex()}, "
-                f"sent was {digest.hex()}",
-                "put it again",
-            )
-        return digest
+        return self._ask(calls.put_dictionary(stream, dictionary), timeout_seconds)
 
-    def get_dictionary(self, stream: str, digest: bytes) -> bytes:
+    def get_dictionary(self, stream: str, digest: bytes, *, timeout_seconds: float | None = None) -> bytes:
         """A codec dictionary of a stream, by the digest in the header of a block.
 
         Args:
             stream: Name of the stream.
             digest: 8 bytes.
+            timeout_seconds: Deadline of this call; None: the client's.
 
         Raises:
             StreamNotFoundError: if there is no such stream.
@@ -228,15 +214,7 @@ class TraceClient:
             CorruptBlockError: if what came has another digest.
             InvalidInputError: if `digest` is not 8 bytes.
         """
-        request = pb.GetDictionaryRequest(stream=check_name(stream), digest=digest)
-        dictionary = self._call(self._connection.stub.GetDictionary, request).dictionary
-        found = dictionary_digest(dictionary)
-        if found != digest:
-            raise CorruptBlockError(
-                f"dictionary {digest.hex()} of stream {stream!r} came with digest {found.hex()}",
-                "fetch it again; if that does not help, it is damaged on the server's disk",
-            )
-        return dictionary
+        return self._ask(calls.get_dictionary(stream, digest), timeout_seconds)
 
     def dictionaries(self, stream: str, *, wait: bool = False) -> DictionaryReader:
         """What `decode_block` needs to read a stream's blocks: its dictionaries, each fetched once.
@@ -251,18 +229,13 @@ class TraceClient:
 
         return DictionaryReader(DictionaryCache(self, check_name(stream), wait=wait))
 
-    def finished_prompts(self, stream: str) -> set[str]:
+    def finished_prompts(self, stream: str, *, timeout_seconds: float | None = None) -> set[str]:
         """Ids of the prompts that committed blocks have finished.
 
         Raises:
             StreamNotFoundError: if there is no such stream.
         """
-        request = pb.ListFinishedPromptsRequest(stream=check_name(stream))
-        try:
-            responses = self._connection.stub.ListFinishedPrompts(request, timeout=self._timeout_seconds)
-            return {prompt_id for response in responses for prompt_id in response.prompt_ids}
-        except grpc.RpcError as failure:
-            raise self._connection.error(failure) from failure
+        return self._ask(calls.finished_prompts(stream), timeout_seconds)
 
     def publisher(
         self,
@@ -280,13 +253,14 @@ class TraceClient:
             max_in_flight_bytes: Blocks sent but not yet durable, after which `publish` waits.
             labels: What its blocks are, for filters.
         """
-        return Publisher(
-            self._connection,
+        window = ProducerWindow(
             check_name(stream),
             check_name(producer_id, what="producer id"),
-            max_in_flight_bytes=max_in_flight_bytes,
-            patience_seconds=self._patience_seconds,
+            max_in_flight_bytes,
             labels=check_producer_labels(labels or {}),
+        )
+        return Publisher(
+            self._connection, window, retries=self._long_retries(f"publisher of stream {stream}")
         )
 
     def prompt_worker(
@@ -335,39 +309,58 @@ class TraceClient:
         """
         first = self.get_stream(stream).next_offset if start == "live" else start
         cursor = first if isinstance(first, Cursor) else Cursor(first)
-        selection = Selection(check_name(stream), cursor, follow, credit_bytes, wanted)
-        return Subscription(self._connection, selection, patience_seconds=self._patience_seconds)
+        position = SubscriptionPosition(Selection(check_name(stream), cursor, follow, credit_bytes, wanted))
+        return Subscription(
+            self._connection, position, retries=self._long_retries(f"reader of stream {stream}")
+        )
 
-    def fetch(self, stream: str, offset: int, count: int = 1) -> Iterator[ReceivedBlock]:
+    def fetch(
+        self, stream: str, offset: int, count: int = 1, *, timeout_seconds: float | None = None
+    ) -> Iterator[ReceivedBlock]:
         """A range of blocks; fewer than `count` where the stream ends before.
+
+        Args:
+            stream: Name of the stream.
+            offset: Of the first block.
+            count: Of blocks.
+            timeout_seconds: How long a block may take; None: the client's.
 
         Raises:
             StreamNotFoundError: if there is no such stream.
             OffsetNotFoundError: if there is no block at `offset`.
         """
-        request = pb.FetchBlocksRequest(stream=check_name(stream), offset=offset, count=count)
-        try:
-            for data in self._connection.fetch(request, self._timeout_seconds):
-                fetched = parse_fetch_response(data)
-                yield ReceivedBlock(fetched.offset, fetched.block, fetched.next_offset)
-        except grpc.RpcError as failure:
-            raise self._connection.error(failure) from failure
+        return fetch_blocks(
+            self._connection,
+            FetchPosition(check_name(stream), offset, count),
+            retries=self._short_retries(),
+            timeout_seconds=self._deadline_seconds(timeout_seconds),
+        )
 
-    def send(self, call: UnaryCall[Result]) -> Result:
+    @property
+    def jobs(self) -> JobClient:
+        """Prompts that the service hands out to workers."""
+        return JobClient(self.send)
+
+    @property
+    def consumers(self) -> ConsumerClient:
+        """Named readers whose positions the service keeps."""
+        return ConsumerClient(self.send)
+
+    def send(self, call: Call[Result], /) -> Result:
         """Send a call; what its answer means.
 
         Raises:
             LynearmError: what the service said.
         """
-        return call.read(self._call(getattr(self._connection.stub, call.method), call.request))
+        return self._ask(call, None)
 
-    def _call(self, method: Callable[..., _Response], request: object) -> _Response:
-        backoff = Backoff(min(_SHORT_PATIENCE_SECONDS, self._patience_seconds))
+    def _ask(self, call: Call[Result], timeout_seconds: float | None) -> Result:
+        retries = self._short_retries(idempotent=call.idempotent)
+        deadline = time.monotonic() + self._deadline_seconds(timeout_seconds)
         while True:
+            target = self._endpoints.current
             try:
-                return method(request, timeout=self._timeout_seconds)
+                return self._connection.ask(target, call, deadline - time.monotonic())
             except grpc.RpcError as failure:
-                pause_seconds = backoff.failed()
-                if not is_transient(failure) or backoff.spent:
-                    raise self._connection.error(failure) from failure
-            time.sleep(pause_seconds)
+                pause_seconds = retries.failed(failure, target)
+            time.sleep(min(pause_seconds, max(deadline - time.monotonic(), 0.0)))

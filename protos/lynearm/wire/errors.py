@@ -27,12 +27,18 @@
     │   ├── LeaseSupersededError            FAILED_PRECONDITION
     │   ├── CursorBackwardsError            FAILED_PRECONDITION
     │   └── MisalignmentError               FAILED_PRECONDITION
+    ├── AuthenticationError (PermissionError)  UNAUTHENTICATED
+    ├── AccessDeniedError (PermissionError)  PERMISSION_DENIED
+    ├── LimitError                          RESOURCE_EXHAUSTED
+    │   ├── RateLimitedError                RESOURCE_EXHAUSTED
+    │   └── StreamLimitError                RESOURCE_EXHAUSTED
     ├── DictionaryLimitError                RESOURCE_EXHAUSTED
     ├── LeaseLimitError                     RESOURCE_EXHAUSTED
     ├── LagLimitError                       RESOURCE_EXHAUSTED
     ├── StorageFullError (OSError)          RESOURCE_EXHAUSTED
     ├── StorageError (OSError)              INTERNAL
     ├── ServiceUnavailableError (ConnectionError)  UNAVAILABLE
+    │   └── DrainingError                   UNAVAILABLE
     ├── DeadlineError (TimeoutError)        DEADLINE_EXCEEDED
     ├── MissingDependencyError (ImportError)  (local only)
     ├── CheckpointError (ValueError)        (local only)
@@ -42,7 +48,8 @@
 
 Each error carries the message (what is wrong, with the value), and a remedy (what to do about it).
 The status of a class is its `status_code`; `error_from_status` is the inverse. Errors cross Ray and
-process borders by pickle, and gRPC by status, message and the class's name in trailing metadata.
+process borders by pickle, and gRPC by status, message and the class's name in trailing metadata, beside
+which `status.encode_status` says the same as a google.rpc.Status.
 """
 
 from __future__ import annotations
@@ -65,6 +72,9 @@ class LynearmError(Exception):
     """
 
     status_code: ClassVar[str] = "INTERNAL"
+
+    retry_seconds: float | None = None
+    """When the same call may succeed; None where trying again changes nothing."""
 
     def __init__(self, message: str, remedy: str = "") -> None:
         super().__init__(message, remedy)
@@ -205,6 +215,34 @@ class MisalignmentError(PreconditionError):
     """Teacher and student do not share tokenizer, template, vocabulary or logprob conventions."""
 
 
+class AuthenticationError(LynearmError, PermissionError):
+    """The call carries no token, or none that the service knows."""
+
+    status_code = "UNAUTHENTICATED"
+
+
+class AccessDeniedError(LynearmError, PermissionError):
+    """The token is known, and does not cover what the call asks for."""
+
+    status_code = "PERMISSION_DENIED"
+
+
+class LimitError(LynearmError):
+    """The call exceeds a limit of the service; nothing was changed."""
+
+    status_code = "RESOURCE_EXHAUSTED"
+
+
+class RateLimitedError(LimitError):
+    """The caller asks more often, or sends more, than it may; it may go on after `retry_seconds`."""
+
+    retry_seconds = 1.0
+
+
+class StreamLimitError(LimitError):
+    """The service holds as many streams as it may; the new one was not made."""
+
+
 class DictionaryLimitError(LynearmError):
     """A stream would hold more codec dictionaries than it may; the new one was not kept."""
 
@@ -227,6 +265,7 @@ class StorageFullError(LynearmError, OSError):
     """The block store has no room left; nothing of the refused block was kept."""
 
     status_code = "RESOURCE_EXHAUSTED"
+    retry_seconds = 5.0
 
 
 class StorageError(LynearmError, OSError):
@@ -239,6 +278,11 @@ class ServiceUnavailableError(LynearmError, ConnectionError):
     """No trace service answers at the address, or it went away."""
 
     status_code = "UNAVAILABLE"
+    retry_seconds = 1.0
+
+
+class DrainingError(ServiceUnavailableError):
+    """The server is on its way down and takes no new calls; another one, or its successor, will."""
 
 
 class DeadlineError(LynearmError, TimeoutError):
@@ -296,7 +340,9 @@ _GENERAL_BY_STATUS: tuple[type[LynearmError], ...] = (
     OffsetNotFoundError,
     StreamExistsError,
     PreconditionError,
-    StorageFullError,
+    AuthenticationError,
+    AccessDeniedError,
+    LimitError,
     ServiceUnavailableError,
     DeadlineError,
 )

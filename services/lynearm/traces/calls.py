@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Awaitable, Callable
-from typing import Any, NoReturn, TypeAlias, TypeVar
+from typing import Any, NoReturn, TypeAlias, TypeVar, cast
 
 import grpc
 import grpc.aio
@@ -21,11 +21,13 @@ from lynearm.wire.errors import (
     LynearmError,
     ServiceUnavailableError,
 )
+from lynearm.wire.status import STATUS_METADATA_KEY, encode_status
 
 logger = logging.getLogger(__name__)
 
-MAX_TEXT_CHARACTERS = 1000
-"""Of a status message and of a remedy: together they must fit into the 8 KiB of a peer's metadata."""
+MAX_TEXT_BYTES = 1000
+"""Of a status message and of a remedy. They are sent as up to three times as many bytes, the message twice,
+and all must fit into the 8 KiB of a peer's metadata."""
 
 Request = TypeVar("Request")
 Response = TypeVar("Response")
@@ -77,11 +79,15 @@ class CallGate:
 
 async def abort(context: Context, error: LynearmError) -> NoReturn:
     """End a call with the status of an error, and what a client needs to raise it again."""
+    code = grpc.StatusCode[error.status_code]
+    number: int = cast("Any", code).value[0]  # typed by the name that Python gives it
+    message = _shorten(error.message).decode()
     metadata = (
         (ERROR_NAME_METADATA_KEY, type(error).__name__),
-        (REMEDY_METADATA_KEY, error.remedy[:MAX_TEXT_CHARACTERS].encode()),
+        (REMEDY_METADATA_KEY, _shorten(error.remedy)),
+        (STATUS_METADATA_KEY, encode_status(number, message, error)),
     )
-    await context.abort(grpc.StatusCode[error.status_code], error.message[:MAX_TEXT_CHARACTERS], metadata)
+    await context.abort(code, message, metadata)
 
 
 async def _answer(
@@ -99,6 +105,11 @@ async def _answer(
     except Exception:
         logger.exception("a call failed")
         await abort(context, InternalError("the server failed", "look at the server's log"))
+
+
+def _shorten(text: str) -> bytes:
+    # Lone surrogates, which file names may hold, have no UTF-8.
+    return text.encode("utf-8", "replace")[:MAX_TEXT_BYTES].decode("utf-8", "ignore").encode()
 
 
 def _too_many(max_calls: int) -> ServiceUnavailableError:

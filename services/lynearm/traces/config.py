@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import ipaddress
 from dataclasses import dataclass
 from pathlib import Path
 
+from lynearm.wire.addresses import is_loopback
 from lynearm.wire.errors import ConfigError
 
 MIB = 1 << 20
@@ -82,11 +82,3 @@ class ServeConfig:
                 f"host {self.host!r} is not a loopback address, and this server has neither TLS nor tokens",
                 "listen on 127.0.0.1 and use a tunnel, or accept the risk with --insecure",
             )
-
-
-def is_loopback(host: str) -> bool:
-    """Whether only this machine can reach the address. Names other than localhost are not resolved."""
-    try:
-        return ipaddress.ip_address(host.strip("[]")).is_loopback
-    except ValueError:
-        return host == "localhost"
