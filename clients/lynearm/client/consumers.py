@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from lynearm.client import consumer_calls
 from lynearm.client.consumer_calls import ConsumerInfo
-from lynearm.client.unary_calls import SendCall
+from lynearm.client.sending import SendCall
 from lynearm.wire.errors import ConsumerNotFoundError
 from lynearm.wire.protobuf import StreamInfo
 from lynearm.wire.traces import Cursor
