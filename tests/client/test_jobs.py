@@ -193,6 +193,9 @@ def test_a_killed_workers_prompts_go_to_another(client: TraceClient, service: Se
     client.jobs.create("s", "j", Prompts(20), samples_per_prompt=3)
     victim = WorkerProcess(service.target, "victim", max_units=30, unit_seconds=0.05)
     victim.wait_for("published")
+    # Handed over is not durable yet.
+    while not client.get_stream("s").next_offset:
+        time.sleep(0.01)
     victim.kill()
     assert client.jobs.get("s", "j").leased_units > 0
     heir = WorkerProcess(service.target, "heir", unit_seconds=0)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from lynearm.client import consumer_calls
+from lynearm.client import calls, consumer_calls
 from lynearm.client.consumer_calls import ConsumerInfo
 from lynearm.client.sending import AsyncSendCall
 from lynearm.wire.errors import ConsumerNotFoundError
@@ -36,7 +36,7 @@ class AsyncConsumerClient:
         try:
             return (await self.get(stream, name)).cursor
         except ConsumerNotFoundError:
-            return Cursor()
+            return Cursor((await self._send(calls.get_stream(stream))).first_offset)
 
     async def list(self, stream: str) -> list[ConsumerInfo]:
         """As `ConsumerClient.list`."""
