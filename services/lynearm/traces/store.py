@@ -224,7 +224,10 @@ class LocalBlockStore:
             with suppress(FileExistsError):
                 os.link(made, path)
             made.unlink()
-            sync_directory(self._root)
+        # At every start: whoever made it may have died before this, and the catalog is about to name it.
+        with path.open("rb") as file:
+            _sync_file(file.fileno())
+        sync_directory(self._root)
         return path.read_text()
 
     def _read(self, key: str, spans: Sequence[Span]) -> list[bytes]:
