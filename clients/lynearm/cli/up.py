@@ -1,0 +1,165 @@
+"""`lynearm up` and `lynearm down`: the trace service on a Ray cluster."""
+
+from __future__ import annotations
+
+import os
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from lynearm.cli.failures import Interrupted, reported
+from lynearm.cli.options import ConfigFile, Debug, Progress, ProgressMode, flags
+from lynearm.cli.serve_flags import with_serve_flags
+
+if TYPE_CHECKING:
+    from lynearm.cli.progress import Reporter, Status
+    from lynearm.fleet.fleet import Fleet, FleetStatus
+
+WATCH_SECONDS = 2.0
+"""Between two looks at the servers; each is one small call to each of them."""
+
+OnRay = Annotated[bool, typer.Option("--ray", help="On the Ray cluster that this machine belongs to.")]
+RayAddress = Annotated[
+    str | None,
+    typer.Option(
+        metavar="HOST:PORT",
+        help="Ray, if not that of RAY_ADDRESS or this machine.",
+        show_default="auto",
+    ),
+]
+
+
+@with_serve_flags
+@reported("the servers go on; `lynearm up --ray` finds them, `lynearm down --ray` takes them away")
+def up(
+    context: typer.Context,
+    ray: OnRay = False,
+    servers: Annotated[
+        int | None, typer.Option(help="Trace servers, each on a node of its own.", show_default="1")
+    ] = None,
+    cpus: Annotated[
+        float | None, typer.Option(help="CPUs that each reserves of its node.", show_default="1.0")
+    ] = None,
+    ray_address: RayAddress = None,
+    start_seconds: Annotated[
+        float | None, typer.Option(help="Patience with servers that start.", show_default="120.0")
+    ] = None,
+    detach: Annotated[
+        bool, typer.Option("--detach", help="End once they serve, instead of watching them.")
+    ] = False,
+    endpoints_file: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Keep the list of endpoints in a file too.")
+    ] = None,
+    config: ConfigFile = None,
+    assignments: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--set",
+            metavar="KEY=VALUE",
+            help="Set any key of [serve] in the TOML file, flag or not. May be repeated.",
+        ),
+    ] = None,
+    progress: Progress = ProgressMode.auto,
+    debug: Debug = False,
+    **_: object,
+) -> None:
+    """Run trace servers on the nodes of a Ray cluster.
+
+    Prints their endpoints, as `--service` takes them. Servers that run already are found, not started twice.
+    They outlive this command, which watches them and replaces those whose node is lost; Ray itself starts
+    again what dies. The flags of `lynearm serve` say what each server is; paths are those of its node.
+    """
+    from lynearm.cli.progress import Reporter
+    from lynearm.cli.settings import load_settings
+    from lynearm.fleet.config import FleetConfig, check_storage
+    from lynearm.traces.config import ServeConfig
+
+    _expect_ray(ray, "add it, or use `lynearm serve` for a server on this machine")
+    fleet_config = load_settings(FleetConfig, "up", file=config, flags=flags(context))
+    serve_config = load_settings(
+        ServeConfig, "serve", file=config, flags=flags(context), assignments=assignments or ()
+    )
+    check_storage(serve_config, fleet_config.servers)
+    from lynearm.fleet.fleet import Fleet
+    from lynearm.fleet.ray_cluster import connect
+
+    with Reporter("up", progress, _describe) as report, connect(fleet_config.ray_address) as cluster:
+        fleet = Fleet(cluster, fleet_config, serve_config)
+        endpoints = fleet.bring_up(report).endpoints
+        _tell(endpoints, endpoints_file, report)
+        if not detach:
+            _watch(fleet, endpoints, endpoints_file, report)
+
+
+@reported("servers that are left are taken away by the same command")
+def down(
+    ray: OnRay = False,
+    ray_address: RayAddress = None,
+    config: ConfigFile = None,
+    debug: Debug = False,
+) -> None:
+    """Drain the trace servers on a Ray cluster, and take them away.
+
+    What they acknowledged stays where catalog and blocks are.
+    """
+    from lynearm.cli.settings import load_settings
+    from lynearm.fleet.config import FleetConfig
+
+    _expect_ray(ray, "add it, or stop `lynearm serve` with Ctrl-C")
+    settings = load_settings(FleetConfig, "up", file=config, flags={"ray_address": ray_address})
+    from lynearm.fleet.fleet import take_down
+    from lynearm.fleet.ray_cluster import connect
+
+    with connect(settings.ray_address) as cluster:
+        count = take_down(cluster)
+    typer.echo(f"{count} servers drained and taken away" if count else "no servers run on this Ray", err=True)
+
+
+def _expect_ray(ray: bool, otherwise: str) -> None:
+    from lynearm.wire.errors import ConfigError
+
+    if not ray:
+        raise ConfigError("--ray is missing, and there is nothing else to place servers on", otherwise)
+
+
+def _watch(fleet: Fleet, endpoints: str, file: Path | None, report: Reporter[FleetStatus]) -> None:
+    """Until the servers are taken down: show them, replace the lost ones, and tell where they are."""
+    shown: FleetStatus | None = None
+    while True:
+        status = fleet.mend()
+        if status != shown:
+            report(status)
+            shown = status
+        if not status.servers:
+            raise Interrupted("somebody took the servers down")
+        if status.endpoints != endpoints:
+            endpoints = status.endpoints
+            _tell(endpoints, file, report)
+        time.sleep(WATCH_SECONDS)
+
+
+def _tell(endpoints: str, file: Path | None, report: Reporter[FleetStatus]) -> None:
+    """Where the servers are: to whoever reads standard output, and to whoever reads the file."""
+    if report.for_people:
+        print(endpoints, flush=True)
+    if file is not None:
+        new_file = file.with_name(f".{file.name}.{os.getpid()}")
+        new_file.write_text(endpoints + "\n", encoding="utf-8")
+        new_file.replace(file)
+
+
+def _describe(status: FleetStatus) -> Status:
+    from lynearm.cli.progress import Status
+
+    total = len(status.servers)
+    facts = [f"{status.serving} of {total} servers at {status.endpoints}"]
+    facts += [
+        f"server {server.number} is {server.phase}" + (f" ({server.error})" if server.error else "")
+        for server in status.servers
+        if server.phase != "serving"
+    ]
+    if status.serving == total:
+        return Status("serving", facts[0])
+    return Status("waiting", "; ".join(facts), status.serving, total)
