@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from lynearm.cli.failures import Interrupted, reported
+from lynearm.cli.failures import reported
 from lynearm.cli.options import ConfigFile, Debug, Progress, ProgressMode, flags
 from lynearm.cli.serve_flags import with_serve_flags
 
@@ -133,7 +133,8 @@ def _watch(fleet: Fleet, endpoints: str, file: Path | None, report: Reporter[Fle
             report(status)
             shown = status
         if not status.servers:
-            raise Interrupted("somebody took the servers down")
+            typer.echo("somebody took the servers down", err=True)
+            return
         if status.endpoints != endpoints:
             endpoints = status.endpoints
             _tell(endpoints, file, report)

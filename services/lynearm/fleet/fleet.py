@@ -194,8 +194,8 @@ class Fleet:
         )
         return FleetError(
             f"not all servers serve after {self._config.start_seconds:g} s: {reasons}",
-            "a silent one waits for a free CPU of its node (`ray status`), or its process ends at once (see the "
-            "node's Ray logs); --start-seconds waits longer",
+            "a silent one waits for a free CPU of its node (`ray status`), or its process ends at once (the "
+            "node's Ray logs say why); --start-seconds waits longer",
         )
 
 
