@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import os
+import sys
 import time
+from contextlib import ExitStack, redirect_stdout
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, TextIO
 
 import typer
 
@@ -85,12 +87,15 @@ def up(
     from lynearm.fleet.fleet import Fleet
     from lynearm.fleet.ray_cluster import connect
 
-    with Reporter("up", progress, _describe) as report, connect(fleet_config.ray_address) as cluster:
+    with Reporter("up", progress, _describe) as report, ExitStack() as stack:
+        teller = _Teller(report, sys.stdout, endpoints_file)
+        # Ray prints what its nodes complain of to standard output, where programs read ours.
+        stack.enter_context(redirect_stdout(sys.stderr))
+        cluster = stack.enter_context(connect(fleet_config.ray_address))
         fleet = Fleet(cluster, fleet_config, serve_config)
-        endpoints = fleet.bring_up(report).endpoints
-        _tell(endpoints, endpoints_file, report)
+        teller.tell(fleet.bring_up(report).endpoints)
         if not detach:
-            _watch(fleet, endpoints, endpoints_file, report)
+            _watch(fleet, report, teller)
 
 
 @reported("servers that are left are taken away by the same command")
@@ -124,7 +129,7 @@ def _expect_ray(ray: bool, otherwise: str) -> None:
         raise ConfigError("--ray is missing, and there is nothing else to place servers on", otherwise)
 
 
-def _watch(fleet: Fleet, endpoints: str, file: Path | None, report: Reporter[FleetStatus]) -> None:
+def _watch(fleet: Fleet, report: Reporter[FleetStatus], teller: _Teller) -> None:
     """Until the servers are taken down: show them, replace the lost ones, and tell where they are."""
     shown: FleetStatus | None = None
     while True:
@@ -135,20 +140,30 @@ def _watch(fleet: Fleet, endpoints: str, file: Path | None, report: Reporter[Fle
         if not status.servers:
             typer.echo("somebody took the servers down", err=True)
             return
-        if status.endpoints != endpoints:
-            endpoints = status.endpoints
-            _tell(endpoints, file, report)
+        teller.tell(status.endpoints)
         time.sleep(WATCH_SECONDS)
 
 
-def _tell(endpoints: str, file: Path | None, report: Reporter[FleetStatus]) -> None:
-    """Where the servers are: to whoever reads standard output, and to whoever reads the file."""
-    if report.for_people:
-        print(endpoints, flush=True)
-    if file is not None:
-        new_file = file.with_name(f".{file.name}.{os.getpid()}")
-        new_file.write_text(endpoints + "\n", encoding="utf-8")
-        new_file.replace(file)
+class _Teller:
+    """Says where the servers are, whenever that changes: to whoever reads standard output, and in a file."""
+
+    def __init__(self, report: Reporter[FleetStatus], output: TextIO, file: Path | None) -> None:
+        # With JSON, the events say it.
+        self._output = output if report.for_people else None
+        self._file = file
+        self._told = ""
+
+    def tell(self, endpoints: str) -> None:
+        """Say it, unless it is what was said last."""
+        if endpoints == self._told:
+            return
+        self._told = endpoints
+        if self._output is not None:
+            print(endpoints, file=self._output, flush=True)
+        if self._file is not None:
+            new_file = self._file.with_name(f".{self._file.name}.{os.getpid()}")
+            new_file.write_text(endpoints + "\n", encoding="utf-8")
+            new_file.replace(self._file)
 
 
 def _describe(status: FleetStatus) -> Status:

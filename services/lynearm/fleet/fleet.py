@@ -97,7 +97,8 @@ class Fleet:
         """
         deadline = time.monotonic() + self._config.start_seconds
         self._members = {number: _Member(actor) for number, actor in self._cluster.find().items()}
-        self._wait(deadline, lambda: all(member.report for member in self._members.values()), on_status)
+        self._wait(deadline, self._all_have_answered, on_status)
+        self._members = {number: member for number, member in self._members.items() if not member.lost}
         self._check_running()
         started: list[_Member] = []
         try:
@@ -114,18 +115,12 @@ class Fleet:
         Servers that somebody took down are left out from then on.
         """
         _look(self._members.values())
-        lost = [member for member in self._members.values() if member.lost]
-        if lost:
-            nodes = self._cluster.nodes()
-            alive = {node.node_id for node in nodes.nodes}
-            for member in lost:
-                if member.plan is None or member.plan.node.node_id in alive:
+        for member in self._lost():
+            try:
+                if self._replace(member) is None:
                     del self._members[member.actor.number]
-                    continue
-                try:
-                    self._start(member.actor.number, nodes)
-                except LynearmError as error:
-                    member.problem = str(error)
+            except LynearmError as error:
+                member.problem = str(error)
         return self.status()
 
     def status(self) -> FleetStatus:
@@ -165,7 +160,25 @@ class Fleet:
         self._members[number] = member
         return member
 
-    def _all_serve(self, started: Iterable[_Member]) -> bool:
+    def _lost(self) -> list[_Member]:
+        return [member for member in self._members.values() if member.lost]
+
+    def _replace(self, member: _Member) -> _Member | None:
+        """A server in the place of one whose node is gone; None where it was taken from a node that is there."""
+        nodes = self._cluster.nodes()
+        if member.plan is None or any(node.node_id == member.plan.node.node_id for node in nodes.nodes):
+            return None
+        return self._start(member.actor.number, nodes)
+
+    def _all_have_answered(self) -> bool:
+        return all(member.report or member.lost for member in self._members.values())
+
+    def _all_serve(self, started: list[_Member]) -> bool:
+        for member in self._lost():
+            replacement = self._replace(member)
+            if replacement is None:
+                raise FleetError(member.problem, "run the same command again")
+            started.append(replacement)
         for member in started:
             error = member.report.state.error if member.report else None
             if error is not None and error.retry_seconds is None:
@@ -178,9 +191,6 @@ class Fleet:
             on_status(self.status())
             if is_done():
                 return
-            for member in self._members.values():
-                if member.lost:
-                    raise FleetError(member.problem, "run the same command again")
             if time.monotonic() > deadline:
                 raise self._too_slow()
             time.sleep(_POLL_SECONDS)
