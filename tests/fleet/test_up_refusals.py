@@ -2,13 +2,25 @@
 
 from __future__ import annotations
 
+import dataclasses
 import subprocess
 import sys
+from typing import Any
 
 import pytest
+from typer.main import get_command
 from typer.testing import CliRunner
 
 from lynearm.cli.main import app
+from lynearm.fleet.config import FleetConfig
+
+
+def test_up_takes_every_flag_of_serve_and_none_that_nobody_reads() -> None:
+    commands: Any = get_command(app)  # Any: groups and commands share no typed way down
+    flags = {name: {one.name for one in commands.commands[name].params} for name in ("serve", "up")}
+    assert flags["serve"] <= flags["up"]
+    own = {"ray", "detach", "endpoints_file"} | {one.name for one in dataclasses.fields(FleetConfig)}
+    assert flags["up"] - flags["serve"] == own
 
 
 def refused(*arguments: str) -> tuple[int, str]:

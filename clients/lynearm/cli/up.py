@@ -92,10 +92,10 @@ def up(
         # Ray prints what its nodes complain of to standard output, where programs read ours.
         stack.enter_context(redirect_stdout(sys.stderr))
         cluster = stack.enter_context(connect(fleet_config.ray_address))
-        fleet = Fleet(cluster, fleet_config, serve_config)
-        teller.tell(fleet.bring_up(report).endpoints)
+        fleet = Fleet(cluster, fleet_config, serve_config, on_status=report)
+        teller.tell(fleet.bring_up().endpoints)
         if not detach:
-            _watch(fleet, report, teller)
+            _watch(fleet, teller)
 
 
 @reported("servers that are left are taken away by the same command")
@@ -119,7 +119,8 @@ def down(
 
     with connect(settings.ray_address) as cluster:
         count = take_down(cluster)
-    typer.echo(f"{count} servers drained and taken away" if count else "no servers run on this Ray", err=True)
+    shown = f"{count} server{'s' if count > 1 else ''} drained and taken away" if count else "no server runs"
+    typer.echo(shown, err=True)
 
 
 def _expect_ray(ray: bool, otherwise: str) -> None:
@@ -129,19 +130,12 @@ def _expect_ray(ray: bool, otherwise: str) -> None:
         raise ConfigError("--ray is missing, and there is nothing else to place servers on", otherwise)
 
 
-def _watch(fleet: Fleet, report: Reporter[FleetStatus], teller: _Teller) -> None:
+def _watch(fleet: Fleet, teller: _Teller) -> None:
     """Until the servers are taken down: show them, replace the lost ones, and tell where they are."""
-    shown: FleetStatus | None = None
-    while True:
-        status = fleet.mend()
-        if status != shown:
-            report(status)
-            shown = status
-        if not status.servers:
-            typer.echo("somebody took the servers down", err=True)
-            return
+    while (status := fleet.mend()).servers:
         teller.tell(status.endpoints)
         time.sleep(WATCH_SECONDS)
+    typer.echo("somebody took the servers down", err=True)
 
 
 class _Teller:
@@ -166,10 +160,12 @@ class _Teller:
             new_file.replace(self._file)
 
 
-def _describe(status: FleetStatus) -> Status:
+def _describe(status: FleetStatus) -> Status | None:
     from lynearm.cli.progress import Status
 
     total = len(status.servers)
+    if not total:
+        return None
     facts = [f"{status.serving} of {total} servers at {status.endpoints}"]
     facts += [
         f"server {server.number} is {server.phase}" + (f" ({server.error})" if server.error else "")

@@ -14,41 +14,17 @@ commands that start the same server at once, both find one.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal, TypeAlias
 
 from lynearm.fleet.config import FleetConfig, check_storage
+from lynearm.fleet.members import Member, ServerStatus, look_at, remove
 from lynearm.fleet.placement import Cluster, ServerPlan, absolute_paths, differences, plan_server, with_port
-from lynearm.fleet.ray_cluster import RayCluster, ServerActor, ServerLostError
-from lynearm.fleet.server_actor import ServerReport
+from lynearm.fleet.ray_cluster import RayCluster
 from lynearm.traces.config import ServeConfig
 from lynearm.wire.errors import FleetError, LynearmError, PreconditionError
 
-ServerPhase: TypeAlias = Literal["starting", "serving", "stopped", "silent", "lost"]
-"""silent: no answer, as while Ray starts its process; lost: its node is gone."""
-
-_REPORT_SECONDS = 1.0
-"""Patience in one look at the fleet; a server that serves answers in milliseconds."""
-
 _POLL_SECONDS = 0.2
-
-_DRAIN_MARGIN_SECONDS = 10.0
-"""On top of `drain_seconds`: the last group's write, last words, and a trace collector."""
-
-
-@dataclass(frozen=True, slots=True)
-class ServerStatus:
-    """One server, at one moment."""
-
-    number: int
-    endpoint: str
-    """host:port; empty where it has not said yet."""
-    machine: str
-    phase: ServerPhase
-    error: str = ""
-    """Why it does not serve."""
-    process_id: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,9 +38,6 @@ class FleetStatus:
     servers: tuple[ServerStatus, ...]
 
 
-OnStatus: TypeAlias = Callable[[FleetStatus], None]
-
-
 class Fleet:
     """The servers that a configuration asks for.
 
@@ -72,19 +45,29 @@ class Fleet:
         cluster: Where they run.
         config: How many, and how.
         asked: What each shall be; relative paths are those of this directory.
+        on_status: Called with what the servers are whenever that changes.
 
     Raises:
         ConfigError: several servers cannot share what `asked` keeps to one.
     """
 
-    def __init__(self, cluster: RayCluster, config: FleetConfig, asked: ServeConfig) -> None:
+    def __init__(
+        self,
+        cluster: RayCluster,
+        config: FleetConfig,
+        asked: ServeConfig,
+        *,
+        on_status: Callable[[FleetStatus], None] = lambda status: None,
+    ) -> None:
         check_storage(asked, config.servers)
         self._cluster = cluster
         self._config = config
         self._asked = absolute_paths(asked)
-        self._members: dict[int, _Member] = {}
+        self._on_status = on_status
+        self._members: dict[int, Member] = {}
+        self._told = FleetStatus("", 0, ())
 
-    def bring_up(self, on_status: OnStatus = lambda status: None) -> FleetStatus:
+    def bring_up(self) -> FleetStatus:
         """Find the servers that run, start those that are missing, and wait until all serve.
 
         What this call has started and cannot get to serve, it takes away again.
@@ -96,35 +79,41 @@ class Fleet:
             LynearmError: what keeps a server that was started here from serving, and waiting does not help.
         """
         deadline = time.monotonic() + self._config.start_seconds
-        self._members = {number: _Member(actor) for number, actor in self._cluster.find().items()}
-        self._wait(deadline, self._all_have_answered, on_status)
+        self._members = {number: Member(actor) for number, actor in self._cluster.find().items()}
+        self._wait(deadline, self._all_have_answered)
         self._members = {number: member for number, member in self._members.items() if not member.lost}
         self._check_running()
-        started: list[_Member] = []
+        started: list[Member] = []
         try:
             self._start_missing(self._cluster.nodes(), started)
-            self._wait(deadline, lambda: self._all_serve(started), on_status)
+            self._wait(deadline, lambda: self._all_serve(started))
         except LynearmError:
-            _remove(self._cluster, started)
+            remove(self._cluster, started)
             raise
-        return self.status()
+        return self._tell()
 
     def mend(self) -> FleetStatus:
         """Look at the servers, and replace those whose node is gone, as far as nodes are left.
 
         Servers that somebody took down are left out from then on.
         """
-        _look(self._members.values())
+        look_at(self._members.values())
         for member in self._lost():
             try:
                 if self._replace(member) is None:
                     del self._members[member.actor.number]
             except LynearmError as error:
                 member.problem = str(error)
-        return self.status()
+        return self._tell()
 
-    def status(self) -> FleetStatus:
-        """What the last look found."""
+    def _tell(self) -> FleetStatus:
+        status = self._status()
+        if status != self._told:
+            self._told = status
+            self._on_status(status)
+        return status
+
+    def _status(self) -> FleetStatus:
         servers = tuple(self._members[number].status() for number in sorted(self._members))
         return FleetStatus(
             ",".join(server.endpoint for server in servers if server.endpoint),
@@ -144,27 +133,33 @@ class Fleet:
                 # Names only: a value may be a secret.
                 raise PreconditionError(f"servers run with another {', '.join(changed)}", remedy)
 
-    def _start_missing(self, nodes: Cluster, started: list[_Member]) -> None:
+    def _start_missing(self, nodes: Cluster, started: list[Member]) -> None:
         for number in range(self._config.servers):
             if number not in self._members:
                 started.append(self._start(number, nodes))
 
-    def _start(self, number: int, nodes: Cluster) -> _Member:
+    def _start(self, number: int, nodes: Cluster) -> Member:
         plans = [member.plan for other, member in self._members.items() if other != number]
         placed = [plan for plan in plans if plan is not None]
         plan = plan_server(number, self._asked, nodes, cpus=self._config.cpus, placed=placed)
         if plan.config.port == 0:
-            port = self._cluster.free_port(plan.node, plan.config.host, self._config.start_seconds)
-            plan = with_port(plan, port)
-        member = _Member(self._cluster.start(plan, self._config.cpus), plan)
+            plan = with_port(plan, self._free_port(plan, {one.config.port for one in placed}))
+        member = Member(self._cluster.start(plan, self._config.cpus), plan)
         self._members[number] = member
         return member
 
-    def _lost(self) -> list[_Member]:
+    def _free_port(self, plan: ServerPlan, taken: set[int]) -> int:
+        """A port of the plan's node; not one of those that servers which just start will listen on."""
+        port = 0
+        while port == 0 or port in taken:
+            port = self._cluster.free_port(plan.node, plan.config.host, self._config.start_seconds)
+        return port
+
+    def _lost(self) -> list[Member]:
         return [member for member in self._members.values() if member.lost]
 
-    def _replace(self, member: _Member) -> _Member | None:
-        """A server in the place of one whose node is gone; None where it was taken from a node that is there."""
+    def _replace(self, member: Member) -> Member | None:
+        """A server in the place of one whose node is gone; None where it was taken off a live node."""
         nodes = self._cluster.nodes()
         if member.plan is None or any(node.node_id == member.plan.node.node_id for node in nodes.nodes):
             return None
@@ -173,11 +168,12 @@ class Fleet:
     def _all_have_answered(self) -> bool:
         return all(member.report or member.lost for member in self._members.values())
 
-    def _all_serve(self, started: list[_Member]) -> bool:
+    def _all_serve(self, started: list[Member]) -> bool:
         for member in self._lost():
             replacement = self._replace(member)
             if replacement is None:
-                raise FleetError(member.problem, "run the same command again")
+                remedy = "each node needs this lynearm, with its extra `service`; its Ray logs say more"
+                raise FleetError(member.problem, remedy)
             started.append(replacement)
         for member in started:
             error = member.report.state.error if member.report else None
@@ -185,10 +181,10 @@ class Fleet:
                 raise error
         return all(member.status().phase == "serving" for member in self._members.values())
 
-    def _wait(self, deadline: float, is_done: Callable[[], bool], on_status: OnStatus) -> None:
+    def _wait(self, deadline: float, is_done: Callable[[], bool]) -> None:
         while True:
-            _look(self._members.values())
-            on_status(self.status())
+            look_at(self._members.values())
+            self._tell()
             if is_done():
                 return
             if time.monotonic() > deadline:
@@ -196,17 +192,20 @@ class Fleet:
             time.sleep(_POLL_SECONDS)
 
     def _too_slow(self) -> FleetError:
-        waiting = [server for server in self.status().servers if server.phase != "serving"]
+        waiting = [server for server in self._status().servers if server.phase != "serving"]
         reasons = "; ".join(
             f"server {server.number} at {server.endpoint or 'an unknown address'} is {server.phase}"
             + (f" ({server.error})" if server.error else "")
             for server in waiting
         )
-        return FleetError(
-            f"not all servers serve after {self._config.start_seconds:g} s: {reasons}",
-            "a silent one waits for a free CPU of its node (`ray status`), or its process ends at once (the "
-            "node's Ray logs say why); --start-seconds waits longer",
-        )
+        remedy = "--start-seconds waits longer"
+        if any(server.phase == "silent" for server in waiting):
+            remedy = (
+                "a silent one waits for a free CPU of its node, as `ray status` shows, or its process ends, "
+                f"as the node's Ray logs show; {remedy}"
+            )
+        message = f"not all servers serve after {self._config.start_seconds:g} s: {reasons}"
+        return FleetError(message, remedy)
 
 
 def take_down(cluster: RayCluster) -> int:
@@ -218,61 +217,7 @@ def take_down(cluster: RayCluster) -> int:
     Raises:
         FleetError: if Ray does not let go of them.
     """
-    members = [_Member(actor) for actor in cluster.find().values()]
-    _look(members)
-    _remove(cluster, members)
+    members = [Member(actor) for actor in cluster.find().values()]
+    look_at(members)
+    remove(cluster, members)
     return len(members)
-
-
-def _look(members: Iterable[_Member]) -> None:
-    """Ask all at once: a fleet of which half does not answer is looked at as fast as one server."""
-    asked = [member for member in members if not member.lost]
-    for member in asked:
-        member.actor.ask()
-    deadline = time.monotonic() + _REPORT_SECONDS
-    for member in asked:
-        member.look(max(0.0, deadline - time.monotonic()))
-
-
-def _remove(cluster: RayCluster, members: list[_Member]) -> None:
-    """Drain those that answer, end all."""
-    answering = [member for member in members if member.report and not member.lost]
-    patience = max((member.drain_seconds for member in answering), default=0.0) + _DRAIN_MARGIN_SECONDS
-    cluster.wait([member.actor.drain() for member in answering], patience)
-    for member in members:
-        member.actor.remove()
-    cluster.wait_forgotten([member.actor.number for member in members])
-
-
-class _Member:
-    """A server of the fleet and what is known of it."""
-
-    def __init__(self, actor: ServerActor, plan: ServerPlan | None = None) -> None:
-        self.actor = actor
-        self.plan = plan
-        self.report: ServerReport | None = None
-        self.lost = False
-        self.problem = ""
-
-    @property
-    def drain_seconds(self) -> float:
-        return self.plan.config.drain_seconds if self.plan else 0.0
-
-    def look(self, timeout_seconds: float) -> None:
-        """Take its answer. A server that gives none keeps its plan, and with it its endpoint."""
-        try:
-            self.report = self.actor.report(timeout_seconds)
-        except ServerLostError as error:
-            self.report, self.lost, self.problem = None, True, str(error)
-        if self.report is not None:
-            # Where another command started it first, its own plan is what counts.
-            self.plan = self.report.plan
-
-    def status(self) -> ServerStatus:
-        endpoint, machine = (self.plan.endpoint, self.plan.node.machine) if self.plan else ("", "")
-        if self.report is None:
-            phase: ServerPhase = "lost" if self.lost else "silent"
-            return ServerStatus(self.actor.number, endpoint, machine, phase, self.problem)
-        state = self.report.state
-        error = str(state.error) if state.error else ""
-        return ServerStatus(self.actor.number, endpoint, machine, state.phase, error, state.process_id)
