@@ -5,8 +5,8 @@ Who restarts what:
 - A process that ends is started again by Ray, on its node, at its endpoint, whether or not anybody watches.
 - A node that is lost takes its server along for good. `Fleet.mend`, which `lynearm up` calls while it stays,
   and `Fleet.bring_up`, at the next `lynearm up`, place another one on another node, at another endpoint.
-- A node that only seems lost may go on serving beside its replacement. That is harmless: servers of one catalog
-  keep nothing to themselves, and those whose data is on a disk are never placed beside another disk.
+- A server whose node only seems lost may go on beside its replacement. That is harmless: servers of one
+  catalog keep nothing to themselves, and those whose data is on a disk never move to another.
 - Servers that `take_down` removed stay away: a fleet that watches does not put them back.
 
 Nothing is kept about a fleet but its actors. Each knows its plan, and names are unique in Ray, so that of two
