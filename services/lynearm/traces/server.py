@@ -24,6 +24,7 @@ from lynearm.traces.config import MIB, ServeConfig
 from lynearm.traces.security import open_security
 from lynearm.traces.servicer import SERVICE_NAME, TraceServicer, service_handler
 from lynearm.traces.watching import open_watching
+from lynearm.wire.addresses import join_address
 from lynearm.wire.errors import PreconditionError
 
 logger = logging.getLogger(__name__)
@@ -98,7 +99,7 @@ class TraceServer:
     @property
     def address(self) -> str:
         """What clients connect to, host:port."""
-        return _address(self._config.host, self._port)
+        return join_address(self._config.host, self._port)
 
     async def __aenter__(self) -> Self:
         """Open the data directory and listen."""
@@ -182,10 +183,6 @@ async def _serve(config: ServeConfig, on_ready: Callable[[str], None]) -> None:
             loop.remove_signal_handler(number)
 
 
-def _address(host: str, port: int) -> str:
-    return f"[{host.strip('[]')}]:{port}" if ":" in host else f"{host}:{port}"
-
-
 def _check_port(host: str, port: int) -> None:
     """Bind once with plain sockets, whose errors say what is wrong; gRPC's only say that something is."""
     try:
@@ -199,7 +196,7 @@ def _check_port(host: str, port: int) -> None:
 
 
 def _bind(server: grpc.aio.Server, config: ServeConfig, credentials: grpc.ServerCredentials | None) -> int:
-    address = _address(config.host, config.port)
+    address = join_address(config.host, config.port)
     try:
         if credentials is None:
             return server.add_insecure_port(address)
@@ -210,6 +207,6 @@ def _bind(server: grpc.aio.Server, config: ServeConfig, credentials: grpc.Server
 
 def _cannot_listen(host: str, port: int, reason: str) -> PreconditionError:
     return PreconditionError(
-        f"cannot listen on {_address(host, port)} ({reason})",
+        f"cannot listen on {join_address(host, port)} ({reason})",
         "stop the server that uses the port, or choose another with --port",
     )
