@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+from contextlib import redirect_stdout
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -84,7 +86,8 @@ def teach(
     )
     from lynearm.teacher.job import run_teach
 
-    with Reporter("teach", progress, describe) as report:
+    # Ray prints complaints of its daemons to its driver's standard output, which is for results.
+    with Reporter("teach", progress, describe) as report, redirect_stdout(sys.stderr):
         outcome = run_teach(settings, report)
         report.conclude(outcome)
     for line in _skipped(outcome):

@@ -28,7 +28,7 @@ class TrainConfig:
     """Stream of traces to train on."""
 
     service: str = "127.0.0.1:7411"
-    """host:port of the trace service."""
+    """host:port of the trace service; several servers of one catalog with commas between."""
 
     service_timeout_seconds: float = 30.0
     """How long one call to the service may take."""

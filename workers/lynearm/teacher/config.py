@@ -32,7 +32,7 @@ class TeachConfig:
     """SPDX expression or URL of the terms under which the teacher may be distilled. No default: only
     the user can know."""
     service: str = "127.0.0.1:7411"
-    """host:port of the trace service."""
+    """host:port of the trace service; several servers of one catalog with commas between."""
     producer_id: str = "teacher-0"
     """Stable name of this producer. A second run under the same name fences off the first."""
     model_name: str = ""
