@@ -24,6 +24,7 @@ from lynearm.traces.config import MIB, ServeConfig
 from lynearm.traces.security import open_security
 from lynearm.traces.servicer import SERVICE_NAME, TraceServicer, service_handler
 from lynearm.traces.watching import open_watching
+from lynearm.wire.allocation import keep_freed_memory
 from lynearm.wire.errors import PreconditionError
 
 logger = logging.getLogger(__name__)
@@ -166,6 +167,7 @@ def run_server(config: ServeConfig, on_ready: Callable[[str], None]) -> None:
     Raises:
         LynearmError: as for `TraceServer`.
     """
+    keep_freed_memory()
     asyncio.run(_serve(config, on_ready))
 
 
