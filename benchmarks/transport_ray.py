@@ -44,6 +44,12 @@ def carry_by_ray() -> tuple[int, float]:
     return tokens, sum(map(cpu_seconds_of, pids)) - before
 
 
+def measure_size(material: Material) -> int:
+    """Bytes of the objects that the queue carried, as Ray serialises them."""
+    context = ray._private.worker.global_worker.get_serialization_context()
+    return sum(context.serialize(arrays).total_bytes for arrays in material.arrays())
+
+
 class _End:
     """Sends or receives."""
 

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 
-from lynearm.client import Credentials, TlsConfig, TraceClient
+from lynearm.client import Credentials, Retention, TlsConfig, TraceClient
 from lynearm.wire.blocks import BlockHeader, checksum, join_block
 from lynearm.wire.specs import CodecMode, CodecSpec, StreamSpec, TeacherSpec, TokenizerSpec
 
@@ -66,9 +66,14 @@ def make_stream(source: Source, mode: CodecMode = "standard") -> None:
     source.client.create_stream(spec)
 
 
-def drop_stream(source: Source) -> None:
-    """Delete it, and its blocks from the disk."""
-    source.client.delete_stream(source.stream)
+def next_offset(source: Source) -> int:
+    """Of the stream."""
+    return source.client.get_stream(source.stream).next_offset
+
+
+def give_up_blocks(source: Source) -> None:
+    """Let the server delete what the stream holds on the disk, as the bare loop deletes its files."""
+    source.client.set_retention(source.stream, Retention(max_bytes=1))
     source.client.collect_garbage()
 
 
@@ -79,11 +84,11 @@ def publish(source: Source, load: Load) -> None:
             publisher.publish(block)
 
 
-def subscribe(source: Source, count: int) -> None:
-    """Follow a stream from its first block on."""
-    with source.client.subscribe(source.stream) as subscription:
+def subscribe(source: Source, count: int, start: int = 0) -> None:
+    """Follow a stream for so many blocks."""
+    with source.client.subscribe(source.stream, start=start) as subscription:
         for received in subscription:
-            if received.offset == count - 1:
+            if received.offset == start + count - 1:
                 return
 
 

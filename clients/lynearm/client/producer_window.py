@@ -16,7 +16,7 @@ from lynearm.wire.blocks import MAX_BLOCK_BYTES
 from lynearm.wire.errors import DeadlineError, InternalError, InvalidInputError
 from lynearm.wire.frames import PublishOpen, frame_publish_block, frame_publish_open
 
-DEFAULT_IN_FLIGHT_BYTES = 16 << 20
+DEFAULT_IN_FLIGHT_BYTES = 32 << 20
 """Sixty blocks of 256 KB: more than a group commit takes in one go."""
 
 OPEN_SECONDS = 30.0
