@@ -2,28 +2,30 @@
 
     python benchmarks/transport.py [--quick] [--without-ray]
 
-Servers, publishers and readers are processes of their own on this machine. Everything is measured in one run,
-in rounds that take turns; blocks are random bytes, so that nothing on the way compresses them. CPU-seconds are
-user and system time by each process's own clock, and the least of all rounds counts, since other work on the
-machine only ever adds to it; wall times are medians. Takes about three minutes, with --quick half of one, which
-shows that it runs and no more. Linux only.
+Servers, publishers and readers are processes of their own on this machine. Everything is measured in one
+run, in rounds that take turns; blocks are random bytes, which nothing on the way can compress. Wall times
+are medians over the rounds. CPU-seconds are user and system time by each process's own clock; of those that
+are compared with TCP the least of all rounds counts, since other work on the machine only ever adds to
+them. Takes about two minutes; --quick takes half a minute, and shows that it runs and no more. Linux only.
 
-The last line is JSON:
+The last line is JSON; where a figure stands for both block sizes, 256 KiB and 1 MiB, it is the worse of two:
 
-- `fetch_*_cpu_vs_tcp`: bytes per CPU-second of server and reader together, of `TraceClient.fetch` from the server's
-  memory, in relation to those of a copy of blocks of the same size over a loopback TCP connection, received
-  into one buffer.
+- `fetch_*_cpu_vs_tcp`: bytes per CPU-second of server and reader together, of `TraceClient.fetch` from the
+  server's memory, in relation to those of both ends of a loopback TCP connection that carries blocks of the
+  same size into one buffer.
 - `tail_*_cpu_vs_tcp`: the same for a subscription that follows while blocks are published. Counted is the
-  reader, and what the server uses beyond the same publishing without a subscriber.
-- `durable_publish_vs_group_commit`: wall throughput of acknowledged publishing against a bare loop on the same
-  disk, which writes a file for each group of the server's `group_bytes`, syncs it and its name, and commits a row in
-  SQLite, synced too. The lesser of both block sizes.
-- `replay_vs_tail`: wall throughput of a subscription from offset 0, of blocks that are in the server's files
-  only, against that of the live tail; the lesser of both block sizes.
-- `four_subscribers_cpu_vs_one`: CPU-seconds of the server for each byte sent, four subscriptions to one stream at the
-  same time against one; the greater of both block sizes.
-- `tls_1m_cpu_ratio`: CPU-seconds of a fetch over TLS against plain.
-- `*_tokens_per_cpu_second` and `*_bytes_per_token`: of the ways in `transport_others.py`, both ends and whatever
+  reader, and what the server uses beyond the same publishing without a subscriber. The difference of two
+  figures, and so the least certain of all.
+- `durable_publish_*_vs_group_commit`: wall throughput of acknowledged publishing against a bare loop on the
+  same disk, which writes a file for each group of the server's `group_bytes`, syncs it and its name, and
+  commits a row in SQLite, synced too. The loop only writes; publishing also moves the blocks from process to
+  process and checks them, so that a busy CPU slows it alone, and a busy disk both.
+- `replay_vs_tail`: wall throughput of a subscription from offset 0, to blocks that are in the server's files
+  only, against that of the live tail.
+- `four_subscribers_cpu_vs_one`: CPU-seconds of the server for each byte sent (medians), four subscriptions to
+  one stream at the same time against one.
+- `tls_1m_cpu_ratio`: CPU-seconds (medians) of a fetch over TLS against plain.
+- `*_tokens_per_cpu_second`, `*_bytes_per_token`: of the ways in `transport_others.py`, both ends and whatever
   stands between them together. Only `lynearm` stores what it moves.
 """
 
@@ -120,7 +122,8 @@ def print_rows(rows: Rows) -> None:
 
 def block_figures(rows: Rows) -> dict[str, float]:
     """The figures about blocks, as the module says."""
-    cost, rate = rows.cpu_seconds_per_gb, rows.megabytes_per_second
+    cost, median = rows.cpu_seconds_per_gb, rows.median_cpu_seconds_per_gb
+    rate = rows.megabytes_per_second
     figures: dict[str, float] = {}
     for size, name in NAMES.items():
         tail = (
@@ -130,17 +133,21 @@ def block_figures(rows: Rows) -> dict[str, float]:
         )
         figures[f"fetch_{name}_cpu_vs_tcp"] = cost("TCP copy", size) / cost("fetch", size)
         figures[f"tail_{name}_cpu_vs_tcp"] = cost("TCP copy", size) / tail
+        figures[f"durable_publish_{name}_vs_group_commit"] = rate("durable publish", size) / rate(
+            "bare group commit", size
+        )
     return figures | {
         "durable_publish_vs_group_commit": min(
-            rate("durable publish", size) / rate("bare group commit", size) for size in NAMES
+            figures[f"durable_publish_{name}_vs_group_commit"] for name in NAMES.values()
         ),
         "replay_vs_tail": min(
             rate("replay from files", size) / rate("reader, live tail", size) for size in NAMES
         ),
         "four_subscribers_cpu_vs_one": max(
-            cost("server, four subscribers", size) / cost("server, one subscriber", size) for size in NAMES
+            median("server, four subscribers", size) / median("server, one subscriber", size)
+            for size in NAMES
         ),
-        "tls_1m_cpu_ratio": cost("fetch over TLS", LARGE) / cost("fetch", LARGE),
+        "tls_1m_cpu_ratio": median("fetch over TLS", LARGE) / median("fetch", LARGE),
     }
 
 

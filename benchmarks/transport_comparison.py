@@ -108,7 +108,7 @@ def _carry_by_ray(material: Material) -> Cost:
     with Worker() as driver:
         _, tokens = driver.run(others.describe, material).result
         driver.run(transport_ray.start_ray, material)
-        carried = driver.run(transport_ray.carry_by_ray)
+        carried = driver.run(transport_ray.carry_by_ray, material)
         size_bytes = driver.run(transport_ray.measure_size, material).result
         driver.run(transport_ray.stop_ray)
     received, cpu_seconds = carried.result

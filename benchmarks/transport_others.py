@@ -1,4 +1,4 @@
-"""What moves teacher logprobs elsewhere, and ours, each carrying the same traces: k = 64 ids and float32 logprobs.
+"""What moves teacher logprobs elsewhere, and ours, each carrying the same 64 ids and logprobs a token.
 
 Each has a sender, which begins with arrays, and a receiver, which ends with them. `Material` makes the traces
 in each process anew, before anything is measured.
@@ -9,7 +9,8 @@ in each process anew, before anything is measured.
   pickling torch tensors; PUSH to PULL over loopback.
 - A Ray queue: the same arrays through `ray.util.queue`; the CPU time of its actor and of the raylet, which
   keeps the objects, counts.
-- Ours: encoded, published (and synced to disk, which no other does), followed live, decoded.
+- Ours: encoded, published (and synced to disk, which no other does), followed live, decoded; in the standard
+  mode, which rounds logprobs, and in the exact one.
 """
 
 from __future__ import annotations
@@ -104,17 +105,16 @@ def warm_up_codec(material: Material, mode: CodecMode, block_tokens: int) -> Non
 
 def start_http() -> int:
     """Open the port at which `serve_http` answers."""
-    global _http
-    _http = HTTPServer(("127.0.0.1", 0), _CompletionsHandler)
-    return _http.server_address[1]
+    server = _open_ports["http"] = HTTPServer(("127.0.0.1", 0), _CompletionsHandler)
+    return server.server_address[1]
 
 
 def serve_http(material: Material) -> int:
     """Answer one connection until the last completion; returns the bytes of the bodies."""
-    assert _http is not None
     _CompletionsHandler.arrays, _CompletionsHandler.sent_bytes = material.arrays(), 0
-    _http.handle_request()  # a connection's requests, until it ends
-    _http.server_close()
+    server: HTTPServer = _open_ports.pop("http")
+    server.handle_request()  # a connection's requests, until it ends
+    server.server_close()
     return _CompletionsHandler.sent_bytes
 
 
@@ -132,9 +132,8 @@ def receive_http(port: int, material: Material) -> int:
 
 def bind_zeromq() -> int:
     """Open the port from which `receive_zeromq` reads."""
-    global _pull
-    _pull = zmq.Context.instance().socket(zmq.PULL)
-    return _pull.bind_to_random_port("tcp://127.0.0.1")
+    pull = _open_ports["zeromq"] = zmq.Context.instance().socket(zmq.PULL)
+    return pull.bind_to_random_port("tcp://127.0.0.1")
 
 
 def send_zeromq(port: int, material: Material) -> int:
@@ -151,10 +150,10 @@ def send_zeromq(port: int, material: Material) -> int:
 
 def receive_zeromq(material: Material) -> int:
     """Take every completion; returns how many tokens came."""
-    assert _pull is not None
+    pull = _open_ports["zeromq"]
     tokens = 0
     for _ in range(material.count):
-        token_ids, _ = pickle.loads(_pull.recv(copy=False).buffer)
+        token_ids, _ = pickle.loads(pull.recv(copy=False).buffer)
         tokens += len(token_ids)
     return tokens
 
@@ -197,8 +196,8 @@ def _from_vllm_json(body: bytes) -> Arrays:
     return np.array(token_ids, np.int32), np.array([list(row.values()) for row in rows], np.float32)
 
 
-_http: HTTPServer | None = None
-_pull: Any = None  # pyzmq's sockets are generic over how they wait
+_open_ports: dict[str, Any] = {}
+"""Servers and sockets between the call that opens them and the one that uses them."""
 
 
 @cache

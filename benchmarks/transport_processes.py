@@ -1,4 +1,4 @@
-"""The processes of the transport benchmark: workers that run what they are told, servers, and their CPU clocks."""
+"""The processes of the transport benchmark: workers that do what they are told, servers, CPU clocks."""
 
 from __future__ import annotations
 

@@ -5,13 +5,18 @@ from __future__ import annotations
 import logging
 import os
 import sys
+from dataclasses import dataclass
+from itertools import islice
 from typing import Any
 
 import psutil
 import ray
+import transport_others as others
 from ray.util.queue import Queue
 from transport_others import Material
 from transport_processes import cpu_seconds_of
+
+_WARM_UP_COUNT = 4
 
 _QUEUE_LENGTH = 64
 """Completions on their way: some megabytes, as much as our credit."""
@@ -19,13 +24,13 @@ _QUEUE_LENGTH = 64
 
 def start_ray(material: Material) -> None:
     """Start Ray on this machine, and a queue with both of its ends."""
-    global _queue, _ends
     # Ray's workers find modules by this variable only.
     os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, sys.path))
     ray.init(num_cpus=4, include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR)
-    _queue = Queue(maxsize=_QUEUE_LENGTH)
-    _ends = [ray.remote(_End).options(num_cpus=0).remote(material) for _ in range(2)]
-    ray.get([end.process_id.remote() for end in _ends])
+    sender, receiver = (ray.remote(_End).options(num_cpus=0).remote(material) for _ in range(2))
+    pids = ray.get([end.process_id.remote() for end in (sender, receiver)])
+    _started.append(_Started(Queue(maxsize=_QUEUE_LENGTH), sender, receiver, pids))
+    _carry(_started[-1], _WARM_UP_COUNT)
 
 
 def stop_ray() -> None:
@@ -33,14 +38,12 @@ def stop_ray() -> None:
     ray.shutdown()
 
 
-def carry_by_ray() -> tuple[int, float]:
+def carry_by_ray(material: Material) -> tuple[int, float]:
     """Move every completion; returns how many tokens came, and the CPU-seconds of all that took part."""
-    sender, receiver = _ends
-    pids = [*ray.get([end.process_id.remote() for end in _ends]), *_pids_named("raylet", "_QueueActor")]
+    started = _started[-1]
+    pids = [*started.pids, *_pids_named("raylet", "_QueueActor")]
     before = sum(map(cpu_seconds_of, pids))
-    received = receiver.receive.remote(_queue)
-    ray.get(sender.send.remote(_queue))
-    tokens: int = ray.get(received)
+    tokens = _carry(started, material.count)
     return tokens, sum(map(cpu_seconds_of, pids)) - before
 
 
@@ -50,22 +53,40 @@ def measure_size(material: Material) -> int:
     return sum(context.serialize(arrays).total_bytes for arrays in material.arrays())
 
 
+@dataclass(frozen=True, slots=True)
+class _Started:
+    """A queue and its ends."""
+
+    # Any: Ray's handles are typed nowhere.
+    queue: Queue
+    sender: Any
+    receiver: Any
+    pids: list[int]
+
+
 class _End:
     """Sends or receives."""
 
     def __init__(self, material: Material) -> None:
         self._material = material
-        self._count = material.count
+        others.describe(material)  # makes it
 
     def process_id(self) -> int:
         return os.getpid()
 
-    def send(self, queue: Queue) -> None:
-        for arrays in self._material.arrays():
+    def send(self, queue: Queue, count: int) -> None:
+        for arrays in islice(self._material.arrays(), count):
             queue.put(arrays)
 
-    def receive(self, queue: Queue) -> int:
-        return sum(len(queue.get()[0]) for _ in range(self._count))
+    def receive(self, queue: Queue, count: int) -> int:
+        return sum(len(queue.get()[0]) for _ in range(count))
+
+
+def _carry(started: _Started, count: int) -> int:
+    received = started.receiver.receive.remote(started.queue, count)
+    ray.get(started.sender.send.remote(started.queue, count))
+    tokens: int = ray.get(received)
+    return tokens
 
 
 def _pids_named(*names: str) -> list[int]:
@@ -73,6 +94,4 @@ def _pids_named(*names: str) -> list[int]:
     return [child.pid for child in mine if any(name in " ".join(child.cmdline()) for name in names)]
 
 
-# Any: Ray's handles are typed nowhere.
-_queue: Any = None
-_ends: list[Any] = []
+_started: list[_Started] = []

@@ -1,4 +1,4 @@
-"""What the workers of the transport benchmark do: copy over TCP, publish, read, and write groups without us."""
+"""What the workers of the transport benchmark do: copy over TCP, publish, read, write groups without us."""
 
 from __future__ import annotations
 
@@ -101,18 +101,17 @@ def fetch(source: Source, count: int) -> None:
 
 def listen() -> int:
     """Open a port for `receive_copy`."""
-    global _listener
-    _listener = socket.create_server(("127.0.0.1", 0))
-    port: int = _listener.getsockname()[1]
+    _listeners.append(socket.create_server(("127.0.0.1", 0)))
+    port: int = _listeners[-1].getsockname()[1]
     return port
 
 
 def receive_copy(block_bytes: int) -> None:
     """Take what one connection sends, into one buffer of a block's size: nothing moves bytes for less."""
-    assert _listener is not None
-    connection, _ = _listener.accept()
+    listener = _listeners.pop()
+    connection, _ = listener.accept()
     buffer = memoryview(bytearray(block_bytes))
-    with connection:
+    with listener, connection:
         while connection.recv_into(buffer):
             pass
         connection.sendall(b"done")
@@ -153,7 +152,7 @@ def warm_up(block_bytes: int) -> None:
     _distinct_blocks(block_bytes)
 
 
-_listener: socket.socket | None = None
+_listeners: list[socket.socket] = []
 
 
 @cache

@@ -66,7 +66,7 @@ class Site:
 
     Args:
         directory: Where the servers keep their data, and the bare loop its files.
-        read_loads: What a round reads and copies at each block size; each server that is read from gets it once.
+        read_loads: What a round reads and copies at each block size; servers that are read from get it once.
         rows: Receives the samples.
     """
 

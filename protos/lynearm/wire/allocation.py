@@ -1,8 +1,8 @@
 """Memory that was used for one block is used for the next.
 
-glibc takes a large block straight from the system and gives it back when it is freed, and gives back what lies
-free at the end of its heap. A process that moves blocks of a megabyte then spends most of its time on fresh
-pages, which the system has to clear: half of the CPU time of a fetch, as `benchmarks/transport.py` measures it.
+glibc takes large memory straight from the system and gives it back when it is freed, and gives back what lies
+free at the end of its heap. A process that moves blocks of a megabyte then spends its time on fresh pages,
+which the system has to clear: more than half of the CPU time of a fetch, measured on both ends.
 """
 
 from __future__ import annotations
