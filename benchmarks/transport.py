@@ -74,7 +74,7 @@ class Scale:
     passes: int
 
 
-WHOLE = Scale(rounds=9, read_mebibytes=64, publish_mebibytes=192, positions=12_000, passes=10)
+WHOLE = Scale(rounds=15, read_mebibytes=64, publish_mebibytes=192, positions=12_000, passes=10)
 QUICK = Scale(rounds=1, read_mebibytes=8, publish_mebibytes=16, positions=1000, passes=1)
 
 
