@@ -4,10 +4,12 @@
 // POWER_ROOT is the directory that is watched, POWER_SHADOW the one that is kept; without them, nothing is
 // done. A file that was synced under a name that was not is in POWER_SHADOW.pending, which a failure takes.
 // Once a file of the name POWER_SHADOW.kill is there, the process dies before the next sync of the catalog's
-// log: its commit is written then, a server that starts again finds it, and a power failure takes it.
+// log: its commit is written then, a server that starts again finds it, and a power failure takes it. While
+// POWER_SHADOW.fail is there, syncs of the log fail.
 
 #define _GNU_SOURCE
 #include <dirent.h>
+#include <errno.h>
 #include <fcntl.h>
 #include <signal.h>
 #include <limits.h>
@@ -91,52 +93,63 @@ static void keep_names(const char *path, const char *name, const char *shadow) {
   drop_old_names(path, kept);
 }
 
-static void kill_if_asked(const char *name, const char *shadow) {
+static int is_asked(const char *shadow, const char *what) {
   char asked[PATH_MAX];
-  const char *end = strrchr(name, '-');
-  snprintf(asked, sizeof asked, "%s.kill", shadow);
-  if (end != NULL && strcmp(end, "-wal") == 0 && access(asked, F_OK) == 0) {
-    kill(getpid(), SIGKILL);
-  }
+  snprintf(asked, sizeof asked, "%s.%s", shadow, what);
+  return access(asked, F_OK) == 0;
 }
 
-static void keep(int descriptor) {
+// Whether this sync is to fail; does not return where the process is to die instead.
+static int trouble(const char *name, const char *shadow) {
+  const char *end = strrchr(name, '-');
+  if (end == NULL || strcmp(end, "-wal") != 0) {
+    return 0;
+  }
+  if (is_asked(shadow, "kill")) {
+    kill(getpid(), SIGKILL);
+  }
+  return is_asked(shadow, "fail");
+}
+
+static int keep(int descriptor) {
   static volatile int busy;
   const char *root = getenv("POWER_ROOT"), *shadow = getenv("POWER_SHADOW");
   char link[64], path[PATH_MAX];
   struct stat status;
   if (root == NULL || shadow == NULL) {
-    return;
+    return 0;
   }
   snprintf(link, sizeof link, "/proc/self/fd/%d", descriptor);
   ssize_t size = readlink(link, path, sizeof path - 1);
   if (size < 0 || fstat(descriptor, &status) != 0) {
-    return;
+    return 0;
   }
   path[size] = '\0';
   if (strncmp(path, root, strlen(root)) != 0) {
-    return;
+    return 0;
+  }
+  const char *name = path + strlen(root);
+  if (trouble(name, shadow)) {
+    errno = EIO;
+    return -1;
   }
   // Objects and catalog are synced by threads of their own.
   while (__sync_lock_test_and_set(&busy, 1)) {
     usleep(50);
   }
-  const char *name = path + strlen(root);
-  kill_if_asked(name, shadow);
   if (S_ISDIR(status.st_mode)) {
     keep_names(path, name, shadow);
   } else {
     keep_file(path, name, shadow);
   }
   __sync_lock_release(&busy);
+  return 0;
 }
 
 int fsync(int descriptor) {
-  keep(descriptor);
-  return (int)syscall(SYS_fsync, descriptor);
+  return keep(descriptor) == 0 ? (int)syscall(SYS_fsync, descriptor) : -1;
 }
 
 int fdatasync(int descriptor) {
-  keep(descriptor);
-  return (int)syscall(SYS_fdatasync, descriptor);
+  return keep(descriptor) == 0 ? (int)syscall(SYS_fdatasync, descriptor) : -1;
 }

@@ -37,6 +37,8 @@ HEAVY = (
 COMMANDS = (
     (),
     ("serve",),
+    ("up",),
+    ("down",),
     ("teach",),
     ("train",),
     ("export",),

@@ -10,6 +10,7 @@ import pytest
 from lynearm.cli.settings import TABLES, load_settings, read_table
 from lynearm.demo.config import DemoConfig
 from lynearm.export.config import CoreMlExportConfig, MlxExportConfig
+from lynearm.fleet.config import FleetConfig
 from lynearm.student.config import TrainConfig
 from lynearm.teacher.config import TeachConfig
 from lynearm.traces.config import ServeConfig
@@ -19,6 +20,7 @@ EXAMPLES = sorted((Path(__file__).parents[2] / "docs" / "examples").glob("*.toml
 
 CONFIG_CLASSES: Mapping[str, Any] = {
     "serve": ServeConfig,
+    "up": FleetConfig,
     "teach": TeachConfig,
     "train": TrainConfig,
     "export.mlx": MlxExportConfig,

@@ -11,7 +11,15 @@ from models.service_process import ServiceProcess
 from traces.harness import make_spec
 from wire.building import VOCAB_SIZE, build_trace
 
-from lynearm.client import JobPrompt, ReceivedBlock, TraceClient, TraceId, fetch_trace, fetch_traces
+from lynearm.client import (
+    JobPrompt,
+    ReceivedBlock,
+    Retention,
+    TraceClient,
+    TraceId,
+    fetch_trace,
+    fetch_traces,
+)
 from lynearm.client.trace_lookup import locate_prompts
 from lynearm.wire.codec import decode_block, encode_block
 from lynearm.wire.errors import (
@@ -180,3 +188,10 @@ def publisher_is_held_at(client: TraceClient, offset: int) -> None:
         while next(subscription).offset < offset - 1:
             pass
     assert client.get_stream("s").next_offset == offset
+
+
+def test_a_new_consumer_begins_at_the_first_block_that_is_there(client: TraceClient) -> None:
+    publish(client, [traces_of(f"p{number}", [0]) for number in range(3)])
+    client.set_retention("s", Retention(max_bytes=1))
+    client.collect_garbage()
+    assert client.consumers.cursor("s", "new") == Cursor(2)

@@ -189,10 +189,16 @@ def test_a_lease_finishes_each_of_its_samples_once(client: TraceClient, samples:
             lease.finish([("p3", 0)])
 
 
+def wait_for_blocks(client: TraceClient, count: int) -> None:
+    """Wait until so many are durable; what a worker says that it handed over may not be."""
+    while client.get_stream("s").next_offset < count:
+        time.sleep(0.01)
+
+
 def test_a_killed_workers_prompts_go_to_another(client: TraceClient, service: ServiceProcess) -> None:
     client.jobs.create("s", "j", Prompts(20), samples_per_prompt=3)
     victim = WorkerProcess(service.target, "victim", max_units=30, unit_seconds=0.05)
-    victim.wait_for("published")
+    wait_for_blocks(client, 1)
     victim.kill()
     assert client.jobs.get("s", "j").leased_units > 0
     heir = WorkerProcess(service.target, "heir", unit_seconds=0)
@@ -223,7 +229,7 @@ def test_a_worker_that_is_killed_again_and_again_goes_on(
     client.jobs.create("s", "j", Prompts(20), samples_per_prompt=2)
     for _ in range(3):
         worker = WorkerProcess(service.target, "w", unit_seconds=0.02)
-        worker.wait_for("published")
+        wait_for_blocks(client, client.get_stream("s").next_offset + 1)
         worker.kill()
     worker = WorkerProcess(service.target, "w", unit_seconds=0)
     first = worker.wait_for("leased")

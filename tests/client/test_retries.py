@@ -33,13 +33,13 @@ Behaviour = Callable[[grpc.ServicerContext], None]
 class FailingServer:
     """Answers as a service with one stream, unless a behaviour is queued for the next call."""
 
-    def __init__(self) -> None:
+    def __init__(self, target: str = "127.0.0.1:0") -> None:
         self.calls: list[str] = []
         self.behaviours: list[Behaviour] = []
         self.released = threading.Event()
         self._server = grpc.server(ThreadPoolExecutor(4))
         self._server.add_generic_rpc_handlers((_Handler(self),))
-        self.target = f"127.0.0.1:{self._server.add_insecure_port('127.0.0.1:0')}"
+        self.target = f"127.0.0.1:{self._server.add_insecure_port(target)}"
         self._server.start()
 
     def answer(self, method: str, context: grpc.ServicerContext) -> bytes:
@@ -132,6 +132,21 @@ def test_a_call_that_found_no_connection_is_tried_elsewhere(
 ) -> None:
     call(f"{unused_target()},{server.target}", "delete_stream", "s")
     assert server.calls == ["DeleteStream"]
+
+
+def test_a_service_that_was_away_for_long_is_found_at_once(server: FailingServer) -> None:
+    with TraceClient(server.target) as client:
+        assert client.get_stream("s").next_offset == 7
+        server.close()
+        # Long enough for gRPC to try less and less often.
+        for _ in range(4):
+            with pytest.raises(ServiceUnavailableError):
+                client.get_stream("s")
+        successor = FailingServer(server.target)
+        try:
+            assert client.get_stream("s").next_offset == 7
+        finally:
+            successor.close()
 
 
 @pytest.mark.parametrize("retry_seconds", [None, 0.05, 60.0])

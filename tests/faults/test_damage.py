@@ -13,6 +13,7 @@ from models.server_process import Server, object_files, publish_singly, read_all
 from traces.harness import make_block, make_spec
 
 from lynearm.client import TraceClient
+from lynearm.traces import failpoints
 from lynearm.traces.backend import Backend, open_backend
 from lynearm.traces.catalog import BlockFacts, NewBlock, StreamRecord
 from lynearm.traces.config import ServeConfig
@@ -157,3 +158,18 @@ def test_a_subscriber_may_skip_damaged_blocks_and_learns_which(tmp_path: Path) -
         with pytest.raises(CorruptBlockError):
             read_all(client)
         assert server.log.count("block 1 of stream 's' is damaged") == 1
+
+
+def test_a_bad_sector_costs_its_block_and_no_other(data_dir: Path) -> None:
+    async def read(backend: Backend) -> None:
+        record = await backend.catalog.get_stream("s")
+        failpoints.arm("store.before_read=eio@2")
+        try:
+            assert await read_each(backend, record) == [BLOCKS[0], None, BLOCKS[2]]
+            # All three at once, the second of which fails again: what is before it is not lost with it.
+            failpoints.arm("store.before_read=eio@2")
+            assert await backend.reader.read(record, 0, end=3) == BLOCKS[:1]
+        finally:
+            failpoints.arm("")
+
+    with_backend(data_dir, read)

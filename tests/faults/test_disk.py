@@ -132,7 +132,7 @@ def test_a_disk_that_is_full_to_the_last_byte_loses_nothing_acknowledged(small_d
 
 
 def test_a_limit_on_file_sizes_that_stops_the_catalog_loses_nothing_acknowledged(tmp_path: Path) -> None:
-    prelude = "import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (300_000, 300_000))"
+    prelude = "import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (2_000_000, 2_000_000))"
     acked = 0
     with (
         Server(tmp_path / "data", prelude=prelude, cache_bytes=0) as server,

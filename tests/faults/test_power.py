@@ -6,6 +6,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Literal
 
 import pytest
 
@@ -15,6 +16,7 @@ from models.server_process import Server, object_files, read_all
 from traces.harness import make_block, make_spec
 
 from lynearm.client import TraceClient
+from lynearm.wire.errors import StorageError
 
 
 class Power:
@@ -33,9 +35,9 @@ class Power:
         lose_unsynced(self.data, self._kept)
 
     @contextmanager
-    def dying_at_the_next_commit(self) -> Iterator[None]:
-        """The server dies when a commit is written and not synced yet."""
-        asked = self._kept.with_suffix(".kill")
+    def asking(self, what: Literal["kill", "fail"]) -> Iterator[None]:
+        """Once a commit is written, the server dies before its sync, or the sync fails."""
+        asked = self._kept.with_suffix("." + what)
         asked.touch()
         yield
         asked.unlink()
@@ -91,7 +93,7 @@ def test_a_commit_that_a_new_server_finds_is_synced_before_anybody_is_told(power
         publisher = client.publisher("s", "p")
         publisher.publish(make_block(0))
         publisher.flush()
-        with power.dying_at_the_next_commit():
+        with power.asking("kill"):
             publisher.publish(make_block(1))
             server.process.wait(30)
     # The new server finds the group in the log, and says so to the publisher; then the power fails.
@@ -107,3 +109,27 @@ def test_a_commit_that_a_new_server_finds_is_synced_before_anybody_is_told(power
         publisher.close(timeout_seconds=60)
         assert read_all(client) == [make_block(number) for number in range(3)]
         client.close()
+
+
+def test_a_commit_whose_sync_fails_is_not_there_and_takes_nothing_with_it(power: Power) -> None:
+    with Server(power.data, environment=power.environment) as server:
+        client = TraceClient(server.target)
+        client.create_stream(make_spec())
+        with client.publisher("s", "p") as publisher:
+            publisher.publish(make_block(0), ["prompt-0"])
+        publisher = client.publisher("s", "unlucky")
+        publisher.publish(make_block(1), ["prompt-1"])
+        publisher.flush()
+        with power.asking("fail"):
+            publisher.publish(make_block(2), ["prompt-2"])
+            with pytest.raises(StorageError, match="disk I/O error"):
+                publisher.flush()
+        assert read_all(client) == [make_block(0), make_block(1)]
+        with client.publisher("s", "p") as publisher:
+            publisher.publish(make_block(3), ["prompt-2"])
+        client.close()
+    power.fail()
+    with Server(power.data, environment=power.environment) as server, TraceClient(server.target) as client:
+        assert read_all(client) == [make_block(0), make_block(1), make_block(3)]
+        assert client.finished_prompts("s") == {"prompt-0", "prompt-1", "prompt-2"}
+        assert len(object_files(power.data)) == 3

@@ -10,6 +10,7 @@ ROOT = Path(__file__).resolve().parents[2]
 ROLE_FOLDERS = ("protos", "services", "workers", "clients")
 
 EVERYTHING = frozenset({"v1", "wire", "traces", "client", "datasets", "interchange", "demo", "cli"}) | {
+    "fleet",
     "teacher",
     "student",
     "export",
@@ -18,13 +19,14 @@ MAY_IMPORT = {
     "v1": frozenset[str](),
     "wire": frozenset({"v1"}),
     "traces": frozenset({"wire", "v1"}),
+    "fleet": frozenset({"traces", "wire"}),
     "client": frozenset({"wire", "v1"}),
     "teacher": frozenset({"wire", "client"}),
     "student": frozenset({"wire", "client"}),
     "export": frozenset({"wire"}),
     "interchange": frozenset({"v1", "wire", "client"}),
     "datasets": frozenset({"wire", "client"}),
-    "demo": EVERYTHING - {"v1", "traces", "cli"},
+    "demo": EVERYTHING - {"v1", "traces", "fleet", "cli"},
     "cli": EVERYTHING,
 }
 """Subpackages of ours, besides itself, that a subpackage may import."""

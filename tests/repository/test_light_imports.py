@@ -22,6 +22,8 @@ HEAVY = {
 
 VERBS = [
     ("serve",),
+    ("up",),
+    ("down",),
     ("teach",),
     ("train",),
     ("export", "mlx"),

@@ -20,7 +20,8 @@ from lynearm.client import Credentials
 from lynearm.client.credentials import open_channel
 from lynearm.v1 import trace_service_pb2_grpc
 
-_READY = re.compile(r"serving .* at (\S+:\d+) \(.*\), metrics (\S+:\d+)")
+_METRICS = re.compile(r"metrics: (\S+:\d+)\W")
+_READY = re.compile(r"serving .* at (\S+:\d+)\W")
 
 
 class ServeCommand:
@@ -52,12 +53,12 @@ class ServeCommand:
         self._ready = threading.Event()
         self._reader = threading.Thread(target=self._read)
         self._reader.start()
-        self.address = self.metrics_address = ""
         self._ready.wait(60)
-        for line in self.lines:
-            if found := _READY.search(line):
-                self.address, self.metrics_address = found.groups()
-        assert self.address, self.lines
+        log = "".join(self.lines)
+        ready, metrics = _READY.search(log), _METRICS.search(log)
+        assert ready is not None, log
+        assert metrics is not None, log
+        self.address, self.metrics_address = ready[1], metrics[1]
         self._channel = open_channel(self.address, credentials)
         self.stub = trace_service_pb2_grpc.TraceServiceStub(self._channel)
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import grpc
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from traces.harness import Producer, Reader, code, details, error_name, make_block, publish
 
@@ -188,6 +188,7 @@ _filters = st.builds(
 )
 
 
+@settings(deadline=None)
 @given(st.lists(_tags, max_size=60), _tags, _filters)
 def test_no_block_that_holds_a_wanted_trace_is_passed_over(
     traces: list[dict[str, str]], producer: dict[str, str], trace_filter: TraceFilter

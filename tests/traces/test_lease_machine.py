@@ -9,12 +9,12 @@ from typing import ClassVar
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
-from lynearm.traces.sql_catalog import SqlCatalog
-from lynearm.traces.sqlite import SqliteDatabase
 from traces.harness import LoopThread, make_spec
 
 from lynearm.traces.catalog import BlockFacts, CommittedBlock, NewBlock, Producer
 from lynearm.traces.job_records import JobPrompt, NewJob, NewPrompts, WorkRequest
+from lynearm.traces.sql_catalog import SqlCatalog
+from lynearm.traces.sqlite import SqliteDatabase
 from lynearm.traces.store import Span, StoredObject
 from lynearm.wire.errors import LeaseSupersededError, PromptFinishedError
 from lynearm.wire.work import DIGEST_OF_NOTHING, FinishedSamples, FinishedWork, LeaseKey, extend_digest
@@ -32,7 +32,9 @@ class LeaseMachine(RuleBasedStateMachine):
     def __init__(self) -> None:
         super().__init__()
         self._directory = tempfile.TemporaryDirectory()
-        self.catalog = self.loop.run(SqlCatalog.open(SqliteDatabase(Path(self._directory.name) / "catalog.sqlite3")))
+        self.catalog = self.loop.run(
+            SqlCatalog.open(SqliteDatabase(Path(self._directory.name) / "catalog.sqlite3"))
+        )
         self.given: list[tuple[LeaseKey, str, frozenset[Unit]]] = []
         self.valid: dict[LeaseKey, str] = {}
         """Holder of each lease that nobody has superseded."""
@@ -119,7 +121,9 @@ class LeaseMachine(RuleBasedStateMachine):
     def restart(self) -> None:
         """The service is stopped and started."""
         self.loop.run(self.catalog.close())
-        self.catalog = self.loop.run(SqlCatalog.open(SqliteDatabase(Path(self._directory.name) / "catalog.sqlite3")))
+        self.catalog = self.loop.run(
+            SqlCatalog.open(SqliteDatabase(Path(self._directory.name) / "catalog.sqlite3"))
+        )
 
     @invariant()
     def status_is_right(self) -> None:

@@ -24,6 +24,7 @@ from traces.harness import (
     make_spec,
     publish,
 )
+from traces.jobs import Unit, create_job, finish, finished, get_job, lease, publish_work, units_of
 from traces.storages import catalog_rows, on_cluster, on_shared_storage
 
 from lynearm.traces import postgresql_listen
@@ -119,6 +120,30 @@ def test_a_producer_that_opens_on_one_server_is_fenced_off_on_the_other(
     assert error_name(old.error()) == "ProducerFencedError"
     new.send(1, make_block(1))
     assert new.close() == {1: 0}
+
+
+@on_shared_storage
+def test_workers_at_both_servers_share_a_job(servers: tuple[RunningServer, RunningServer]) -> None:
+    create_job(servers[0].stub, 30, samples=2)
+    leased: list[list[Unit]] = [[], [], [], []]
+
+    def work(index: int) -> None:
+        mine, other = servers[index % 2].stub, servers[1 - index % 2].stub
+        while (answer := lease(mine, 3, f"w{index}")).HasField("lease"):
+            units = units_of(answer.lease)
+            leased[index] += units
+            # What one server handed out, the other one takes.
+            publish_work(other, finish(answer.lease.key, units), producer_id=f"w{index}")
+
+    threads = [threading.Thread(target=work, args=(index,)) for index in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    expected = sorted((f"p{number}", sample) for number in range(30) for sample in range(2))
+    assert sorted(unit for of_worker in leased for unit in of_worker) == expected
+    assert get_job(servers[0].stub).done_count == len(expected)
+    assert sorted(finished(servers[1].stub)) == sorted(f"p{number}" for number in range(30))
 
 
 @on_shared_storage

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lynearm.wire.errors import InvalidInputError
@@ -31,11 +31,13 @@ def sequence(plan: ShardPlan, count: int, world_size: int, *, first_step: int = 
     return found
 
 
+@settings(deadline=None)
 @given(plans, counts, st.integers(1, 12))
 def test_the_sequence_is_the_same_for_any_world_size(plan: ShardPlan, count: int, world_size: int) -> None:
     assert sequence(plan, count, world_size) == sequence(plan, count, 1)
 
 
+@settings(deadline=None)
 @given(plans, counts)
 def test_every_example_comes_once_and_in_its_window(plan: ShardPlan, count: int) -> None:
     steps = sequence(plan, count, 3)
@@ -44,6 +46,7 @@ def test_every_example_comes_once_and_in_its_window(plan: ShardPlan, count: int)
         assert {example // plan.window_size for example in batch} == {plan.window_of(step)}
 
 
+@settings(deadline=None)
 @given(plans, counts, st.integers(0, 40), st.integers(1, 7), st.integers(1, 7))
 def test_a_run_goes_on_at_any_step_with_another_world_size(
     plan: ShardPlan, count: int, step: int, before: int, after: int
@@ -53,6 +56,7 @@ def test_a_run_goes_on_at_any_step_with_another_world_size(
     assert rest == {number: batch for number, batch in whole.items() if number >= step}
 
 
+@settings(deadline=None)
 @given(plans, counts, st.integers(1, 12))
 def test_ranks_get_equal_numbers_of_steps_and_shares(plan: ShardPlan, count: int, world_size: int) -> None:
     ranks = [
@@ -66,6 +70,7 @@ def test_ranks_get_equal_numbers_of_steps_and_shares(plan: ShardPlan, count: int
         assert sum(sizes) == of_step[0].global_size == plan.global_batch_size
 
 
+@settings(deadline=None)
 @given(plans, st.integers(0, 400), st.integers(0, 400))
 def test_examples_that_come_later_do_not_change_full_windows(plan: ShardPlan, count: int, more: int) -> None:
     full = count // plan.window_size * plan.window_batches

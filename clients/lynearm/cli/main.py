@@ -12,10 +12,13 @@ from lynearm.cli.streams import streams_app
 from lynearm.cli.teach import teach
 from lynearm.cli.tokens import tokens_app
 from lynearm.cli.train import train
+from lynearm.cli.up import down, up
 
 app = make_app("Streams what a teacher model knows to the training loops of small students.")
 app.callback()(take_credentials)
 app.command()(serve)
+app.command()(up)
+app.command()(down)
 app.command()(teach)
 app.command()(train)
 app.add_typer(export_app, name="export")

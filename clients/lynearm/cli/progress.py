@@ -64,6 +64,7 @@ class Reporter(Generic[_Event]):
         self._role = role
         self._describe = describe
         self._console = Console(stderr=True)
+        self._results = sys.stdout
         if mode is ProgressMode.auto:
             mode = ProgressMode.rich if self._console.is_terminal else ProgressMode.plain
         self.mode = mode
@@ -112,7 +113,7 @@ class Reporter(Generic[_Event]):
         """Hand a dataclass to programs; people get to read its contents elsewhere."""
         if self.mode is ProgressMode.json:
             with self._lock:
-                print(event_line(self._role, report), flush=True)
+                print(event_line(self._role, report), file=self._results, flush=True)
 
     def _draw(self, bars: Progress, status: Status) -> None:
         new_stage = self._shown is None or self._shown.stage != status.stage

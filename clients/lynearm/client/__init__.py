@@ -3,13 +3,19 @@
 from lynearm.client.async_publisher import AsyncPublisher
 from lynearm.client.async_subscription import AsyncSubscription
 from lynearm.client.async_trace_client import AsyncTraceClient
+from lynearm.client.consumer_calls import ConsumerInfo
+from lynearm.client.consumers import ConsumerClient
 from lynearm.client.credentials import Credentials, TlsConfig
 from lynearm.client.dictionaries import DictionaryCache
 from lynearm.client.interrupts import stop_on_interrupt
+from lynearm.client.job_calls import JobInfo, JobPrompt, LeasedPrompt
+from lynearm.client.jobs import JobClient
+from lynearm.client.leases import Lease, PromptWorker
 from lynearm.client.publisher import Publisher
 from lynearm.client.reading_position import ReceivedBlock
 from lynearm.client.subscription import Subscription
 from lynearm.client.trace_client import TraceClient
+from lynearm.client.trace_lookup import FoundTrace, TraceId, fetch_trace, fetch_traces
 from lynearm.wire.protobuf import StreamInfo
 from lynearm.wire.retention import Collected, Retention
 
@@ -18,8 +24,17 @@ __all__ = [
     "AsyncSubscription",
     "AsyncTraceClient",
     "Collected",
+    "ConsumerClient",
+    "ConsumerInfo",
     "Credentials",
     "DictionaryCache",
+    "FoundTrace",
+    "JobClient",
+    "JobInfo",
+    "JobPrompt",
+    "Lease",
+    "LeasedPrompt",
+    "PromptWorker",
     "Publisher",
     "ReceivedBlock",
     "Retention",
@@ -27,5 +42,8 @@ __all__ = [
     "Subscription",
     "TlsConfig",
     "TraceClient",
+    "TraceId",
+    "fetch_trace",
+    "fetch_traces",
     "stop_on_interrupt",
 ]

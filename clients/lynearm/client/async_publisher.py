@@ -16,6 +16,7 @@ from lynearm.client.async_connection import AsyncConnection, AsyncResponses, is_
 from lynearm.client.producer_window import (
     FAREWELL_SECONDS,
     OPEN_SECONDS,
+    Finished,
     ProducerWindow,
     check_block,
     too_late,
@@ -24,6 +25,8 @@ from lynearm.client.pulse import Pulse
 from lynearm.client.retries import Retries, client_closed, service_hung_up
 from lynearm.v1 import trace_service_pb2 as pb
 from lynearm.wire.errors import InternalError, LynearmError
+from lynearm.wire.labels import TagSummary
+from lynearm.wire.work import FinishedWork
 
 logger = logging.getLogger(__name__)
 
@@ -35,22 +38,14 @@ class AsyncPublisher:
     over nothing. A task of the publisher's own, begun with its first use, sends and reads.
     """
 
-    def __init__(
-        self,
-        connection: AsyncConnection,
-        stream: str,
-        producer_id: str,
-        *,
-        in_flight_bytes: int,
-        retries: Retries,
-    ) -> None:
-        self.stream = stream
-        self.producer_id = producer_id
+    def __init__(self, connection: AsyncConnection, window: ProducerWindow, *, retries: Retries) -> None:
+        self.stream = window.stream
+        self.producer_id = window.producer_id
         self._connection = connection
         self._generation = connection.generation
         self._retries = retries
         self._changed = Pulse()
-        self._window = ProducerWindow(stream, producer_id, in_flight_bytes)
+        self._window = window
         self._waiting_seconds = 0.0
         self._closing = False
         self._error: LynearmError | None = None
@@ -97,15 +92,24 @@ class AsyncPublisher:
 
     @property
     def waiting_reason(self) -> str:
-        """Why nothing can be sent right now; empty while connected."""
-        return self._retries.waiting_reason
+        """Why nothing goes on right now; empty while it does."""
+        return self._retries.waiting_reason or self._window.held_reason
 
-    async def publish(self, block: bytes, finished_prompt_ids: Sequence[str] = ()) -> None:
+    async def publish(
+        self,
+        block: bytes,
+        finished_prompt_ids: Sequence[str] = (),
+        *,
+        finished_work: Sequence[FinishedWork] = (),
+        tags: TagSummary | None = None,
+    ) -> None:
         """Hand over a block; returns when it is queued, not when it is durable.
 
         Args:
             block: A serialised block.
             finished_prompt_ids: Prompts whose last trace is in this block; committed with it.
+            finished_work: Leased samples whose traces are in this block (`Lease.finish`); committed with it.
+            tags: Which tags the block's traces have (`summarise_tags`), for filters; None: not known.
 
         Raises:
             InvalidInputError: if block and ids do not fit into one message.
@@ -121,7 +125,7 @@ class AsyncPublisher:
             self._waiting_seconds += time.monotonic() - started
         if self._closing:
             raise too_late(self.stream)
-        self._window.add(block, finished_prompt_ids)
+        self._window.add(block, Finished(finished_prompt_ids, finished_work, tags))
         self._changed.send()
 
     async def flush(self, timeout_seconds: float | None = None) -> None:

@@ -88,7 +88,7 @@ class AsyncSubscription:
 
     @property
     def next_offset(self) -> int:
-        """Offset of the block that the next iteration gives."""
+        """Every block before it was given, or held nothing wanted."""
         return self._position.next_offset
 
     @property

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import math
 import time
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from types import TracebackType
 from typing import TYPE_CHECKING, Literal, Self, TypeVar
 
@@ -13,13 +13,17 @@ import grpc
 
 from lynearm.client import calls
 from lynearm.client.async_connection import AsyncConnection
+from lynearm.client.async_consumers import AsyncConsumerClient
+from lynearm.client.async_jobs import AsyncJobClient
+from lynearm.client.async_leases import AsyncPromptWorker
 from lynearm.client.async_publisher import AsyncPublisher
 from lynearm.client.async_subscription import AsyncSubscription, fetch_blocks
 from lynearm.client.calls import Call
 from lynearm.client.client_settings import DEFAULT_TIMEOUT_SECONDS, ClientSettings
 from lynearm.client.credentials import Credentials
 from lynearm.client.endpoints import DEFAULT_TARGET
-from lynearm.client.producer_window import DEFAULT_IN_FLIGHT_BYTES
+from lynearm.client.leases import DEFAULT_UNITS
+from lynearm.client.producer_window import DEFAULT_IN_FLIGHT_BYTES, ProducerWindow
 from lynearm.client.reading_position import (
     DEFAULT_CREDIT_BYTES,
     FetchPosition,
@@ -27,10 +31,13 @@ from lynearm.client.reading_position import (
     SubscriptionPosition,
 )
 from lynearm.client.retries import not_ready
+from lynearm.client.selection import Selection
 from lynearm.wire.errors import StreamExistsError
+from lynearm.wire.labels import TraceFilter, check_producer_labels
 from lynearm.wire.protobuf import StreamInfo
 from lynearm.wire.retention import Collected, Retention
 from lynearm.wire.specs import StreamSpec, check_name
+from lynearm.wire.traces import Cursor
 
 if TYPE_CHECKING:
     from lynearm.client.async_dictionaries import AsyncDictionaries
@@ -171,24 +178,45 @@ class AsyncTraceClient(ClientSettings):
         return await self._ask(calls.finished_prompts(stream), timeout_seconds)
 
     def publisher(
-        self, stream: str, producer_id: str, *, max_in_flight_bytes: int = DEFAULT_IN_FLIGHT_BYTES
+        self,
+        stream: str,
+        producer_id: str,
+        *,
+        max_in_flight_bytes: int = DEFAULT_IN_FLIGHT_BYTES,
+        labels: Mapping[str, str] | None = None,
     ) -> AsyncPublisher:
         """As `TraceClient.publisher`; the epoch begins with the publisher's first use."""
-        return AsyncPublisher(
-            self._connection,
+        window = ProducerWindow(
             check_name(stream),
             check_name(producer_id, what="producer id"),
-            in_flight_bytes=max_in_flight_bytes,
-            retries=self._long_retries(f"publisher of stream {stream}"),
+            max_in_flight_bytes,
+            labels=check_producer_labels(labels or {}),
+        )
+        return AsyncPublisher(
+            self._connection, window, retries=self._long_retries(f"publisher of stream {stream}")
+        )
+
+    def prompt_worker(
+        self, stream: str, job: str, *, worker: str, max_units: int = DEFAULT_UNITS
+    ) -> AsyncPromptWorker:
+        """As `TraceClient.prompt_worker`."""
+        return AsyncPromptWorker(
+            self.send,
+            stream,
+            job,
+            worker=worker,
+            max_units=max_units,
+            patience_seconds=self._patience_seconds,
         )
 
     def subscribe(
         self,
         stream: str,
         *,
-        start: int | Literal["live"] = 0,
+        start: int | Cursor | Literal["live"] = 0,
         follow: bool = True,
         credit_bytes: int = DEFAULT_CREDIT_BYTES,
+        wanted: TraceFilter | None = None,
         on_corrupt: Literal["raise", "skip"] = "raise",
     ) -> AsyncSubscription:
         """As `TraceClient.subscribe`; "live" means from `async with`, or the first iteration, on."""
@@ -197,13 +225,11 @@ class AsyncTraceClient(ClientSettings):
             return (await self.get_stream(stream)).next_offset
 
         first = 0 if start == "live" else start
-        position = SubscriptionPosition(
-            check_name(stream),
-            start=first,
-            follow=follow,
-            credit_bytes=credit_bytes,
-            skip_damaged=on_corrupt == "skip",
+        cursor = first if isinstance(first, Cursor) else Cursor(first)
+        selection = Selection(
+            check_name(stream), cursor, follow, credit_bytes, wanted, skip_damaged=on_corrupt == "skip"
         )
+        position = SubscriptionPosition(selection)
         return AsyncSubscription(
             self._connection,
             position,
@@ -221,6 +247,24 @@ class AsyncTraceClient(ClientSettings):
             retries=self._short_retries(),
             timeout_seconds=self._deadline_seconds(timeout_seconds),
         )
+
+    @property
+    def jobs(self) -> AsyncJobClient:
+        """Prompts that the service hands out to workers."""
+        return AsyncJobClient(self.send)
+
+    @property
+    def consumers(self) -> AsyncConsumerClient:
+        """Named readers whose positions the service keeps."""
+        return AsyncConsumerClient(self.send)
+
+    async def send(self, call: Call[Result], /) -> Result:
+        """Send a call; what its answer means.
+
+        Raises:
+            LynearmError: what the service said.
+        """
+        return await self._ask(call, None)
 
     async def _ask(self, call: Call[Result], timeout_seconds: float | None) -> Result:
         retries = self._short_retries(idempotent=call.idempotent)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from lynearm.client.unary_calls import UnaryCall
+from lynearm.client.calls import Call
 from lynearm.v1 import consumer_pb2 as pb
 from lynearm.v1 import trace_service_pb2
 from lynearm.wire.protobuf import StreamInfo, stream_from_proto
@@ -28,9 +28,7 @@ class ConsumerInfo:
     """When the cursor was stored."""
 
 
-def commit_cursor(
-    stream: str, name: str, cursor: Cursor, *, allow_backwards: bool
-) -> UnaryCall[ConsumerInfo]:
+def commit_cursor(stream: str, name: str, cursor: Cursor, *, allow_backwards: bool) -> Call[ConsumerInfo]:
     """CommitCursor."""
     request = pb.CommitCursorRequest(
         stream=check_name(stream),
@@ -38,33 +36,33 @@ def commit_cursor(
         cursor=pb.Cursor(offset=cursor.offset, trace_index=cursor.trace_index),
         allow_backwards=allow_backwards,
     )
-    return UnaryCall("CommitCursor", request, pb.CommitCursorResponse, _read_consumer)
+    return Call("CommitCursor", request, pb.CommitCursorResponse, _read_consumer)
 
 
-def get_consumer(stream: str, name: str) -> UnaryCall[ConsumerInfo]:
+def get_consumer(stream: str, name: str) -> Call[ConsumerInfo]:
     """GetConsumer."""
     request = pb.GetConsumerRequest(stream=check_name(stream), name=check_name(name, what="consumer"))
-    return UnaryCall("GetConsumer", request, pb.GetConsumerResponse, _read_consumer)
+    return Call("GetConsumer", request, pb.GetConsumerResponse, _read_consumer)
 
 
-def list_consumers(stream: str) -> UnaryCall[list[ConsumerInfo]]:
+def list_consumers(stream: str) -> Call[list[ConsumerInfo]]:
     """ListConsumers."""
     request = pb.ListConsumersRequest(stream=check_name(stream))
-    return UnaryCall("ListConsumers", request, pb.ListConsumersResponse, _read_consumers)
+    return Call("ListConsumers", request, pb.ListConsumersResponse, _read_consumers)
 
 
-def delete_consumer(stream: str, name: str) -> UnaryCall[None]:
+def delete_consumer(stream: str, name: str) -> Call[None]:
     """DeleteConsumer."""
     request = pb.DeleteConsumerRequest(stream=check_name(stream), name=check_name(name, what="consumer"))
-    return UnaryCall("DeleteConsumer", request, pb.DeleteConsumerResponse, _read_nothing)
+    return Call("DeleteConsumer", request, pb.DeleteConsumerResponse, _read_nothing)
 
 
-def set_max_lag(stream: str, *, blocks: int, traces: int) -> UnaryCall[StreamInfo]:
+def set_max_lag(stream: str, *, blocks: int, traces: int) -> Call[StreamInfo]:
     """ConfigureStream."""
     request = trace_service_pb2.ConfigureStreamRequest(
         name=check_name(stream), max_lag=pb.MaxLag(blocks=blocks, traces=traces)
     )
-    return UnaryCall("ConfigureStream", request, trace_service_pb2.ConfigureStreamResponse, _read_stream)
+    return Call("ConfigureStream", request, trace_service_pb2.ConfigureStreamResponse, _read_stream)
 
 
 def _consumer(message: pb.Consumer) -> ConsumerInfo:

@@ -6,9 +6,9 @@ then publishers know how far they may run ahead, the service what it may drop, a
 
 from __future__ import annotations
 
-from lynearm.client import consumer_calls
+from lynearm.client import calls, consumer_calls
 from lynearm.client.consumer_calls import ConsumerInfo
-from lynearm.client.unary_calls import SendCall
+from lynearm.client.sending import SendCall
 from lynearm.wire.errors import ConsumerNotFoundError
 from lynearm.wire.protobuf import StreamInfo
 from lynearm.wire.traces import Cursor
@@ -51,7 +51,7 @@ class ConsumerClient:
         return self._send(consumer_calls.get_consumer(stream, name))
 
     def cursor(self, stream: str, name: str) -> Cursor:
-        """Where a consumer goes on reading; the beginning of the stream if it never stored a cursor.
+        """Where a consumer goes on reading; the first block that is there, if it never stored a cursor.
 
         Raises:
             StreamNotFoundError: there is no such stream.
@@ -59,7 +59,7 @@ class ConsumerClient:
         try:
             return self.get(stream, name).cursor
         except ConsumerNotFoundError:
-            return Cursor()
+            return Cursor(self._send(calls.get_stream(stream)).first_offset)
 
     def list(self, stream: str) -> list[ConsumerInfo]:
         """The consumers of a stream, by name.

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal, TypeAlias
 
-from lynearm.client.unary_calls import UnaryCall
+from lynearm.client.calls import Call
 from lynearm.v1 import prompt_queue_pb2 as pb
 from lynearm.wire.errors import InvalidInputError, JobIncompleteError
 from lynearm.wire.specs import check_name
@@ -118,7 +118,7 @@ class NewJob:
         return cls(check_name(stream), check_name(name, what="job"), samples_per_prompt, count, digest)
 
 
-def create_job(job: NewJob) -> UnaryCall[JobInfo]:
+def create_job(job: NewJob) -> Call[JobInfo]:
     """CreateJob."""
     request = pb.CreateJobRequest(
         stream=job.stream,
@@ -127,10 +127,10 @@ def create_job(job: NewJob) -> UnaryCall[JobInfo]:
         prompt_count=job.prompt_count,
         content_sha256=job.content_sha256,
     )
-    return UnaryCall("CreateJob", request, pb.CreateJobResponse, _read_job)
+    return Call("CreateJob", request, pb.CreateJobResponse, _read_job)
 
 
-def add_prompts(job: NewJob, first_prompt: int, prompts: Iterable[JobPrompt]) -> Iterator[UnaryCall[int]]:
+def add_prompts(job: NewJob, first_prompt: int, prompts: Iterable[JobPrompt]) -> Iterator[Call[int]]:
     """AddPrompts, once for each message's worth; each result is how many the service has then."""
     for batch in _messages(prompts):
         request = pb.AddPromptsRequest(
@@ -140,46 +140,46 @@ def add_prompts(job: NewJob, first_prompt: int, prompts: Iterable[JobPrompt]) ->
             prompts=batch,
             content_sha256=job.content_sha256,
         )
-        yield UnaryCall("AddPrompts", request, pb.AddPromptsResponse, _read_stored)
+        yield Call("AddPrompts", request, pb.AddPromptsResponse, _read_stored)
         first_prompt += len(batch)
 
 
-def get_job(stream: str, name: str) -> UnaryCall[JobInfo]:
+def get_job(stream: str, name: str) -> Call[JobInfo]:
     """GetJob."""
     request = pb.GetJobRequest(stream=check_name(stream), name=check_name(name, what="job"))
-    return UnaryCall("GetJob", request, pb.GetJobResponse, _read_job)
+    return Call("GetJob", request, pb.GetJobResponse, _read_job)
 
 
-def list_jobs(stream: str) -> UnaryCall[list[JobInfo]]:
+def list_jobs(stream: str) -> Call[list[JobInfo]]:
     """ListJobs."""
     request = pb.ListJobsRequest(stream=check_name(stream))
-    return UnaryCall("ListJobs", request, pb.ListJobsResponse, _read_jobs)
+    return Call("ListJobs", request, pb.ListJobsResponse, _read_jobs)
 
 
-def cancel_job(stream: str, name: str) -> UnaryCall[JobInfo]:
+def cancel_job(stream: str, name: str) -> Call[JobInfo]:
     """CancelJob."""
     request = pb.CancelJobRequest(stream=check_name(stream), name=check_name(name, what="job"))
-    return UnaryCall("CancelJob", request, pb.CancelJobResponse, _read_job)
+    return Call("CancelJob", request, pb.CancelJobResponse, _read_job)
 
 
-def lease_prompts(stream: str, job: str, *, worker: str, max_units: int, restarted: bool) -> UnaryCall[Grant]:
+def lease_prompts(stream: str, job: str, *, worker: str, max_units: int, restarted: bool) -> Call[Grant]:
     """LeasePrompts. Where its answer is lost, the units come back once their holder was silent for long."""
     request = pb.LeasePromptsRequest(
         stream=stream, job=job, worker=worker, max_units=max_units, restarted=restarted
     )
-    return UnaryCall("LeasePrompts", request, pb.LeasePromptsResponse, _read_grant)
+    return Call("LeasePrompts", request, pb.LeasePromptsResponse, _read_grant)
 
 
-def renew_leases(stream: str, keys: Sequence[LeaseKey]) -> UnaryCall[list[LeaseKey]]:
+def renew_leases(stream: str, keys: Sequence[LeaseKey]) -> Call[list[LeaseKey]]:
     """RenewLeases; the result are those that are lost."""
     request = pb.RenewLeasesRequest(stream=stream, leases=map(_key_to_proto, keys))
-    return UnaryCall("RenewLeases", request, pb.RenewLeasesResponse, _read_lost)
+    return Call("RenewLeases", request, pb.RenewLeasesResponse, _read_lost)
 
 
-def release_leases(stream: str, keys: Sequence[LeaseKey]) -> UnaryCall[None]:
+def release_leases(stream: str, keys: Sequence[LeaseKey]) -> Call[None]:
     """ReleaseLeases."""
     request = pb.ReleaseLeasesRequest(stream=stream, leases=map(_key_to_proto, keys))
-    return UnaryCall("ReleaseLeases", request, pb.ReleaseLeasesResponse, _read_nothing)
+    return Call("ReleaseLeases", request, pb.ReleaseLeasesResponse, _read_nothing)
 
 
 def incomplete(job: JobInfo) -> JobIncompleteError:

@@ -11,7 +11,7 @@ from itertools import islice
 
 from lynearm.client import job_calls
 from lynearm.client.job_calls import JobInfo, JobPrompt, NewJob
-from lynearm.client.unary_calls import SendCall
+from lynearm.client.sending import SendCall
 
 
 class JobClient:

@@ -18,8 +18,9 @@ from types import TracebackType
 from typing import Self
 
 from lynearm.client import job_calls
+from lynearm.client.calls import Call
 from lynearm.client.job_calls import Grant, JobInfo, LeasedPrompt
-from lynearm.client.unary_calls import SendCall, UnaryCall
+from lynearm.client.sending import SendCall
 from lynearm.wire.errors import DeadlineError, InvalidInputError, LynearmError, ServiceUnavailableError
 from lynearm.wire.specs import check_name
 from lynearm.wire.work import FinishedSamples, FinishedWork, LeaseKey
@@ -29,10 +30,10 @@ logger = logging.getLogger(__name__)
 DEFAULT_UNITS = 64
 """Enough for a batch of a busy engine, and little to do again for whoever takes over."""
 
-_POLL_SECONDS = 1.0
+POLL_SECONDS = 1.0
 """Between tries while others hold all that is left, or the service is away."""
 
-_RENEWALS = 3
+RENEWALS = 3
 """Renewals in the time that a holder may be silent: two of them may be lost."""
 
 
@@ -84,6 +85,43 @@ class Lease:
         return FinishedWork(self.key, tuple(prompts))
 
 
+class HeldLeases:
+    """The leases of one worker that are neither over nor given back; no I/O, no locks."""
+
+    def __init__(self) -> None:
+        self._leases: dict[LeaseKey, Lease] = {}
+
+    @property
+    def keys(self) -> list[LeaseKey]:
+        """Those to be renewed."""
+        return list(self._leases)
+
+    @property
+    def leases(self) -> list[Lease]:
+        """The leases themselves."""
+        return list(self._leases.values())
+
+    def add(self, lease: Lease) -> None:
+        """Take note of a new one."""
+        self._leases[lease.key] = lease
+
+    def remove(self, leases: Iterable[Lease]) -> list[LeaseKey]:
+        """Forget some; the keys of all of them."""
+        keys = [lease.key for lease in leases]
+        for key in keys:
+            self._leases.pop(key, None)
+        return keys
+
+    def lose(self, job_name: str, keys: Iterable[LeaseKey]) -> None:
+        """Forget those that the service says are over, and mark those of which something was left."""
+        for key in keys:
+            lease = self._leases.pop(key, None)
+            # A lease of which every unit was published is over as well.
+            if lease is not None and lease.open_count:
+                lease.is_lost = True
+                logger.warning("job %s: lease %d was given to others", job_name, key.lease_id)
+
+
 class PromptWorker:
     """Takes work of a job, lease by lease. Made by `TraceClient.prompt_worker`; use it as a context manager.
 
@@ -114,7 +152,7 @@ class PromptWorker:
         self._silence_seconds = math.inf
         self._changed = threading.Condition()
         # Both guarded by _changed.
-        self._held: dict[LeaseKey, Lease] = {}
+        self._held = HeldLeases()
         self._closed = False
         self._thread = threading.Thread(target=self._renew, name=f"renew-{job}", daemon=True)
 
@@ -132,7 +170,7 @@ class PromptWorker:
             self._changed.notify_all()
         self._thread.join()
         try:
-            self.release(list(self._held.values()))
+            self.release(self._held.leases)
         except LynearmError as failure:
             logger.warning("job %s: leases come back later: %s", self.job_name, failure)
 
@@ -176,7 +214,7 @@ class PromptWorker:
         lease = Lease(grant.key, grant.prompts)
         with self._changed:
             self._silence_seconds = grant.silence_seconds
-            self._held[lease.key] = lease
+            self._held.add(lease)
             self._changed.notify_all()
         return lease
 
@@ -186,38 +224,28 @@ class PromptWorker:
         Raises:
             LynearmError: the service did not hear of it; they come back once this worker was silent for long.
         """
-        keys = [lease.key for lease in leases]
         with self._changed:
-            for key in keys:
-                self._held.pop(key, None)
+            keys = self._held.remove(leases)
         if keys:
             self._send(job_calls.release_leases(self.stream, keys))
 
     def _renew(self) -> None:
         while True:
             with self._changed:
-                self._changed.wait_for(lambda: self._closed or self._held)
-                self._changed.wait_for(lambda: self._closed, self._silence_seconds / _RENEWALS)
+                self._changed.wait_for(lambda: self._closed or self._held.keys)
+                self._changed.wait_for(lambda: self._closed, self._silence_seconds / RENEWALS)
                 if self._closed:
                     return
-                keys = list(self._held)
+                keys = self._held.keys
             try:
                 lost = self._send(job_calls.renew_leases(self.stream, keys))
             except LynearmError as error:
                 logger.warning("job %s: leases could not be renewed: %s", self.job_name, error)
                 continue
-            self._forget(lost)
+            with self._changed:
+                self._held.lose(self.job_name, lost)
 
-    def _forget(self, lost: Iterable[LeaseKey]) -> None:
-        with self._changed:
-            for key in lost:
-                lease = self._held.pop(key, None)
-                # A lease of which every unit was published is over as well.
-                if lease is not None and lease.open_count:
-                    lease.is_lost = True
-                    logger.warning("job %s: lease %d was given to others", self.job_name, key.lease_id)
-
-    def _send_patiently(self, call: UnaryCall[Grant]) -> Grant:
+    def _send_patiently(self, call: Call[Grant]) -> Grant:
         started = time.monotonic()
         while True:
             try:
@@ -229,4 +257,4 @@ class PromptWorker:
 
     def _pause(self) -> None:
         with self._changed:
-            self._changed.wait_for(lambda: self._closed, _POLL_SECONDS * random.uniform(0.5, 1.0))
+            self._changed.wait_for(lambda: self._closed, POLL_SECONDS * random.uniform(0.5, 1.0))

@@ -24,7 +24,8 @@ CHANNEL_OPTIONS: tuple[tuple[str, int], ...] = (
     ("grpc.http2.max_pings_without_data", 0),
     ("grpc.initial_reconnect_backoff_ms", 100),
     ("grpc.min_reconnect_backoff_ms", 500),
-    ("grpc.max_reconnect_backoff_ms", 2000),
+    # Between two tries to connect, calls fail without one: that must be over before a single call gives up.
+    ("grpc.max_reconnect_backoff_ms", 500),
     # Otherwise a channel opened after a fork would use the connection of its parent's.
     ("grpc.use_local_subchannel_pool", 1),
 )

@@ -8,13 +8,15 @@ here are sent again under the same numbers, and the service drops those that it 
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from lynearm.v1 import trace_service_pb2 as pb
 from lynearm.wire.blocks import MAX_BLOCK_BYTES
 from lynearm.wire.errors import DeadlineError, InternalError, InvalidInputError
 from lynearm.wire.frames import PublishOpen, frame_publish_block, frame_publish_open
+from lynearm.wire.labels import TagSummary
+from lynearm.wire.work import FinishedWork
 
 DEFAULT_IN_FLIGHT_BYTES = 32 << 20
 """Four groups of the server's: while one is on its way, others are written, committed and acknowledged. With
@@ -36,6 +38,15 @@ class _Unacknowledged:
     frame: bytes
 
 
+@dataclass(frozen=True, slots=True)
+class Finished:
+    """What travels with a block and is committed with it."""
+
+    prompt_ids: Sequence[str] = ()
+    work: Sequence[FinishedWork] = ()
+    tags: TagSummary | None = None
+
+
 class ProducerWindow:
     """What one producer has handed over, and how far the service is with it.
 
@@ -43,15 +54,26 @@ class ProducerWindow:
         stream: Name of the stream.
         producer_id: Name of the producer.
         max_in_flight_bytes: Blocks that may be here before `has_room` says no; one always may.
+        labels: What the blocks are, for filters.
     """
 
-    def __init__(self, stream: str, producer_id: str, max_in_flight_bytes: int) -> None:
+    def __init__(
+        self,
+        stream: str,
+        producer_id: str,
+        max_in_flight_bytes: int,
+        *,
+        labels: Mapping[str, str] | None = None,
+    ) -> None:
         self.stream = stream
         self.producer_id = producer_id
         self.acked_blocks = 0
         self.in_flight_bytes = 0
+        self.held_reason = ""
+        """Why the service holds the next block back; empty when it does not."""
         self.is_open = False
         """Whether the service has answered the opening of this connection."""
+        self._labels = dict(labels or {})
         self._max_in_flight_bytes = max_in_flight_bytes
         self._unacknowledged: deque[_Unacknowledged] = deque()
         self._last_sequence = 0
@@ -72,16 +94,22 @@ class ProducerWindow:
         """Whether a block of that size may be added."""
         return self.is_empty or self.in_flight_bytes + size_bytes <= self._max_in_flight_bytes
 
-    def add(self, block: bytes, finished_prompt_ids: Sequence[str]) -> None:
+    def add(self, block: bytes, finished: Finished) -> None:
         """Take a block over.
 
         Raises:
             InvalidInputError: if block and ids do not fit into one message.
         """
-        frame = frame_publish_block(self._last_sequence + 1, block, finished_prompt_ids)
+        frame = frame_publish_block(
+            self._last_sequence + 1,
+            block,
+            finished.prompt_ids,
+            finished_work=finished.work,
+            tags=finished.tags,
+        )
         if len(frame) > _MAX_MESSAGE_BYTES:
             raise InvalidInputError(
-                f"a block with its {len(finished_prompt_ids)} prompt ids is {len(frame)} bytes, "
+                f"a block with the prompts that it finishes is {len(frame)} bytes, "
                 f"expected at most {_MAX_MESSAGE_BYTES}",
                 "put fewer traces into one block",
             )
@@ -92,7 +120,8 @@ class ProducerWindow:
     def reopen(self) -> bytes:
         """First message of a new connection; the blocks follow once it is answered."""
         self.is_open = False
-        return frame_publish_open(PublishOpen(self.stream, self.producer_id, self._epoch))
+        self.held_reason = ""
+        return frame_publish_open(PublishOpen(self.stream, self.producer_id, self._epoch, self._labels))
 
     def take(self) -> bytes | None:
         """Next message to send on this connection; None while there is none."""
@@ -116,6 +145,13 @@ class ProducerWindow:
         if response.WhichOneof("message") == "opened":
             self._opened(response.opened)
             return self.is_empty or self.acked_blocks > before
+        if response.WhichOneof("message") == "held":
+            self.held_reason = (
+                f"consumer {response.held.consumer!r} is {response.held.lag_blocks} blocks and "
+                f"{response.held.lag_traces} traces behind, as far as the stream allows"
+            )
+            return False
+        self.held_reason = ""
         self._acknowledge(response.ack.first_sequence + len(response.ack.offsets) - 1)
         return self.acked_blocks > before
 

@@ -22,6 +22,7 @@ from lynearm.client.methods import ResponseStream
 from lynearm.client.producer_window import (
     FAREWELL_SECONDS,
     OPEN_SECONDS,
+    Finished,
     ProducerWindow,
     check_block,
     too_late,
@@ -29,6 +30,8 @@ from lynearm.client.producer_window import (
 from lynearm.client.retries import Retries, client_closed, service_hung_up
 from lynearm.v1 import trace_service_pb2 as pb
 from lynearm.wire.errors import InternalError, LynearmError, PreconditionError
+from lynearm.wire.labels import TagSummary
+from lynearm.wire.work import FinishedWork
 
 logger = logging.getLogger(__name__)
 
@@ -40,23 +43,21 @@ class Publisher:
     the process that made it.
     """
 
-    def __init__(
-        self, connection: Connection, stream: str, producer_id: str, *, in_flight_bytes: int, retries: Retries
-    ) -> None:
-        self.stream = stream
-        self.producer_id = producer_id
+    def __init__(self, connection: Connection, window: ProducerWindow, *, retries: Retries) -> None:
+        self.stream = window.stream
+        self.producer_id = window.producer_id
         self._connection = connection
         self._generation = connection.generation
         self._retries = retries
         self._pid = os.getpid()
         self._changed = threading.Condition()
         # Everything below is guarded by _changed.
-        self._window = ProducerWindow(stream, producer_id, in_flight_bytes)
+        self._window = window
         self._waiting_seconds = 0.0
         self._closing = False
         self._error: LynearmError | None = None
         self._call: ResponseStream[pb.PublishResponse] | None = None
-        self._thread = threading.Thread(target=self._run, name=f"publish-{stream}", daemon=True)
+        self._thread = threading.Thread(target=self._run, name=f"publish-{window.stream}", daemon=True)
         self._thread.start()
 
     def __repr__(self) -> str:
@@ -95,15 +96,24 @@ class Publisher:
 
     @property
     def waiting_reason(self) -> str:
-        """Why nothing can be sent right now; empty while connected."""
-        return self._retries.waiting_reason
+        """Why nothing goes on right now; empty while it does."""
+        return self._retries.waiting_reason or self._window.held_reason
 
-    def publish(self, block: bytes, finished_prompt_ids: Sequence[str] = ()) -> None:
+    def publish(
+        self,
+        block: bytes,
+        finished_prompt_ids: Sequence[str] = (),
+        *,
+        finished_work: Sequence[FinishedWork] = (),
+        tags: TagSummary | None = None,
+    ) -> None:
         """Hand over a block; returns when it is queued, not when it is durable.
 
         Args:
             block: A serialised block.
             finished_prompt_ids: Prompts whose last trace is in this block; committed with it.
+            finished_work: Leased samples whose traces are in this block (`Lease.finish`); committed with it.
+            tags: Which tags the block's traces have (`summarise_tags`), for filters; None: not known.
 
         Raises:
             InvalidInputError: if block and ids do not fit into one message.
@@ -118,7 +128,7 @@ class Publisher:
             if self._closing:
                 raise too_late(self.stream)
             if not interrupt.was_interrupted:
-                self._window.add(block, finished_prompt_ids)
+                self._window.add(block, Finished(finished_prompt_ids, finished_work, tags))
                 self._changed.notify_all()
 
     def flush(self, timeout_seconds: float | None = None) -> None:

@@ -12,9 +12,10 @@ from dataclasses import dataclass
 import grpc
 
 from lynearm.client.retries import Retries, is_deadline
+from lynearm.client.selection import Selection, advance
 from lynearm.v1 import trace_service_pb2 as pb
 from lynearm.wire.errors import InternalError, OffsetNotFoundError
-from lynearm.wire.frames import parse_fetch_response, parse_subscribe_response
+from lynearm.wire.frames import SubscribedBlock, parse_fetch_response, parse_subscribe_response
 
 logger = logging.getLogger(__name__)
 
@@ -31,6 +32,8 @@ class ReceivedBlock:
     """A serialised block; `lynearm.wire.codec.decode_block` reads it."""
     next_offset: int
     """The stream's next offset when this was sent; 0 for a fetched block."""
+    used_traces: int = 0
+    """Traces of this block that the cursor at which the subscription began has used."""
 
     def __repr__(self) -> str:
         return f"ReceivedBlock(offset={self.offset}, {len(self.block)} bytes)"
@@ -40,21 +43,14 @@ class SubscriptionPosition:
     """The next block of a subscription, and the credit that its connection has left.
 
     Args:
-        stream: Name of the stream.
-        start: Offset of the first block.
-        follow: Whether the end of the stream is waited at.
-        credit_bytes: What the service may send ahead.
-        skip_damaged: Whether blocks that are damaged in the service's store are left out.
+        selection: What is read.
     """
 
-    def __init__(
-        self, stream: str, *, start: int, follow: bool, credit_bytes: int, skip_damaged: bool = False
-    ) -> None:
-        self.stream = stream
-        self.next_offset = start
-        self._follow = follow
-        self._credit_bytes = credit_bytes
-        self._skip_damaged = skip_damaged
+    def __init__(self, selection: Selection) -> None:
+        self.stream = selection.stream
+        self.next_offset = selection.start.offset
+        """Every block before it was given, or held nothing wanted."""
+        self._selection = selection
         self._taken_bytes = 0
         self.damaged_offsets: list[int] = []
         """Of the blocks that were skipped."""
@@ -62,39 +58,32 @@ class SubscriptionPosition:
     def open(self) -> pb.SubscribeRequest:
         """First message of a connection."""
         self._taken_bytes = 0
-        opening = pb.SubscribeOpen(
-            stream=self.stream,
-            start_offset=self.next_offset,
-            follow=self._follow,
-            credit_bytes=self._credit_bytes,
-            skip_damaged=self._skip_damaged,
-        )
-        return pb.SubscribeRequest(open=opening)
+        return self._selection.open(self.next_offset)
 
     def take(self, data: bytes) -> ReceivedBlock | None:
-        """The block in a response; None for one that is damaged and skipped. The next one is due then.
+        """The block in a response, the next one being due then; None where blocks were only passed over.
+
+        A damaged block that is skipped is passed over too.
 
         Raises:
             InternalError: if it is not the block that is due.
         """
         received = parse_subscribe_response(data)
-        if received.offset != self.next_offset:
-            raise InternalError(
-                f"stream {self.stream!r}: block {received.offset} came where {self.next_offset} was due"
-            )
-        self.next_offset += 1
+        self.next_offset = advance(self.stream, self.next_offset, received)
+        if not isinstance(received, SubscribedBlock):
+            return None
         if received.damage:
             logger.error("skipping a block: %s", received.damage)
             self.damaged_offsets.append(received.offset)
             return None
         self._taken_bytes += len(received.block)
-        return ReceivedBlock(received.offset, received.block, received.next_offset)
+        return ReceivedBlock(received.offset, received.block, received.next_offset, received.used_traces)
 
     def grant(self) -> pb.SubscribeRequest | None:
         """What renews the credit, when it is time to."""
         # A message for each block would cost as much as the block: renew half at a time, while the other half
         # is on its way.
-        if self._taken_bytes * 2 < self._credit_bytes:
+        if self._taken_bytes * 2 < self._selection.credit_bytes:
             return None
         taken, self._taken_bytes = self._taken_bytes, 0
         return pb.SubscribeRequest(credit_bytes=taken)

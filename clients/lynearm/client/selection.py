@@ -28,10 +28,17 @@ class Selection:
     credit_bytes: int
     wanted: TraceFilter | None = None
     """Only blocks in which a trace may match; None: all."""
+    skip_damaged: bool = False
+    """Leave out blocks that are damaged in the service's store."""
 
     def open(self, next_offset: int) -> pb.SubscribeRequest:
         """First message of a connection that goes on at `next_offset`."""
-        opening = pb.SubscribeOpen(stream=self.stream, follow=self.follow, credit_bytes=self.credit_bytes)
+        opening = pb.SubscribeOpen(
+            stream=self.stream,
+            follow=self.follow,
+            credit_bytes=self.credit_bytes,
+            skip_damaged=self.skip_damaged,
+        )
         if self.start.trace_index and next_offset == self.start.offset:
             cursor = consumer_pb2.Cursor(offset=self.start.offset, trace_index=self.start.trace_index)
             opening.cursor.CopyFrom(cursor)

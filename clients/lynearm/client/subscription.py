@@ -86,7 +86,7 @@ class Subscription:
 
     @property
     def next_offset(self) -> int:
-        """Offset of the block that the next iteration gives."""
+        """Every block before it was given, or held nothing wanted."""
         return self._position.next_offset
 
     @property

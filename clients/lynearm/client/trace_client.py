@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from types import TracebackType
 from typing import TYPE_CHECKING, Literal, Self, TypeVar
 
@@ -14,9 +14,12 @@ from lynearm.client import calls
 from lynearm.client.calls import Call
 from lynearm.client.client_settings import DEFAULT_TIMEOUT_SECONDS, ClientSettings
 from lynearm.client.connection import Connection
+from lynearm.client.consumers import ConsumerClient
 from lynearm.client.credentials import Credentials
 from lynearm.client.endpoints import DEFAULT_TARGET
-from lynearm.client.producer_window import DEFAULT_IN_FLIGHT_BYTES
+from lynearm.client.jobs import JobClient
+from lynearm.client.leases import DEFAULT_UNITS, PromptWorker
+from lynearm.client.producer_window import DEFAULT_IN_FLIGHT_BYTES, ProducerWindow
 from lynearm.client.publisher import Publisher
 from lynearm.client.reading_position import (
     DEFAULT_CREDIT_BYTES,
@@ -25,11 +28,14 @@ from lynearm.client.reading_position import (
     SubscriptionPosition,
 )
 from lynearm.client.retries import not_ready
+from lynearm.client.selection import Selection
 from lynearm.client.subscription import Subscription, fetch_blocks
 from lynearm.wire.errors import StreamExistsError
+from lynearm.wire.labels import TraceFilter, check_producer_labels
 from lynearm.wire.protobuf import StreamInfo
 from lynearm.wire.retention import Collected, Retention
 from lynearm.wire.specs import StreamSpec, check_name
+from lynearm.wire.traces import Cursor
 
 if TYPE_CHECKING:
     from lynearm.wire.dictionaries import DictionaryReader
@@ -255,7 +261,12 @@ class TraceClient(ClientSettings):
         return self._ask(calls.finished_prompts(stream), timeout_seconds)
 
     def publisher(
-        self, stream: str, producer_id: str, *, max_in_flight_bytes: int = DEFAULT_IN_FLIGHT_BYTES
+        self,
+        stream: str,
+        producer_id: str,
+        *,
+        max_in_flight_bytes: int = DEFAULT_IN_FLIGHT_BYTES,
+        labels: Mapping[str, str] | None = None,
     ) -> Publisher:
         """A publisher of blocks to a stream, under a new epoch that fences all earlier ones.
 
@@ -263,31 +274,58 @@ class TraceClient(ClientSettings):
             stream: Name of the stream.
             producer_id: Stable name of whoever publishes.
             max_in_flight_bytes: Blocks sent but not yet durable, after which `publish` waits.
+            labels: What its blocks are, for filters.
         """
-        return Publisher(
-            self._connection,
+        window = ProducerWindow(
             check_name(stream),
             check_name(producer_id, what="producer id"),
-            in_flight_bytes=max_in_flight_bytes,
-            retries=self._long_retries(f"publisher of stream {stream}"),
+            max_in_flight_bytes,
+            labels=check_producer_labels(labels or {}),
+        )
+        return Publisher(
+            self._connection, window, retries=self._long_retries(f"publisher of stream {stream}")
+        )
+
+    def prompt_worker(
+        self, stream: str, job: str, *, worker: str, max_units: int = DEFAULT_UNITS
+    ) -> PromptWorker:
+        """Work of a job, lease by lease.
+
+        Args:
+            stream: Of the job.
+            job: Name of the job.
+            worker: Stable name of whoever asks: after a crash, its leases come back to it at once.
+            max_units: Most units (samples of prompts) of one lease.
+        """
+        return PromptWorker(
+            self.send,
+            stream,
+            job,
+            worker=worker,
+            max_units=max_units,
+            patience_seconds=self._patience_seconds,
         )
 
     def subscribe(
         self,
         stream: str,
         *,
-        start: int | Literal["live"] = 0,
+        start: int | Cursor | Literal["live"] = 0,
         follow: bool = True,
         credit_bytes: int = DEFAULT_CREDIT_BYTES,
+        wanted: TraceFilter | None = None,
         on_corrupt: Literal["raise", "skip"] = "raise",
     ) -> Subscription:
         """The blocks of a stream in offset order.
 
         Args:
             stream: Name of the stream.
-            start: Offset of the first block; "live" for those committed from now on.
+            start: Offset of the first block, or a cursor in it, of which `ReceivedBlock.used_traces` then
+                tells; "live" for those committed from now on.
             follow: Wait for more until the stream is sealed; otherwise end where it ends now.
             credit_bytes: Blocks that the service may send ahead of the reader.
+            wanted: Pass over blocks in which no trace can match. Traces that do not may still come in a block
+                with others: `TraceFilter.matches` tells them apart.
             on_corrupt: At a block that is damaged in the service's store, "raise" CorruptBlockError, or
                 "skip" it: the iteration goes on behind it, and `Subscription.damaged_offsets` names it.
 
@@ -296,13 +334,11 @@ class TraceClient(ClientSettings):
                 first iteration raises it.
         """
         first = self.get_stream(stream).next_offset if start == "live" else start
-        position = SubscriptionPosition(
-            check_name(stream),
-            start=first,
-            follow=follow,
-            credit_bytes=credit_bytes,
-            skip_damaged=on_corrupt == "skip",
+        cursor = first if isinstance(first, Cursor) else Cursor(first)
+        selection = Selection(
+            check_name(stream), cursor, follow, credit_bytes, wanted, skip_damaged=on_corrupt == "skip"
         )
+        position = SubscriptionPosition(selection)
         return Subscription(
             self._connection, position, retries=self._long_retries(f"reader of stream {stream}")
         )
@@ -328,6 +364,24 @@ class TraceClient(ClientSettings):
             retries=self._short_retries(),
             timeout_seconds=self._deadline_seconds(timeout_seconds),
         )
+
+    @property
+    def jobs(self) -> JobClient:
+        """Prompts that the service hands out to workers."""
+        return JobClient(self.send)
+
+    @property
+    def consumers(self) -> ConsumerClient:
+        """Named readers whose positions the service keeps."""
+        return ConsumerClient(self.send)
+
+    def send(self, call: Call[Result], /) -> Result:
+        """Send a call; what its answer means.
+
+        Raises:
+            LynearmError: what the service said.
+        """
+        return self._ask(call, None)
 
     def _ask(self, call: Call[Result], timeout_seconds: float | None) -> Result:
         retries = self._short_retries(idempotent=call.idempotent)

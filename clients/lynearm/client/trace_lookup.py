@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from itertools import islice
 from typing import TYPE_CHECKING
 
-from lynearm.client.unary_calls import SendCall, UnaryCall
+from lynearm.client.calls import Call
+from lynearm.client.sending import SendCall
 from lynearm.v1 import prompt_queue_pb2 as pb
 from lynearm.wire.errors import OffsetNotFoundError
 from lynearm.wire.specs import check_name
@@ -60,7 +61,7 @@ def locate_prompts(send: SendCall, stream: str, prompt_ids: Iterable[str]) -> li
     found: list[PromptLocation] = []
     while chunk := list(islice(wanted, _PROMPTS_PER_CALL)):
         request = pb.LocatePromptsRequest(stream=check_name(stream), prompt_ids=chunk)
-        found += send(UnaryCall("LocatePrompts", request, pb.LocatePromptsResponse, _read_locations))
+        found += send(Call("LocatePrompts", request, pb.LocatePromptsResponse, _read_locations))
     return sorted(found, key=lambda location: (location.offset, location.prompt_id))
 
 

@@ -16,3 +16,8 @@ def is_loopback(host: str) -> bool:
 def host_of(target: str) -> str:
     """The host of host:port, without the brackets of IPv6."""
     return target.rpartition(":")[0].strip("[]")
+
+
+def join_address(host: str, port: int) -> str:
+    """host:port, with brackets where the host is an IPv6 address."""
+    return f"[{host.strip('[]')}]:{port}" if ":" in host else f"{host}:{port}"

@@ -47,6 +47,7 @@
     ├── CheckpointError (ValueError)        (local only)
     ├── ParityError (ValueError)            (local only)
     ├── TeacherError (RuntimeError)         (local only)
+    ├── FleetError (RuntimeError)           (local only)
     └── InternalError (RuntimeError)        INTERNAL
 
 Each error carries the message (what is wrong, with the value), and a remedy (what to do about it).
@@ -320,6 +321,10 @@ class ParityError(LynearmError, ValueError):
 
 class TeacherError(LynearmError, RuntimeError):
     """The teacher's engine or its Ray actor failed."""
+
+
+class FleetError(LynearmError, RuntimeError):
+    """Ray cannot be reached, or a trace server on it does not come up."""
 
 
 class InternalError(LynearmError, RuntimeError):

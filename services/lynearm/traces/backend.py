@@ -118,6 +118,7 @@ async def open_backend(config: ServeConfig, observation: Observation = UNWATCHED
             queue_bytes=config.queue_bytes,
         )
         await stack.enter_async_context(committer)
+        committer = observation.watch_committer(committer)
         reader = BlockReader(catalog, store, cache)
         yield Backend(
             catalog,
@@ -125,7 +126,7 @@ async def open_backend(config: ServeConfig, observation: Observation = UNWATCHED
             cache,
             tails,
             reader,
-            observation.watch_committer(committer),
+            committer,
             KnownDictionaries(catalog),
             storage.space,
             collector,

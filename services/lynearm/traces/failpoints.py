@@ -37,6 +37,7 @@ NAMES = (
     "catalog.before_commit",  # the rows are in the transaction
     "catalog.after_commit",  # the blocks exist, and nobody has been told
     "publish.before_ack",  # an acknowledgement is about to be sent
+    "store.before_read",  # a block is about to be read from its object
 )
 """Every failpoint, in the order in which a block passes them."""
 

@@ -16,6 +16,7 @@ import asyncio
 import inspect
 import logging
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, TypeAlias, cast
 
@@ -33,6 +34,9 @@ from lynearm.traces.tokens import Caller
 from lynearm.wire.errors import AuthenticationError, InvalidInputError, LynearmError
 
 logger = logging.getLogger(__name__)
+
+LAST_WRITE_SECONDS = 2.0
+"""How long a call whose token ended waits for its peer to take the message under way."""
 
 # Any: handlers and messages of every method pass through here; gRPC types them by their serialisers.
 Untyped: TypeAlias = Any
@@ -130,7 +134,7 @@ class _GuardedMethod:
         else:
             await guarded.take(request)
         work = _run(self._behaviour, request, guarded)
-        response = await (_run_until_revoked(caller, work) if self._is_long else work)
+        response = await (_run_until_revoked(caller, work, guarded.writing) if self._is_long else work)
         if not self._is_long:
             guarded.note_sent(response)
         return response
@@ -147,6 +151,8 @@ class _GuardedContext:
         self._caller = caller
         self._rule = rule
         self._observers = observers
+        self.writing = asyncio.Lock()
+        """Held while a message goes out."""
 
     async def read(self) -> Untyped:
         """The next message, or grpc.aio.EOF."""
@@ -157,7 +163,8 @@ class _GuardedContext:
 
     async def write(self, message: Untyped) -> None:
         """Send a message."""
-        await self._context.write(message)
+        async with self.writing:
+            await self._context.write(message)
         self.note_sent(message)
 
     async def messages(self) -> AsyncIterator[Untyped]:
@@ -239,11 +246,15 @@ async def _run(behaviour: Untyped, request: Untyped, context: _GuardedContext) -
     return await behaviour(request, context)
 
 
-async def _run_until_revoked(caller: Caller, work: Awaitable[Untyped]) -> Untyped:
+async def _run_until_revoked(caller: Caller, work: Awaitable[Untyped], writing: asyncio.Lock) -> Untyped:
     working = asyncio.ensure_future(work)
     ending = asyncio.ensure_future(caller.wait_revoked())
     try:
         await asyncio.wait((working, ending), return_when=asyncio.FIRST_COMPLETED)
+        if not working.done():
+            # gRPC takes no status for a call that has a message under way.
+            with suppress(TimeoutError):
+                await asyncio.wait_for(writing.acquire(), LAST_WRITE_SECONDS)
         if not working.done():
             raise AuthenticationError(
                 "the token was revoked or has expired", "ask whoever runs the service for a new one"

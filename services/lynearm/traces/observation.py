@@ -11,12 +11,15 @@ import inspect
 import time
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal, cast
+from typing import Any, Literal, TypeVar, cast
 
 from lynearm.traces.catalog import Catalog, CommitOutcome, NewBlock
 from lynearm.traces.commit import GroupCommitter, PendingOffset
 from lynearm.traces.current_call import Call
 from lynearm.traces.store import BlockStore, Span, StoredObject
+
+_Catalog = TypeVar("_Catalog", bound=Catalog)
+_Store = TypeVar("_Store", bound=BlockStore)
 
 
 @dataclass(slots=True)
@@ -73,19 +76,22 @@ class Observation:
         for observer in self.observers:
             observer.reloaded(what, ok)
 
-    def watch_catalog(self, catalog: Catalog) -> Catalog:
-        """The catalog, watched."""
-        return cast("Catalog", _WatchedCatalog(catalog, self.observers)) if self.observers else catalog
+    # Any: what is returned passes on every attribute, and so is of the type that it was given.
 
-    def watch_store(self, store: BlockStore) -> BlockStore:
+    def watch_catalog(self, catalog: _Catalog) -> _Catalog:
+        """The catalog, watched."""
+        watched: Any = _WatchedCatalog(catalog, self.observers)
+        return cast("_Catalog", watched) if self.observers else catalog
+
+    def watch_store(self, store: _Store) -> _Store:
         """The store, watched."""
-        return cast("BlockStore", _WatchedStore(store, self.observers)) if self.observers else store
+        watched: Any = _WatchedStore(store, self.observers)
+        return cast("_Store", watched) if self.observers else store
 
     def watch_committer(self, committer: GroupCommitter) -> GroupCommitter:
         """The committer, watched."""
-        if not self.observers:
-            return committer
-        return cast("GroupCommitter", _WatchedCommitter(committer, self.observers))
+        watched: Any = _WatchedCommitter(committer, self.observers)
+        return cast("GroupCommitter", watched) if self.observers else committer
 
 
 UNWATCHED = Observation()

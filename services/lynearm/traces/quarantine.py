@@ -66,4 +66,4 @@ class Quarantine:
 
 
 def _shortage(location: BlockLocation, found_bytes: int) -> str:
-    return f", {found_bytes} of them there" if found_bytes < location.span.length else ""
+    return f", of which {found_bytes} can be read" if found_bytes < location.span.length else ""

@@ -24,6 +24,7 @@ from lynearm.traces.config import MIB, ServeConfig
 from lynearm.traces.security import open_security
 from lynearm.traces.servicer import SERVICE_NAME, TraceServicer, service_handler
 from lynearm.traces.watching import open_watching
+from lynearm.wire.addresses import join_address
 from lynearm.wire.allocation import keep_freed_memory
 from lynearm.wire.errors import PreconditionError
 
@@ -99,37 +100,37 @@ class TraceServer:
     @property
     def address(self) -> str:
         """What clients connect to, host:port."""
-        return _address(self._config.host, self._port)
+        return join_address(self._config.host, self._port)
 
     async def __aenter__(self) -> Self:
         """Open the data directory and listen."""
         async with AsyncExitStack() as stack:
             failpoints.arm_from_environment()
-            config = self._config
-            _check_port(config.host, config.port)
-            watching = await stack.enter_async_context(open_watching(config))
-            security = await stack.enter_async_context(open_security(config, watching.observation))
-            backend = await stack.enter_async_context(open_backend(config, watching.observation))
+            _check_port(self._config.host, self._config.port)
+            watching = await stack.enter_async_context(open_watching(self._config))
+            security = await stack.enter_async_context(open_security(self._config, watching.observation))
+            backend = await stack.enter_async_context(open_backend(self._config, watching.observation))
             watching.watch_backend(backend)
-            gate = CallGate(config.max_calls)
-            options = (*_OPTIONS, ("grpc.max_allowed_incoming_connections", config.max_connections))
+            gate = CallGate(self._config.max_calls)
+            options = (*_OPTIONS, ("grpc.max_allowed_incoming_connections", self._config.max_connections))
             server = grpc.aio.server(interceptors=(security.interceptor,), options=options)
-            servicer = TraceServicer(backend, max_streams=config.max_streams)
+            servicer = TraceServicer(backend, max_streams=self._config.max_streams)
             server.add_generic_rpc_handlers((service_handler(servicer, gate),))
             health_servicer = health.aio.HealthServicer()
             health_pb2_grpc.add_HealthServicer_to_server(health_servicer, server)
-            if config.reflection:
+            if self._config.reflection:
                 names = (SERVICE_NAME, health.SERVICE_NAME, reflection.SERVICE_NAME)
                 reflection.enable_server_reflection(names, server)
             self._metrics_port = watching.metrics_port
-            self._port = _bind(server, config, security.credentials)
+            self._port = _bind(server, self._config, security.credentials)
             await server.start()
             stack.push_async_callback(self._drain, server, health_servicer, backend, gate)
             stack.callback(watching.drain)
             await health_servicer.set(SERVICE_NAME, health_pb2.HealthCheckResponse.SERVING)
             self._stack = stack.pop_all()
-        shown = f"{config.metrics_host}:{self._metrics_port}" if self._metrics_port else "off"
-        logger.info("serving %s at %s (%s), metrics %s", config.places, self.address, security.summary, shown)
+        shown = f"{self._config.metrics_host}:{self._metrics_port}" if self._metrics_port else "off"
+        logger.info("%s; metrics: %s", security.summary, shown)
+        logger.info("serving %s at %s", self._config.places, self.address)
         return self
 
     async def __aexit__(
@@ -184,10 +185,6 @@ async def _serve(config: ServeConfig, on_ready: Callable[[str], None]) -> None:
             loop.remove_signal_handler(number)
 
 
-def _address(host: str, port: int) -> str:
-    return f"[{host.strip('[]')}]:{port}" if ":" in host else f"{host}:{port}"
-
-
 def _check_port(host: str, port: int) -> None:
     """Bind once with plain sockets, whose errors say what is wrong; gRPC's only say that something is."""
     try:
@@ -201,7 +198,7 @@ def _check_port(host: str, port: int) -> None:
 
 
 def _bind(server: grpc.aio.Server, config: ServeConfig, credentials: grpc.ServerCredentials | None) -> int:
-    address = _address(config.host, config.port)
+    address = join_address(config.host, config.port)
     try:
         if credentials is None:
             return server.add_insecure_port(address)
@@ -212,6 +209,6 @@ def _bind(server: grpc.aio.Server, config: ServeConfig, credentials: grpc.Server
 
 def _cannot_listen(host: str, port: int, reason: str) -> PreconditionError:
     return PreconditionError(
-        f"cannot listen on {_address(host, port)} ({reason})",
+        f"cannot listen on {join_address(host, port)} ({reason})",
         "stop the server that uses the port, or choose another with --port",
     )

@@ -84,7 +84,7 @@ class BlockStore(Protocol):
         ...
 
     async def read(self, key: str, spans: Sequence[Span]) -> list[bytes]:
-        """The bytes of each span; shorter than asked where the object ends before.
+        """The bytes of each span; shorter than asked where the object ends before, or cannot be read.
 
         Raises:
             StorageError: the object is missing or cannot be read.
@@ -224,13 +224,16 @@ class LocalBlockStore:
             with suppress(FileExistsError):
                 os.link(made, path)
             made.unlink()
-            sync_directory(self._root)
+        # At every start: whoever made it may have died before this, and the catalog is about to name it.
+        with path.open("rb") as file:
+            _sync_file(file.fileno())
+        sync_directory(self._root)
         return path.read_text()
 
     def _read(self, key: str, spans: Sequence[Span]) -> list[bytes]:
         descriptor = os.open(self._path(key), os.O_RDONLY | os.O_CLOEXEC)
         try:
-            return [os.pread(descriptor, span.length, span.position) for span in spans]
+            return [_read_span(descriptor, span) for span in spans]
         finally:
             os.close(descriptor)
 
@@ -287,6 +290,17 @@ def _write_all(descriptor: int, blocks: Sequence[bytes | memoryview]) -> None:
         # At a quota, a file-size limit or the end of the disk the kernel writes what fits and raises nothing.
         if written != expected:
             raise OSError(errno.ENOSPC, f"wrote {written} of {expected} bytes")
+
+
+def _read_span(descriptor: int, span: Span) -> bytes:
+    try:
+        failpoints.reach("store.before_read")
+        return os.pread(descriptor, span.length, span.position)
+    except OSError as error:
+        if error.errno != errno.EIO:
+            raise
+        # A bad sector: this block is lost, and no other needs to be.
+        return b""
 
 
 def _sync_file(descriptor: int) -> None:

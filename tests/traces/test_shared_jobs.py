@@ -1,0 +1,80 @@
+"""One job, worked on through two servers of one catalog at the same time."""
+
+from __future__ import annotations
+
+import random
+import threading
+from typing import Any
+
+import grpc
+import pytest
+from traces.harness import Producer, StartServer, create, error_name, make_block
+from traces.jobs import Unit, create_job, finish, finished, get_job, lease, units_of
+
+from lynearm.v1 import prompt_queue_pb2 as pb
+from lynearm.v1 import trace_service_pb2
+from lynearm.v1.trace_service_pb2_grpc import TraceServiceStub
+
+PROMPTS, SAMPLES = 60, 3
+
+
+def work(stubs: list[TraceServiceStub], name: str, published: list[Unit], faults: list[str]) -> None:
+    """Lease here, publish there, forget or give back now and then, until the job is done."""
+    choices = random.Random(name)
+    restarted = True
+    while True:
+        answer = lease(choices.choice(stubs), choices.randint(1, 9), name, restarted=restarted)
+        restarted = choices.random() < 0.1
+        if not answer.HasField("lease"):
+            if answer.job.state == pb.JOB_STATE_DONE:
+                return
+            restarted = True
+            continue
+        key, units = answer.lease.key, units_of(answer.lease)
+        fate = choices.random()
+        if fate < 0.1:
+            request = pb.ReleaseLeasesRequest(stream="s", leases=[key])
+            choices.choice(stubs).ReleaseLeases(request)
+        if fate > 0.9:
+            continue
+        choices.choice(stubs).RenewLeases(pb.RenewLeasesRequest(stream="s", leases=[key]))
+        try:
+            producer = Producer(choices.choice(stubs), producer_id=name)
+            producer.send(1, make_block(1), finished_work=[finish(key, units)])
+            producer.close()
+            published += units
+        except grpc.RpcError as error:
+            faults.append(error_name(error))
+
+
+@pytest.mark.parametrize("storage", ["cluster"], indirect=True)
+def test_each_sample_is_published_once_through_two_servers(start_server: StartServer) -> None:
+    stubs = [start_server().stub for _ in range(2)]
+    create(stubs[0])
+    create_job(stubs[0], PROMPTS, samples=SAMPLES)
+    published: dict[str, list[Unit]] = {name: [] for name in "abcd"}
+    faults: list[str] = []
+    crashed: list[BaseException] = []
+
+    def run(*arguments: Any) -> None:
+        try:
+            work(*arguments)
+        except BaseException as error:
+            crashed.append(error)
+
+    threads = [
+        threading.Thread(target=run, args=(stubs, name, units, faults)) for name, units in published.items()
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(240)
+    assert crashed == []
+    expected = [(f"p{number}", index) for number in range(PROMPTS) for index in range(SAMPLES)]
+    assert sorted(unit for units in published.values() for unit in units) == sorted(expected)
+    assert set(faults) <= {"LeaseSupersededError"}
+    job = get_job(stubs[1])
+    assert (job.state, job.done_count, job.leased_count) == (pb.JOB_STATE_DONE, len(expected), 0)
+    assert sorted(finished(stubs[0])) == sorted(f"p{number}" for number in range(PROMPTS))
+    stream = stubs[0].GetStream(trace_service_pb2.GetStreamRequest(name="s")).stream
+    assert stream.finished_prompt_count == PROMPTS
