@@ -106,6 +106,7 @@ class TraceServer:
         """Open the data directory and listen."""
         async with AsyncExitStack() as stack:
             failpoints.arm_from_environment()
+            keep_freed_memory()
             _check_port(self._config.host, self._config.port)
             watching = await stack.enter_async_context(open_watching(self._config))
             security = await stack.enter_async_context(open_security(self._config, watching.observation))
@@ -168,7 +169,6 @@ def run_server(config: ServeConfig, on_ready: Callable[[str], None]) -> None:
     Raises:
         LynearmError: as for `TraceServer`.
     """
-    keep_freed_memory()
     asyncio.run(_serve(config, on_ready))
 
 
