@@ -1,4 +1,4 @@
-"""The codec's benchmark runs where there is nothing but the package, and says what its readers parse."""
+"""The benchmarks run where there is nothing but the package, and say what their readers parse."""
 
 import json
 import os
@@ -24,9 +24,25 @@ FIGURES = {
 }
 
 
-def run_benchmark(*arguments: str) -> str:
+TRANSPORT_FIGURES = {
+    "fetch_256k_cpu_vs_tcp",
+    "fetch_1m_cpu_vs_tcp",
+    "tail_256k_cpu_vs_tcp",
+    "tail_1m_cpu_vs_tcp",
+    "durable_publish_vs_group_commit",
+    "durable_publish_256k_vs_group_commit",
+    "durable_publish_1m_vs_group_commit",
+    "replay_vs_tail",
+    "four_subscribers_cpu_vs_one",
+    "tls_1m_cpu_ratio",
+    *(f"{way}_tokens_per_cpu_second" for way in ("lynearm", "lynearm_exact", "json_http", "pickle_zeromq")),
+    *(f"{way}_bytes_per_token" for way in ("lynearm", "lynearm_exact", "json_http", "pickle_zeromq")),
+}
+
+
+def run_benchmark(name: str, *arguments: str) -> str:
     return subprocess.run(
-        [sys.executable, str(ROOT / "benchmarks" / "codec.py"), *arguments],
+        [sys.executable, str(ROOT / "benchmarks" / name), *arguments],
         check=True,
         capture_output=True,
         text=True,
@@ -35,10 +51,20 @@ def run_benchmark(*arguments: str) -> str:
 
 
 def test_codec_benchmark_ends_with_its_figures_as_json() -> None:
-    output = run_benchmark("--synthetic", "--quick")
+    output = run_benchmark("codec.py", "--synthetic", "--quick")
     figures = json.loads(output.splitlines()[-1])
     assert set(figures) == FIGURES
     # A dictionary of a made-up teacher, learnt from little, may save nothing.
     assert figures.pop("no_dictionary_overhead") > -0.05
     assert all(value > 0 for value in figures.values())
     assert "SYNTHETIC" in output
+
+
+def test_transport_benchmark_ends_with_its_figures_as_json() -> None:
+    output = run_benchmark("transport.py", "--quick", "--without-ray")
+    figures = json.loads(output.splitlines()[-1])
+    assert set(figures) == TRANSPORT_FIGURES
+    # What a live tail adds is a difference, which in a single round may be anything.
+    certain = {name: value for name, value in figures.items() if not name.startswith("tail_")}
+    assert all(value > 0 for value in certain.values())
+    assert figures["lynearm_bytes_per_token"] < figures["pickle_zeromq_bytes_per_token"]

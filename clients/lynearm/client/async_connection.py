@@ -17,6 +17,7 @@ from lynearm.client.endpoints import Endpoints
 from lynearm.client.forks import forget_aio_channel, leave_to_parent, note_aio_channel, opening
 from lynearm.client.retries import client_closed
 from lynearm.v1 import trace_service_pb2 as pb
+from lynearm.wire.allocation import keep_freed_memory
 
 Result = TypeVar("Result")
 _Response_co = TypeVar("_Response_co", covariant=True)
@@ -55,6 +56,7 @@ class AsyncConnection:
         """Grows when the connection is closed: what was made before belongs to the past."""
         self._channels: dict[str, grpc.aio.Channel] = {}
         self._owner: tuple[int, asyncio.AbstractEventLoop | None] = (0, None)
+        keep_freed_memory()
 
     def publish(self, target: str, requests: AsyncIterator[bytes]) -> AsyncResponses[pb.PublishResponse]:
         """Begin to publish; requests are framed by hand."""

@@ -18,6 +18,7 @@ from lynearm.client.interrupts import Interruptible
 from lynearm.client.methods import ResponseStream
 from lynearm.client.retries import client_closed
 from lynearm.v1 import trace_service_pb2 as pb
+from lynearm.wire.allocation import keep_freed_memory
 
 Result = TypeVar("Result")
 
@@ -41,6 +42,7 @@ class Connection:
         self._channels: dict[str, grpc.Channel] = {}
         self._pid = os.getpid()
         close_before_forks(self)
+        keep_freed_memory()
 
     def publish(self, target: str, requests: Iterator[bytes]) -> ResponseStream[pb.PublishResponse]:
         """Begin to publish; requests are framed by hand."""

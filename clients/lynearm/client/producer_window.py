@@ -18,8 +18,9 @@ from lynearm.wire.frames import PublishOpen, frame_publish_block, frame_publish_
 from lynearm.wire.labels import TagSummary
 from lynearm.wire.work import FinishedWork
 
-DEFAULT_IN_FLIGHT_BYTES = 16 << 20
-"""Sixty blocks of 256 KB: more than a group commit takes in one go."""
+DEFAULT_IN_FLIGHT_BYTES = 32 << 20
+"""Four groups of the server's: while one is on its way, others are written, committed and acknowledged. With
+half of it a publisher waits for acknowledgements on an idle disk."""
 
 OPEN_SECONDS = 30.0
 """How long a connected service may take to answer the opening."""

@@ -81,8 +81,9 @@ class SubscriptionPosition:
 
     def grant(self) -> pb.SubscribeRequest | None:
         """What renews the credit, when it is time to."""
-        # A message for each block would cost as much as the block: renew a quarter at a time.
-        if self._taken_bytes * 4 < self._selection.credit_bytes:
+        # A message for each block would cost as much as the block: renew half at a time, while the other half
+        # is on its way.
+        if self._taken_bytes * 2 < self._selection.credit_bytes:
             return None
         taken, self._taken_bytes = self._taken_bytes, 0
         return pb.SubscribeRequest(credit_bytes=taken)

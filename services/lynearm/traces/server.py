@@ -25,6 +25,7 @@ from lynearm.traces.security import open_security
 from lynearm.traces.servicer import SERVICE_NAME, TraceServicer, service_handler
 from lynearm.traces.watching import open_watching
 from lynearm.wire.addresses import join_address
+from lynearm.wire.allocation import keep_freed_memory
 from lynearm.wire.errors import PreconditionError
 
 logger = logging.getLogger(__name__)
@@ -105,6 +106,7 @@ class TraceServer:
         """Open the data directory and listen."""
         async with AsyncExitStack() as stack:
             failpoints.arm_from_environment()
+            keep_freed_memory()
             _check_port(self._config.host, self._config.port)
             watching = await stack.enter_async_context(open_watching(self._config))
             security = await stack.enter_async_context(open_security(self._config, watching.observation))

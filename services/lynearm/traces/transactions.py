@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterable, Iterator, Sequence
+from functools import cache
 from typing import Any
 
 from sqlalchemy import (
@@ -20,6 +21,7 @@ from sqlalchemy import (
     Connection,
     RowMapping,
     Select,
+    bindparam,
     delete,
     false,
     func,
@@ -91,6 +93,21 @@ _PROGRESS = (
 
 _DICTIONARIES = ("dictionary_count", "dictionary_bytes")
 _MAX_LAG = ("max_lag_blocks", "max_lag_traces")
+
+# What every commit and every read of blocks runs, made once: SQLAlchemy takes as long to put a statement
+# together as to run it.
+_UPDATE_STREAM = update(streams).where(streams.c.id == bindparam("row_id"))
+_UPDATE_PRODUCER = update(producers).where(producers.c.id == bindparam("row_id"))
+_FIND_OBJECT = select(objects.c.id).where(objects.c.key == bindparam("object_key"))
+_INSERT_OBJECT = insert(objects).returning(objects.c.id)
+_INSERT_BLOCKS = insert(blocks)
+_FIND_BLOCKS = (
+    select(blocks.c.offset, objects.c.key, blocks.c.position, blocks.c.size_bytes, blocks.c.checksum)
+    .join(objects, objects.c.id == blocks.c.object_id)
+    .where(blocks.c.stream_id == bindparam("of_stream"), blocks.c.offset >= bindparam("from_offset"))
+    .order_by(blocks.c.offset)
+    .limit(bindparam("count"))
+)
 
 
 def get_stream(connection: Connection, name: str) -> StreamRecord:
@@ -222,16 +239,10 @@ def commit(connection: Connection, stored: StoredObject, group: Sequence[NewBloc
 
 def find_blocks(connection: Connection, stream_id: int, offset: int, count: int) -> list[BlockLocation]:
     """See `Catalog.find_blocks`."""
-    query = (
-        select(blocks.c.offset, objects.c.key, blocks.c.position, blocks.c.size_bytes, blocks.c.checksum)
-        .join(objects, objects.c.id == blocks.c.object_id)
-        .where(blocks.c.stream_id == stream_id, blocks.c.offset >= offset)
-        .order_by(blocks.c.offset)
-        .limit(count)
-    )
+    of_range = {"of_stream": stream_id, "from_offset": offset, "count": count}
     return [
         BlockLocation(row.offset, row.key, Span(row.position, row.size_bytes), int.from_bytes(row.checksum))
-        for row in connection.execute(query)
+        for row in connection.execute(_FIND_BLOCKS, of_range)
     ]
 
 
@@ -385,10 +396,16 @@ def _lock_rows(
     connection: Connection, columns: Sequence[Column[Any]], ids: Iterable[int]
 ) -> Iterator[tuple[Any, ...]]:
     """The rows of these ids, the first column, locked ascending."""
-    key = columns[0]
+    query = _lock_query(tuple(columns))
     for chunk in chunks(sorted(ids)):
-        query = select(*columns).where(key.in_(chunk)).order_by(key).with_for_update(key_share=True)
-        yield from (tuple(row) for row in connection.execute(query))
+        yield from (tuple(row) for row in connection.execute(query, {"ids": chunk}))
+
+
+@cache
+def _lock_query(columns: tuple[Column[Any], ...]) -> Select[Any]:
+    key = columns[0]
+    of_ids = key.in_(bindparam("ids", expanding=True))
+    return select(*columns).where(of_ids).order_by(key).with_for_update(key_share=True)
 
 
 def _load_published(connection: Connection, group: Sequence[NewBlock], state: GroupState) -> None:
@@ -433,15 +450,15 @@ def _store_state(connection: Connection, group: Sequence[NewBlock], state: Group
     for stream_id in {block.producer.stream_id for block in admitted}:
         progress = state.streams[stream_id]
         values = {column: getattr(progress, column) for column in _PROGRESS}
-        connection.execute(update(streams).where(streams.c.id == stream_id).values(values))
+        connection.execute(_UPDATE_STREAM, {**values, "row_id": stream_id})
     for key in {block.producer.key for block in admitted}:
         last = state.producers[key].last_sequence
-        connection.execute(update(producers).where(producers.c.id == key).values(last_sequence=last))
+        connection.execute(_UPDATE_PRODUCER, {"last_sequence": last, "row_id": key})
     store_work(connection, state.work)
 
 
 def _check_object(connection: Connection, key: str) -> None:
-    if connection.scalar(select(objects.c.id).where(objects.c.key == key)) is not None:
+    if connection.scalar(_FIND_OBJECT, {"object_key": key}) is not None:
         raise ServiceUnavailableError(
             f"object {key} was collected as garbage before its blocks were committed",
             "publish again; and see why this server was so slow",
@@ -455,9 +472,9 @@ def _insert_blocks(
     admitted: Sequence[tuple[int, int]],
 ) -> None:
     values = {"key": stored.key, "created_unix_nano": time.time_ns()}
-    object_id = inserted_key(connection, insert(objects).values(values).returning(objects.c.id))
+    object_id = int(connection.execute(_INSERT_OBJECT, values).scalar_one())
     rows = [_block_row(group[index], offset, object_id, stored.spans[index]) for index, offset in admitted]
-    connection.execute(insert(blocks), rows)
+    connection.execute(_INSERT_BLOCKS, rows)
     finished: list[dict[str, Any]] = [
         {"stream_id": group[index].producer.stream_id, "prompt_id": prompt_id, "offset": offset}
         for index, offset in admitted
