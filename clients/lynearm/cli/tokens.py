@@ -25,7 +25,7 @@ Scopes = Annotated[
     ),
 ]
 
-tokens_app = make_app("Makes and lists the tokens of a service.")
+tokens_app = make_app("Make and list the tokens of a service.")
 
 
 @tokens_app.command("new")
