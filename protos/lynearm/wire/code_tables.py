@@ -54,7 +54,7 @@ class NumberContext(IntEnum):
     LONG_STEPS = 0
     """And the following seven: by level of the entry before."""
     KEPT = 8
-    """And the following seven: by level of the row's first entry, as `level_context` says."""
+    """And the following seven: by level of the row's first entry, binary digits of it, at most 7."""
     SAMPLED = 16
     """And the following seven: likewise."""
     OUTSIDE = 24
@@ -133,7 +133,7 @@ class LevelRule:
         if last_levels_N.size == 0:
             return LevelRule.none()
         low, high = (int(level) for level in np.quantile(last_levels_N, (0.05, 0.95)))
-        step_shift = max((high // LONG_STEP_CONTEXTS).bit_length(), 0)
+        step_shift = (high // LONG_STEP_CONTEXTS).bit_length()
         rule = LevelRule(step_shift, low, max((high - low).bit_length() - 3, 0), 0, 0)
         steps = rule.steps(last_levels_N)
         first, last = steps <= steps.min(), steps >= steps.max()

@@ -10,7 +10,7 @@ from __future__ import annotations
 import struct
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, lru_cache
 from typing import TypeAlias
 
 import numpy as np
@@ -106,8 +106,12 @@ class TokenOrder:
         return ranks_V
 
     @staticmethod
+    @lru_cache(maxsize=2)
     def by_id(vocab_size: int) -> TokenOrder:
-        """Ascending ids, which for a byte-pair vocabulary is roughly its order already."""
+        """Ascending ids, which for a byte-pair vocabulary is roughly its order already.
+
+        Every block without a dictionary asks for it, of a teacher or two.
+        """
         return TokenOrder(np.arange(vocab_size, dtype=np.int32))
 
     @staticmethod

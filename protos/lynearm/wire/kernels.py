@@ -629,6 +629,7 @@ def read_rows(
     width = U64(token_ids_NK.shape[1])
     scratch_at, recent_at, listed_at = address_of(scratch), address_of(recent), address_of(listed_tokens)
     lists_at, sizes_at, list_rows_at = address_of(lists), address_of(list_sizes), address_of(list_rows_V2)
+    order_at = address_of(token_of_rank_V)
     ids_at, levels_at, kept_at = address_of(token_ids_NK), address_of(levels_NK), address_of(kept_N)
     lanes = U64(starts.size)
     count = U64(kept_N.size)
@@ -738,11 +739,7 @@ def read_rows(
             if kept:
                 # The first token decides whose companions the others may be.
                 code = load64(lane_at) & U64(0xFFFFFFFF)
-                again = U64(recent[(newest - code) & U64(RECENT_RING - 1)])
-                fresh = U64(token_of_rank_V[min(max(code, U64(RANK_START)) - U64(RANK_START), last_rank)])
-                token = again if code < U64(RANK_START) else fresh
-                listed = load32(listed_at + (min(code, U64(COMPANION_START - 1)) << U64(2)))
-                token = listed if code < U64(COMPANION_START) else token
+                token = _token_of(code, newest, recent_at, order_at, last_rank, listed_at)
                 bad |= U64(code >= U64(COMPANION_START)) & U64(code < U64(RECENT_START))
                 first_at = list_rows_at + min(token, last_rank) * U64(8) + U64(4)
                 list_row = load32(first_at)
@@ -758,11 +755,7 @@ def read_rows(
                 packed = load64(lane_at + (last << U64(5)))
                 code = packed & U64(0xFFFFFFFF)
                 highest_code = max(highest_code, code)
-                again = U64(recent[(newest - code) & U64(RECENT_RING - 1)])
-                fresh = U64(token_of_rank_V[min(max(code, U64(RANK_START)) - U64(RANK_START), last_rank)])
-                listed = load32(listed_at + (min(code, U64(RECENT_START - 1)) << U64(2)))
-                token = again if code < U64(RANK_START) else fresh
-                token = listed if code < U64(RECENT_START) else token
+                token = _token_of(code, newest, recent_at, order_at, last_rank, listed_at)
                 # Behind the end of a list is −1, whose sign stays.
                 signs |= token
                 store32(row_at + (last << U64(2)), token)
@@ -783,6 +776,22 @@ def read_rows(
     for lane in range(U64(0), lanes):
         bad |= U64((positions[lane] + U64(7)) >> U64(3) != ends[lane] >> U64(3))
     return bool(bad == U64(0) and signs >> U64(31) == U64(0) and highest_code <= last_rank + U64(RANK_START))
+
+
+@inlined
+def _token_of(
+    code: Scalar, newest: Scalar, recent_at: Scalar, order_at: Scalar, last_rank: Scalar, listed_at: Scalar
+) -> Scalar:
+    """The token of a token code; −1, as 32 bits, behind a list's end; the rarest for a rank beyond all.
+
+    All three are loaded, and one is taken: to guess which one it is would go wrong too often.
+    """
+    again = load32(recent_at + (((newest - code) & U64(RECENT_RING - 1)) << U64(2)))
+    rank = min(max(code, U64(RANK_START)) - U64(RANK_START), last_rank)
+    fresh = load32(order_at + (rank << U64(2)))
+    listed = load32(listed_at + (min(code, U64(RECENT_START - 1)) << U64(2)))
+    token = again if code < U64(RANK_START) else fresh
+    return listed if code < U64(RECENT_START) else token
 
 
 @inlined

@@ -754,8 +754,8 @@ def _read_scale(
     vocab_size = head.varint()
     if not 0 < vocab_size <= MAX_VOCAB_SIZE:
         raise CorruptBlockError(f"a vocabulary of {vocab_size}, expected 1 to {MAX_VOCAB_SIZE}")
-    needs_its_own = flags & _OWN_TABLES and not flags & _ORDER_OF_DICTIONARY
-    if dictionary is not None and not needs_its_own and dictionary.vocab_size != vocab_size:
+    uses_dictionary = flags & _ORDER_OF_DICTIONARY or not flags & _OWN_TABLES
+    if dictionary is not None and uses_dictionary and dictionary.vocab_size != vocab_size:
         raise CorruptBlockError(
             f"a payload over {vocab_size} tokens, a dictionary over {dictionary.vocab_size}"
         )
