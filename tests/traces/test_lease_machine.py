@@ -12,12 +12,19 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 from traces.harness import LoopThread, make_spec
 
 from lynearm.traces.catalog import BlockFacts, CommittedBlock, NewBlock, Producer
-from lynearm.traces.job_records import JobPrompt, NewJob, NewPrompts, WorkRequest
+from lynearm.traces.job_records import NewJob, NewPrompts, WorkRequest
 from lynearm.traces.sql_catalog import SqlCatalog
 from lynearm.traces.sqlite import SqliteDatabase
 from lynearm.traces.store import Span, StoredObject
 from lynearm.wire.errors import LeaseSupersededError, PromptFinishedError
-from lynearm.wire.work import DIGEST_OF_NOTHING, FinishedSamples, FinishedWork, LeaseKey, extend_digest
+from lynearm.wire.work import (
+    DIGEST_OF_NOTHING,
+    FinishedSamples,
+    FinishedWork,
+    JobPrompt,
+    LeaseKey,
+    extend_digest,
+)
 
 Unit = tuple[str, int]
 

@@ -8,7 +8,7 @@ from lynearm.client.consumers import ConsumerClient
 from lynearm.client.credentials import Credentials, TlsConfig
 from lynearm.client.dictionaries import DictionaryCache
 from lynearm.client.interrupts import stop_on_interrupt
-from lynearm.client.job_calls import JobInfo, JobPrompt, LeasedPrompt
+from lynearm.client.job_calls import JobInfo
 from lynearm.client.jobs import JobClient
 from lynearm.client.leases import Lease, PromptWorker
 from lynearm.client.publisher import Publisher
@@ -18,6 +18,7 @@ from lynearm.client.trace_client import TraceClient
 from lynearm.client.trace_lookup import FoundTrace, TraceId, fetch_trace, fetch_traces
 from lynearm.wire.protobuf import StreamInfo
 from lynearm.wire.retention import Collected, Retention
+from lynearm.wire.work import JobPrompt, LeasedPrompt
 
 __all__ = [
     "AsyncPublisher",

@@ -10,7 +10,14 @@ from lynearm.client.calls import Call
 from lynearm.v1 import prompt_queue_pb2 as pb
 from lynearm.wire.errors import InvalidInputError, JobIncompleteError
 from lynearm.wire.specs import check_name
-from lynearm.wire.work import DIGEST_OF_NOTHING, LeaseKey, check_prompt_id, extend_digest
+from lynearm.wire.work import (
+    DIGEST_OF_NOTHING,
+    JobPrompt,
+    LeasedPrompt,
+    LeaseKey,
+    check_prompt_id,
+    extend_digest,
+)
 
 JobState: TypeAlias = Literal["adding", "open", "done", "cancelled"]
 
@@ -27,16 +34,6 @@ _STATES: dict[int, JobState] = {
     int(pb.JOB_STATE_DONE): "done",
     int(pb.JOB_STATE_CANCELLED): "cancelled",
 }
-
-
-@dataclass(frozen=True, slots=True)
-class JobPrompt:
-    """A prompt of a job."""
-
-    prompt_id: str
-    """1 to 256 bytes of UTF-8. One that the stream has finished already is not handed out."""
-    content: bytes
-    """What a worker needs to answer it; opaque to the service, at most 1 MiB."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,19 +60,6 @@ class JobInfo:
     def waiting_units(self) -> int:
         """Units that are neither done nor in the hands of workers."""
         return self.unit_count - self.done_units - self.leased_units
-
-
-@dataclass(frozen=True, slots=True)
-class LeasedPrompt:
-    """A prompt of a lease."""
-
-    prompt_index: int
-    """In the job, from 0."""
-    prompt_id: str
-    content: bytes
-    """As it was when the job was created."""
-    sample_indices: tuple[int, ...]
-    """The completions wanted, ascending."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,8 +10,9 @@ from collections.abc import Iterable
 from itertools import islice
 
 from lynearm.client import job_calls
-from lynearm.client.job_calls import JobInfo, JobPrompt, NewJob
+from lynearm.client.job_calls import JobInfo, NewJob
 from lynearm.client.sending import SendCall
+from lynearm.wire.work import JobPrompt
 
 
 class JobClient:

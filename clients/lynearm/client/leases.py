@@ -19,11 +19,11 @@ from typing import Self
 
 from lynearm.client import job_calls
 from lynearm.client.calls import Call
-from lynearm.client.job_calls import Grant, JobInfo, LeasedPrompt
+from lynearm.client.job_calls import Grant, JobInfo
 from lynearm.client.sending import SendCall
 from lynearm.wire.errors import DeadlineError, InvalidInputError, LynearmError, ServiceUnavailableError
 from lynearm.wire.specs import check_name
-from lynearm.wire.work import FinishedSamples, FinishedWork, LeaseKey
+from lynearm.wire.work import FinishedSamples, FinishedWork, LeasedPrompt, LeaseKey
 
 logger = logging.getLogger(__name__)
 

@@ -34,6 +34,29 @@ class LeaseKey:
 
 
 @dataclass(frozen=True, slots=True)
+class JobPrompt:
+    """A prompt of a job."""
+
+    prompt_id: str
+    """1 to 256 bytes of UTF-8. One that the stream has finished already is not handed out."""
+    content: bytes
+    """What a worker needs to answer it; opaque to the service, at most 1 MiB."""
+
+
+@dataclass(frozen=True, slots=True)
+class LeasedPrompt:
+    """A prompt of a lease."""
+
+    prompt_index: int
+    """In the job, from 0."""
+    prompt_id: str
+    content: bytes
+    """As it was when the job was created."""
+    sample_indices: tuple[int, ...]
+    """The completions wanted, ascending."""
+
+
+@dataclass(frozen=True, slots=True)
 class FinishedSamples:
     """Samples of one prompt whose traces are in a block."""
 

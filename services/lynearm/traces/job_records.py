@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from typing import Protocol, TypeAlias
 
 from lynearm.wire.errors import JobNotFoundError
-from lynearm.wire.work import LeaseKey
+from lynearm.wire.work import JobPrompt, LeasedPrompt, LeaseKey
 
 MAX_UNITS = 1 << 14
 """Of one lease. Its row has a byte for each, and is written with every block that finishes some."""
@@ -68,14 +68,6 @@ class JobRecord:
 
 
 @dataclass(frozen=True, slots=True)
-class JobPrompt:
-    """A prompt as it is stored; its content is opaque."""
-
-    prompt_id: str
-    content: bytes
-
-
-@dataclass(frozen=True, slots=True)
 class NewPrompts:
     """Prompts for a job that was announced."""
 
@@ -97,16 +89,6 @@ class WorkRequest:
     max_units: int
     restarted: bool
     """What the worker held before comes back first."""
-
-
-@dataclass(frozen=True, slots=True)
-class LeasedPrompt:
-    """A prompt in a lease, with the samples wanted of it."""
-
-    prompt_index: int
-    prompt_id: str
-    content: bytes
-    sample_indices: tuple[int, ...]
 
 
 @dataclass(frozen=True, slots=True)

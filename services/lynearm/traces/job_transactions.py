@@ -10,7 +10,7 @@ from collections.abc import Iterator, Sequence
 
 from sqlalchemy import ColumnElement, Connection, RowMapping, delete, func, insert, select, update
 
-from lynearm.traces.job_records import JobPrompt, JobRecord, NewJob, NewPrompts, PromptLocation, job_not_found
+from lynearm.traces.job_records import JobRecord, NewJob, NewPrompts, PromptLocation, job_not_found
 from lynearm.traces.packing import BLOCK_BYTES, BLOCK_PROMPTS, pack, pack_compressed, unpack_indices
 from lynearm.traces.schema import finished_prompts, finished_samples, job_prompts, jobs, leases
 from lynearm.traces.statements import chunks, lock_stream
@@ -22,7 +22,7 @@ from lynearm.wire.errors import (
     JobIncompleteError,
     PreconditionError,
 )
-from lynearm.wire.work import DIGEST_OF_NOTHING, extend_digest
+from lynearm.wire.work import DIGEST_OF_NOTHING, JobPrompt, extend_digest
 
 
 def create_job(connection: Connection, job: NewJob) -> JobRecord:

@@ -17,8 +17,6 @@ from lynearm.traces.job_records import (
     MAX_UNITS,
     FindSilent,
     Grant,
-    JobPrompt,
-    LeasedPrompt,
     WorkRequest,
 )
 from lynearm.traces.packing import unpack, unpack_compressed
@@ -27,7 +25,7 @@ from lynearm.traces.statements import MAX_INTEGER, chunks, inserted_key
 from lynearm.traces.transactions import get_stream
 from lynearm.traces.work_transactions import find_finished, find_samples, select_prompts
 from lynearm.wire.errors import JobIncompleteError, LeaseLimitError
-from lynearm.wire.work import LeaseKey
+from lynearm.wire.work import JobPrompt, LeasedPrompt, LeaseKey
 
 _MAX_PASSES = 8
 """Pieces of work that one transaction may find done by others before it lets other transactions in."""

@@ -7,11 +7,11 @@ from collections.abc import Iterable, Sequence
 
 from lynearm.traces.backend import Backend
 from lynearm.traces.calls import Context
-from lynearm.traces.job_records import MAX_UNITS, JobPrompt, JobRecord, NewJob, NewPrompts, WorkRequest
+from lynearm.traces.job_records import MAX_UNITS, JobRecord, NewJob, NewPrompts, WorkRequest
 from lynearm.v1 import prompt_queue_pb2 as pb
 from lynearm.wire.errors import InvalidInputError
 from lynearm.wire.specs import check_name
-from lynearm.wire.work import MAX_SAMPLES, LeaseKey, check_prompt_id
+from lynearm.wire.work import MAX_SAMPLES, JobPrompt, LeaseKey, check_prompt_id
 
 MAX_PROMPTS = 1 << 32
 """Of a job."""
