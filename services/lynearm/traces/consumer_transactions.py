@@ -48,15 +48,6 @@ def read_lag(connection: Connection, stream_id: int) -> LagState:
     return LagState(max_lag, slowest["name"], _lag(connection, stream_id, cursor))
 
 
-def low_watermark(connection: Connection, stream_id: int) -> int | None:
-    """The smallest offset at which a consumer of the stream stands; None without consumers.
-
-    Blocks below it are used by every consumer that has a name.
-    """
-    slowest = _slowest(connection, stream_id)
-    return None if slowest is None else int(slowest["offset"])
-
-
 def commit_cursor(
     connection: Connection, stream_name: str, consumer: str, cursor: Cursor, *, allow_backwards: bool
 ) -> ConsumerRecord:

@@ -77,7 +77,7 @@ def _catalog_path(config: ServeConfig) -> Path | None:
 
 def _space_of(path: Path | None, config: ServeConfig) -> FreeSpace:
     """The watermark of what is at a path; of what is elsewhere, its own machine takes care."""
-    return FreeSpace(Path.cwd(), 0) if path is None else FreeSpace(path.parent, config.min_free_bytes)
+    return FreeSpace(Path(), 0) if path is None else FreeSpace(path.parent, config.min_free_bytes)
 
 
 async def _open_store(config: ServeConfig, stack: AsyncExitStack, *, shared_catalog: bool) -> BlockStore:

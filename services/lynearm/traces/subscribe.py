@@ -40,8 +40,6 @@ class SubscribeCall:
     def __init__(self, backend: Backend, context: Context) -> None:
         self._backend = backend
         self._context = context
-        self._skips_damaged = False
-        self._writing = asyncio.Lock()
 
     async def run(self) -> None:
         """Serve the call.
