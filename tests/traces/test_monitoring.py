@@ -277,7 +277,7 @@ def test_nothing_that_holds_a_token_represents_it() -> None:
         assert token not in f"{holder!r} {holder}"
 
 
-class Collector(collector_grpc.TraceServiceServicer):  # type: ignore[misc, name-defined]
+class Collector(collector_grpc.TraceServiceServicer):  # type: ignore[misc, name-defined]  # no stubs
     """An OpenTelemetry collector, as far as a test needs one."""
 
     def __init__(self) -> None:
