@@ -19,6 +19,7 @@ import numpy.typing as npt
 
 from lynearm.teacher.config import TeachConfig
 from lynearm.teacher.draws import draw_rows
+from lynearm.teacher.extension import EXTENSION
 from lynearm.teacher.logprob_arrays import (
     LogprobRows,
     RowArrays,
@@ -298,6 +299,7 @@ def _engine_arguments(config: TeachConfig) -> dict[str, object]:
         "dtype": config.dtype,
         "distributed_executor_backend": "uni",
         "disable_log_stats": True,
+        "worker_extension_cls": EXTENSION,
     }
     if config.kv_cache_mib:
         arguments["kv_cache_memory_bytes"] = config.kv_cache_mib << 20

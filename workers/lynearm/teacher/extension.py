@@ -1,0 +1,15 @@
+"""What we add to vLLM's own worker, wherever that runs: in this process, or in one of a tensor-parallel group.
+
+vLLM mixes this class into its worker by name. Its methods are called with `collective_rpc`; each feature brings
+a base class of its own, whose names begin with `lynearm_`, so that none hides one of vLLM's.
+"""
+
+from __future__ import annotations
+
+
+class WorkerExtension:
+    """All of our features of a vLLM worker, as one class."""
+
+
+EXTENSION = f"{WorkerExtension.__module__}.{WorkerExtension.__qualname__}"
+"""What vLLM is told."""
