@@ -27,6 +27,7 @@ from lynearm.teacher.logprob_arrays import (
     rows_of,
     top_k_from_rows,
 )
+from lynearm.teacher.scoring import EngineScoring
 from lynearm.teacher.tokenizer import PromptTokenizer, describe_tokenizer, end_tokens
 from lynearm.wire.errors import ConfigError, MissingDependencyError, TeacherError
 from lynearm.wire.specs import TeacherSpec, TokenizerSpec
@@ -48,6 +49,8 @@ _MAX_CPU_CACHE_BYTES = 1 << 30
 _MIN_CPU_CACHE_BYTES = 64 << 20
 _CPU_BATCHED_TOKENS = 2048
 """Bounds a prefill step on a CPU, and so how long it holds the running completions up."""
+_CPU_BLOCK_TOKENS = 32
+"""Prefixes are reused in whole blocks of the KV cache; with vLLM's 128 on a CPU, most prompts never are."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,6 +103,12 @@ class TeacherEngine:
         directory = Path(config.model) if Path(config.model).is_dir() else None
         generation = None if directory is not None else model_config.try_get_generation_config()
         self.eos_token_ids = end_tokens(directory, self._raw_tokenizer, generation)
+        self.scoring = EngineScoring(
+            self._engine, vocab_size=self.vocab_size, max_model_len=self.max_model_len
+        )
+        """Scores completions of others in the same batches."""
+        self.streamed_token_ids: dict[str, list[int]] = {}
+        """All tokens so far of the streamed requests that the last step went on with, and did not finish."""
         self._finished_tokens = 0
         self._rows_before = LogprobRows.rows_seen
 
@@ -136,8 +145,21 @@ class TeacherEngine:
             seed=None if config.seed is None else completion_seed(config.seed, prompt_id, sample_index),
         )
 
-    def add(self, request_id: str, prompt_token_ids: Sequence[int], sampling: SamplingParams) -> None:
+    def add(
+        self,
+        request_id: str,
+        prompt_token_ids: Sequence[int],
+        sampling: SamplingParams,
+        *,
+        streamed: bool = False,
+    ) -> None:
         """Queue a request.
+
+        Args:
+            request_id: Unique among the requests that are not finished.
+            prompt_token_ids: At least one.
+            sampling: How to draw.
+            streamed: Show its tokens in `streamed_token_ids` as they come.
 
         Raises:
             TeacherError: if vLLM refuses it.
@@ -149,12 +171,14 @@ class TeacherEngine:
         parameters: Untyped = EngineSampling(
             temperature=sampling.temperature,
             top_p=sampling.top_p,
+            top_k=sampling.top_k,
+            min_p=sampling.min_p,
             max_tokens=sampling.max_tokens,
             seed=sampling.seed,
             logprobs=self._logprob_count,
             flat_logprobs=True,
             detokenize=False,
-            output_kind=RequestOutputKind.FINAL_ONLY,
+            output_kind=RequestOutputKind.CUMULATIVE if streamed else RequestOutputKind.FINAL_ONLY,
         )
         prompt = {"prompt_token_ids": [int(token_id) for token_id in prompt_token_ids]}
         try:
@@ -164,11 +188,18 @@ class TeacherEngine:
 
     def step(self) -> list[Completion]:
         """Generate one token for each running request, and return those that finished."""
-        return [self._completion(output) for output in self._engine.step() if output.finished]
+        outputs = self.scoring.take(self._engine.step())
+        self.streamed_token_ids = {
+            str(output.request_id): list(output.outputs[0].token_ids)
+            for output in outputs
+            if not output.finished
+        }
+        return [self._completion(output) for output in outputs if output.finished]
 
     def abort(self, request_ids: Sequence[str]) -> None:
         """Drop requests; nothing of them comes out of `step`."""
         self._engine.abort_request(list(request_ids))
+        self.scoring.drop(request_ids)
 
     def close(self) -> None:
         """Undo the change to vLLM's logprob collection."""
@@ -308,6 +339,7 @@ def _engine_arguments(config: TeachConfig) -> dict[str, object]:
         arguments["kv_cache_memory_bytes"] = cache_bytes
         arguments["dtype"] = "float32" if config.dtype == "auto" else config.dtype
         arguments["enforce_eager"] = True
+        arguments["block_size"] = _CPU_BLOCK_TOKENS
         # vLLM 0.32 turns a seeded generator back after a partial prefill in a way that CPU generators
         # refuse ("CPU Generator does not use offset"): each prompt is prefilled in one step.
         arguments["enable_chunked_prefill"] = False
