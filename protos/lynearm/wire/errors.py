@@ -17,6 +17,7 @@
     ├── StreamExistsError                   ALREADY_EXISTS
     ├── SequenceConflictError               ALREADY_EXISTS
     ├── JobExistsError                      ALREADY_EXISTS
+    ├── RequestConflictError                ALREADY_EXISTS
     ├── PreconditionError                   FAILED_PRECONDITION
     │   ├── StreamSealedError               FAILED_PRECONDITION
     │   ├── ProducerFencedError             FAILED_PRECONDITION
@@ -46,7 +47,7 @@
     ├── MissingDependencyError (ImportError)  (local only)
     ├── CheckpointError (ValueError)        (local only)
     ├── ParityError (ValueError)            (local only)
-    ├── TeacherError (RuntimeError)         (local only)
+    ├── TeacherError (RuntimeError)         INTERNAL
     ├── FleetError (RuntimeError)           (local only)
     └── InternalError (RuntimeError)        INTERNAL
 
@@ -173,6 +174,12 @@ class SequenceConflictError(LynearmError):
 
 class JobExistsError(LynearmError):
     """A job of that name exists with other prompts or another number of samples."""
+
+    status_code = "ALREADY_EXISTS"
+
+
+class RequestConflictError(LynearmError):
+    """The name of a request is in use, or was lately, for another one."""
 
     status_code = "ALREADY_EXISTS"
 

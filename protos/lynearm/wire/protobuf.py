@@ -44,28 +44,67 @@ class StreamInfo:
     """The same in traces."""
 
 
+def teacher_to_proto(teacher: TeacherSpec) -> trace_pb2.TeacherSpec:
+    """The message of a teacher."""
+    return trace_pb2.TeacherSpec(
+        model=teacher.model,
+        revision=teacher.revision,
+        engine=teacher.engine,
+        dtype=teacher.dtype,
+        vocab_size=teacher.vocab_size,
+        max_model_len=teacher.max_model_len,
+        logprobs_mode=_LOGPROBS_TO_PROTO[teacher.logprobs_mode],
+        logprobs_temperature=teacher.logprobs_temperature,
+    )
+
+
+def teacher_from_proto(teacher: trace_pb2.TeacherSpec) -> TeacherSpec:
+    """The teacher in a message.
+
+    Raises:
+        InvalidInputError: if the logprobs' mode is missing.
+        UnsupportedFormatError: if it is newer than this package.
+    """
+    return TeacherSpec(
+        model=teacher.model,
+        revision=teacher.revision,
+        engine=teacher.engine,
+        dtype=teacher.dtype,
+        vocab_size=teacher.vocab_size,
+        max_model_len=teacher.max_model_len,
+        logprobs_mode=_known(_LOGPROBS_FROM_PROTO, teacher.logprobs_mode, "teacher.logprobs_mode"),
+        logprobs_temperature=teacher.logprobs_temperature,
+    )
+
+
+def tokenizer_to_proto(tokenizer: TokenizerSpec) -> trace_pb2.TokenizerSpec:
+    """The message of a tokenizer."""
+    return trace_pb2.TokenizerSpec(
+        name=tokenizer.name,
+        vocab_sha256=tokenizer.vocab_sha256,
+        chat_template_sha256=tokenizer.chat_template_sha256,
+        vocab_size=tokenizer.vocab_size,
+        eos_token_ids=tokenizer.eos_token_ids,
+    )
+
+
+def tokenizer_from_proto(tokenizer: trace_pb2.TokenizerSpec) -> TokenizerSpec:
+    """The tokenizer in a message."""
+    return TokenizerSpec(
+        name=tokenizer.name,
+        vocab_sha256=tokenizer.vocab_sha256,
+        chat_template_sha256=tokenizer.chat_template_sha256,
+        vocab_size=tokenizer.vocab_size,
+        eos_token_ids=tuple(tokenizer.eos_token_ids),
+    )
+
+
 def spec_to_proto(spec: StreamSpec) -> trace_pb2.StreamSpec:
     """The message of a spec."""
-    teacher, tokenizer = spec.teacher, spec.tokenizer
     return trace_pb2.StreamSpec(
         name=spec.name,
-        teacher=trace_pb2.TeacherSpec(
-            model=teacher.model,
-            revision=teacher.revision,
-            engine=teacher.engine,
-            dtype=teacher.dtype,
-            vocab_size=teacher.vocab_size,
-            max_model_len=teacher.max_model_len,
-            logprobs_mode=_LOGPROBS_TO_PROTO[teacher.logprobs_mode],
-            logprobs_temperature=teacher.logprobs_temperature,
-        ),
-        tokenizer=trace_pb2.TokenizerSpec(
-            name=tokenizer.name,
-            vocab_sha256=tokenizer.vocab_sha256,
-            chat_template_sha256=tokenizer.chat_template_sha256,
-            vocab_size=tokenizer.vocab_size,
-            eos_token_ids=tokenizer.eos_token_ids,
-        ),
+        teacher=teacher_to_proto(spec.teacher),
+        tokenizer=tokenizer_to_proto(spec.tokenizer),
         codec=trace_pb2.CodecSpec(
             mode=MODE_TO_PROTO[spec.codec.mode],
             top_k=spec.codec.top_k,
@@ -84,26 +123,10 @@ def spec_from_proto(message: trace_pb2.StreamSpec) -> StreamSpec:
         InvalidInputError: naming the field that is missing or out of range.
         UnsupportedFormatError: if a mode is newer than this package.
     """
-    teacher, tokenizer = message.teacher, message.tokenizer
     return StreamSpec(
         name=message.name,
-        teacher=TeacherSpec(
-            model=teacher.model,
-            revision=teacher.revision,
-            engine=teacher.engine,
-            dtype=teacher.dtype,
-            vocab_size=teacher.vocab_size,
-            max_model_len=teacher.max_model_len,
-            logprobs_mode=_known(_LOGPROBS_FROM_PROTO, teacher.logprobs_mode, "teacher.logprobs_mode"),
-            logprobs_temperature=teacher.logprobs_temperature,
-        ),
-        tokenizer=TokenizerSpec(
-            name=tokenizer.name,
-            vocab_sha256=tokenizer.vocab_sha256,
-            chat_template_sha256=tokenizer.chat_template_sha256,
-            vocab_size=tokenizer.vocab_size,
-            eos_token_ids=tuple(tokenizer.eos_token_ids),
-        ),
+        teacher=teacher_from_proto(message.teacher),
+        tokenizer=tokenizer_from_proto(message.tokenizer),
         codec=CodecSpec(
             mode=_known(MODE_FROM_PROTO, message.codec.mode, "codec.mode"),
             top_k=message.codec.top_k,

@@ -35,7 +35,7 @@ def limit_prefix_reuse() -> bool:
         return False
 
     def get_computed_blocks(self: Untyped, request: Untyped) -> Untyped:
-        extra = getattr(request.sampling_params, "extra_args", None) or {}
+        extra: dict[str, Any] = getattr(request.sampling_params, "extra_args", None) or {}
         limit = extra.get(PREFIX_LIMIT_KEY)
         if limit is None:
             return original(self, request)

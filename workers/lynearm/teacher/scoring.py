@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -203,7 +203,9 @@ def check_task(task: ScoreTask, *, vocab_size: int, max_model_len: int) -> None:
         )
     if prompt + positions > max_model_len:
         raise PromptTooLongError(
-            f"{where} has {prompt} prompt tokens and {positions} of the completion, the context {max_model_len}",
+            f"{where} has {prompt} prompt tokens and {positions} of the completion, "
+            f"the context {max_model_len}",
+            f"the context {max_model_len}",
             "shorten it, or serve the teacher with a larger max_model_len",
         )
     if not 0 <= task.top_k <= vocab_size:
@@ -219,7 +221,7 @@ def check_task(task: ScoreTask, *, vocab_size: int, max_model_len: int) -> None:
         )
     parts = {"prompt": task.prompt_token_ids, "completion": task.completion_token_ids, "chosen": chosen}
     for name, ids in parts.items():
-        if ids is not None and ids.size and not (0 <= ids.min() and ids.max() < vocab_size):
+        if ids is not None and ids.size and not (ids.min() >= 0 and ids.max() < vocab_size):
             worst = int(ids.max()) if ids.max() >= vocab_size else int(ids.min())
             raise InvalidInputError(
                 f"{where}: {name} token id {worst} is outside the vocabulary of {vocab_size}",

@@ -1,9 +1,9 @@
 """Inside vLLM's worker: the teacher's distributions over tokens that somebody else wrote.
 
 A scoring request carries what it wants (`RowsWanted`) in its sampling parameters. As its tokens pass through
-the model, the hidden states of the wanted rows, and of no others, are turned into distributions. Many requests
-share one multiplication by the output matrix, and no more than `MAX_CHUNK_BYTES` of logits exist at a time,
-however long an input is.
+the model, the hidden states of the wanted rows, and of no others, are turned into distributions. Requests of
+one step share a multiplication by the output matrix, and no more than `MAX_CHUNK_BYTES` of logits exist at a
+time, however long an input is.
 
 It stands before one private method of vLLM's V1 model runner, and only where that looks as expected.
 
@@ -69,7 +69,7 @@ class ScoredRows:
         return cls(
             np.zeros((rows, wanted.top_k), np.int32),
             np.zeros((rows, wanted.top_k), np.float32),
-            np.zeros(rows, np.float32),
+            np.zeros((rows,), np.float32),
             np.zeros((rows, chosen), np.float32),
             [False] * rows,
         )
@@ -204,18 +204,19 @@ def _distributions(runner: Untyped, hidden_states: Untyped, chunk: Sequence[_Seg
     """Log-softmax at the rows of a chunk, float32, shape [N, V]: as vLLM's sampler computes it."""
     import torch
 
+    from_numpy: Untyped = torch.from_numpy
     if len(chunk) == 1:
         only = chunk[0]
         states = hidden_states[only.first_state : only.first_state + only.count]
     else:
         places = [np.arange(one.first_state, one.first_state + one.count) for one in chunk]
-        states = hidden_states[torch.from_numpy(np.concatenate(places)).to(hidden_states.device)]
+        states = hidden_states[from_numpy(np.concatenate(places)).to(hidden_states.device)]
     logits_NV = runner.model.compute_logits(states)
     if logits_NV is None:
         return None
     if any(one.wanted.temperature != 1.0 for one in chunk):
         temperatures = np.repeat([one.wanted.temperature for one in chunk], [one.count for one in chunk])
-        divisor = torch.from_numpy(temperatures.astype(np.float32)).to(logits_NV.device)
+        divisor = from_numpy(temperatures.astype(np.float32)).to(logits_NV.device)
         logits_NV = logits_NV.to(torch.float32) / divisor[:, None]
     return logits_NV.log_softmax(dim=-1, dtype=torch.float32)
 
@@ -224,11 +225,12 @@ def _fill(found: ScoredRows, segment: _Segment, logprobs_TV: Untyped) -> None:
     """Take what is wanted out of the distributions at a segment's rows."""
     import torch
 
+    from_numpy: Untyped = torch.from_numpy
     wanted = segment.wanted
     rows = slice(segment.first_row, segment.first_row + segment.count)
 
     def gather(ids: Int32Array) -> Untyped:
-        index = torch.from_numpy(ids.astype(np.int64)).to(logprobs_TV.device)
+        index = from_numpy(ids.astype(np.int64)).to(logprobs_TV.device)
         return logprobs_TV.gather(-1, index).cpu().numpy()
 
     found.target_logprobs[rows] = gather(wanted.target_ids[rows, None])[:, 0]
