@@ -11,7 +11,7 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 
-from lynearm.wire.errors import LynearmError
+from lynearm.wire.errors import ERROR_NAME_METADATA_KEY, REMEDY_METADATA_KEY, LynearmError
 from lynearm.wire.fields import bytes_prefix, expect_bytes, expect_int, int_field, read_fields
 
 STATUS_METADATA_KEY = "grpc-status-details-bin"
@@ -19,6 +19,10 @@ STATUS_METADATA_KEY = "grpc-status-details-bin"
 
 ERROR_DOMAIN = "lynearm.dev"
 """Says whose reasons they are."""
+
+MAX_TEXT_BYTES = 1000
+"""Of a status message and of a remedy. They are sent as up to three times as many bytes, the message twice,
+and all must fit into the 8 KiB of a peer's metadata."""
 
 _TYPE_URL = "type.googleapis.com/google.rpc."
 _NANOS = 1_000_000_000
@@ -42,6 +46,25 @@ def reason_of(error_class: type[LynearmError]) -> str:
 def error_name_of(reason: str) -> str:
     """The name of the class behind a reason; the inverse of `reason_of`."""
     return "".join(part.capitalize() for part in reason.split("_")) + "Error" if reason else ""
+
+
+def status_message(error: LynearmError) -> str:
+    """What the gRPC status says of an error."""
+    return _shorten(error.message).decode()
+
+
+def trailing_metadata(code: int, error: LynearmError) -> tuple[tuple[str, str | bytes], ...]:
+    """What a client needs to raise an error again, beside its status.
+
+    Args:
+        code: Number of the gRPC status code.
+        error: What a server answers.
+    """
+    return (
+        (ERROR_NAME_METADATA_KEY, type(error).__name__),
+        (REMEDY_METADATA_KEY, _shorten(error.remedy)),
+        (STATUS_METADATA_KEY, encode_status(code, status_message(error), error)),
+    )
 
 
 def encode_status(code: int, message: str, error: LynearmError) -> bytes:
@@ -101,6 +124,11 @@ def _parse_delay(data: memoryview) -> float | None:
             # A negative one is a number of almost 2^64 here, and as good as none.
             return seconds + nanos / _NANOS if max(seconds, nanos) < 1 << 31 else None
     return None
+
+
+def _shorten(text: str) -> bytes:
+    # Lone surrogates, which file names may hold, have no UTF-8.
+    return text.encode("utf-8", "replace")[:MAX_TEXT_BYTES].decode("utf-8", "ignore").encode()
 
 
 def _any(kind: str, body: bytes) -> bytes:

@@ -15,20 +15,10 @@ import grpc
 import grpc.aio
 
 from lynearm.traces.current_call import note_end
-from lynearm.wire.errors import (
-    ERROR_NAME_METADATA_KEY,
-    REMEDY_METADATA_KEY,
-    InternalError,
-    LynearmError,
-    ServiceUnavailableError,
-)
-from lynearm.wire.status import STATUS_METADATA_KEY, encode_status, reason_of
+from lynearm.wire.errors import InternalError, LynearmError, ServiceUnavailableError
+from lynearm.wire.status import reason_of, status_message, trailing_metadata
 
 logger = logging.getLogger(__name__)
-
-MAX_TEXT_BYTES = 1000
-"""Of a status message and of a remedy. They are sent as up to three times as many bytes, the message twice,
-and all must fit into the 8 KiB of a peer's metadata."""
 
 Request = TypeVar("Request")
 Response = TypeVar("Response")
@@ -89,14 +79,8 @@ async def abort(context: Context, error: LynearmError) -> NoReturn:
     """End a call with the status of an error, and what a client needs to raise it again."""
     code = grpc.StatusCode[error.status_code]
     number: int = cast("Any", code).value[0]  # typed by the name that Python gives it
-    message = _shorten(error.message).decode()
     note_end(error.status_code, reason_of(type(error)))
-    metadata = (
-        (ERROR_NAME_METADATA_KEY, type(error).__name__),
-        (REMEDY_METADATA_KEY, _shorten(error.remedy)),
-        (STATUS_METADATA_KEY, encode_status(number, message, error)),
-    )
-    await context.abort(code, message, metadata)
+    await context.abort(code, status_message(error), trailing_metadata(number, error))
 
 
 async def _answer(
@@ -114,11 +98,6 @@ async def _answer(
     except Exception:
         logger.exception("a call failed")
         await abort(context, InternalError("the server failed", "look at the server's log"))
-
-
-def _shorten(text: str) -> bytes:
-    # Lone surrogates, which file names may hold, have no UTF-8.
-    return text.encode("utf-8", "replace")[:MAX_TEXT_BYTES].decode("utf-8", "ignore").encode()
 
 
 def _too_many(max_calls: int) -> ServiceUnavailableError:

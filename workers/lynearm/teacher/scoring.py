@@ -205,7 +205,6 @@ def check_task(task: ScoreTask, *, vocab_size: int, max_model_len: int) -> None:
         raise PromptTooLongError(
             f"{where} has {prompt} prompt tokens and {positions} of the completion, "
             f"the context {max_model_len}",
-            f"the context {max_model_len}",
             "shorten it, or serve the teacher with a larger max_model_len",
         )
     if not 0 <= task.top_k <= vocab_size:

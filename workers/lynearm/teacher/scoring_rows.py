@@ -204,19 +204,18 @@ def _distributions(runner: Untyped, hidden_states: Untyped, chunk: Sequence[_Seg
     """Log-softmax at the rows of a chunk, float32, shape [N, V]: as vLLM's sampler computes it."""
     import torch
 
-    from_numpy: Untyped = torch.from_numpy
     if len(chunk) == 1:
         only = chunk[0]
         states = hidden_states[only.first_state : only.first_state + only.count]
     else:
         places = [np.arange(one.first_state, one.first_state + one.count) for one in chunk]
-        states = hidden_states[from_numpy(np.concatenate(places)).to(hidden_states.device)]
+        states = hidden_states[torch.as_tensor(np.concatenate(places), device=hidden_states.device)]
     logits_NV = runner.model.compute_logits(states)
     if logits_NV is None:
         return None
     if any(one.wanted.temperature != 1.0 for one in chunk):
         temperatures = np.repeat([one.wanted.temperature for one in chunk], [one.count for one in chunk])
-        divisor = from_numpy(temperatures.astype(np.float32)).to(logits_NV.device)
+        divisor = torch.as_tensor(temperatures.astype(np.float32), device=logits_NV.device)
         logits_NV = logits_NV.to(torch.float32) / divisor[:, None]
     return logits_NV.log_softmax(dim=-1, dtype=torch.float32)
 
@@ -225,12 +224,11 @@ def _fill(found: ScoredRows, segment: _Segment, logprobs_TV: Untyped) -> None:
     """Take what is wanted out of the distributions at a segment's rows."""
     import torch
 
-    from_numpy: Untyped = torch.from_numpy
     wanted = segment.wanted
     rows = slice(segment.first_row, segment.first_row + segment.count)
 
     def gather(ids: Int32Array) -> Untyped:
-        index = from_numpy(ids.astype(np.int64)).to(logprobs_TV.device)
+        index = torch.as_tensor(ids.astype(np.int64), device=logprobs_TV.device)
         return logprobs_TV.gather(-1, index).cpu().numpy()
 
     found.target_logprobs[rows] = gather(wanted.target_ids[rows, None])[:, 0]
