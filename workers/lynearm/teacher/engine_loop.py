@@ -29,7 +29,7 @@ EngineResult: TypeAlias = "Completion | Score"
 
 @dataclass(frozen=True, slots=True, eq=False)
 class EngineRequest:
-    """Something that the engine is to do. Its functions are called on the engine's thread, and must not block."""
+    """Something that the engine is to do. Its functions are called on the engine's thread; none may block."""
 
     request_id: str
     """Unique in the engine."""
@@ -75,7 +75,7 @@ class EngineLoop:
         return len(self._requests)
 
     def start(self) -> TeacherEngine:
-        """Make the engine; blocks until it is ready. Of what comes back, only what does not change may be used.
+        """Make the engine; blocks until it is ready. Of what comes back, use only what does not change.
 
         Raises:
             LynearmError: as the engine's constructor.
