@@ -6,8 +6,10 @@ a base class of its own, whose names begin with `lynearm_`, so that none hides o
 
 from __future__ import annotations
 
+from lynearm.teacher.capture import CaptureWorker
 
-class WorkerExtension:
+
+class WorkerExtension(CaptureWorker):
     """All of our features of a vLLM worker, as one class."""
 
 
