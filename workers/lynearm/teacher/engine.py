@@ -17,6 +17,7 @@ from typing import Any, TypeAlias
 import numpy as np
 import numpy.typing as npt
 
+from lynearm.teacher.capture import CaptureReport
 from lynearm.teacher.config import TeachConfig
 from lynearm.teacher.draws import draw_rows
 from lynearm.teacher.extension import EXTENSION
@@ -91,6 +92,7 @@ class TeacherEngine:
         except (ValueError, OSError, RuntimeError) as error:
             self.close()
             raise ConfigError(f"cannot load teacher {config.model!r}: {_first_line(error)}") from error
+        self._start_capture(fast=arrays)
         model_config: Untyped = self._engine.model_config
         self.vocab_size = int(model_config.get_vocab_size())
         self.max_model_len = int(model_config.max_model_len)
@@ -132,6 +134,7 @@ class TeacherEngine:
             dtype=self._dtype,
             vocab_size=self.vocab_size,
             max_model_len=self.max_model_len,
+            logprobs_temperature=self._config.logprobs_temperature,
         )
         return teacher, describe_tokenizer(self._raw_tokenizer, name, self.eos_token_ids)
 
@@ -202,10 +205,27 @@ class TeacherEngine:
         self.scoring.drop(request_ids)
 
     def close(self) -> None:
-        """Undo the change to vLLM's logprob collection."""
+        """Undo the changes to vLLM's logprob collection."""
         if self._restore is not None:
             self._restore()
             self._restore = None
+            if hasattr(self, "_engine"):
+                self._engine.collective_rpc("lynearm_capture_as_vllm")
+
+    def _start_capture(self, *, fast: bool) -> None:
+        """Have vLLM's workers record distributions at the stream's temperature, cheaply where they can."""
+        temperature = self._config.logprobs_temperature
+        if not fast and temperature == 1:
+            return
+        reports: list[CaptureReport] = self._engine.collective_rpc("lynearm_capture", args=(temperature,))
+        reason = next((report.reason for report in reports if report.reason), "")
+        if not all(report.has_temperature for report in reports):
+            raise ConfigError(
+                f"vllm {self._vllm_version} cannot record logprobs at temperature {temperature}: {reason}",
+                "record at temperature 1, or install the version of vLLM that this package asks for",
+            )
+        if reason:
+            logger.warning("vllm %s: %s; it takes logprobs in its own, slower way", self._vllm_version, reason)
 
     def _completion(self, output: Untyped) -> Completion:
         made: Untyped = output.outputs[0]

@@ -1,15 +1,16 @@
-"""What we add to vLLM's own worker, wherever that runs: in this process, or in one of a tensor-parallel group.
+"""What we add to vLLM's own worker, wherever it runs: in this process, or in one of a tensor-parallel group.
 
-vLLM mixes this class into its worker by name. Its methods are called with `collective_rpc`; each feature brings
-a base class of its own, whose names begin with `lynearm_`, so that none hides one of vLLM's.
+vLLM mixes this class into its worker by name. Its methods are called with `collective_rpc`; each feature
+brings a base class of its own, whose names begin with `lynearm_`, so that none hides one of vLLM's.
 """
 
 from __future__ import annotations
 
+from lynearm.teacher.capture import CaptureWorker
 from lynearm.teacher.scoring_rows import ScoringWorker
 
 
-class WorkerExtension(ScoringWorker):
+class WorkerExtension(CaptureWorker, ScoringWorker):
     """All of our features of a vLLM worker, as one class."""
 
 
