@@ -111,6 +111,8 @@ class TeacherEngine:
         """Scores completions of others in the same batches."""
         self.streamed_token_ids: dict[str, list[int]] = {}
         """All tokens so far of the streamed requests that the last step went on with, and did not finish."""
+        self._own_top_k: dict[str, int] = {}
+        """Entries of a row of requests that do not want the engine's `top_k`."""
         self._finished_tokens = 0
         self._rows_before = LogprobRows.rows_seen
 
@@ -155,6 +157,7 @@ class TeacherEngine:
         sampling: SamplingParams,
         *,
         streamed: bool = False,
+        top_k: int | None = None,
     ) -> None:
         """Queue a request.
 
@@ -163,6 +166,7 @@ class TeacherEngine:
             prompt_token_ids: At least one.
             sampling: How to draw.
             streamed: Show its tokens in `streamed_token_ids` as they come.
+            top_k: Entries of its rows, at most the engine's `top_k`; None: as many.
 
         Raises:
             TeacherError: if vLLM refuses it.
@@ -178,7 +182,7 @@ class TeacherEngine:
             min_p=sampling.min_p,
             max_tokens=sampling.max_tokens,
             seed=sampling.seed,
-            logprobs=self._logprob_count,
+            logprobs=self._logprob_count if top_k is None else top_k,
             flat_logprobs=True,
             detokenize=False,
             output_kind=RequestOutputKind.CUMULATIVE if streamed else RequestOutputKind.FINAL_ONLY,
@@ -188,6 +192,8 @@ class TeacherEngine:
             self._engine.add_request(request_id, prompt, parameters)
         except ValueError as error:
             raise TeacherError(f"vLLM refuses request {request_id!r}: {_first_line(error)}") from error
+        if top_k is not None:
+            self._own_top_k[request_id] = top_k
 
     def step(self) -> list[Completion]:
         """Generate one token for each running request, and return those that finished."""
@@ -203,6 +209,8 @@ class TeacherEngine:
         """Drop requests; nothing of them comes out of `step`."""
         self._engine.abort_request(list(request_ids))
         self.scoring.drop(request_ids)
+        for request_id in request_ids:
+            self._own_top_k.pop(request_id, None)
 
     def close(self) -> None:
         """Undo the changes to vLLM's logprob collection."""
@@ -225,13 +233,19 @@ class TeacherEngine:
                 "record at temperature 1, or install the version of vLLM that this package asks for",
             )
         if reason:
-            logger.warning("vllm %s: %s; it takes logprobs in its own, slower way", self._vllm_version, reason)
+            logger.warning(
+                "vllm %s: %s; it takes logprobs in its own, slower way", self._vllm_version, reason
+            )
 
     def _completion(self, output: Untyped) -> Completion:
         made: Untyped = output.outputs[0]
         token_ids = [int(token_id) for token_id in made.token_ids]
         self._finished_tokens += len(token_ids)
-        sampled_logprobs, top_k = self._rows_of(made.logprobs, token_ids)
+        own_top_k = self._own_top_k.pop(str(output.request_id), None)
+        if own_top_k is None:
+            sampled_logprobs, top_k = self._rows_of(made.logprobs, token_ids)
+        else:
+            sampled_logprobs, top_k = top_k_from_rows(made.logprobs, token_ids, own_top_k)
         reason = made.finish_reason
         return Completion(
             request_id=str(output.request_id),
@@ -275,6 +289,14 @@ def set_engine_environment(config: TeachConfig) -> None:
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
     os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
+
+
+def prefer_first_runner() -> None:
+    """Ask vLLM for the model runner in which scoring gathers rows; only before vLLM is first imported.
+
+    On a GPU it would take its second one. What the environment says already stands.
+    """
+    os.environ.setdefault("VLLM_USE_V2_MODEL_RUNNER", "0")
 
 
 def completion_seed(seed: int, prompt_id: str, sample_index: int) -> int:

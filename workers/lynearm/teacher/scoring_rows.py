@@ -15,10 +15,12 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import groupby
 from typing import Any, TypeAlias
 
 import numpy as np
 
+from lynearm.teacher.distributions import log_normalisers, logprobs_at, temper, top_entries
 from lynearm.wire.traces import Float32Array, Int32Array
 
 Untyped: TypeAlias = Any
@@ -142,21 +144,23 @@ class ScoringWorker:
     def _lynearm_score(self, hidden_states: Untyped, num_scheduled_tokens: Mapping[str, int]) -> None:
         segments = list(_segments(self.model_runner, num_scheduled_tokens))
         vocab_size = int(self.model_runner.model_config.get_vocab_size())
-        most_rows = max(1, MAX_CHUNK_BYTES // (4 * vocab_size))
-        for chunk in _chunks(segments, most_rows):
-            logprobs_NV = _distributions(self.model_runner, hidden_states, chunk)
-            if logprobs_NV is None:  # another worker of a tensor-parallel group has them
+        for chunk in _chunks(segments, max(1, MAX_CHUNK_BYTES // (4 * vocab_size))):
+            logits_NV = self.model_runner.model.compute_logits(_states_of(hidden_states, chunk))
+            if logits_NV is None:  # another worker of a tensor-parallel group has them
                 return
-            rows = int(logprobs_NV.shape[0])
+            rows = int(logits_NV.shape[0])
             self._lynearm_counts.rows += rows
             self._lynearm_counts.most_rows = max(self._lynearm_counts.most_rows, rows)
+            logits_NV = temper(logits_NV, chunk[0].wanted.temperature)
+            normalisers_N1 = log_normalisers(logits_NV)
             begin = 0
             for segment in chunk:
+                end = begin + segment.count
                 found = self._lynearm_scores.get(segment.wanted.key)
                 if found is None:
                     found = self._lynearm_scores[segment.wanted.key] = ScoredRows.empty(segment.wanted)
-                _fill(found, segment, logprobs_NV[begin : begin + segment.count])
-                begin += segment.count
+                _fill(found, segment, logits_NV[begin:end], normalisers_N1[begin:end])
+                begin = end
 
 
 def _segments(runner: Untyped, num_scheduled_tokens: Mapping[str, int]) -> Iterator[_Segment]:
@@ -182,61 +186,54 @@ def _wanted_by(request: Untyped) -> RowsWanted | None:
 
 
 def _chunks(segments: Sequence[_Segment], most_rows: int) -> Iterator[list[_Segment]]:
-    """The segments in groups of at most that many rows; longer ones are cut."""
-    chunk: list[_Segment] = []
-    room = most_rows
-    for segment in segments:
-        done = 0
-        while done < segment.count:
-            count = min(room, segment.count - done)
-            chunk.append(
-                _Segment(segment.wanted, segment.first_row + done, segment.first_state + done, count)
-            )
-            done, room = done + count, room - count
-            if not room:
-                yield chunk
-                chunk, room = [], most_rows
-    if chunk:
-        yield chunk
+    """The segments in groups of one temperature and at most that many rows; longer ones are cut."""
+    by_temperature = sorted(segments, key=lambda segment: segment.wanted.temperature)
+    for _, alike in groupby(by_temperature, key=lambda segment: segment.wanted.temperature):
+        chunk: list[_Segment] = []
+        room = most_rows
+        for segment in alike:
+            done = 0
+            while done < segment.count:
+                count = min(room, segment.count - done)
+                chunk.append(
+                    _Segment(segment.wanted, segment.first_row + done, segment.first_state + done, count)
+                )
+                done, room = done + count, room - count
+                if not room:
+                    yield chunk
+                    chunk, room = [], most_rows
+        if chunk:
+            yield chunk
 
 
-def _distributions(runner: Untyped, hidden_states: Untyped, chunk: Sequence[_Segment]) -> Untyped:
-    """Log-softmax at the rows of a chunk, float32, shape [N, V]: as vLLM's sampler computes it."""
+def _states_of(hidden_states: Untyped, chunk: Sequence[_Segment]) -> Untyped:
+    """The hidden states at the rows of a chunk, shape [N, width]."""
     import torch
 
     if len(chunk) == 1:
         only = chunk[0]
-        states = hidden_states[only.first_state : only.first_state + only.count]
-    else:
-        places = [np.arange(one.first_state, one.first_state + one.count) for one in chunk]
-        states = hidden_states[torch.as_tensor(np.concatenate(places), device=hidden_states.device)]
-    logits_NV = runner.model.compute_logits(states)
-    if logits_NV is None:
-        return None
-    if any(one.wanted.temperature != 1.0 for one in chunk):
-        temperatures = np.repeat([one.wanted.temperature for one in chunk], [one.count for one in chunk])
-        divisor = torch.as_tensor(temperatures.astype(np.float32), device=logits_NV.device)
-        logits_NV = logits_NV.to(torch.float32) / divisor[:, None]
-    return logits_NV.log_softmax(dim=-1, dtype=torch.float32)
+        return hidden_states[only.first_state : only.first_state + only.count]
+    places = [np.arange(one.first_state, one.first_state + one.count) for one in chunk]
+    return hidden_states[torch.as_tensor(np.concatenate(places), device=hidden_states.device)]
 
 
-def _fill(found: ScoredRows, segment: _Segment, logprobs_TV: Untyped) -> None:
+def _fill(found: ScoredRows, segment: _Segment, logits_TV: Untyped, normalisers_T1: Untyped) -> None:
     """Take what is wanted out of the distributions at a segment's rows."""
     import torch
 
     wanted = segment.wanted
     rows = slice(segment.first_row, segment.first_row + segment.count)
 
-    def gather(ids: Int32Array) -> Untyped:
-        index = torch.as_tensor(ids.astype(np.int64), device=logprobs_TV.device)
-        return logprobs_TV.gather(-1, index).cpu().numpy()
+    def logprobs_of(ids: Int32Array) -> Untyped:
+        index = torch.as_tensor(ids.astype(np.int64), device=logits_TV.device)
+        return logprobs_at(logits_TV, index, normalisers_T1).cpu().numpy()
 
-    found.target_logprobs[rows] = gather(wanted.target_ids[rows, None])[:, 0]
+    found.target_logprobs[rows] = logprobs_of(wanted.target_ids[rows, None])[:, 0]
     if wanted.chosen_ids.shape[1]:
-        found.chosen_logprobs[rows] = gather(wanted.chosen_ids[rows])
+        found.chosen_logprobs[rows] = logprobs_of(wanted.chosen_ids[rows])
     if wanted.top_k:
-        top_logprobs, top_ids = torch.topk(logprobs_TV, wanted.top_k, dim=-1)
-        found.logprobs[rows] = top_logprobs.cpu().numpy()
+        top_logits, top_ids = top_entries(logits_TV, wanted.top_k)
+        found.logprobs[rows] = (top_logits - normalisers_T1).cpu().numpy()
         found.token_ids[rows] = top_ids.to(torch.int32).cpu().numpy()
     found.is_filled[rows] = [True] * segment.count
 
