@@ -21,7 +21,7 @@ MAY_IMPORT = {
     "traces": frozenset({"wire", "v1"}),
     "fleet": frozenset({"traces", "wire"}),
     "client": frozenset({"wire", "v1"}),
-    "teacher": frozenset({"wire", "client"}),
+    "teacher": frozenset({"wire", "client", "v1"}),
     "student": frozenset({"wire", "client"}),
     "export": frozenset({"wire"}),
     "interchange": frozenset({"v1", "wire", "client"}),

@@ -7,6 +7,7 @@ from lynearm.client.consumer_calls import ConsumerInfo
 from lynearm.client.consumers import ConsumerClient
 from lynearm.client.credentials import Credentials, TlsConfig
 from lynearm.client.dictionaries import DictionaryCache
+from lynearm.client.generation import Answer, GenerateOptions, Generation
 from lynearm.client.interrupts import stop_on_interrupt
 from lynearm.client.job_calls import JobInfo
 from lynearm.client.jobs import JobClient
@@ -14,13 +15,16 @@ from lynearm.client.leases import Lease, PromptWorker
 from lynearm.client.publisher import Publisher
 from lynearm.client.reading_position import ReceivedBlock
 from lynearm.client.subscription import Subscription
+from lynearm.client.teacher_client import TeacherClient
 from lynearm.client.trace_client import TraceClient
 from lynearm.client.trace_lookup import FoundTrace, TraceId, fetch_trace, fetch_traces
 from lynearm.wire.protobuf import StreamInfo
 from lynearm.wire.retention import Collected, Retention
+from lynearm.wire.scoring import ScoredCompletion, ScoreSettings, StudentCompletion, TeacherInfo
 from lynearm.wire.work import JobPrompt, LeasedPrompt
 
 __all__ = [
+    "Answer",
     "AsyncPublisher",
     "AsyncSubscription",
     "AsyncTraceClient",
@@ -30,6 +34,8 @@ __all__ = [
     "Credentials",
     "DictionaryCache",
     "FoundTrace",
+    "GenerateOptions",
+    "Generation",
     "JobClient",
     "JobInfo",
     "JobPrompt",
@@ -39,8 +45,13 @@ __all__ = [
     "Publisher",
     "ReceivedBlock",
     "Retention",
+    "ScoreSettings",
+    "ScoredCompletion",
     "StreamInfo",
+    "StudentCompletion",
     "Subscription",
+    "TeacherClient",
+    "TeacherInfo",
     "TlsConfig",
     "TraceClient",
     "TraceId",

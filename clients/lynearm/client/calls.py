@@ -37,6 +37,8 @@ class Call(Generic[Result]):
     """Whether it may be sent again without knowing what became of the first."""
     streamed: bool = False
     """Whether the answer comes in several responses."""
+    service: str = "lynearm.v1.TraceService"
+    """Full name."""
 
 
 def create_stream(spec: StreamSpec, *, allow_existing: bool) -> Call[StreamInfo]:

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 from lynearm.client.credentials import Credentials
-from lynearm.client.endpoints import DEFAULT_TARGET, Endpoints, parse_targets
+from lynearm.client.endpoints import DEFAULT_TARGET, TRACE_SERVICE, Endpoints, ServiceWords, parse_targets
 from lynearm.client.retries import Retries
 
 SHORT_PATIENCE_SECONDS = 1.0
@@ -18,11 +18,14 @@ DEFAULT_TIMEOUT_SECONDS = 30.0
 
 
 class ClientSettings:
-    """A client of one trace service, sync or async; holds no connection.
+    """A client of one service, sync or async; holds no connection.
 
     A copy by pickle has the same settings and connects by itself. It reads credentials that were not given
     from the environment of its own process, so that no pickle holds a token which its sender never named.
     """
+
+    service: ClassVar[ServiceWords] = TRACE_SERVICE
+    """What it is a client of."""
 
     def __init__(
         self,
@@ -32,7 +35,7 @@ class ClientSettings:
         patience_seconds: float = math.inf,
         credentials: Credentials | None = None,
     ) -> None:
-        self._endpoints = Endpoints(parse_targets(target))
+        self._endpoints = Endpoints(parse_targets(target), self.service)
         self._given_credentials = credentials
         self._credentials = Credentials.from_environment() if credentials is None else credentials
         for one in self._endpoints.targets:

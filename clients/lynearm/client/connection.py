@@ -17,6 +17,7 @@ from lynearm.client.forks import close_before_forks, leave_to_parent, opening
 from lynearm.client.interrupts import Interruptible
 from lynearm.client.methods import ResponseStream
 from lynearm.client.retries import client_closed
+from lynearm.v1 import teacher_service_pb2 as teacher_pb
 from lynearm.v1 import trace_service_pb2 as pb
 from lynearm.wire.allocation import keep_freed_memory
 
@@ -59,6 +60,20 @@ class Connection:
         """Begin to fetch; responses are bytes."""
         call = self._begin(target, methods.fetch_method, request, timeout=timeout_seconds)
         return cast("ResponseStream[bytes]", call)
+
+    def score(
+        self, target: str, requests: Iterator[teacher_pb.ScoreRequest], timeout_seconds: float | None
+    ) -> ResponseStream[teacher_pb.ScoreResponse]:
+        """Begin to have a teacher score completions."""
+        call = self._begin(target, methods.score_method, requests, timeout=timeout_seconds)
+        return cast("ResponseStream[teacher_pb.ScoreResponse]", call)
+
+    def generate(
+        self, target: str, request: teacher_pb.GenerateRequest, timeout_seconds: float | None
+    ) -> ResponseStream[teacher_pb.GenerateResponse]:
+        """Begin to have a teacher answer a prompt."""
+        call = self._begin(target, methods.generate_method, request, timeout=timeout_seconds)
+        return cast("ResponseStream[teacher_pb.GenerateResponse]", call)
 
     def ask(self, target: str, call: Call[Result], timeout_seconds: float) -> Result:
         """Call, and wait for the answer.

@@ -4,10 +4,26 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 from lynearm.wire.errors import InvalidInputError
 
 DEFAULT_TARGET = "127.0.0.1:7411"
+
+
+@dataclass(frozen=True, slots=True)
+class ServiceWords:
+    """How messages speak of a service."""
+
+    name: str
+    remedy: str
+    """What to do when none answers."""
+
+
+TRACE_SERVICE = ServiceWords(
+    "trace service", "start one with `lynearm serve`, or name another with --service"
+)
+TEACHER_SERVICE = ServiceWords("teacher", "start one with `lynearm teacher serve`, or name another")
 
 
 def parse_targets(target: str | Sequence[str]) -> tuple[str, ...]:
@@ -37,10 +53,12 @@ class Endpoints:
 
     Args:
         targets: host:port each; at least one.
+        service: What is there.
     """
 
-    def __init__(self, targets: tuple[str, ...]) -> None:
+    def __init__(self, targets: tuple[str, ...], service: ServiceWords = TRACE_SERVICE) -> None:
         self.targets = targets
+        self.service = service
         self._index = 0
         self._guard = threading.Lock()
 

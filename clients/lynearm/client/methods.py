@@ -9,6 +9,7 @@ from google.protobuf.message import Message
 from grpc_health.v1 import health_pb2
 
 from lynearm.client.calls import Call
+from lynearm.v1 import teacher_service_pb2 as teacher_pb
 from lynearm.v1 import trace_service_pb2 as pb
 
 KEEPALIVE_SECONDS = 10
@@ -29,6 +30,8 @@ CHANNEL_OPTIONS: tuple[tuple[str, int], ...] = (
     # Otherwise a channel opened after a fork would use the connection of its parent's.
     ("grpc.use_local_subchannel_pool", 1),
 )
+
+TEACHER_SERVICE_NAME = "lynearm.v1.TeacherService"
 
 _SERVICE = "/lynearm.v1.TraceService/"
 
@@ -84,11 +87,29 @@ def fetch_method(channel: AnyChannel) -> AnyMethod:
     )
 
 
+def score_method(channel: AnyChannel) -> AnyMethod:
+    """A teacher's Score."""
+    return channel.stream_stream(
+        f"/{TEACHER_SERVICE_NAME}/Score",
+        request_serializer=_serialize,
+        response_deserializer=teacher_pb.ScoreResponse.FromString,
+    )
+
+
+def generate_method(channel: AnyChannel) -> AnyMethod:
+    """A teacher's Generate."""
+    return channel.unary_stream(
+        f"/{TEACHER_SERVICE_NAME}/Generate",
+        request_serializer=_serialize,
+        response_deserializer=teacher_pb.GenerateResponse.FromString,
+    )
+
+
 def call_method(channel: AnyChannel, call: Call[Any]) -> AnyMethod:
     """A method with one answer, in one response or several."""
     make = channel.unary_stream if call.streamed else channel.unary_unary
     return make(
-        _SERVICE + call.method,
+        f"/{call.service}/{call.method}",
         request_serializer=_serialize,
         response_deserializer=call.answer.FromString,
     )

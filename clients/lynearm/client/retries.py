@@ -15,7 +15,7 @@ from typing import Protocol, cast
 
 import grpc
 
-from lynearm.client.endpoints import Endpoints
+from lynearm.client.endpoints import TRACE_SERVICE, Endpoints, ServiceWords
 from lynearm.wire.errors import (
     ERROR_NAME_METADATA_KEY,
     REMEDY_METADATA_KEY,
@@ -31,8 +31,6 @@ logger = logging.getLogger(__name__)
 FIRST_PAUSE_SECONDS = 0.1
 LAST_PAUSE_SECONDS = 5.0
 """Bounds of the waits: what a restart takes at least, and how late a service that is back may be noticed."""
-
-START_IT = "start one with `lynearm serve`, or name another with --service"
 
 
 class _Status(Protocol):
@@ -80,12 +78,19 @@ class Retries:
         if isinstance(failure, ServiceUnavailableError):
             return self.lost(failure, target)
         if not is_transient(failure):
-            raise error_of(failure, target) from failure
+            raise error_of(failure, target, self._endpoints.service) from failure
         if self._idempotent and _is_own_doing(failure):
             return 0.0
         if not self._idempotent and not _never_began(failure):
-            raise _maybe_done(error_of(failure, target)) from failure
-        return self.lost(error_of(failure, str(self._endpoints)), target, failure)
+            raise _maybe_done(error_of(failure, target, self._endpoints.service)) from failure
+        error = error_of(failure, str(self._endpoints), self._endpoints.service)
+        return self.lost(error, target, failure)
+
+    def final(self, failure: grpc.RpcError | ServiceUnavailableError, target: str) -> LynearmError:
+        """What a failure means that is not to be tried again."""
+        if isinstance(failure, ServiceUnavailableError):
+            return failure
+        return error_of(failure, target, self._endpoints.service)
 
     def lost(self, error: LynearmError, target: str = "", cause: BaseException | None = None) -> float:
         """As `failed`, of something that is known to be worth another try, with its error."""
@@ -118,20 +123,21 @@ class Retries:
         return random.uniform(0.0, min(LAST_PAUSE_SECONDS, FIRST_PAUSE_SECONDS * 2.0**doublings))
 
 
-def error_of(failure: grpc.RpcError, target: str) -> LynearmError:
+def error_of(failure: grpc.RpcError, target: str, service: ServiceWords = TRACE_SERVICE) -> LynearmError:
     """The typed error behind a failed call.
 
     Args:
         failure: What grpc raised.
         target: Where it was sent, for the message.
+        service: What should be there, for the message.
     """
     call = cast("_Status", failure)
     name, details = _error_name(call), call.details() or ""
     if call.code() is grpc.StatusCode.UNAVAILABLE and not name:
-        return ServiceUnavailableError(f"no trace service answers at {target} ({details})", START_IT)
+        return ServiceUnavailableError(f"no {service.name} answers at {target} ({details})", service.remedy)
     if call.code() is grpc.StatusCode.DEADLINE_EXCEEDED and not name:
         return DeadlineError(
-            f"the trace service at {target} did not answer in time",
+            f"the {service.name} at {target} did not answer in time",
             "give a longer timeout_seconds, or look at the service's log",
         )
     metadata = dict(call.trailing_metadata() or ())
@@ -164,7 +170,8 @@ def is_deadline(failure: grpc.RpcError) -> bool:
 def not_ready(endpoints: Endpoints, timeout_seconds: float) -> ServiceUnavailableError:
     """What waiting for a service ends with."""
     return ServiceUnavailableError(
-        f"no trace service answers at {endpoints} after {timeout_seconds:g} s", START_IT
+        f"no {endpoints.service.name} answers at {endpoints} after {timeout_seconds:g} s",
+        endpoints.service.remedy,
     )
 
 
@@ -173,10 +180,10 @@ def client_closed(what: str) -> ServiceUnavailableError:
     return ServiceUnavailableError(f"{what}: its client was closed", "close what a client made before it")
 
 
-def service_hung_up(target: str) -> ServiceUnavailableError:
+def service_hung_up(target: str, service: ServiceWords = TRACE_SERVICE) -> ServiceUnavailableError:
     """What a call means that the service ended without a reason, or never opened."""
     return ServiceUnavailableError(
-        f"the trace service at {target} did not go on with the call", "look at the trace service's log"
+        f"the {service.name} at {target} did not go on with the call", f"look at the {service.name}'s log"
     )
 
 

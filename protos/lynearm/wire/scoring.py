@@ -16,9 +16,16 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from lynearm.v1 import teacher_service_pb2 as pb
+from lynearm.v1 import trace_pb2
 from lynearm.wire.blocks import MAX_PAYLOAD_BYTES, MODE_FROM_PROTO, MODE_TO_PROTO
 from lynearm.wire.codec import decode_block, encode_block
-from lynearm.wire.errors import CorruptBlockError, InvalidInputError
+from lynearm.wire.errors import (
+    CorruptBlockError,
+    InvalidInputError,
+    LynearmError,
+    UnsupportedFormatError,
+    error_from_status,
+)
 from lynearm.wire.protobuf import (
     teacher_from_proto,
     teacher_to_proto,
@@ -34,7 +41,8 @@ from lynearm.wire.specs import (
     TokenizerSpec,
     check_name,
 )
-from lynearm.wire.traces import Float32Array, Int32Array, Trace
+from lynearm.wire.status import STATUS_NUMBERS, error_name_of, reason_of, shorten
+from lynearm.wire.traces import FINISH_REASONS, FinishReason, Float32Array, Int32Array, Trace
 
 MAX_CHOSEN_IDS = 1024
 """At a position."""
@@ -71,8 +79,8 @@ class ScoreSettings:
         InvalidInputError: naming the field that is out of range.
     """
 
-    session: str
-    """Within which requests are named."""
+    session: str = ""
+    """Within which requests are named; empty: one that the client makes up."""
     top_k: int = 64
     """Entries kept per position."""
     min_probability: float = 0.0
@@ -84,7 +92,8 @@ class ScoreSettings:
 
     def __post_init__(self) -> None:
         """Check every field."""
-        check_name(self.session, what="session")
+        if self.session:
+            check_name(self.session, what="session")
         if not 0 <= self.top_k <= MAX_TOP_K:
             raise InvalidInputError(f"top_k {self.top_k} is outside 0..{MAX_TOP_K}")
         if not 0 <= self.min_probability <= 1:
@@ -146,7 +155,7 @@ def settings_from_proto(message: pb.ScoreOpen) -> ScoreSettings:
         InvalidInputError: naming the field that is out of range.
     """
     return ScoreSettings(
-        session=message.session,
+        session=check_name(message.session, what="session"),
         top_k=message.top_k,
         min_probability=message.min_probability,
         temperature=message.temperature or 1.0,
@@ -311,6 +320,40 @@ def with_prompt(scored: ScoredCompletion, completion: StudentCompletion) -> Scor
         )
     prompt = np.ascontiguousarray(completion.prompt_token_ids, np.int32)
     return replace(scored, trace=replace(scored.trace, prompt_token_ids=prompt))
+
+
+def finish_reason_to_proto(reason: FinishReason) -> trace_pb2.FinishReason.ValueType:
+    """The enum value of a finish reason."""
+    return trace_pb2.FinishReason.Value(f"FINISH_REASON_{reason.upper()}")
+
+
+def finish_reason_from_proto(value: int) -> FinishReason:
+    """The finish reason behind an enum value.
+
+    Raises:
+        UnsupportedFormatError: if it is not known here.
+    """
+    for reason in FINISH_REASONS:
+        if finish_reason_to_proto(reason) == value:
+            return reason
+    raise UnsupportedFormatError(f"finish reason {value} is not known here", "upgrade lynearm")
+
+
+def failure_to_proto(request_id: str, error: LynearmError) -> pb.RequestFailure:
+    """The message of what is wrong with a request."""
+    return pb.RequestFailure(
+        request_id=request_id,
+        code=STATUS_NUMBERS[error.status_code],
+        message=shorten(error.message),
+        remedy=shorten(error.remedy),
+        reason=reason_of(type(error)),
+    )
+
+
+def failure_from_proto(message: pb.RequestFailure) -> LynearmError:
+    """The typed error in a message."""
+    code = next((name for name, number in STATUS_NUMBERS.items() if number == message.code), "UNKNOWN")
+    return error_from_status(code, message.message, error_name_of(message.reason), message.remedy)
 
 
 def check_request_id(request_id: str) -> str:

@@ -9,6 +9,7 @@ Messages: https://github.com/googleapis/googleapis/blob/master/google/rpc/error_
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from lynearm.wire.errors import ERROR_NAME_METADATA_KEY, REMEDY_METADATA_KEY, LynearmError
@@ -48,22 +49,44 @@ def error_name_of(reason: str) -> str:
     return "".join(part.capitalize() for part in reason.split("_")) + "Error" if reason else ""
 
 
-def status_message(error: LynearmError) -> str:
-    """What the gRPC status says of an error."""
-    return _shorten(error.message).decode()
+STATUS_NUMBERS: Mapping[str, int] = {
+    "OK": 0,
+    "CANCELLED": 1,
+    "UNKNOWN": 2,
+    "INVALID_ARGUMENT": 3,
+    "DEADLINE_EXCEEDED": 4,
+    "NOT_FOUND": 5,
+    "ALREADY_EXISTS": 6,
+    "PERMISSION_DENIED": 7,
+    "RESOURCE_EXHAUSTED": 8,
+    "FAILED_PRECONDITION": 9,
+    "ABORTED": 10,
+    "OUT_OF_RANGE": 11,
+    "UNIMPLEMENTED": 12,
+    "INTERNAL": 13,
+    "UNAVAILABLE": 14,
+    "DATA_LOSS": 15,
+    "UNAUTHENTICATED": 16,
+}
+"""The gRPC status codes: https://github.com/grpc/grpc/blob/master/doc/statuscodes.md"""
 
 
-def trailing_metadata(code: int, error: LynearmError) -> tuple[tuple[str, str | bytes], ...]:
+def shorten(text: str) -> str:
+    """A text that fits into a status; lone surrogates, which file names may hold, have no UTF-8."""
+    return text.encode("utf-8", "replace")[:MAX_TEXT_BYTES].decode("utf-8", "ignore")
+
+
+def trailing_metadata(error: LynearmError) -> tuple[tuple[str, str | bytes], ...]:
     """What a client needs to raise an error again, beside its status.
 
     Args:
-        code: Number of the gRPC status code.
         error: What a server answers.
     """
+    code = STATUS_NUMBERS[error.status_code]
     return (
         (ERROR_NAME_METADATA_KEY, type(error).__name__),
-        (REMEDY_METADATA_KEY, _shorten(error.remedy)),
-        (STATUS_METADATA_KEY, encode_status(code, status_message(error), error)),
+        (REMEDY_METADATA_KEY, shorten(error.remedy).encode()),
+        (STATUS_METADATA_KEY, encode_status(code, shorten(error.message), error)),
     )
 
 
@@ -124,11 +147,6 @@ def _parse_delay(data: memoryview) -> float | None:
             # A negative one is a number of almost 2^64 here, and as good as none.
             return seconds + nanos / _NANOS if max(seconds, nanos) < 1 << 31 else None
     return None
-
-
-def _shorten(text: str) -> bytes:
-    # Lone surrogates, which file names may hold, have no UTF-8.
-    return text.encode("utf-8", "replace")[:MAX_TEXT_BYTES].decode("utf-8", "ignore").encode()
 
 
 def _any(kind: str, body: bytes) -> bytes:

@@ -9,14 +9,14 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Awaitable, Callable
-from typing import Any, NoReturn, TypeAlias, TypeVar, cast
+from typing import Any, NoReturn, TypeAlias, TypeVar
 
 import grpc
 import grpc.aio
 
 from lynearm.traces.current_call import note_end
 from lynearm.wire.errors import InternalError, LynearmError, ServiceUnavailableError
-from lynearm.wire.status import reason_of, status_message, trailing_metadata
+from lynearm.wire.status import reason_of, shorten, trailing_metadata
 
 logger = logging.getLogger(__name__)
 
@@ -78,9 +78,8 @@ class CallGate:
 async def abort(context: Context, error: LynearmError) -> NoReturn:
     """End a call with the status of an error, and what a client needs to raise it again."""
     code = grpc.StatusCode[error.status_code]
-    number: int = cast("Any", code).value[0]  # typed by the name that Python gives it
     note_end(error.status_code, reason_of(type(error)))
-    await context.abort(code, status_message(error), trailing_metadata(number, error))
+    await context.abort(code, shorten(error.message), trailing_metadata(error))
 
 
 async def _answer(

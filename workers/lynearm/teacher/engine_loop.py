@@ -20,7 +20,7 @@ from typing import TypeAlias
 
 from lynearm.teacher.engine import Completion, TeacherEngine
 from lynearm.teacher.scoring import Score
-from lynearm.wire.errors import LynearmError, ServiceUnavailableError, TeacherError
+from lynearm.wire.errors import LynearmError, ServiceUnavailableError
 
 logger = logging.getLogger(__name__)
 
@@ -134,7 +134,10 @@ class EngineLoop:
         # Whatever vLLM raises: nothing of it may end the thread without a word.
         except Exception as error:
             logger.exception("the teacher's engine failed")
-            self._fail(TeacherError(f"the teacher's engine failed: {error}", "look at the teacher's log"))
+            reason = str(error).strip().partition("\n")[0] or type(error).__name__
+            self._fail(
+                ServiceUnavailableError(f"the teacher's engine failed: {reason}", "look at the teacher's log")
+            )
             return
         self.steps += 1
         for request_id, token_ids in engine.streamed_token_ids.items():

@@ -15,7 +15,7 @@ import grpc.aio
 from lynearm.teacher.serving_config import ServeTeacherConfig
 from lynearm.wire.addresses import host_of, is_loopback
 from lynearm.wire.errors import AuthenticationError, ConfigError, LynearmError
-from lynearm.wire.status import status_message, trailing_metadata
+from lynearm.wire.status import shorten, trailing_metadata
 
 logger = logging.getLogger(__name__)
 
@@ -100,8 +100,7 @@ class TokenInterceptor(grpc.aio.ServerInterceptor):
 async def abort(context: grpc.aio.ServicerContext[Any, Any], error: LynearmError) -> None:
     """End a call with the status of an error, and what a client needs to raise it again."""
     code = grpc.StatusCode[error.status_code]
-    number: int = cast("Any", code).value[0]  # typed by the name that Python gives it
-    await context.abort(code, status_message(error), trailing_metadata(number, error))
+    await context.abort(code, shorten(error.message), trailing_metadata(error))
 
 
 def _refusing(handler: _Handler) -> _Handler:

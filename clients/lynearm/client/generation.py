@@ -1,0 +1,203 @@
+"""One answer of a teacher, as it comes and as a whole."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Self, TypeAlias, cast
+from uuid import uuid4
+
+import grpc
+import numpy as np
+
+from lynearm.client.connection import Connection
+from lynearm.client.interrupts import Interruptible
+from lynearm.client.methods import ResponseStream
+from lynearm.client.retries import Retries, service_hung_up
+from lynearm.v1 import teacher_service_pb2 as pb
+from lynearm.v1 import trace_pb2
+from lynearm.wire.blocks import MODE_TO_PROTO
+from lynearm.wire.codec import decode_block
+from lynearm.wire.errors import InvalidInputError, PreconditionError, ServiceUnavailableError
+from lynearm.wire.scoring import finish_reason_from_proto
+from lynearm.wire.specs import CodecMode
+from lynearm.wire.traces import FinishReason, Int32Array, SamplingParams, Trace
+
+PromptContent: TypeAlias = "str | Sequence[Mapping[str, str]] | Sequence[int] | Int32Array"
+"""A text, a chat as a sequence of {"role": …, "content": …}, or token ids."""
+
+
+@dataclass(frozen=True, slots=True)
+class GenerateOptions:
+    """How a teacher is to answer."""
+
+    sampling: SamplingParams = field(default_factory=SamplingParams)
+    """max_tokens 0: as long as the context allows."""
+    trace_top_k: int | None = None
+    """Entries kept per position of the trace; None: no trace."""
+    codec: CodecMode = "fine"
+    """Encoding of the trace."""
+    session: str = ""
+    """Within which requests are named; empty: one that nobody else has."""
+    request_id: str = "1"
+    """Whoever asks again under the same name gets the same answer, as long as the teacher remembers it."""
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """All of an answer."""
+
+    text: str
+    finish_reason: FinishReason
+    prompt_tokens: int
+    completion_tokens: int
+    """Tokens, an end token included."""
+    trace: Trace | None
+    """Where it was asked for."""
+
+
+class Generation:
+    """An iterator over the text of an answer. Made by `TeacherClient.generate`.
+
+    A teacher that is away is tried again until the first piece has come; what breaks off later is raised.
+    """
+
+    def __init__(
+        self,
+        connection: Connection,
+        prompt: PromptContent,
+        options: GenerateOptions,
+        *,
+        retries: Retries,
+        timeout_seconds: float | None,
+    ) -> None:
+        self._connection = connection
+        self._request = _request(prompt, options)
+        self._retries = retries
+        self._deadline = None if timeout_seconds is None else time.monotonic() + timeout_seconds
+        self._call: ResponseStream[pb.GenerateResponse] | None = None
+        self._target = ""
+        self._pieces: list[str] = []
+        self._answer: Answer | None = None
+
+    def __iter__(self) -> Iterator[str]:
+        """The generation itself."""
+        return self
+
+    def __next__(self) -> str:
+        """The next piece of the text; waits for it.
+
+        Raises:
+            InvalidInputError: if the prompt cannot be answered as it is asked for.
+            RequestConflictError: if the request's name stands for another one.
+            DeadlineError: after the timeout.
+            ServiceUnavailableError: if no teacher answers, or it went away.
+        """
+        while self._answer is None:
+            try:
+                response = self._read()
+            except (grpc.RpcError, ServiceUnavailableError) as failure:
+                self.close()
+                if self._pieces:
+                    raise self._retries.final(failure, self._target) from failure
+                time.sleep(self._retries.failed(failure, self._target))
+                continue
+            if response.WhichOneof("message") == "end":
+                self._answer = self._end(response.end)
+            elif response.text.text:
+                self._pieces.append(response.text.text)
+                return response.text.text
+        raise StopIteration
+
+    @property
+    def answer(self) -> Answer:
+        """All of the answer; reads what is still to come.
+
+        Raises:
+            LynearmError: as iterating does.
+            PreconditionError: if the generation was closed before.
+        """
+        for _ in self:
+            pass
+        if self._answer is None:
+            raise PreconditionError("the generation was closed before its end", "ask again")
+        return self._answer
+
+    def __enter__(self) -> Self:
+        """The generation itself."""
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Close."""
+        self.close()
+
+    def close(self) -> None:
+        """End the answer where it is: the teacher stops to work on it."""
+        call, self._call = self._call, None
+        if call is not None:
+            with Interruptible():
+                call.cancel()
+
+    def _read(self) -> pb.GenerateResponse:
+        with Interruptible() as interrupt:
+            if self._call is None:
+                self._target = self._connection.endpoints.current
+                left_seconds = None if self._deadline is None else max(self._deadline - time.monotonic(), 0)
+                self._call = self._connection.generate(self._target, self._request, left_seconds)
+            interrupt.wake_by(self._call.cancel)
+            response = next(self._call, None)
+        if response is None:
+            raise service_hung_up(self._target, self._connection.endpoints.service)
+        return response
+
+    def _end(self, end: pb.GenerateEnd) -> Answer:
+        trace = None
+        if end.HasField("block"):
+            (trace,) = decode_block(end.block.SerializeToString())
+        return Answer(
+            "".join(self._pieces),
+            finish_reason_from_proto(end.finish_reason),
+            end.prompt_token_count,
+            end.completion_token_count,
+            trace,
+        )
+
+
+def _request(prompt: PromptContent, options: GenerateOptions) -> pb.GenerateRequest:
+    sampling = options.sampling
+    request = pb.GenerateRequest(
+        session=options.session or f"generate-{uuid4().hex}",
+        request_id=options.request_id,
+        sampling=trace_pb2.SamplingParams(
+            temperature=sampling.temperature,
+            top_p=sampling.top_p,
+            top_k=sampling.top_k,
+            min_p=sampling.min_p,
+            max_tokens=sampling.max_tokens,
+            seed=sampling.seed,
+        ),
+        with_trace=options.trace_top_k is not None,
+        top_k=options.trace_top_k or 0,
+        codec_mode=MODE_TO_PROTO[options.codec],
+    )
+    _put_prompt(request, prompt)
+    return request
+
+
+def _put_prompt(request: pb.GenerateRequest, prompt: PromptContent) -> None:
+    if isinstance(prompt, str):
+        request.text = prompt
+        return
+    if len(prompt) and isinstance(prompt[0], Mapping):
+        for turn in cast("Sequence[Mapping[str, str]]", prompt):
+            if set(turn) != {"role", "content"}:
+                raise InvalidInputError(f"a turn of a chat has {sorted(turn)}, expected role and content")
+            request.chat.turns.add(role=turn["role"], content=turn["content"])
+        return
+    ids = np.asarray(prompt)
+    if ids.ndim != 1 or not ids.size or ids.dtype.kind not in "iu" or ids.min() < 0 or ids.max() >= 1 << 31:
+        raise InvalidInputError(
+            "the prompt is neither a text, nor a chat, nor token ids", "give at least one token id"
+        )
+    request.tokens.token_ids.extend(int(token_id) for token_id in ids.tolist())
