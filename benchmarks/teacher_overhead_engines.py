@@ -28,9 +28,7 @@ CHECKED_PROMPTS = 6
 """Completions that are compared with transformers."""
 
 
-def make_config(
-    model: Path, scale: Scale, cells: Sequence[Cell], service: str = "127.0.0.1:1"
-) -> TeachConfig:
+def make_config(model: Path, scale: Scale, cells: Sequence[Cell], service: str = "127.0.0.1:1") -> TeachConfig:
     """The teacher of a process, with one thread, and room for every cell."""
     return TeachConfig(
         model=str(model),

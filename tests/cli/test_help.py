@@ -18,6 +18,7 @@ from lynearm.export.config import CoreMlExportConfig, MlxExportConfig
 from lynearm.interchange.config import ImportConfig
 from lynearm.student.config import TrainConfig
 from lynearm.teacher.config import TeachConfig
+from lynearm.teacher.serving_config import ServeTeacherConfig
 from lynearm.traces.config import ServeConfig
 
 HEAVY = (
@@ -40,6 +41,8 @@ COMMANDS = (
     ("up",),
     ("down",),
     ("teach",),
+    ("teacher",),
+    ("teacher", "serve"),
     ("train",),
     ("export",),
     ("export", "mlx"),
@@ -62,6 +65,7 @@ COMMANDS = (
 CONFIG_CLASSES: dict[tuple[str, ...], type[Any]] = {
     ("serve",): ServeConfig,
     ("teach",): TeachConfig,
+    ("teacher", "serve"): ServeTeacherConfig,
     ("train",): TrainConfig,
     ("export", "mlx"): MlxExportConfig,
     ("export", "coreml"): CoreMlExportConfig,

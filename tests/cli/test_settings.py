@@ -13,6 +13,7 @@ from lynearm.export.config import CoreMlExportConfig, MlxExportConfig
 from lynearm.fleet.config import FleetConfig
 from lynearm.student.config import TrainConfig
 from lynearm.teacher.config import TeachConfig
+from lynearm.teacher.serving_config import ServeTeacherConfig
 from lynearm.traces.config import ServeConfig
 from lynearm.wire.errors import ConfigError
 
@@ -22,6 +23,7 @@ CONFIG_CLASSES: Mapping[str, Any] = {
     "serve": ServeConfig,
     "up": FleetConfig,
     "teach": TeachConfig,
+    "teacher.serve": ServeTeacherConfig,
     "train": TrainConfig,
     "export.mlx": MlxExportConfig,
     "export.coreml": CoreMlExportConfig,

@@ -57,9 +57,6 @@ class TeacherThread:
         if self._thread.is_alive():
             self._loop.call_soon_threadsafe(self._stop.set)
 
-    def wait_until_engine_is_idle(self, timeout_seconds: float = 20.0) -> None:
-        wait_until(lambda: self.engine.unfinished == 0, timeout_seconds)
-
     async def _serve(self) -> None:
         self._loop, self._stop = asyncio.get_running_loop(), asyncio.Event()
         try:

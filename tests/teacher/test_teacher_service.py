@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import threading
+import time
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -22,7 +23,7 @@ from lynearm.client import (
     StudentCompletion,
     TeacherClient,
 )
-from lynearm.teacher.engine import TeacherEngine
+from lynearm.teacher.engine import Completion, TeacherEngine
 from lynearm.teacher.scoring import ScoreTask
 from lynearm.v1 import teacher_service_pb2 as pb
 from lynearm.v1.trace_pb2 import CODEC_MODE_EXACT
@@ -45,6 +46,11 @@ pytestmark = [
 
 VOCAB = 384
 EXACT = ScoreSettings(top_k=8, codec="exact")
+
+LONG_PROMPT = [42, 77, 107]
+LONG_TOKENS = 16
+LONG = GenerateOptions(SamplingParams(temperature=0.0, max_tokens=110))
+"""Together they give one of the longest completions that this model writes by itself."""
 
 
 def some_ids(seed: int, *shape: int) -> Int32Array:
@@ -244,28 +250,56 @@ def test_results_are_forgotten_oldest_first(shared_engine: TeacherEngine) -> Non
         assert teacher.begun == 4
 
 
-def hold_engine(teacher: TeacherThread) -> threading.Event:
-    """Keep the engine from its next step until the event is set."""
-    held = threading.Event()
-    teacher.server._engine._commands.put(lambda engine: None if held.wait(30) else None)
-    return held
+class Gate:
+    """Lets the engine step as often as a test allows."""
+
+    def __init__(self, teacher: TeacherThread, patch: pytest.MonkeyPatch) -> None:
+        self.steps = 0
+        self._permits = threading.Semaphore(0)
+        self._step = teacher.engine.step
+        self._is_open = False
+        patch.setattr(teacher.engine, "step", self._gated)
+
+    def allow(self, steps: int) -> None:
+        for _ in range(steps):
+            self._permits.release()
+
+    def open(self) -> None:
+        self._is_open = True
+        self._permits.release()
+
+    def _gated(self) -> list[Completion]:
+        if not self._is_open:
+            self._permits.acquire(timeout=30)
+        self.steps += 1
+        return self._step()
+
+
+def test_an_answer_that_nobody_reads_on_ends_in_the_engine_within_two_steps(
+    client: TeacherClient, teacher: TeacherThread, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gate = Gate(teacher, monkeypatch)
+    gate.allow(4)
+    with client.generate(LONG_PROMPT, LONG) as generation:
+        next(generation)
+        assert teacher.engine.unfinished == 1
+    wait_until(lambda: not teacher.server._table._requests)
+    gate.open()
+    wait_until(lambda: not teacher.server._engine.unfinished)
+    assert teacher.engine.unfinished == 0
+    assert gate.steps <= 6 < LONG_TOKENS
 
 
 def test_an_iteration_that_is_left_ends_its_requests_in_the_engine(
     client: TeacherClient, teacher: TeacherThread
 ) -> None:
-    # What a generating request holds is many steps long.
-    with client.generate("What is three plus four?", LONG) as generation:
-        next(iter(generation))
-        assert teacher.engine.unfinished == 1
-    teacher.wait_until_engine_is_idle()
-    iteration = client.score(itertools.chain(make_completions(1), endless()), EXACT, max_in_flight=64)
+    iteration = client.score(endless(), EXACT, max_in_flight=64)
     next(iteration)
     iteration.close()
     wait_until(lambda: not teacher.server._service._scoring)
-    teacher.wait_until_engine_is_idle()
-    assert not teacher.server._engine.unfinished
-    assert not any(not one.result.done() for one in teacher.server._table._requests.values())
+    wait_until(lambda: not teacher.server._engine.unfinished)
+    assert teacher.engine.unfinished == 0
+    assert all(one.result.done() for one in teacher.server._table._requests.values())
 
 
 def endless() -> Iterator[StudentCompletion]:
@@ -273,21 +307,17 @@ def endless() -> Iterator[StudentCompletion]:
         yield make_completion(f"endless-{number}", completion=100)
 
 
-LONG = GenerateOptions(SamplingParams(temperature=1.0, top_p=1.0, max_tokens=110, seed=7))
-
-
 def test_a_deadline_ends_what_it_waits_for_in_the_engine(
-    client: TeacherClient, teacher: TeacherThread
+    client: TeacherClient, teacher: TeacherThread, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    held = hold_engine(teacher)
+    gate = Gate(teacher, monkeypatch)
     with pytest.raises(DeadlineError):
-        list(client.score(make_completions(8), EXACT, timeout_seconds=0.3))
+        list(client.score(make_completions(100, completion=100), EXACT, timeout_seconds=0.3))
     wait_until(lambda: not teacher.server._service._scoring)
-    steps = teacher.server._engine.steps
-    held.set()
+    gate.open()
     wait_until(lambda: not teacher.server._engine.unfinished)
-    teacher.wait_until_engine_is_idle()
-    assert teacher.server._engine.steps <= steps + 1
+    assert teacher.engine.unfinished == 0
+    assert gate.steps <= 2  # all of them would have taken at least three
     assert len(list(client.score(make_completions(8), EXACT))) == 8
 
 
@@ -306,8 +336,11 @@ def test_a_client_that_reads_slowly_is_read_slowly(shared_engine: TeacherEngine)
     ):
         iteration = client.score(noted(), EXACT, max_in_flight=10_000)
         next(iteration)
-        wait_until(lambda: teacher.engine.unfinished == 0)
-        # 200 KB of results each, of which 1 MiB may wait, and as much may be on the way.
+        before = 0
+        while teacher.begun > before:
+            before = teacher.begun
+            time.sleep(0.3)
+        # 200 KB of results each, of which 1 MiB may wait, and a few may be on the way.
         assert teacher.begun < 200
         assert 1 + sum(1 for _ in iteration) == 400
 
@@ -328,13 +361,14 @@ def test_generating_gives_text_and_a_trace_that_scoring_confirms(
     client: TeacherClient, teacher: TeacherThread
 ) -> None:
     options = replace(LONG, trace_top_k=8, codec="exact")
-    generation = client.generate("The capital of France is", options)
+    generation = client.generate(LONG_PROMPT, options)
     pieces = list(generation)
     answer = generation.answer
     assert answer.trace is not None
     tokenizer, eos = teacher.engine.tokenizer, teacher.engine.eos_token_ids
     assert "".join(pieces) == answer.text == tokenizer.decode(answer.trace.completion_token_ids, eos)
-    assert answer.completion_tokens == answer.trace.completion_token_ids.size
+    assert answer.completion_tokens == answer.trace.completion_token_ids.size == LONG_TOKENS
+    assert len(pieces) > 1
     assert answer.prompt_tokens == answer.trace.prompt_token_ids.size
     written = StudentCompletion("own", answer.trace.prompt_token_ids, answer.trace.completion_token_ids)
     (scored,) = client.score([written], EXACT)
@@ -365,9 +399,9 @@ def _prompt(text: str) -> Any:
 
 def test_a_generation_is_joined_by_who_asks_again(client: TeacherClient, teacher: TeacherThread) -> None:
     options = replace(LONG, session="joined")
-    first = client.generate("The capital of Italy is", options)
+    first = client.generate(LONG_PROMPT, options)
     begun = next(first)
-    second = client.generate("The capital of Italy is", options).answer
+    second = client.generate(LONG_PROMPT, options).answer
     assert first.answer == second
     assert second.text.startswith(begun)
     assert teacher.begun == 1
@@ -398,17 +432,16 @@ def test_a_server_that_drains_answers_what_it_has_read(shared_engine: TeacherEng
         TeacherThread(shared_engine) as teacher,
         TeacherClient(teacher.target, patience_seconds=0.2) as client,
     ):
-        generation = client.generate("What is three plus four?", replace(LONG, trace_top_k=4))
+        generation = client.generate(LONG_PROMPT, replace(LONG, trace_top_k=4))
         next(generation)
         iteration = client.score(itertools.chain(make_completions(20), endless()), EXACT, max_in_flight=30)
         next(iteration)
         teacher.stop()
-        answered = 0
+        answered: list[str] = []
         with pytest.raises(ServiceUnavailableError):
-            for _ in iteration:
-                answered += 1
-        assert answered >= 1
+            answered.extend(scored.request_id for scored in iteration)
         assert generation.answer.trace is not None  # it was under way, and came to its end
+        assert 1 + len(answered) + 1 == teacher.begun, "something was begun and not answered"
         assert not client.is_serving()
 
 

@@ -21,7 +21,7 @@ from lynearm.wire.errors import ConfigError
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance
 
-TABLES = ("serve", "up", "teach", "train", "export.mlx", "export.coreml", "demo")
+TABLES = ("serve", "up", "teach", "teacher.serve", "train", "export.mlx", "export.coreml", "demo")
 """Tables that a configuration file may hold; a dot is a table inside a table."""
 
 _Config = TypeVar("_Config", bound="DataclassInstance")

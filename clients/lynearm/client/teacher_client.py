@@ -42,8 +42,8 @@ class TeacherClient(SyncClient):
     """A client of one teacher, or of several that serve the same model. Threads may share it.
 
     Single calls raise `ServiceUnavailableError` after about a second without a teacher, once every address
-    was tried. Scoring waits for one, and sends again what was not answered, to whichever address answers; what
-    a teacher has computed already it does not compute twice.
+    was tried. Scoring waits for one, and sends again what was not answered, to whichever address answers;
+    what a teacher has computed already it does not compute twice.
 
     Args:
         target: host:port of the teacher, several as a sequence, or with commas.

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import hmac
 import logging
+import re
 from collections.abc import Awaitable, Callable, Sequence
 from pathlib import Path
 from typing import Any, TypeAlias, cast
@@ -21,6 +22,8 @@ logger = logging.getLogger(__name__)
 
 MAX_TOKENS = 1000
 """Each call looks at all."""
+
+_TOKEN = re.compile(r"[\x21-\x7e]{16,512}")
 
 _OPEN_SERVICE = "/grpc.health.v1.Health/"
 """Answers anybody: a load balancer has no token."""
@@ -63,17 +66,25 @@ class TokenInterceptor(grpc.aio.ServerInterceptor):
         path: Tokens, one a line; blank lines and those that begin with # are passed over.
 
     Raises:
-        ConfigError: if it cannot be read, or holds none.
+        ConfigError: if it cannot be read, holds none, or something that is no token.
     """
 
     def __init__(self, path: Path) -> None:
         lines = [line.strip() for line in _read(path).decode("utf-8", "replace").splitlines()]
-        tokens = [line for line in lines if line and not line.startswith("#")]
+        tokens = [(number, line) for number, line in enumerate(lines, 1) if line and line[0] != "#"]
         if not 0 < len(tokens) <= MAX_TOKENS:
             raise ConfigError(
                 f"{path} holds {len(tokens)} tokens, expected 1 to {MAX_TOKENS}", "write one a line"
             )
-        self._digests = [_digest(token) for token in tokens]
+        for number, token in tokens:
+            if _TOKEN.fullmatch(token) is None:
+                # Not shown: it may be one, mistyped.
+                raise ConfigError(
+                    f"{path}:{number} is not a token",
+                    "write 16 to 512 printable ASCII characters without spaces, for example those of "
+                    "`openssl rand -hex 32`",
+                )
+        self._digests = [_digest(token) for _, token in tokens]
 
     async def intercept_service(
         self,
