@@ -18,7 +18,6 @@ from lynearm.client.retries import Retries, service_hung_up
 from lynearm.v1 import teacher_service_pb2 as pb
 from lynearm.v1 import trace_pb2
 from lynearm.wire.blocks import MODE_TO_PROTO
-from lynearm.wire.codec import decode_block
 from lynearm.wire.errors import InvalidInputError, PreconditionError, ServiceUnavailableError
 from lynearm.wire.scoring import finish_reason_from_proto
 from lynearm.wire.specs import CodecMode
@@ -154,6 +153,8 @@ class Generation:
     def _end(self, end: pb.GenerateEnd) -> Answer:
         trace = None
         if end.HasField("block"):
+            from lynearm.wire.codec import decode_block  # brings numba, for which others need not wait
+
             (trace,) = decode_block(end.block.SerializeToString())
         return Answer(
             "".join(self._pieces),

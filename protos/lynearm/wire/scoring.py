@@ -18,7 +18,6 @@ import numpy as np
 from lynearm.v1 import teacher_service_pb2 as pb
 from lynearm.v1 import trace_pb2
 from lynearm.wire.blocks import MAX_PAYLOAD_BYTES, MODE_FROM_PROTO, MODE_TO_PROTO
-from lynearm.wire.codec import decode_block, encode_block
 from lynearm.wire.errors import (
     CorruptBlockError,
     InvalidInputError,
@@ -277,6 +276,9 @@ def results_to_proto(
     Raises:
         CodecError: as for `encode_block`.
     """
+    # The codec brings numba, for which clients that score nothing need not wait.
+    from lynearm.wire.codec import encode_block
+
     codec = CodecSpec(settings.codec, settings.top_k, settings.min_probability)
     results = pb.ScoreResults()
     block = encode_block([one.trace for one in scored], codec=codec, vocab_size=vocab_size)
@@ -296,6 +298,8 @@ def results_from_proto(results: pb.ScoreResults) -> tuple[ScoredCompletion, ...]
     """
     if not results.HasField("block"):
         return ()
+    from lynearm.wire.codec import decode_block
+
     traces = decode_block(results.block.SerializeToString())
     if results.chosen and len(results.chosen) != len(traces):
         raise CorruptBlockError(f"{len(results.chosen)} columns of chosen ids for {len(traces)} traces")
@@ -405,4 +409,5 @@ def _sent_ids(completion: StudentCompletion, name: str, ids: Int32Array) -> list
 
 def _received_ids(ids: np.ndarray[tuple[int, ...], np.dtype[np.unsignedinteger]]) -> Int32Array:
     # No vocabulary is that large; one below 2^31 stays what it is, for the message to name.
-    return np.minimum(ids, np.uint32((1 << 31) - 1)).astype(np.int32)
+    bounded: Int32Array = np.minimum(ids, np.uint32((1 << 31) - 1)).astype(np.int32)
+    return bounded

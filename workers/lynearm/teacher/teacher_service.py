@@ -84,7 +84,7 @@ class TeacherService:
 
     def handler(self) -> grpc.GenericRpcHandler:
         """What a server is given."""
-        methods = {
+        methods: dict[str, grpc.RpcMethodHandler[Any, Any]] = {
             "GetTeacher": grpc.unary_unary_rpc_method_handler(
                 self._get_teacher, _parser(pb.GetTeacherRequest), _serialize
             ),
