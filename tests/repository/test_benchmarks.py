@@ -6,6 +6,9 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+from models.tiny_llama import build_tiny_llama
+
 ROOT = Path(__file__).resolve().parents[2]
 
 FIGURES = {
@@ -68,3 +71,13 @@ def test_transport_benchmark_ends_with_its_figures_as_json() -> None:
     certain = {name: value for name, value in figures.items() if not name.startswith("tail_")}
     assert all(value > 0 for value in certain.values())
     assert figures["lynearm_bytes_per_token"] < figures["pickle_zeromq_bytes_per_token"]
+
+
+@pytest.mark.slow
+def test_scoring_benchmark_ends_with_its_figures_as_json(tmp_path: Path) -> None:
+    model = build_tiny_llama(tmp_path / "tiny")
+    output = run_benchmark("scoring.py", "--quick", "--model", str(model))
+    figures = json.loads(output.splitlines()[-1])
+    assert {"gather_overhead", "service_chosen_bytes_per_token", "reuse_cpu_ratio"} <= set(figures)
+    assert figures["service_bytes_per_token"] < figures["service_chosen_bytes_per_token"]
+    assert figures["dictionaries_overhead"] > figures["gather_overhead"]

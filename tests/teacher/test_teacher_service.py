@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import re
 import threading
 import time
 from collections.abc import Iterator
@@ -501,3 +502,14 @@ def test_messages_that_are_out_of_place_are_refused(
             list(score(iter(data)))
     assert failure.value.code() is code
     assert "grpc-status-details-bin" in dict(failure.value.trailing_metadata())
+
+
+def test_the_examples_of_the_documentation_run(teacher: TeacherThread) -> None:
+    text = (Path(__file__).parents[2] / "docs" / "teacher-service.md").read_text()
+    cells = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+    names: dict[str, Any] = {}
+    for cell in cells:
+        exec(cell.replace("127.0.0.1:7412", teacher.target), names)
+    assert len(cells) == 2
+    assert names["scored"].chosen_logprobs.shape == (30, 8)
+    names["client"].close()
