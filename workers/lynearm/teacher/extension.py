@@ -1,4 +1,4 @@
-"""What we add to vLLM's own worker, wherever it runs: in this process, or in one of a tensor-parallel group.
+"""What we add to vLLM's own worker, in this process or in one of a tensor-parallel group.
 
 vLLM mixes this class into its worker by name. Its methods are called with `collective_rpc`; each feature
 brings a base class of its own, whose names begin with `lynearm_`, so that none hides one of vLLM's.
