@@ -28,7 +28,9 @@ CHECKED_PROMPTS = 6
 """Completions that are compared with transformers."""
 
 
-def make_config(model: Path, scale: Scale, cells: Sequence[Cell], service: str = "127.0.0.1:1") -> TeachConfig:
+def make_config(
+    model: Path, scale: Scale, cells: Sequence[Cell], service: str = "127.0.0.1:1"
+) -> TeachConfig:
     """The teacher of a process, with one thread, and room for every cell."""
     return TeachConfig(
         model=str(model),
@@ -104,7 +106,7 @@ def compare_lists(
 
 
 def max_logprob_error(engine: TeacherEngine, model: Path, prompts: Sequence[Prompt]) -> float:
-    """Largest difference between captured logprobs and those of transformers, float32, log-softmax in float64."""
+    """Largest difference between captured logprobs and those of transformers in float32."""
     import torch
     from transformers import AutoModelForCausalLM
 
@@ -145,7 +147,7 @@ def _publish(engine: TeacherEngine, config: TeachConfig, spec: StreamSpec) -> Wa
 
 
 def _plain(engine: TeacherEngine, config: TeachConfig, cell: Cell, **changes: object) -> Way:
-    """vLLM's engine under the teacher, which itself never generates without logprobs."""
+    """The engine of vLLM under the teacher, which itself never generates without logprobs."""
     from vllm import SamplingParams
     from vllm.sampling_params import RequestOutputKind
 

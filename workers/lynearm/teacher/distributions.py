@@ -76,8 +76,9 @@ def top_entries(logits_NV: Tensor, k: int) -> tuple[Tensor, Tensor]:
     blocks = vocab_size // max(size, 1)
     if size < 4 or blocks <= k:
         return torch.topk(logits_NV, k, dim=-1)
-    # Block j is every entry whose index is j modulo the number of blocks: their largest come in whole vectors.
-    blocks_NBJ = logits_NV[:, : size * blocks].unflatten(1, (size, blocks))
+    # Block j is every entry whose index is j modulo the number of blocks: so the largest of all blocks are
+    # found in whole vectors.
+    blocks_NBJ = logits_NV[:, : size * blocks].reshape(-1, size, blocks)
     best_NK = blocks_NBJ.amax(1).topk(k, dim=-1, sorted=False).indices
     candidates = blocks_NBJ.gather(2, best_NK.unsqueeze(1).expand(-1, size, -1)).flatten(1)
     rest = logits_NV[:, size * blocks :]
