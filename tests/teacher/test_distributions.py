@@ -37,8 +37,8 @@ def test_normalisers_do_not_depend_on_how_rows_are_cut(monkeypatch: pytest.Monke
 
 
 def test_kept_mass_and_tail_are_one() -> None:
-    # float32 log-softmax over a flat distribution of this width is off by 1e-5 and more.
-    logits = some_logits(8, 151_936, scale=1.0)
+    # As torch's own float32 log-softmax leaves them, they are off by 1.3e-5.
+    logits = some_logits(8, 151_936)
     mass = (logits.double() - log_normalisers(logits)).exp().sum(-1)
     assert (mass - 1).abs().max() < 3e-6
 
