@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -123,8 +124,11 @@ def take_turns(
     for number in range(cell.rounds):
         for name in list(ways) if number % 2 == 0 else reversed(ways):
             turns[name].append(meters.measure(ways[name], prompts[: cell.batch]))
-    generated = {name: {turn.tokens for turn in made} for name, made in turns.items()}
+    generated = {name: {turn.tokens for turn in of_way} for name, of_way in turns.items()}
     if len(set.union(*generated.values())) > 1:
         raise ValueError(f"the ways generated different numbers of tokens: {generated}")
     plain = tuple(turns.pop(PLAIN))
-    return [Comparison(cell, name, plain, tuple(made), clock) for name, made in turns.items()]
+    made = [Comparison(cell, name, plain, tuple(of_way), clock) for name, of_way in turns.items()]
+    for comparison in made:
+        print(f"{cell}: {comparison.way} {100 * comparison.overhead:+.1f} %", file=sys.stderr, flush=True)
+    return made
