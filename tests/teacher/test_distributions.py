@@ -54,9 +54,13 @@ def test_masked_tokens_have_no_mass() -> None:
     assert bool((values[:, 100:] == -math.inf).all())
 
 
+@pytest.mark.parametrize("threads", [1, 64])
 @pytest.mark.parametrize("k", [0, 1, 2, 16, 64, 256, 1000, 1024])
 @pytest.mark.parametrize("vocab_size", [1024, 1025, 5003, 49_152])
-def test_top_entries_are_torchs(vocab_size: int, k: int) -> None:
+def test_top_entries_are_torchs(
+    vocab_size: int, k: int, threads: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
     logits = some_logits(6, vocab_size)
     values, ids = top_entries(logits, k)
     expected = torch.topk(logits, k, dim=-1)
