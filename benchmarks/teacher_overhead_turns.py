@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import statistics
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -60,24 +61,21 @@ class Comparison:
     def overhead(self) -> float:
         """Seconds per token more than plain generation takes, as a fraction of those.
 
-        Of each way the least of all rounds counts: they do the same work in each, and whatever else the
-        machine does only adds to it.
+        The median over the rounds, in each of which the two followed each other.
         """
-        return self.seconds_per_token / self.plain_seconds_per_token - 1
-
-    @property
-    def seconds_per_token(self) -> float:
-        """The way's own."""
-        return min(self._seconds(turn) / turn.tokens for turn in self.turns)
+        return statistics.median(
+            self._seconds(turn) / self._seconds(plain) - 1
+            for plain, turn in zip(self.plain, self.turns, strict=True)
+        )
 
     @property
     def plain_seconds_per_token(self) -> float:
-        """Plain generation's."""
-        return min(self._seconds(turn) / turn.tokens for turn in self.plain)
+        """The least of all rounds: other work on the machine only ever adds."""
+        return min(self._seconds(turn) for turn in self.plain)
 
     @property
     def beside_seconds_per_token(self) -> float:
-        """CPU-seconds of the process beside it."""
+        """CPU-seconds of the process beside it; the least of all rounds."""
         return min(turn.beside_seconds / turn.tokens for turn in self.turns)
 
     @property
@@ -86,7 +84,8 @@ class Comparison:
         return sum(turn.size_bytes for turn in self.turns) / sum(turn.tokens for turn in self.turns)
 
     def _seconds(self, turn: Turn) -> float:
-        return turn.cpu_seconds if self.clock == "cpu" else turn.wall_seconds
+        """Per token."""
+        return (turn.cpu_seconds if self.clock == "cpu" else turn.wall_seconds) / turn.tokens
 
 
 @dataclass(frozen=True, slots=True)
