@@ -219,6 +219,27 @@ def test_an_unknown_vllm_is_left_alone_and_said_once(
     assert len(generate(engine)) == len(PROMPT_LENGTHS)
 
 
+def test_rows_of_an_unknown_shape_are_left_to_vllm_and_said_once(
+    engine: TeacherEngine, caplog: pytest.LogCaptureFixture
+) -> None:
+    from vllm.logprobs import FlatLogprobs
+    from vllm.v1.engine.logprobs import LogprobsProcessor
+    from vllm.v1.outputs import LogprobsLists
+
+    assert engine._restore is not None
+    vllm_internals.say_slower.cache_clear()
+    processor = LogprobsProcessor(None, FlatLogprobs(), None, 0.0, 2, None)
+    narrow = LogprobsLists(np.array([[7, 8]]), np.array([[-0.5, -1.5]]), np.array([1]))
+    with caplog.at_level(logging.WARNING):
+        for _ in range(2):
+            processor._update_sample_logprobs(narrow)
+    assert len(caplog.records) == 1
+    assert "unknown shapes" in caplog.text
+    assert isinstance(processor.logprobs, FlatLogprobs)
+    assert processor.logprobs.token_ids == [7, 8, 7, 8]
+    vllm_internals.say_slower.cache_clear()
+
+
 @pytest.mark.usefixtures("unknown_version")
 def test_another_temperature_is_refused_where_it_cannot_be_had(
     engine: TeacherEngine, tell: Tell, monkeypatch: pytest.MonkeyPatch

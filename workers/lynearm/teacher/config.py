@@ -55,10 +55,10 @@ class TeachConfig:
     """Train a codec dictionary on the stream's first blocks: small blocks shrink by a few per cent."""
 
     temperature: float = 1.0
-    """0 is greedy. The recorded logprobs are those of the model itself, whatever the temperature."""
+    """Of sampling; 0 is greedy. The recorded logprobs are those of the model itself, whatever it is."""
     logprobs_temperature: float = 1.0
-    """Of the recorded distributions: the logits are divided by it, over the whole vocabulary, before anything
-    is kept. Above 1 the teacher's second thoughts weigh more. Independent of the temperature of sampling."""
+    """Of the recorded distributions, tail and sampled tokens included: the logits of the whole vocabulary are
+    divided by it before anything is kept. Part of the stream's spec, and no matter of sampling."""
     top_p: float = 1.0
     max_tokens: int = 256
     """Bound on a completion, tokens; less where the context ends before."""
