@@ -16,8 +16,8 @@ Shape legend: N = rows, V = vocabulary, K = kept entries.
 from __future__ import annotations
 
 import functools
-import importlib
 import inspect
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeAlias
@@ -188,11 +188,8 @@ def _sampler_problem(sampler: Untyped) -> str:
 
 
 def _triton_module(name: str) -> Untyped:
-    """A module of the newer runner; None where this vLLM has none that looks as expected."""
-    try:
-        module: Untyped = importlib.import_module(name)
-    except ImportError:
-        return None
+    """A module of the newer runner; None where that does not run, or does not look as expected."""
+    module: Untyped = sys.modules.get(name)
     scores: Untyped = getattr(module, "compute_topk_scores", None)
     if not callable(scores) or next(iter(inspect.signature(scores).parameters), "") != "logits":
         return None

@@ -9,7 +9,7 @@ import hashlib
 import logging
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -82,15 +82,16 @@ class TeacherEngine:
         engine_args, llm_engine, self._vllm_version = _import_vllm()
         self._config = config
         self._generator = np.random.default_rng(config.seed)
-        self._restore = collect_as_arrays(self._draw if config.draws else None) if arrays else None
+        self._restore: Callable[[], None] | None = None
         _shield_llvmlite()
         try:
             arguments = _engine_arguments(config)
             self._engine: Untyped = llm_engine.from_engine_args(engine_args(**arguments))
         except (ValueError, OSError, RuntimeError) as error:
-            self.close()
             raise ConfigError(f"cannot load teacher {config.model!r}: {_first_line(error)}") from error
         draws_inside = self._start_capture(fast=arrays)
+        if arrays:
+            self._restore = collect_as_arrays(self._draw if config.draws and not draws_inside else None)
         model_config: Untyped = self._engine.model_config
         self.vocab_size = int(model_config.get_vocab_size())
         self.max_model_len = int(model_config.max_model_len)
@@ -179,8 +180,7 @@ class TeacherEngine:
         if self._restore is not None:
             self._restore()
             self._restore = None
-            if hasattr(self, "_engine"):
-                self._engine.collective_rpc("lynearm_capture_as_vllm")
+        self._engine.collective_rpc("lynearm_capture_as_vllm")
 
     def _start_capture(self, *, fast: bool) -> bool:
         """Have vLLM record distributions at the stream's temperature, cheaply where it allows.
@@ -204,10 +204,7 @@ class TeacherEngine:
             )
         if problem:
             say_slower(problem)
-        if all(report.has_draws for report in reports):
-            LogprobRows.reduce = None
-            return True
-        return False
+        return all(report.has_draws for report in reports)
 
     def _completion(self, output: Untyped) -> Completion:
         made: Untyped = output.outputs[0]
