@@ -262,9 +262,15 @@ def test_a_sampler_of_another_shape_is_left_alone(
     assert report.problem == "its sampler has no gather_logprobs(logprobs, num_logprobs, token_ids)"
 
 
-def test_the_spec_says_the_temperature(engine: TeacherEngine, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(engine, "_config", replace(engine._config, logprobs_temperature=2.5))
-    assert engine.describe()[0].logprobs_temperature == 2.5
+@pytest.mark.usefixtures("tell")
+def test_an_engine_records_at_the_temperature_of_its_config_and_says_so(
+    engine: TeacherEngine, reference: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(engine, "_config", replace(engine._config, logprobs_temperature=1.7))
+    assert engine._start_capture(fast=True) is False, "no draws were asked for"
+    for name, completion in generate(engine).items():
+        check(completion, reference(prompts_of(engine)[name], completion.token_ids), 1.7)
+    assert engine.describe()[0].logprobs_temperature == 1.7
 
 
 def test_draws_come_out_of_the_sampler(
