@@ -1,19 +1,20 @@
-"""The engines of the overhead benchmark, each function for a process of its own.
+"""The in-process ways of the overhead benchmark: everything that shares one engine.
 
 Plain generation is vLLM's own LLMEngine as the teacher loads it, given the same token ids, seeds and bounds
-as the teacher's requests, and no detokenising: nothing that a user would get more cheaply.
+as the teacher's requests, with nothing detokenised: vLLM does not get cheaper than that.
 """
 
 from __future__ import annotations
 
+import itertools
 from collections import deque
-from collections.abc import Sequence
-from dataclasses import replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeAlias
 
 import numpy as np
-from teacher_overhead_turns import PLAIN, Cell, Clocks, Comparison, Scale, Way, split_rounds, take_turns
+from teacher_overhead_turns import PLAIN, Cell, Clock, Comparison, Meters, Way, take_turns
 from transport_processes import cpu_seconds_of
 
 from lynearm.client import TraceClient
@@ -28,83 +29,131 @@ CHECKED_PROMPTS = 6
 """Completions that are compared with transformers."""
 
 
-def make_config(model: Path, scale: Scale, cells: Sequence[Cell], service: str = "127.0.0.1:1") -> TeachConfig:
-    """The teacher of a process, with one thread, and room for every cell."""
-    return TeachConfig(
-        model=str(model),
-        prompts=Path("not-read.jsonl"),
-        stream="overhead",
-        license="Apache-2.0",
-        service=service,
-        top_k=max(cell.top_k for cell in cells),
-        max_batch=max(cell.batch for cell in cells),
-        max_tokens=scale.tokens,
-        max_model_len=512,
-        threads=1,
-    )
+@dataclass(frozen=True, slots=True)
+class Task:
+    """What one process measures."""
+
+    model: Path
+    prompts: tuple[Prompt, ...]
+    tokens: int
+    """Longest completion, tokens."""
+    cells: tuple[Cell, ...]
+    """For the worker."""
+    list_cells: tuple[Cell, ...]
+    """For what vLLM itself returns."""
+    service: str
+    """Address of a trace service."""
+    service_process_id: int
+    clock: Clock
+
+    def config(self) -> TeachConfig:
+        """The teacher as a user would run it, with one thread, and room for every cell."""
+        cells = (*self.cells, *self.list_cells)
+        return TeachConfig(
+            model=str(self.model),
+            prompts=Path("not-read.jsonl"),
+            stream="overhead",
+            license="Apache-2.0",
+            service=self.service,
+            top_k=max(cell.top_k for cell in cells),
+            max_batch=max(cell.batch for cell in cells),
+            max_tokens=self.tokens,
+            max_model_len=512,
+            threads=1,
+        )
 
 
-def compare_worker(
-    model: Path, prompts: Sequence[Prompt], cells: Sequence[Cell], scale: Scale, service: tuple[str, int]
-) -> tuple[list[Comparison], float]:
-    """The whole worker (capture, encode, publish to a service) beside plain generation.
+def measure_engine(task: Task) -> tuple[list[Comparison], float]:
+    """Everything that is measured in one process.
 
     Returns:
         The comparisons, and the largest error of a captured logprob against transformers.
     """
-    address, service_process = service
-    config = make_config(model, scale, cells, address)
+    config = task.config()
     loader = TeacherWorker(config)
     spec = loader.load()
-    engine = _engine_of(loader)
+    # Whatever else the worker is, it owns one engine, and a process takes no second one.
+    engine = loader._engine
+    if engine is None:
+        raise ValueError("the worker has not loaded its engine")
     found: list[Comparison] = []
-    with TraceClient(address) as client:
-        # The first turn, which compiles what is compiled at first use, does not count.
-        for number, cell in enumerate([cells[0], *cells]):
-            stream = f"overhead-{number}"
-            _capture(engine, cell.top_k)
-            codec = replace(spec.codec, top_k=cell.top_k)
+    streams = itertools.count()
+    with TraceClient(task.service) as client:
+        meters = Meters(
+            beside_seconds=lambda: cpu_seconds_of(task.service_process_id),
+            size_bytes=lambda: sum(stream.size_bytes for stream in client.list_streams()),
+        )
+        for cell in task.cells:
+            _keep(engine, cell.top_k)
+            worker_config = replace(config, top_k=cell.top_k, max_batch=cell.batch)
+            worker_spec = replace(spec, codec=replace(spec.codec, top_k=cell.top_k))
             ways = {
-                PLAIN: _plain(engine, config, cell),
-                "worker": _publish(
-                    engine,
-                    replace(config, stream=stream, top_k=cell.top_k, max_batch=cell.batch),
-                    replace(spec, name=stream, codec=codec),
-                ),
+                PLAIN: plain(engine, cell.batch),
+                "worker": whole_worker(engine, worker_config, worker_spec, streams.__next__),
             }
-            client.open_stream(replace(spec, name=stream, codec=codec))
-            clocks = Clocks(
-                beside_seconds=lambda: cpu_seconds_of(service_process),
-                size_bytes=lambda stream=stream: client.get_stream(stream).size_bytes,
-            )
-            made = take_turns(ways, cell, split_rounds(prompts, cell.batch, scale.rounds), clocks)
-            found += made if number else []
-    _capture(engine, cells[0].top_k)
-    return found, max_logprob_error(engine, model, prompts[:CHECKED_PROMPTS])
-
-
-def compare_lists(
-    model: Path, prompts: Sequence[Prompt], cells: Sequence[Cell], scale: Scale
-) -> list[Comparison]:
-    """What vLLM itself returns beside plain generation: dictionaries with decoded candidates, flat lists."""
-    config = make_config(model, scale, cells)
-    engine = TeacherEngine(config, arrays=False)
-    found: list[Comparison] = []
-    for number, cell in enumerate([cells[0], *cells]):
-        dictionaries = {"logprobs": cell.top_k, "detokenize": True}
-        flat_lists = {"logprobs": cell.top_k, "flat_logprobs": True}
+            found += take_turns(ways, cell, task.prompts, meters, task.clock)
+    _keep(engine, config.top_k)
+    error = max_logprob_error(engine, task.model, task.prompts[:CHECKED_PROMPTS])
+    engine.close()  # From here on vLLM is as its makers left it.
+    for cell in task.list_cells:
         ways = {
-            PLAIN: _plain(engine, config, cell),
-            "flat lists": _plain(engine, config, cell, **flat_lists),
-            "dictionaries": _plain(engine, config, cell, **dictionaries),
+            PLAIN: plain(engine, cell.batch),
+            "vLLM's flat lists": plain(engine, cell.batch, logprobs=cell.top_k, flat_logprobs=True),
+            "vLLM's dictionaries": plain(engine, cell.batch, logprobs=cell.top_k, detokenize=True),
         }
-        made = take_turns(ways, cell, split_rounds(prompts, cell.batch, scale.rounds), Clocks())
-        found += made if number else []
-    return found
+        found += take_turns(ways, cell, task.prompts, Meters(), task.clock)
+    return found, error
+
+
+def whole_worker(
+    engine: TeacherEngine, config: TeachConfig, spec: StreamSpec, next_stream: Callable[[], int]
+) -> Way:
+    """Capture, encode, publish, and wait until all is durable: to a new stream each time."""
+
+    def answer(prompts: Sequence[Prompt]) -> int:
+        stream = f"overhead-{next_stream()}"
+        worker = TeacherWorker(replace(config, stream=stream))
+        worker._engine = engine
+        before = engine.generated_tokens
+        worker.run(replace(spec, name=stream), prompts)
+        return engine.generated_tokens - before
+
+    return answer
+
+
+def plain(engine: TeacherEngine, batch: int, **changes: object) -> Way:
+    """The engine of vLLM under the teacher, fed as the worker feeds it; `changes` of sampling parameters."""
+    from vllm import SamplingParams
+    from vllm.sampling_params import RequestOutputKind
+
+    llm_engine: Untyped = engine._engine
+    fixed = {"detokenize": False, "output_kind": RequestOutputKind.FINAL_ONLY}
+
+    def answer(prompts: Sequence[Prompt]) -> int:
+        waiting, tokens = deque(prompts), 0
+        while waiting or engine.unfinished:
+            while waiting and engine.unfinished < batch:
+                prompt = waiting.popleft()
+                token_ids = engine.tokenizer.encode(prompt)
+                sampling = engine.sampling(prompt.prompt_id, 0, token_ids.size)
+                parameters: dict[str, Any] = {
+                    "temperature": sampling.temperature,
+                    "top_p": sampling.top_p,
+                    "max_tokens": sampling.max_tokens,
+                    "seed": sampling.seed,
+                }
+                request = SamplingParams(**(parameters | fixed | changes))
+                llm_engine.add_request(prompt.prompt_id, {"prompt_token_ids": token_ids.tolist()}, request)
+            for output in llm_engine.step():
+                if output.finished:
+                    tokens += len(output.outputs[0].token_ids)
+        return tokens
+
+    return answer
 
 
 def max_logprob_error(engine: TeacherEngine, model: Path, prompts: Sequence[Prompt]) -> float:
-    """Largest difference between captured logprobs and those of transformers, float32, log-softmax in float64."""
+    """Largest difference between captured logprobs and those of transformers in float32."""
     import torch
     from transformers import AutoModelForCausalLM
 
@@ -131,59 +180,7 @@ def max_logprob_error(engine: TeacherEngine, model: Path, prompts: Sequence[Prom
     return worst
 
 
-def _publish(engine: TeacherEngine, config: TeachConfig, spec: StreamSpec) -> Way:
-    def answer(prompts: Sequence[Prompt]) -> int:
-        # A worker of its own for each turn, as after a restart; they share the engine, of which a process
-        # takes only one. Prompts of another turn get other ids: a stream has each prompt once.
-        worker = TeacherWorker(config)
-        worker._engine = engine
-        before = engine.generated_tokens
-        worker.run(spec, prompts)
-        return engine.generated_tokens - before
-
-    return answer
-
-
-def _plain(engine: TeacherEngine, config: TeachConfig, cell: Cell, **changes: object) -> Way:
-    """vLLM's engine under the teacher, which itself never generates without logprobs."""
-    from vllm import SamplingParams
-    from vllm.sampling_params import RequestOutputKind
-
-    llm_engine: Untyped = engine._engine
-
-    def answer(prompts: Sequence[Prompt]) -> int:
-        waiting, tokens = deque(prompts), 0
-        while waiting or engine.unfinished:
-            while waiting and engine.unfinished < cell.batch:
-                prompt = waiting.popleft()
-                token_ids = engine.tokenizer.encode(prompt)
-                sampling = engine.sampling(prompt.prompt_id, 0, token_ids.size)
-                parameters: dict[str, Any] = {
-                    "temperature": sampling.temperature,
-                    "top_p": sampling.top_p,
-                    "max_tokens": sampling.max_tokens,
-                    "seed": sampling.seed,
-                    "detokenize": False,
-                    "output_kind": RequestOutputKind.FINAL_ONLY,
-                }
-                request = SamplingParams(**(parameters | changes))
-                llm_engine.add_request(prompt.prompt_id, {"prompt_token_ids": token_ids.tolist()}, request)
-            for output in llm_engine.step():
-                if output.finished:
-                    tokens += len(output.outputs[0].token_ids)
-        return tokens
-
-    return answer
-
-
-def _capture(engine: TeacherEngine, top_k: int) -> None:
+def _keep(engine: TeacherEngine, top_k: int) -> None:
     """Make an engine keep another k than it was loaded with."""
-    engine.top_k = top_k
-    engine._logprob_count = top_k
-
-
-def _engine_of(worker: TeacherWorker) -> TeacherEngine:
-    engine = worker._engine
-    if engine is None:
-        raise ValueError("the worker has not loaded its engine")
-    return engine
+    engine.top_k = min(top_k, engine.vocab_size)
+    engine._logprob_count = engine.top_k

@@ -42,6 +42,16 @@ TRANSPORT_FIGURES = {
     *(f"{way}_bytes_per_token" for way in ("lynearm", "lynearm_exact", "json_http", "pickle_zeromq")),
 }
 
+TEACHER_FIGURES = {
+    "tiny_b8_k16_overhead",
+    "tiny_b8_k16_flat_lists_overhead",
+    "tiny_b8_k16_dictionaries_overhead",
+    "tiny_b8_k16_service_us",
+    "tiny_b8_k16_bytes_per_token",
+    "tiny_b8_plain_us",
+    "max_abs_logprob_error",
+}
+
 
 def run_benchmark(name: str, *arguments: str) -> str:
     return subprocess.run(
@@ -81,3 +91,13 @@ def test_scoring_benchmark_ends_with_its_figures_as_json(tmp_path: Path) -> None
     assert {"gather_overhead", "service_chosen_bytes_per_token", "reuse_cpu_ratio"} <= set(figures)
     assert figures["service_bytes_per_token"] < figures["service_chosen_bytes_per_token"]
     assert figures["dictionaries_overhead"] > figures["gather_overhead"]
+
+
+@pytest.mark.slow
+def test_teacher_overhead_benchmark_ends_with_its_figures_as_json() -> None:
+    output = run_benchmark("teacher_overhead.py", "--quick", "--device", "cpu")
+    figures = json.loads(output.splitlines()[-1])
+    assert set(figures) == TEACHER_FIGURES
+    assert figures["max_abs_logprob_error"] < 1e-3
+    assert figures["tiny_b8_plain_us"] > 0
+    assert figures["tiny_b8_k16_bytes_per_token"] > 10

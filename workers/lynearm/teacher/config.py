@@ -11,9 +11,6 @@ from lynearm.wire.blocks import MAX_PAYLOAD_BYTES
 from lynearm.wire.errors import ConfigError, InvalidInputError
 from lynearm.wire.specs import BYTES_PER_ENTRY, CODEC_MODES, MAX_TOP_K, CodecMode, check_name
 
-MAX_LOGPROBS_TEMPERATURE = 100.0
-"""Any distribution is all but uniform there."""
-
 Dtype: TypeAlias = Literal["auto", "float32", "bfloat16", "float16"]
 
 
@@ -58,10 +55,10 @@ class TeachConfig:
     """Train a codec dictionary on the stream's first blocks: small blocks shrink by a few per cent."""
 
     temperature: float = 1.0
-    """0 is greedy. The recorded logprobs are those of the model itself, whatever the temperature."""
+    """Of sampling; 0 is greedy. The recorded logprobs are those of the model itself, whatever it is."""
     logprobs_temperature: float = 1.0
-    """Of the recorded distributions: the logits are divided by it, over the whole vocabulary, before anything
-    is kept. Above 1 the teacher's second thoughts weigh more. Independent of the temperature of sampling."""
+    """Of the recorded distributions, tail and sampled tokens included: the logits of the whole vocabulary are
+    divided by it before anything is kept. Part of the stream's spec, and no matter of sampling."""
     top_p: float = 1.0
     max_tokens: int = 256
     """Bound on a completion, tokens; less where the context ends before."""
@@ -121,8 +118,8 @@ class TeachConfig:
             ),
             f"top_k {self.top_k} is outside 0..{MAX_TOP_K}": 0 <= self.top_k <= MAX_TOP_K,
             f"temperature {self.temperature} is negative": self.temperature >= 0,
-            f"logprobs_temperature {self.logprobs_temperature} is outside (0, {MAX_LOGPROBS_TEMPERATURE:g}]": (
-                0 < self.logprobs_temperature <= MAX_LOGPROBS_TEMPERATURE
+            f"logprobs_temperature {self.logprobs_temperature} is outside (0, 100]": (
+                0 < self.logprobs_temperature <= 100
             ),
             f"top_p {self.top_p} is outside (0, 1]": 0 < self.top_p <= 1,
             f"max_tokens {self.max_tokens} is below 1": self.max_tokens >= 1,

@@ -1,20 +1,27 @@
 """From logits to what is kept of their distributions, where the logits are: on the engine's own device.
 
 Torch's log-softmax writes a copy of the whole vocabulary to keep a few entries of it, and adds its normaliser
-up in float32 lane by lane, so that kept mass and tail exceed 1 by up to 1e-4. Here the copy is a small buffer
-that is used again and again, the sum is corrected, and the top k are sought among the best blocks of the
-vocabulary alone. For 64 rows of 49,152 logits and k = 64 that takes 4.5 ms of one CPU core in place of 9.
+up in float32 lane by lane, so that kept mass and tail are off 1 by 1e-5 and more. Here the copy is a small
+buffer that is used again and again, the sum is corrected, and the top k are sought among the best blocks of
+the vocabulary alone. For 64 rows of 49,152 logits and k = 64 that takes 3.5 ms of one CPU core in place of 9.
 
 Shape legend: N = rows, V = vocabulary, K = kept entries, B = entries of a block.
 """
 
 from __future__ import annotations
 
-import math
 from typing import TYPE_CHECKING
+
+import numpy as np
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+_BLOCK = 64
+"""Entries of the vocabulary that are first looked at as one."""
+
+_FEW_THREADS = 4
+"""CPU threads up to which one of them finds the largest entries sooner than all together."""
 
 _CHUNK_BYTES = 4 << 20
 """Of probabilities at a time on a CPU: what stays in its caches."""
@@ -60,36 +67,51 @@ def log_normalisers(logits_NV: Tensor) -> Tensor:
 
 
 def top_entries(logits_NV: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """The k largest of each row, descending, and where they are: as torch.topk, in less time.
+    """The k largest of each row, descending, and where they are: as torch.topk, in a quarter of its time.
 
-    The k largest lie within the k blocks whose largest entries are largest. Which of equal entries are taken,
-    and in what order, is not said.
+    The k largest lie within the k blocks of the vocabulary whose largest entries are largest. Which of equal
+    entries are taken, and in what order, is not said.
 
     Returns:
         Shape [N, K] each.
     """
     import torch
 
-    vocab_size = logits_NV.shape[1]
-    # Blocks and candidates are then about equally many.
-    size = min(128, math.isqrt(vocab_size // max(k, 1)))
-    blocks = vocab_size // max(size, 1)
-    if size < 4 or blocks <= k:
-        return torch.topk(logits_NV, k, dim=-1)
-    # Block j is every entry whose index is j modulo the number of blocks: their largest come in whole vectors.
-    blocks_NBJ = logits_NV[:, : size * blocks].unflatten(1, (size, blocks))
-    best_NK = blocks_NBJ.amax(1).topk(k, dim=-1, sorted=False).indices
-    candidates = blocks_NBJ.gather(2, best_NK.unsqueeze(1).expand(-1, size, -1)).flatten(1)
-    rest = logits_NV[:, size * blocks :]
-    values_NK, places_NK = torch.cat((candidates, rest), dim=1).topk(k, dim=-1)
-    of_blocks = torch.div(places_NK, k, rounding_mode="floor") * blocks + best_NK.gather(1, places_NK % k)
-    of_rest = places_NK + (size * blocks - size * k)
-    return values_NK, torch.where(places_NK < size * k, of_blocks, of_rest)
+    rows, vocab_size = logits_NV.shape
+    blocks = vocab_size // _BLOCK
+    if k == 0:
+        return logits_NV[:, :0], torch.empty((rows, 0), dtype=torch.int64, device=logits_NV.device)
+    if blocks <= 2 * k:
+        ids_NK = _largest(logits_NV, k)
+    else:
+        in_blocks = blocks * _BLOCK
+        blocks_NJB = logits_NV[:, :in_blocks].view(rows, blocks, _BLOCK)
+        best_NK = _largest(blocks_NJB.amax(-1), k)
+        each_N1 = torch.arange(rows, device=logits_NV.device).unsqueeze(1)
+        candidates = torch.cat((blocks_NJB[each_N1, best_NK].flatten(1), logits_NV[:, in_blocks:]), dim=1)
+        ids_of_blocks = best_NK.unsqueeze(2) * _BLOCK + torch.arange(_BLOCK, device=logits_NV.device)
+        ids_of_rest = torch.arange(in_blocks, vocab_size, device=logits_NV.device).expand(rows, -1)
+        ids = torch.cat((ids_of_blocks.flatten(1), ids_of_rest), dim=1)
+        ids_NK = ids.gather(1, _largest(candidates, k))
+    values_NK, order_NK = logits_NV.gather(1, ids_NK).sort(dim=1, descending=True)
+    return values_NK, ids_NK.gather(1, order_NK)
 
 
 def logprobs_at(logits_NV: Tensor, token_ids_NK: Tensor, normalisers_N1: Tensor) -> Tensor:
     """Logprobs of chosen tokens, shape [N, K]."""
     return logits_NV.gather(1, token_ids_NK) - normalisers_N1
+
+
+def _largest(values_NM: Tensor, k: int) -> Tensor:
+    """Where the k largest of each row are, in any order."""
+    import torch
+
+    if values_NM.device.type != "cpu" or torch.get_num_threads() > _FEW_THREADS:
+        return values_NM.topk(k, dim=1, sorted=False).indices
+    width = values_NM.shape[1]
+    # numpy's partition is vectorised, and four times as fast on a core as torch's, which uses all of them.
+    places = np.argpartition(values_NM.numpy(), width - k, axis=1)
+    return torch.as_tensor(places[:, width - k :])
 
 
 def _chunk_bytes(tensor: Tensor) -> int:

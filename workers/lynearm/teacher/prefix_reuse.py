@@ -10,6 +10,8 @@ import inspect
 from collections.abc import Callable
 from typing import Any, TypeAlias
 
+from lynearm.teacher.vllm_internals import version_problem
+
 Untyped: TypeAlias = Any
 """An object of vLLM, which ships no types that a strict checker accepts."""
 
@@ -20,7 +22,7 @@ PREFIX_LIMIT_KEY = "lynearm_prefix_limit"
 def limit_prefix_reuse() -> bool:
     """Make vLLM's cache look-up heed `PREFIX_LIMIT_KEY`, for the whole process.
 
-    It replaces one method, for requests that say so alone, and only where it looks as expected.
+    It replaces one method, for requests that say so alone, and only in a known version that looks as expected.
 
     Returns:
         False where it does not: then nothing was changed, and nothing heeds the limit.
@@ -31,7 +33,9 @@ def limit_prefix_reuse() -> bool:
     original: Untyped = getattr(manager, "get_computed_blocks", None)
     if getattr(original, "heeds_limit", False):
         return True
-    if not callable(original) or list(inspect.signature(original).parameters) != ["self", "request"]:
+    if version_problem() or not callable(original):
+        return False
+    if list(inspect.signature(original).parameters) != ["self", "request"]:
         return False
 
     def get_computed_blocks(self: Untyped, request: Untyped) -> Untyped:

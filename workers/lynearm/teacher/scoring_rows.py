@@ -5,7 +5,8 @@ the model, the hidden states of the wanted rows, and of no others, are turned in
 one step share a multiplication by the output matrix, and no more than `MAX_CHUNK_BYTES` of logits exist at a
 time, however long an input is.
 
-It stands before one private method of vLLM's V1 model runner, and only where that looks as expected.
+It stands before one private method of vLLM's V1 model runner, and only in a known version, where that looks
+as expected.
 
 Shape legend: N = rows of a chunk, T = rows of a request, K = kept entries, S = chosen ids, V = vocabulary.
 """
@@ -21,6 +22,7 @@ from typing import Any, TypeAlias
 import numpy as np
 
 from lynearm.teacher.distributions import log_normalisers, logprobs_at, temper, top_entries
+from lynearm.teacher.vllm_internals import version_problem
 from lynearm.wire.traces import Float32Array, Int32Array
 
 Untyped: TypeAlias = Any
@@ -108,7 +110,7 @@ class ScoringWorker:
     def lynearm_install_scoring(self) -> bool:
         """Begin to serve scoring requests; False where this vLLM does not look as expected."""
         runner = self.model_runner
-        if not _looks_as_expected(runner):
+        if version_problem() or not _looks_as_expected(runner):
             return False
         self._lynearm_scores: dict[str, ScoredRows] = {}
         self._lynearm_counts = ScoringCounts()
