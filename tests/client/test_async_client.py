@@ -15,9 +15,11 @@ from models.trace_blocks import encode_traces, make_block, make_spec
 from lynearm.client import (
     AsyncPublisher,
     AsyncSubscription,
+    AsyncTeacherClient,
     AsyncTraceClient,
     Publisher,
     Subscription,
+    TeacherClient,
     TraceClient,
 )
 from lynearm.wire.codec import decode_block
@@ -57,7 +59,12 @@ def surface(cls: type) -> dict[str, list[tuple[str, object, object]]]:
 
 @pytest.mark.parametrize(
     ("sync", "aio"),
-    [(TraceClient, AsyncTraceClient), (Publisher, AsyncPublisher), (Subscription, AsyncSubscription)],
+    [
+        (TraceClient, AsyncTraceClient),
+        (TeacherClient, AsyncTeacherClient),
+        (Publisher, AsyncPublisher),
+        (Subscription, AsyncSubscription),
+    ],
 )
 def test_both_clients_have_the_same_surface(sync: type, aio: type) -> None:
     assert surface(sync) == surface(aio)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import itertools
 import re
 import threading
@@ -18,6 +19,7 @@ from models.reference import reference_distributions
 from models.teacher_thread import TeacherThread, wait_until
 
 from lynearm.client import (
+    AsyncTeacherClient,
     GenerateOptions,
     ScoredCompletion,
     ScoreSettings,
@@ -502,6 +504,49 @@ def test_messages_that_are_out_of_place_are_refused(
             list(score(iter(data)))
     assert failure.value.code() is code
     assert "grpc-status-details-bin" in dict(failure.value.trailing_metadata())
+
+
+def test_an_event_loop_scores_and_asks_as_a_thread_does(
+    client: TeacherClient, teacher: TeacherThread, tiny_model: Path
+) -> None:
+    sent = {one.request_id: one for one in make_completions(12, completion=30)}
+    expected = client.generate(LONG_PROMPT, LONG).answer
+
+    async def work() -> None:
+        async with AsyncTeacherClient(teacher.target, patience_seconds=0.5) as aio:
+            assert (await aio.describe()).spec.vocab_size == VOCAB
+            received = [scored async for scored in aio.score(sent.values(), EXACT, max_in_flight=4)]
+            assert sorted(scored.request_id for scored in received) == sorted(sent)
+            for scored in received:
+                check(scored, sent[scored.request_id], tiny_model)
+            generation = aio.generate(LONG_PROMPT, LONG)
+            assert "".join([piece async for piece in generation]) == expected.text
+            assert await generation.answer() == expected
+            with pytest.raises(RequestConflictError):
+                named = replace(EXACT, session="aio")
+                for top_k in (3, 4):
+                    _ = [one async for one in aio.score(make_completions(1), replace(named, top_k=top_k))]
+            with pytest.raises(DeadlineError):
+                _ = [one async for one in aio.score(endless(), EXACT, timeout_seconds=0.3)]
+            iteration = aio.score(endless(), EXACT, max_in_flight=64)
+            await anext(iteration)
+            await iteration.aclose()
+
+    asyncio.run(work())
+    wait_until(lambda: not teacher.server._service._scoring)
+    wait_until(lambda: not teacher.server._engine.unfinished)
+    assert teacher.engine.unfinished == 0
+
+
+def test_an_event_loop_is_told_when_nobody_answers(teacher: TeacherThread) -> None:
+    async def work() -> None:
+        async with AsyncTeacherClient("127.0.0.1:1", patience_seconds=0) as aio:
+            with pytest.raises(ServiceUnavailableError, match="no teacher answers"):
+                await anext(aio.score(make_completions(1), EXACT))
+            with pytest.raises(ServiceUnavailableError, match="no teacher answers"):
+                await aio.generate("Hi").answer()
+
+    asyncio.run(work())
 
 
 def test_the_examples_of_the_documentation_run(teacher: TeacherThread) -> None:

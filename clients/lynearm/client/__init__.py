@@ -2,6 +2,7 @@
 
 from lynearm.client.async_publisher import AsyncPublisher
 from lynearm.client.async_subscription import AsyncSubscription
+from lynearm.client.async_teacher_client import AsyncGeneration, AsyncTeacherClient
 from lynearm.client.async_trace_client import AsyncTraceClient
 from lynearm.client.consumer_calls import ConsumerInfo
 from lynearm.client.consumers import ConsumerClient
@@ -25,8 +26,10 @@ from lynearm.wire.work import JobPrompt, LeasedPrompt
 
 __all__ = [
     "Answer",
+    "AsyncGeneration",
     "AsyncPublisher",
     "AsyncSubscription",
+    "AsyncTeacherClient",
     "AsyncTraceClient",
     "Collected",
     "ConsumerClient",

@@ -16,6 +16,7 @@ from lynearm.client.credentials import Credentials
 from lynearm.client.endpoints import Endpoints
 from lynearm.client.forks import forget_aio_channel, leave_to_parent, note_aio_channel, opening
 from lynearm.client.retries import client_closed
+from lynearm.v1 import teacher_service_pb2 as teacher_pb
 from lynearm.v1 import trace_service_pb2 as pb
 from lynearm.wire.allocation import keep_freed_memory
 
@@ -78,6 +79,24 @@ class AsyncConnection:
         """Begin to fetch; responses are bytes."""
         method = methods.fetch_method(self._channel(target))
         call: AsyncResponses[bytes] = method(
+            request, timeout=timeout_seconds, metadata=self._credentials.call_metadata()
+        )
+        return call
+
+    def score(
+        self, target: str, requests: AsyncIterator[teacher_pb.ScoreRequest], timeout_seconds: float | None
+    ) -> AsyncResponses[teacher_pb.ScoreResponse]:
+        """Begin to have a teacher score completions."""
+        call: AsyncResponses[teacher_pb.ScoreResponse] = methods.score_method(self._channel(target))(
+            requests, timeout=timeout_seconds, metadata=self._credentials.call_metadata()
+        )
+        return call
+
+    def generate(
+        self, target: str, request: teacher_pb.GenerateRequest, timeout_seconds: float | None
+    ) -> AsyncResponses[teacher_pb.GenerateResponse]:
+        """Begin to have a teacher answer a prompt."""
+        call: AsyncResponses[teacher_pb.GenerateResponse] = methods.generate_method(self._channel(target))(
             request, timeout=timeout_seconds, metadata=self._credentials.call_metadata()
         )
         return call

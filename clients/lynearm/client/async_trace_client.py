@@ -2,26 +2,16 @@
 
 from __future__ import annotations
 
-import asyncio
-import math
-import time
-from collections.abc import AsyncIterator, Callable, Mapping, Sequence
-from types import TracebackType
-from typing import TYPE_CHECKING, Literal, Self, TypeVar
-
-import grpc
+from collections.abc import AsyncIterator, Mapping
+from typing import TYPE_CHECKING, Literal, TypeVar
 
 from lynearm.client import calls
-from lynearm.client.async_connection import AsyncConnection
+from lynearm.client.async_client import AsyncClient
 from lynearm.client.async_consumers import AsyncConsumerClient
 from lynearm.client.async_jobs import AsyncJobClient
 from lynearm.client.async_leases import AsyncPromptWorker
 from lynearm.client.async_publisher import AsyncPublisher
 from lynearm.client.async_subscription import AsyncSubscription, fetch_blocks
-from lynearm.client.calls import Call
-from lynearm.client.client_settings import DEFAULT_TIMEOUT_SECONDS, ClientSettings
-from lynearm.client.credentials import Credentials
-from lynearm.client.endpoints import DEFAULT_TARGET
 from lynearm.client.leases import DEFAULT_UNITS
 from lynearm.client.producer_window import DEFAULT_IN_FLIGHT_BYTES, ProducerWindow
 from lynearm.client.reading_position import (
@@ -30,7 +20,6 @@ from lynearm.client.reading_position import (
     ReceivedBlock,
     SubscriptionPosition,
 )
-from lynearm.client.retries import not_ready
 from lynearm.client.selection import Selection
 from lynearm.wire.errors import StreamExistsError
 from lynearm.wire.labels import TraceFilter, check_producer_labels
@@ -45,7 +34,7 @@ if TYPE_CHECKING:
 Result = TypeVar("Result")
 
 
-class AsyncTraceClient(ClientSettings):
+class AsyncTraceClient(AsyncClient):
     """A client of one trace service for asyncio. Every method is that of `TraceClient`, awaited.
 
     What makes publishers, subscriptions and dictionaries connects to nothing yet, and is not awaited. The
@@ -62,57 +51,6 @@ class AsyncTraceClient(ClientSettings):
         InvalidInputError: if an address is not host:port.
         ConfigError: if a token would go out in plain text.
     """
-
-    def __init__(
-        self,
-        target: str | Sequence[str] = DEFAULT_TARGET,
-        *,
-        timeout_seconds: float = DEFAULT_TIMEOUT_SECONDS,
-        patience_seconds: float = math.inf,
-        credentials: Credentials | None = None,
-    ) -> None:
-        super().__init__(
-            target,
-            timeout_seconds=timeout_seconds,
-            patience_seconds=patience_seconds,
-            credentials=credentials,
-        )
-        self._connection = AsyncConnection(self._endpoints, self._credentials)
-
-    async def __aenter__(self) -> Self:
-        """The client itself."""
-        return self
-
-    async def __aexit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        """Close the channels."""
-        await self.close()
-
-    async def close(self) -> None:
-        """As `TraceClient.close`."""
-        await self._connection.close()
-
-    async def is_serving(self, *, timeout_seconds: float = 5.0) -> bool:
-        """As `TraceClient.is_serving`."""
-        for _ in self._endpoints.targets:
-            target = self._endpoints.current
-            if await self._connection.is_serving(target, timeout_seconds):
-                return True
-            self._endpoints.leave(target)
-        return False
-
-    async def wait_until_ready(
-        self, timeout_seconds: float = math.inf, on_wait: Callable[[], None] | None = None
-    ) -> None:
-        """As `TraceClient.wait_until_ready`."""
-        retries = self._ready_retries(timeout_seconds)
-        while not await self.is_serving(timeout_seconds=min(5.0, self._timeout_seconds)):
-            pause_seconds = retries.lost(not_ready(self._endpoints, timeout_seconds))
-            if on_wait is not None:
-                on_wait()
-                on_wait = None
-            await asyncio.sleep(min(pause_seconds, 1.0))
 
     async def create_stream(
         self, spec: StreamSpec, *, allow_existing: bool = False, timeout_seconds: float | None = None
@@ -257,22 +195,3 @@ class AsyncTraceClient(ClientSettings):
     def consumers(self) -> AsyncConsumerClient:
         """Named readers whose positions the service keeps."""
         return AsyncConsumerClient(self.send)
-
-    async def send(self, call: Call[Result], /) -> Result:
-        """Send a call; what its answer means.
-
-        Raises:
-            LynearmError: what the service said.
-        """
-        return await self._ask(call, None)
-
-    async def _ask(self, call: Call[Result], timeout_seconds: float | None) -> Result:
-        retries = self._short_retries(idempotent=call.idempotent)
-        deadline = time.monotonic() + self._deadline_seconds(timeout_seconds)
-        while True:
-            target = self._endpoints.current
-            try:
-                return await self._connection.ask(target, call, deadline - time.monotonic())
-            except grpc.RpcError as failure:
-                pause_seconds = retries.failed(failure, target)
-            await asyncio.sleep(min(pause_seconds, max(deadline - time.monotonic(), 0.0)))

@@ -11,11 +11,13 @@ from typing import Any, Generic, TypeVar
 
 from google.protobuf.message import Message
 
+from lynearm.v1 import teacher_service_pb2 as teacher_pb
 from lynearm.v1 import trace_service_pb2 as pb
 from lynearm.wire.blocks import MAX_DICTIONARY_BYTES, dictionary_digest
 from lynearm.wire.errors import CorruptBlockError, InvalidInputError, StreamExistsError
 from lynearm.wire.protobuf import StreamInfo, retention_to_proto, spec_to_proto, stream_from_proto
 from lynearm.wire.retention import Collected, Retention
+from lynearm.wire.scoring import TeacherInfo, teacher_info_from_proto
 from lynearm.wire.specs import StreamSpec, check_name, spec_differences
 
 Result = TypeVar("Result")
@@ -136,6 +138,18 @@ def finished_prompts(stream: str) -> Call[set[str]]:
 
     request = pb.ListFinishedPromptsRequest(stream=check_name(stream))
     return Call("ListFinishedPrompts", request, pb.ListFinishedPromptsResponse, read, streamed=True)
+
+
+def get_teacher() -> Call[TeacherInfo]:
+    """GetTeacher, of a teacher."""
+
+    def read(answer: teacher_pb.GetTeacherResponse) -> TeacherInfo:
+        return teacher_info_from_proto(answer.teacher)
+
+    request = teacher_pb.GetTeacherRequest()
+    return Call(
+        "GetTeacher", request, teacher_pb.GetTeacherResponse, read, service="lynearm.v1.TeacherService"
+    )
 
 
 def another_stream(existing: StreamSpec, wanted: StreamSpec) -> StreamExistsError:

@@ -56,6 +56,54 @@ class Answer:
     """Where it was asked for."""
 
 
+class AnswerSoFar:
+    """What is asked, and what of the answer has come; no I/O.
+
+    Args:
+        prompt: What is asked.
+        options: How to answer.
+    """
+
+    def __init__(self, prompt: PromptContent, options: GenerateOptions) -> None:
+        self.request = _request(prompt, options)
+        self.pieces: list[str] = []
+        self.answer: Answer | None = None
+        """All of it, after its end."""
+
+    def take(self, response: pb.GenerateResponse) -> str:
+        """The piece of text in a response; empty where there is none."""
+        if response.WhichOneof("message") == "end":
+            self.answer = self._end(response.end)
+            return ""
+        if response.text.text:
+            self.pieces.append(response.text.text)
+        return response.text.text
+
+    def whole(self) -> Answer:
+        """The answer.
+
+        Raises:
+            PreconditionError: if it was closed before its end.
+        """
+        if self.answer is None:
+            raise PreconditionError("the generation was closed before its end", "ask again")
+        return self.answer
+
+    def _end(self, end: pb.GenerateEnd) -> Answer:
+        trace = None
+        if end.HasField("block"):
+            from lynearm.wire.codec import decode_block  # brings numba, for which others need not wait
+
+            (trace,) = decode_block(end.block.SerializeToString())
+        return Answer(
+            "".join(self.pieces),
+            finish_reason_from_proto(end.finish_reason),
+            end.prompt_token_count,
+            end.completion_token_count,
+            trace,
+        )
+
+
 class Generation:
     """An iterator over the text of an answer. Made by `TeacherClient.generate`.
 
@@ -65,20 +113,18 @@ class Generation:
     def __init__(
         self,
         connection: Connection,
-        prompt: PromptContent,
-        options: GenerateOptions,
+        so_far: AnswerSoFar,
         *,
         retries: Retries,
         timeout_seconds: float | None,
     ) -> None:
         self._connection = connection
-        self._request = _request(prompt, options)
+        self._so_far = so_far
         self._retries = retries
         self._deadline = None if timeout_seconds is None else time.monotonic() + timeout_seconds
         self._call: ResponseStream[pb.GenerateResponse] | None = None
         self._target = ""
-        self._pieces: list[str] = []
-        self._answer: Answer | None = None
+        self._is_closed = False
 
     def __iter__(self) -> Iterator[str]:
         """The generation itself."""
@@ -93,20 +139,19 @@ class Generation:
             DeadlineError: after the timeout.
             ServiceUnavailableError: if no teacher answers, or it went away.
         """
-        while self._answer is None:
+        while self._so_far.answer is None and not self._is_closed:
             try:
-                response = self._read()
+                piece = self._so_far.take(self._read())
             except (grpc.RpcError, ServiceUnavailableError) as failure:
-                self.close()
-                if self._pieces:
+                self._hang_up()
+                if self._is_closed:
+                    break
+                if self._so_far.pieces:
                     raise self._retries.final(failure, self._target) from failure
                 time.sleep(self._retries.failed(failure, self._target))
                 continue
-            if response.WhichOneof("message") == "end":
-                self._answer = self._end(response.end)
-            elif response.text.text:
-                self._pieces.append(response.text.text)
-                return response.text.text
+            if piece:
+                return piece
         raise StopIteration
 
     @property
@@ -119,9 +164,7 @@ class Generation:
         """
         for _ in self:
             pass
-        if self._answer is None:
-            raise PreconditionError("the generation was closed before its end", "ask again")
-        return self._answer
+        return self._so_far.whole()
 
     def __enter__(self) -> Self:
         """The generation itself."""
@@ -133,36 +176,26 @@ class Generation:
 
     def close(self) -> None:
         """End the answer where it is: the teacher stops to work on it."""
-        call, self._call = self._call, None
-        if call is not None:
-            with Interruptible():
-                call.cancel()
+        self._is_closed = True
+        self._hang_up()
 
     def _read(self) -> pb.GenerateResponse:
         with Interruptible() as interrupt:
             if self._call is None:
                 self._target = self._connection.endpoints.current
                 left_seconds = None if self._deadline is None else max(self._deadline - time.monotonic(), 0)
-                self._call = self._connection.generate(self._target, self._request, left_seconds)
+                self._call = self._connection.generate(self._target, self._so_far.request, left_seconds)
             interrupt.wake_by(self._call.cancel)
             response = next(self._call, None)
         if response is None:
             raise service_hung_up(self._target, self._connection.endpoints.service)
         return response
 
-    def _end(self, end: pb.GenerateEnd) -> Answer:
-        trace = None
-        if end.HasField("block"):
-            from lynearm.wire.codec import decode_block  # brings numba, for which others need not wait
-
-            (trace,) = decode_block(end.block.SerializeToString())
-        return Answer(
-            "".join(self._pieces),
-            finish_reason_from_proto(end.finish_reason),
-            end.prompt_token_count,
-            end.completion_token_count,
-            trace,
-        )
+    def _hang_up(self) -> None:
+        call, self._call = self._call, None
+        if call is not None:
+            with Interruptible():
+                call.cancel()
 
 
 def _request(prompt: PromptContent, options: GenerateOptions) -> pb.GenerateRequest:

@@ -31,9 +31,8 @@ CHANNEL_OPTIONS: tuple[tuple[str, int], ...] = (
     ("grpc.use_local_subchannel_pool", 1),
 )
 
-TEACHER_SERVICE_NAME = "lynearm.v1.TeacherService"
-
 _SERVICE = "/lynearm.v1.TraceService/"
+_TEACHER_SERVICE = "/lynearm.v1.TeacherService/"
 
 _Response_co = TypeVar("_Response_co", covariant=True)
 
@@ -90,7 +89,7 @@ def fetch_method(channel: AnyChannel) -> AnyMethod:
 def score_method(channel: AnyChannel) -> AnyMethod:
     """A teacher's Score."""
     return channel.stream_stream(
-        f"/{TEACHER_SERVICE_NAME}/Score",
+        _TEACHER_SERVICE + "Score",
         request_serializer=_serialize,
         response_deserializer=teacher_pb.ScoreResponse.FromString,
     )
@@ -99,7 +98,7 @@ def score_method(channel: AnyChannel) -> AnyMethod:
 def generate_method(channel: AnyChannel) -> AnyMethod:
     """A teacher's Generate."""
     return channel.unary_stream(
-        f"/{TEACHER_SERVICE_NAME}/Generate",
+        _TEACHER_SERVICE + "Generate",
         request_serializer=_serialize,
         response_deserializer=teacher_pb.GenerateResponse.FromString,
     )

@@ -10,13 +10,13 @@ from typing import TypeAlias
 
 import grpc
 
-from lynearm.client.calls import Call
+from lynearm.client.calls import get_teacher
 from lynearm.client.client_settings import DEFAULT_TIMEOUT_SECONDS
 from lynearm.client.credentials import Credentials
 from lynearm.client.endpoints import TEACHER_SERVICE
-from lynearm.client.generation import GenerateOptions, Generation, PromptContent
+from lynearm.client.generation import AnswerSoFar, GenerateOptions, Generation, PromptContent
 from lynearm.client.interrupts import Interruptible
-from lynearm.client.methods import TEACHER_SERVICE_NAME, ResponseStream
+from lynearm.client.methods import ResponseStream
 from lynearm.client.retries import Retries, service_hung_up
 from lynearm.client.score_window import OnFailure, ScoreWindow
 from lynearm.client.sync_client import SyncClient
@@ -27,7 +27,6 @@ from lynearm.wire.scoring import (
     ScoreSettings,
     StudentCompletion,
     TeacherInfo,
-    teacher_info_from_proto,
 )
 
 DEFAULT_TEACHER_TARGET = "127.0.0.1:7412"
@@ -75,18 +74,7 @@ class TeacherClient(SyncClient):
 
     def describe(self, *, timeout_seconds: float | None = None) -> TeacherInfo:
         """Who the teacher is, and what it takes."""
-
-        def read(answer: pb.GetTeacherResponse) -> TeacherInfo:
-            return teacher_info_from_proto(answer.teacher)
-
-        call = Call(
-            "GetTeacher",
-            pb.GetTeacherRequest(),
-            pb.GetTeacherResponse,
-            read,
-            service=TEACHER_SERVICE_NAME,
-        )
-        return self._ask(call, timeout_seconds)
+        return self._ask(get_teacher(), timeout_seconds)
 
     def score(
         self,
@@ -148,8 +136,7 @@ class TeacherClient(SyncClient):
         """
         return Generation(
             self._connection,
-            prompt,
-            options or GenerateOptions(),
+            AnswerSoFar(prompt, options or GenerateOptions()),
             retries=self._short_retries(),
             timeout_seconds=timeout_seconds,
         )

@@ -22,7 +22,7 @@ PREFIX_LIMIT_KEY = "lynearm_prefix_limit"
 def limit_prefix_reuse() -> bool:
     """Make vLLM's cache look-up heed `PREFIX_LIMIT_KEY`, for the whole process.
 
-    It replaces one method, for requests that say so alone, and only in a known version that looks as expected.
+    It replaces one method, for requests that say so alone, in known versions, where it looks as expected.
 
     Returns:
         False where it does not: then nothing was changed, and nothing heeds the limit.
