@@ -37,7 +37,6 @@ import numpy as np
 from lynearm.client import ScoreSettings, StudentCompletion, TeacherClient
 from lynearm.demo.smollm2 import default_cache_dir, prepare_smollm2
 from lynearm.teacher.engine import TeacherEngine
-from lynearm.teacher.prompts import load_prompts
 from lynearm.teacher.scoring import EngineScoring, ScoreTask
 from lynearm.teacher.serving_config import ServeTeacherConfig
 from lynearm.teacher.teacher_server import TeacherServer
@@ -83,7 +82,7 @@ def main() -> None:
         str(model), bind="127.0.0.1:0", top_k=TOP_K, max_model_len=512, max_batch=64, threads=1
     )
     engine = TeacherEngine(config.engine_config())
-    texts = text_ids(engine)
+    texts = text_ids(Path(model))
     figures = measure(engine, config, texts, scale)
     figures |= measure_reuse(engine, texts, scale)
     print(json.dumps(figures))
@@ -198,13 +197,15 @@ def response_bytes(target: str, tasks: Sequence[ScoreTask], settings: ScoreSetti
         return sum(len(data) for data in score(iter([request.SerializeToString() for request in requests])))
 
 
-def text_ids(engine: TeacherEngine) -> Int32Array:
+def text_ids(model: Path) -> Int32Array:
     """The tokens of natural text."""
     import lynearm.demo
+    from transformers import AutoTokenizer
 
     path = Path(lynearm.demo.__path__[0]) / "prompts.jsonl"
-    text = "\n\n".join(prompt.text for prompt in load_prompts(path).prompts)
-    return np.asarray(engine.tokenizer._ids(text), np.int32)
+    text = "\n\n".join(json.loads(line)["prompt"] for line in path.read_text().splitlines())
+    make: Untyped = AutoTokenizer
+    return np.asarray(make.from_pretrained(model).encode(text), np.int32)
 
 
 def make_tasks(texts: Int32Array, scale: Scale, *, seed: str, vocab_size: int) -> list[ScoreTask]:

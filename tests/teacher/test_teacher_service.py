@@ -27,6 +27,7 @@ from lynearm.client import (
     TeacherClient,
 )
 from lynearm.teacher.engine import Completion, TeacherEngine
+from lynearm.teacher.prompts import Prompt
 from lynearm.teacher.scoring import ScoreTask
 from lynearm.v1 import teacher_service_pb2 as pb
 from lynearm.v1.trace_pb2 import CODEC_MODE_EXACT
@@ -385,19 +386,13 @@ def test_a_chat_a_text_and_its_tokens_are_the_same_prompt(
 ) -> None:
     text = "What is three plus four?"
     greedy = GenerateOptions(SamplingParams(temperature=0.0, max_tokens=12), session="same", trace_top_k=0)
-    tokens = teacher.engine.tokenizer._chat_ids(_prompt(text))
+    tokens = teacher.engine.tokenizer.encode(Prompt("p", text)).tolist()
     chat = [{"role": "user", "content": text}]
     answers = [client.generate(prompt, greedy).answer for prompt in (text, chat, tokens, np.asarray(tokens))]
     assert len({answer.text for answer in answers}) == 1
     assert teacher.begun == 1  # the same name and content
     assert answers[0].trace is not None
     assert answers[0].trace.top_k.k == 0
-
-
-def _prompt(text: str) -> Any:
-    from lynearm.teacher.prompts import Prompt
-
-    return Prompt("p", text)
 
 
 def test_a_generation_is_joined_by_who_asks_again(client: TeacherClient, teacher: TeacherThread) -> None:
