@@ -199,8 +199,9 @@ def response_bytes(target: str, tasks: Sequence[ScoreTask], settings: ScoreSetti
 
 def text_ids(model: Path) -> Int32Array:
     """The tokens of natural text."""
-    import lynearm.demo
     from transformers import AutoTokenizer
+
+    import lynearm.demo
 
     path = Path(lynearm.demo.__path__[0]) / "prompts.jsonl"
     text = "\n\n".join(json.loads(line)["prompt"] for line in path.read_text().splitlines())

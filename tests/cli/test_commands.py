@@ -369,3 +369,20 @@ def test_a_malformed_prompt_is_named_by_file_and_line(target: str, tmp_path: Pat
     assert code == 1
     assert f"{prompts}:2" in stderr
     assert stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ((), "teacher.serve needs model"),
+        (("--model", "m", "--bind", "0.0.0.0:7412"), "needs TLS and a token"),
+        (("--model", "m", "--bind", "7412"), "bind '7412' is not host:port"),
+    ],
+)
+def test_a_teacher_that_could_not_serve_says_so_before_it_loads(
+    arguments: tuple[str, ...], words: str
+) -> None:
+    code, _, error = run("teacher", "serve", *arguments)
+    assert code == 2
+    assert words in error
+    assert error.count("\n") == 1

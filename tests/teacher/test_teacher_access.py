@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+import socket
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +16,13 @@ from lynearm.client import Credentials, ScoreSettings, StudentCompletion, Teache
 from lynearm.teacher.engine import TeacherEngine
 from lynearm.teacher.serving_config import ServeTeacherConfig
 from lynearm.teacher.teacher_access import TokenInterceptor
-from lynearm.wire.errors import AuthenticationError, ConfigError, ServiceUnavailableError
+from lynearm.teacher.teacher_server import TeacherServer
+from lynearm.wire.errors import (
+    AuthenticationError,
+    ConfigError,
+    PreconditionError,
+    ServiceUnavailableError,
+)
 
 # torch and vLLM warn about each other's old names while they are imported.
 pytestmark = [
@@ -94,3 +102,30 @@ def test_what_is_open_to_other_machines_has_to_be_said() -> None:
     proper = {"tls_cert": Path("c"), "tls_key": Path("k")}
     assert ServeTeacherConfig("m", bind="[::]:7412", token_file=Path("t"), **proper).top_k == 256
     assert ServeTeacherConfig("m", bind="[::]:7412", tls_client_ca=Path("a"), **proper).top_k == 256
+
+
+def test_a_port_in_use_is_said_before_the_model_is_loaded() -> None:
+    def load() -> TeacherEngine:
+        raise AssertionError("the model was loaded")
+
+    async def serve(port: int) -> None:
+        async with TeacherServer(ServeTeacherConfig("m", bind=f"127.0.0.1:{port}"), load):
+            pass
+
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        with pytest.raises(PreconditionError, match="cannot listen on 127.0.0.1"):
+            asyncio.run(serve(taken.getsockname()[1]))
+
+
+def test_a_model_that_cannot_be_loaded_ends_the_server() -> None:
+    def load() -> TeacherEngine:
+        raise ConfigError("cannot load teacher 'm': no such directory")
+
+    async def serve() -> None:
+        async with TeacherServer(ServeTeacherConfig("m", bind="127.0.0.1:0"), load):
+            pass
+
+    with pytest.raises(ConfigError, match="no such directory"):
+        asyncio.run(serve())
