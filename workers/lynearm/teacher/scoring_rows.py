@@ -112,10 +112,10 @@ class ScoringWorker:
         runner = self.model_runner
         if version_problem() or not _looks_as_expected(runner):
             return False
-        self._lynearm_scores: dict[str, ScoredRows] = {}
-        self._lynearm_counts = ScoringCounts()
         if getattr(runner._get_prompt_logprobs_dict, "serves_scoring", False):
             return True
+        self._lynearm_scores: dict[str, ScoredRows] = {}
+        self._lynearm_counts = ScoringCounts()
         original: Callable[..., Untyped] = runner._get_prompt_logprobs_dict
 
         def get_prompt_logprobs_dict(
