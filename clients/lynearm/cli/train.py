@@ -79,6 +79,8 @@ def train(
     settings = load_settings(
         TrainConfig, "train", file=config, flags=flags(context), assignments=assignments or ()
     )
+    # Of several ranks, one speaks.
+    progress = progress if launched_rank() == 0 else ProgressMode.none
     with Reporter("train", progress, partial(describe, max_steps=settings.max_steps)) as report:
         outcome = _run(settings, report)
         report.conclude(outcome)

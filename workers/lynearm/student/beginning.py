@@ -14,6 +14,7 @@ from lynearm.student.config import TrainConfig
 from lynearm.student.lineage import JsonObject, read_lineage
 from lynearm.student.model import StudentModel, load_student
 from lynearm.student.optimization import Optimization
+from lynearm.student.ranks import Ranks
 from lynearm.wire.errors import CheckpointError, ConfigError
 from lynearm.wire.protobuf import StreamInfo
 from lynearm.wire.traces import Trace
@@ -36,8 +37,10 @@ class Beginning:
     """Manifest of the model that the run began with, before any resumption."""
 
 
-def begin(config: TrainConfig, stream: StreamInfo) -> Beginning:
+def begin(config: TrainConfig, stream: StreamInfo, ranks: Ranks) -> Beginning:
     """Load what `config` names, and check that it belongs to the stream.
+
+    With several ranks every one loads it, and draws its own dropout.
 
     Raises:
         CheckpointError: if the student or the checkpoint cannot be loaded, or is of another stream.
@@ -47,19 +50,19 @@ def begin(config: TrainConfig, stream: StreamInfo) -> Beginning:
     """
     checkpoint_dir = latest_checkpoint(config.out)
     if config.resume:
-        return _resume(config, stream, checkpoint_dir)
+        return _resume(config, stream, checkpoint_dir, ranks)
     if checkpoint_dir is not None:
         raise ConfigError(
             f"{config.out} already holds {checkpoint_dir.name}",
             "go on from it with --resume, or name another directory with --out",
         )
-    torch.manual_seed(config.seed)  # pyright: ignore[reportUnknownMemberType]  # torch leaves it half typed
+    torch.manual_seed(config.seed + ranks.rank)  # pyright: ignore[reportUnknownMemberType]  # torch leaves it half typed
     student = _load_aligned(config, stream, config.student)
     state = TrainState(stream.spec.name, stream.created_unix_nano)
-    return Beginning(student, Optimization(student, config), state, (), read_lineage(config.student))
+    return Beginning(student, Optimization(student, config, ranks), state, (), read_lineage(config.student))
 
 
-def _resume(config: TrainConfig, stream: StreamInfo, directory: Path | None) -> Beginning:
+def _resume(config: TrainConfig, stream: StreamInfo, directory: Path | None, ranks: Ranks) -> Beginning:
     if directory is None:
         raise CheckpointError(
             f"{config.out} has no checkpoint to resume from",
@@ -85,8 +88,11 @@ def _resume(config: TrainConfig, stream: StreamInfo, directory: Path | None) -> 
             f"the run in {config.out} cannot go on: {'; '.join(changed)}", "resume with the earlier values"
         )
     student = _load_aligned(config, stream, directory)
-    optimization = Optimization(student, config)
+    optimization = Optimization(student, config, ranks)
     optimization.restore(checkpoint.optimizer, state.step)
+    if not ranks.writes:
+        # The generator's state that was saved is rank 0's.
+        torch.manual_seed(config.seed + ranks.rank + state.step)  # pyright: ignore[reportUnknownMemberType]
     logger.info("resumed from %s at %s of pass %d", directory, state.cursor, state.epoch + 1)
     return Beginning(student, optimization, state, checkpoint.held_out, checkpoint.base_lineage)
 

@@ -122,6 +122,10 @@ class TrainConfig:
     keep_checkpoints: int = 2
     """Newest checkpoints that stay. Two, so that a disk fault in the newest costs one interval."""
 
+    async_checkpoints: bool = True
+    """Write checkpoints beside the training, from a copy of weights and optimizer state in memory (12 bytes a
+    weight, while one is written); False holds the training up instead."""
+
     freeze_embeddings: bool = False
     """Leave token embeddings and output head as they are: saves a third of the head's cost and its optimizer
     state. Right for a student cut from its teacher, whose embeddings are the teacher's."""

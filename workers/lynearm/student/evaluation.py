@@ -24,24 +24,24 @@ HELD_OUT_FILE = "held_out.block"
 
 
 @dataclass(frozen=True, slots=True)
-class HeldOutLoss:
-    """Means over the completion positions of the held-out traces."""
+class HeldOutSums:
+    """Sums over the completion positions of some held-out traces."""
 
     kl: float
-    """Forward KL to the teacher over top-k and tail, nats per completion token."""
+    """Forward KL to the teacher over top-k and tail, nats."""
     cross_entropy: float
-    """On the tokens that the teacher drew, nats per completion token."""
+    """On the tokens that the teacher drew, nats."""
     positions: int
 
 
 def evaluate(
     student: StudentModel, traces: Sequence[Trace], *, micro_batch_tokens: int, max_sequence_tokens: int
-) -> HeldOutLoss:
+) -> HeldOutSums:
     """Measure a student on traces, without dropout and without changing it.
 
     Args:
         student: The student; it is in training mode afterwards.
-        traces: At least one, all usable by `batches.is_usable`.
+        traces: All usable by `batches.is_usable`.
         micro_batch_tokens: As for `batches.PieceSizes`, like the next.
         max_sequence_tokens: Completions are cut there.
     """
@@ -59,7 +59,7 @@ def evaluate(
         cross_entropy += float(cross_entropy_N.double().sum())
         positions += len(kl_N)
     student.train(True)
-    return HeldOutLoss(kl / positions, cross_entropy / positions, positions)
+    return HeldOutSums(kl, cross_entropy, positions)
 
 
 def save_held_out(directory: Path, traces: Sequence[Trace], vocab_size: int) -> None:

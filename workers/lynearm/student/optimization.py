@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import cast
 
 import torch
 from torch import Tensor, nn
 
-from lynearm.student.batches import Batch, MicroBatch, PieceSizes, collate
+from lynearm.student.batches import Batch, MicroBatch, PieceSizes, collate, completion_positions
 from lynearm.student.config import TrainConfig
 from lynearm.student.losses import LossWeights, distillation_loss
 from lynearm.student.model import StudentModel, packs_without_leaks
+from lynearm.student.ranks import Ranks
 from lynearm.wire.errors import CheckpointError, ConfigError, InvalidInputError
 
 FINAL_RATE = 0.1
@@ -41,10 +43,12 @@ class Optimization:
     Args:
         student: Its parameters that require a gradient are trained.
         config: Rates, weights and sizes.
+        ranks: Who shares the work.
     """
 
-    def __init__(self, student: StudentModel, config: TrainConfig) -> None:
+    def __init__(self, student: StudentModel, config: TrainConfig, ranks: Ranks | None = None) -> None:
         self._student = student
+        self._ranks = ranks or Ranks()
         self._config = config
         self._sizes = PieceSizes(
             config.micro_batch_tokens, config.max_sequence_tokens, packed=_packs(student, config.packing)
@@ -70,8 +74,10 @@ class Optimization:
             InvalidInputError: if the gradient is not finite; no weight was changed.
         """
         config = self._config
-        pieces = collate(batch.traces, self._sizes, vocab_size=self._student.vocab_size)
-        tokens = sum(len(piece.targets) for piece in pieces)
+        weights = [completion_positions(trace, config.max_sequence_tokens) for trace in batch.traces]
+        mine = self._ranks.share(batch.traces, weights)
+        pieces = collate(mine, self._sizes, vocab_size=self._student.vocab_size)
+        tokens = sum(weights)
         rate = learning_rate(config, step)
         for group in self._optimizer.param_groups:
             group["lr"] = rate
@@ -79,6 +85,8 @@ class Optimization:
         for piece in pieces:
             piece_kl, piece_cross_entropy = self._backward(piece.to(self._student.device), tokens)
             kl, cross_entropy = kl + piece_kl, cross_entropy + piece_cross_entropy
+        self._ranks.sum_gradients(self._parameters.values())
+        kl, cross_entropy = self._ranks.sum(kl, cross_entropy)
         norm = self._clip()
         if not math.isfinite(norm):
             self._optimizer.zero_grad(set_to_none=True)
@@ -91,6 +99,10 @@ class Optimization:
         kl, cross_entropy = kl / tokens, cross_entropy / tokens
         loss = config.kd_weight * kl + config.ce_weight * cross_entropy
         return StepResult(loss, kl, cross_entropy, tokens, rate, norm)
+
+    def parameters(self) -> Iterable[nn.Parameter]:
+        """What is trained, in the model's order."""
+        return self._parameters.values()
 
     def state(self) -> dict[str, Tensor]:
         """Moments by parameter name, and the state of the random generators."""
