@@ -148,6 +148,17 @@ class TrainConfig:
     dtype: str = "auto"
     """Type to compute in; weights stay float32. "auto" is bfloat16 on CUDA, float32 on a CPU."""
 
+    ranks: int = 0
+    """With `ray`, processes that share each batch: 0 is one for each GPU of the cluster, or one. Without it
+    the launcher says: torchrun --nproc-per-node."""
+
+    ray: bool = False
+    """Let Ray Train place the ranks, and start them again when one is lost; `out` has to be on storage that
+    all nodes share."""
+
+    ray_address: str = "auto"
+    """Which Ray: "auto" joins the one that runs here, as under `ray job submit`; "local" starts one."""
+
     allow_misaligned: bool = False
     """Train although tokenizer, template, vocabulary or logprobs differ. The loss compares token ids: only
     for those who know that the differences do not touch them."""
@@ -165,7 +176,7 @@ class TrainConfig:
     def _checks(self) -> dict[str, bool]:
         counts_from_zero = (
             "warmup_steps max_steps held_out_traces held_out_window eval_every_steps checkpoint_every_steps "
-            "threads replay_threads seed batch_tokens"
+            "threads replay_threads seed batch_tokens ranks"
         )
         counts_from_one = "batch_sequences micro_batch_tokens epochs keep_checkpoints prefetch_blocks"
         not_negative = "weight_decay grad_clip kd_weight ce_weight max_seconds wait_seconds"
