@@ -59,6 +59,15 @@ def train(
     threads: Annotated[int | None, typer.Option(help="CPU threads; 0 for torch's choice.")] = None,
     device: Annotated[str | None, typer.Option(help="A torch device.", show_default="auto")] = None,
     seed: Annotated[int | None, typer.Option(help="Of the split and of dropout.", show_default="0")] = None,
+    ray: Annotated[
+        bool | None, typer.Option("--ray", help="Let Ray Train place the ranks and replace lost ones.")
+    ] = None,
+    ranks: Annotated[
+        int | None, typer.Option(help="With --ray: processes; 0 for one on each GPU.", show_default="0")
+    ] = None,
+    ray_address: Annotated[
+        str | None, typer.Option(help='Which Ray; "local" starts one.', show_default="auto")
+    ] = None,
     allow_misaligned: Annotated[
         bool | None, typer.Option("--allow-misaligned", help="Train although the tokenizers differ.")
     ] = None,
@@ -75,10 +84,13 @@ def train(
     from lynearm.cli.progress import Reporter
     from lynearm.cli.settings import load_settings
     from lynearm.student.config import TrainConfig
+    from lynearm.student.launch import launched_rank
 
     settings = load_settings(
         TrainConfig, "train", file=config, flags=flags(context), assignments=assignments or ()
     )
+    # Of several ranks, one speaks.
+    progress = progress if launched_rank() == 0 else ProgressMode.none
     with Reporter("train", progress, partial(describe, max_steps=settings.max_steps)) as report:
         outcome = _run(settings, report)
         report.conclude(outcome)
@@ -125,6 +137,10 @@ def _run(settings: TrainConfig, report: Reporter[TrainProgress]) -> TrainReport:
             client.get_stream(settings.stream)
     # Importing torch and transformers takes seconds, in which nobody should look at nothing.
     report.announce(Status("starting", "loading torch"))
+    if settings.ray:
+        from lynearm.student.ray_launch import run_on_ray
+
+        return run_on_ray(settings, report)
     from lynearm.student.trainer import run_train
 
     return run_train(settings, report)

@@ -48,6 +48,7 @@
     ├── CheckpointError (ValueError)        (local only)
     ├── ParityError (ValueError)            (local only)
     ├── TeacherError (RuntimeError)         INTERNAL
+    ├── TrainingError (RuntimeError)        (local only)
     ├── FleetError (RuntimeError)           (local only)
     └── InternalError (RuntimeError)        INTERNAL
 
@@ -328,6 +329,10 @@ class ParityError(LynearmError, ValueError):
 
 class TeacherError(LynearmError, RuntimeError):
     """The teacher's engine or its Ray actor failed."""
+
+
+class TrainingError(LynearmError, RuntimeError):
+    """The processes of a training run were lost, and could not be kept running."""
 
 
 class FleetError(LynearmError, RuntimeError):

@@ -14,13 +14,14 @@ from lynearm.student.config import TrainConfig
 from lynearm.student.lineage import JsonObject, read_lineage
 from lynearm.student.model import StudentModel, load_student
 from lynearm.student.optimization import Optimization
+from lynearm.student.ranks import Ranks
 from lynearm.wire.errors import CheckpointError, ConfigError
 from lynearm.wire.protobuf import StreamInfo
 from lynearm.wire.traces import Trace
 
 logger = logging.getLogger(__name__)
 
-_FIXED_FIELDS = ("batch_sequences", "max_sequence_tokens", "held_out_fraction", "seed")
+_FIXED_FIELDS = ("batch_sequences", "batch_tokens", "max_sequence_tokens", "held_out_fraction", "seed")
 """What decides which traces a step trains on: a resumed run must go on with it."""
 
 
@@ -36,8 +37,10 @@ class Beginning:
     """Manifest of the model that the run began with, before any resumption."""
 
 
-def begin(config: TrainConfig, stream: StreamInfo) -> Beginning:
+def begin(config: TrainConfig, stream: StreamInfo, ranks: Ranks) -> Beginning:
     """Load what `config` names, and check that it belongs to the stream.
+
+    With several ranks every one loads it, and draws its own dropout.
 
     Raises:
         CheckpointError: if the student or the checkpoint cannot be loaded, or is of another stream.
@@ -47,19 +50,19 @@ def begin(config: TrainConfig, stream: StreamInfo) -> Beginning:
     """
     checkpoint_dir = latest_checkpoint(config.out)
     if config.resume:
-        return _resume(config, stream, checkpoint_dir)
+        return _resume(config, stream, checkpoint_dir, ranks)
     if checkpoint_dir is not None:
         raise ConfigError(
             f"{config.out} already holds {checkpoint_dir.name}",
             "go on from it with --resume, or name another directory with --out",
         )
-    torch.manual_seed(config.seed)  # pyright: ignore[reportUnknownMemberType]  # torch leaves it half typed
+    torch.manual_seed(config.seed + ranks.rank)  # pyright: ignore[reportUnknownMemberType]  # torch leaves it half typed
     student = _load_aligned(config, stream, config.student)
     state = TrainState(stream.spec.name, stream.created_unix_nano)
-    return Beginning(student, Optimization(student, config), state, (), read_lineage(config.student))
+    return Beginning(student, Optimization(student, config, ranks), state, (), read_lineage(config.student))
 
 
-def _resume(config: TrainConfig, stream: StreamInfo, directory: Path | None) -> Beginning:
+def _resume(config: TrainConfig, stream: StreamInfo, directory: Path | None, ranks: Ranks) -> Beginning:
     if directory is None:
         raise CheckpointError(
             f"{config.out} has no checkpoint to resume from",
@@ -73,18 +76,23 @@ def _resume(config: TrainConfig, stream: StreamInfo, directory: Path | None) -> 
             f"not on {stream.spec.name!r} made at {stream.created_unix_nano}",
             "its cursor means nothing there: begin a new run with this checkpoint as its student",
         )
+    # A checkpoint from before a field existed was written with what is now its default.
+    before = {name: checkpoint.written_by.get(name, getattr(TrainConfig(), name)) for name in _FIXED_FIELDS}
     changed = [
-        f"{name} was {checkpoint.written_by.get(name)} and is {getattr(config, name)}"
-        for name in _FIXED_FIELDS
-        if checkpoint.written_by.get(name) != getattr(config, name)
+        f"{name} was {value} and is {getattr(config, name)}"
+        for name, value in before.items()
+        if value != getattr(config, name)
     ]
     if changed:
         raise ConfigError(
             f"the run in {config.out} cannot go on: {'; '.join(changed)}", "resume with the earlier values"
         )
     student = _load_aligned(config, stream, directory)
-    optimization = Optimization(student, config)
+    optimization = Optimization(student, config, ranks)
     optimization.restore(checkpoint.optimizer, state.step)
+    if not ranks.writes:
+        # The generator's state that was saved is rank 0's.
+        torch.manual_seed(config.seed + ranks.rank + state.step)  # pyright: ignore[reportUnknownMemberType]
     logger.info("resumed from %s at %s of pass %d", directory, state.cursor, state.epoch + 1)
     return Beginning(student, optimization, state, checkpoint.held_out, checkpoint.base_lineage)
 

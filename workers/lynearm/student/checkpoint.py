@@ -110,15 +110,21 @@ def step_name(step: int) -> str:
 
 
 def save_checkpoint(
-    student: StudentModel, checkpoint: Checkpoint, *, config: TrainConfig, lineage: JsonObject
+    student: StudentModel,
+    checkpoint: Checkpoint,
+    *,
+    config: TrainConfig,
+    lineage: JsonObject,
+    weights: dict[str, Tensor] | None = None,
 ) -> None:
     """Write a checkpoint, make it the latest, and remove the oldest beyond `config.keep_checkpoints`.
 
     Args:
-        student: The weights.
+        student: The model.
         checkpoint: Everything else, and the directory: named by `step_name`, in the run's own.
         config: What the run was told.
         lineage: The manifest.
+        weights: A copy of the model's state, for a model that is trained meanwhile; its own if not given.
 
     Raises:
         CheckpointError: if it could not be written; earlier checkpoints are as they were.
@@ -133,7 +139,7 @@ def save_checkpoint(
         ) from error
     try:
         unfinished.chmod(0o755)  # mkdtemp makes it private; a model is not
-        save_model(student.model, unfinished, tokenizer_from=student.directory)
+        save_model(student.model, unfinished, tokenizer_from=student.directory, weights=weights)
         _SAFETENSORS.save_file(checkpoint.optimizer, unfinished / OPTIMIZER_FILE)
         if checkpoint.held_out:
             save_held_out(unfinished, checkpoint.held_out, student.vocab_size)
@@ -175,15 +181,18 @@ def refresh_checkpoint(checkpoint: Checkpoint, *, config: TrainConfig, lineage: 
         raise CheckpointError(f"{directory} could not be brought up to date: {error}") from error
 
 
-def save_model(model: Any, directory: Path, *, tokenizer_from: Path) -> None:
+def save_model(
+    model: Any, directory: Path, *, tokenizer_from: Path, weights: dict[str, Tensor] | None = None
+) -> None:
     """Write a transformers model and a tokenizer as one directory that any reader understands.
 
     Args:
         model: A transformers model; untyped as in `StudentModel`.
         directory: An existing one.
         tokenizer_from: Directory whose tokenizer files are copied as they are.
+        weights: What to write instead of the model's own state.
     """
-    model.save_pretrained(str(directory), max_shard_size="1TB")
+    model.save_pretrained(str(directory), state_dict=weights, max_shard_size="1TB")
     for name in TOKENIZER_FILES:
         if (tokenizer_from / name).is_file():
             shutil.copyfile(tokenizer_from / name, directory / name)
@@ -322,8 +331,10 @@ def _write_latest(out: Path, name: str) -> None:
 
 def _remove_old(out: Path, keep: int) -> None:
     steps = sorted(path for path in out.iterdir() if _STEP_NAME.fullmatch(path.name) and path.is_dir())
-    for path in steps[:-keep]:
-        shutil.rmtree(path, ignore_errors=True)
+    # A run that was killed leaves what it was writing; one run writes here, one checkpoint at a time.
+    for path in (*steps[:-keep], *out.glob(f"{_UNFINISHED_PREFIX}*")):
+        if path.is_dir():
+            shutil.rmtree(path, ignore_errors=True)
 
 
 def _sync(path: Path) -> None:

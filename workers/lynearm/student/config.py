@@ -10,6 +10,7 @@ from lynearm.wire.errors import ConfigError, InvalidInputError
 from lynearm.wire.specs import check_name
 
 SCHEDULES = ("constant", "cosine")
+PACKINGS = ("auto", "on", "off")
 DTYPES = ("auto", "float32", "bfloat16")
 
 
@@ -76,6 +77,15 @@ class TrainConfig:
     batch_sequences: int = 8
     """Traces per optimizer step."""
 
+    batch_tokens: int = 0
+    """Completion tokens per optimizer step, at least, instead of `batch_sequences`: steps of even weight
+    where completions differ much in length. 0 counts traces."""
+
+    packing: str = "auto"
+    """"on" lays traces end to end in rows of `micro_batch_tokens`, kept apart by the attention mask; "off"
+    lays each in a row of its own, beside others of its length. "auto" packs on CUDA where the model allows
+    it: on a CPU attention computes what the mask then hides. The result does not depend on it."""
+
     micro_batch_tokens: int = 1024
     """Padded tokens computed at once; a batch is cut by length into such pieces. Bounds memory;
     the result does not depend on it."""
@@ -112,6 +122,10 @@ class TrainConfig:
     keep_checkpoints: int = 2
     """Newest checkpoints that stay. Two, so that a disk fault in the newest costs one interval."""
 
+    async_checkpoints: bool = True
+    """Write checkpoints beside the training, from a copy of weights and optimizer state in memory (12 bytes a
+    weight, while one is written); False holds the training up instead."""
+
     freeze_embeddings: bool = False
     """Leave token embeddings and output head as they are: saves a third of the head's cost and its optimizer
     state. Right for a student cut from its teacher, whose embeddings are the teacher's."""
@@ -134,6 +148,17 @@ class TrainConfig:
     dtype: str = "auto"
     """Type to compute in; weights stay float32. "auto" is bfloat16 on CUDA, float32 on a CPU."""
 
+    ranks: int = 0
+    """With `ray`, processes that share each batch: 0 is one for each GPU of the cluster, or one. Without it
+    the launcher says: torchrun --nproc-per-node."""
+
+    ray: bool = False
+    """Let Ray Train place the ranks, and start them again when one is lost; `out` has to be on storage that
+    all nodes share."""
+
+    ray_address: str = "auto"
+    """Which Ray: "auto" joins the one that runs here, as under `ray job submit`; "local" starts one."""
+
     allow_misaligned: bool = False
     """Train although tokenizer, template, vocabulary or logprobs differ. The loss compares token ids: only
     for those who know that the differences do not touch them."""
@@ -151,7 +176,7 @@ class TrainConfig:
     def _checks(self) -> dict[str, bool]:
         counts_from_zero = (
             "warmup_steps max_steps held_out_traces held_out_window eval_every_steps checkpoint_every_steps "
-            "threads replay_threads seed"
+            "threads replay_threads seed batch_tokens ranks"
         )
         counts_from_one = "batch_sequences micro_batch_tokens epochs keep_checkpoints prefetch_blocks"
         not_negative = "weight_decay grad_clip kd_weight ce_weight max_seconds wait_seconds"
@@ -177,5 +202,6 @@ class TrainConfig:
             f"patience_seconds is {self.patience_seconds}, expected 0 or more": self.patience_seconds >= 0,
             f"schedule is {self.schedule!r}, expected one of {SCHEDULES}": self.schedule in SCHEDULES,
             f"dtype is {self.dtype!r}, expected one of {DTYPES}": self.dtype in DTYPES,
+            f"packing is {self.packing!r}, expected one of {PACKINGS}": self.packing in PACKINGS,
             "schedule 'cosine' needs max_steps": self.schedule != "cosine" or self.max_steps > 0,
         }

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-from lynearm.student.batches import collate
+from lynearm.student.batches import PieceSizes, collate
 from lynearm.student.losses import measure_loss
 from lynearm.student.model import StudentModel
 from lynearm.wire.blocks import MAX_PAYLOAD_BYTES
@@ -24,35 +24,31 @@ HELD_OUT_FILE = "held_out.block"
 
 
 @dataclass(frozen=True, slots=True)
-class HeldOutLoss:
-    """Means over the completion positions of the held-out traces."""
+class HeldOutSums:
+    """Sums over the completion positions of some held-out traces."""
 
     kl: float
-    """Forward KL to the teacher over top-k and tail, nats per completion token."""
+    """Forward KL to the teacher over top-k and tail, nats."""
     cross_entropy: float
-    """On the tokens that the teacher drew, nats per completion token."""
+    """On the tokens that the teacher drew, nats."""
     positions: int
 
 
 def evaluate(
     student: StudentModel, traces: Sequence[Trace], *, micro_batch_tokens: int, max_sequence_tokens: int
-) -> HeldOutLoss:
+) -> HeldOutSums:
     """Measure a student on traces, without dropout and without changing it.
 
     Args:
         student: The student; it is in training mode afterwards.
-        traces: At least one, all usable by `batches.is_usable`.
-        micro_batch_tokens: As for `batches.collate`, like the next.
+        traces: All usable by `batches.is_usable`.
+        micro_batch_tokens: As for `batches.PieceSizes`, like the next.
         max_sequence_tokens: Completions are cut there.
     """
     kl, cross_entropy, positions = 0.0, 0.0, 0
     student.train(False)
-    for piece in collate(
-        traces,
-        micro_batch_tokens=micro_batch_tokens,
-        max_sequence_tokens=max_sequence_tokens,
-        vocab_size=student.vocab_size,
-    ):
+    sizes = PieceSizes(micro_batch_tokens, max_sequence_tokens)
+    for piece in collate(traces, sizes, vocab_size=student.vocab_size):
         on_device = piece.to(student.device)
         with torch.no_grad():
             hidden_NH = student.hidden_states(on_device.input_ids_BL).flatten(0, 1)[on_device.positions_N]
@@ -63,7 +59,7 @@ def evaluate(
         cross_entropy += float(cross_entropy_N.double().sum())
         positions += len(kl_N)
     student.train(True)
-    return HeldOutLoss(kl / positions, cross_entropy / positions, positions)
+    return HeldOutSums(kl, cross_entropy, positions)
 
 
 def save_held_out(directory: Path, traces: Sequence[Trace], vocab_size: int) -> None:

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import cast
 
 import torch
 from torch import Tensor, nn
 
-from lynearm.student.batches import Batch, MicroBatch, collate
+from lynearm.student.batches import Batch, MicroBatch, PieceSizes, collate, completion_positions
 from lynearm.student.config import TrainConfig
 from lynearm.student.losses import LossWeights, distillation_loss
-from lynearm.student.model import StudentModel
-from lynearm.wire.errors import CheckpointError, InvalidInputError
+from lynearm.student.model import StudentModel, packs_without_leaks
+from lynearm.student.ranks import Ranks
+from lynearm.wire.errors import CheckpointError, ConfigError, InvalidInputError
 
 FINAL_RATE = 0.1
 """Where a falling schedule ends, as a part of the peak rate."""
@@ -41,11 +43,16 @@ class Optimization:
     Args:
         student: Its parameters that require a gradient are trained.
         config: Rates, weights and sizes.
+        ranks: Who shares the work.
     """
 
-    def __init__(self, student: StudentModel, config: TrainConfig) -> None:
+    def __init__(self, student: StudentModel, config: TrainConfig, ranks: Ranks | None = None) -> None:
         self._student = student
+        self._ranks = ranks or Ranks()
         self._config = config
+        self._sizes = PieceSizes(
+            config.micro_batch_tokens, config.max_sequence_tokens, packed=_packs(student, config.packing)
+        )
         self._parameters = student.trainable_parameters()
         matrices = [parameter for parameter in self._parameters.values() if parameter.ndim > 1]
         vectors = [parameter for parameter in self._parameters.values() if parameter.ndim <= 1]
@@ -67,13 +74,10 @@ class Optimization:
             InvalidInputError: if the gradient is not finite; no weight was changed.
         """
         config = self._config
-        pieces = collate(
-            batch.traces,
-            micro_batch_tokens=config.micro_batch_tokens,
-            max_sequence_tokens=config.max_sequence_tokens,
-            vocab_size=self._student.vocab_size,
-        )
-        tokens = sum(len(piece.targets) for piece in pieces)
+        weights = [completion_positions(trace, config.max_sequence_tokens) for trace in batch.traces]
+        mine = self._ranks.share(batch.traces, weights)
+        pieces = collate(mine, self._sizes, vocab_size=self._student.vocab_size)
+        tokens = sum(weights)
         rate = learning_rate(config, step)
         for group in self._optimizer.param_groups:
             group["lr"] = rate
@@ -81,6 +85,8 @@ class Optimization:
         for piece in pieces:
             piece_kl, piece_cross_entropy = self._backward(piece.to(self._student.device), tokens)
             kl, cross_entropy = kl + piece_kl, cross_entropy + piece_cross_entropy
+        self._ranks.sum_gradients(self._parameters.values())
+        kl, cross_entropy = self._ranks.sum(kl, cross_entropy)
         norm = self._clip()
         if not math.isfinite(norm):
             self._optimizer.zero_grad(set_to_none=True)
@@ -93,6 +99,10 @@ class Optimization:
         kl, cross_entropy = kl / tokens, cross_entropy / tokens
         loss = config.kd_weight * kl + config.ce_weight * cross_entropy
         return StepResult(loss, kl, cross_entropy, tokens, rate, norm)
+
+    def parameters(self) -> Iterable[nn.Parameter]:
+        """What is trained, in the model's order."""
+        return self._parameters.values()
 
     def state(self) -> dict[str, Tensor]:
         """Moments by parameter name, and the state of the random generators."""
@@ -132,7 +142,9 @@ class Optimization:
 
     def _backward(self, piece: MicroBatch, tokens: int) -> tuple[float, float]:
         student, config = self._student, self._config
-        hidden_NH = student.hidden_states(piece.input_ids_BL).flatten(0, 1)[piece.positions_N]
+        hidden_NH = student.hidden_states(piece.input_ids_BL, piece.position_ids_BL).flatten(0, 1)[
+            piece.positions_N
+        ]
         result = distillation_loss(
             hidden_NH,
             student.head_weight,
@@ -155,6 +167,18 @@ class Optimization:
         if any(moment.shape != parameter.shape for moment in moments.values()):
             raise CheckpointError(f"the optimizer state of {name} has another shape than the parameter")
         return {"step": torch.tensor(float(step), device=parameter.device), **moments}
+
+
+def _packs(student: StudentModel, packing: str) -> bool:
+    if packing == "off" or (packing == "auto" and student.device.type != "cuda"):
+        return False
+    possible = packs_without_leaks(student)
+    if packing == "on" and not possible:
+        raise ConfigError(
+            f"{student.directory.name} mixes sequences that are packed into one row",
+            'train with packing = "off", which groups traces by length',
+        )
+    return possible
 
 
 def learning_rate(config: TrainConfig, step: int) -> float:

@@ -14,6 +14,7 @@ import time
 from collections.abc import Generator, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -22,6 +23,7 @@ from lynearm.client import TraceClient, stop_on_interrupt
 from lynearm.student.batches import Batch, Batcher, SplitRule, is_usable
 from lynearm.student.beginning import Beginning, begin
 from lynearm.student.checkpoint import Checkpoint, refresh_checkpoint, save_checkpoint, step_name
+from lynearm.student.checkpoint_writer import CheckpointWriter, copy_tensors, copy_weights
 from lynearm.student.config import TrainConfig
 from lynearm.student.evaluation import evaluate
 from lynearm.student.lineage import StreamUse, extend_lineage
@@ -33,16 +35,20 @@ from lynearm.student.progress import (
     TrainReport,
     ignore_progress,
 )
+from lynearm.student.ranks import Ranks, join_ranks
 from lynearm.student.reader import PositionedTrace, TraceReader
 from lynearm.student.reporting import Reporter
 from lynearm.student.source import WatchedSource
-from lynearm.wire.errors import LynearmError, ServiceUnavailableError, StreamNotFoundError
+from lynearm.wire.errors import CheckpointError, LynearmError, ServiceUnavailableError, StreamNotFoundError
 from lynearm.wire.protobuf import StreamInfo
 from lynearm.wire.traces import Cursor, Trace
 
 logger = logging.getLogger(__name__)
 
 _LOOK_FOR_STREAM_SECONDS = 0.5
+
+_STOP_REASONS: tuple[StopReason | None, ...] = (None, "max_seconds", "max_steps", "interrupted")
+"""By what ranks agree on: of several reasons, the later one counts."""
 
 
 def run_train(
@@ -65,18 +71,19 @@ def run_train(
         ConfigError: as for `beginning.begin`.
         InvalidInputError: if the gradient stops being finite; the weights before it are saved.
     """
-    reporter = Reporter(on_progress)
     client = TraceClient(
         config.service,
         timeout_seconds=config.service_timeout_seconds,
         patience_seconds=config.patience_seconds,
     )
-    with client, stop_on_interrupt(stop) as event, _keep_threads():
+    with client, stop_on_interrupt(stop) as event, _keep_threads(), join_ranks(config.device) as ranks:
+        reporter = Reporter(on_progress if ranks.writes else ignore_progress)
         stream = _find_stream(client, config, event, reporter)
         reporter.stage("loading", str(config.out if config.resume else config.student))
         if config.threads:
             torch.set_num_threads(config.threads)
-        return _Run(config, client, begin(config, stream), stream, event, reporter).go()
+        beginning = begin(config, stream, ranks)
+        return _Run(config, client, beginning, ranks=ranks, stream=stream, stop=event, reporter=reporter).go()
 
 
 def _find_stream(
@@ -105,12 +112,16 @@ class _Run:
         config: TrainConfig,
         client: TraceClient,
         beginning: Beginning,
+        *,
+        ranks: Ranks,
         stream: StreamInfo,
         stop: threading.Event,
         reporter: Reporter,
     ) -> None:
         self._config = config
         self._client = client
+        self._ranks = ranks
+        self._writer = CheckpointWriter()
         self._student = beginning.student
         self._optimization = beginning.optimization
         self._state = beginning.state
@@ -130,12 +141,13 @@ class _Run:
             while reason is None and self._state.epoch < self._config.epochs:
                 reason = self._pass()
         except LynearmError:
-            self._save()
+            # The other ranks may be anywhere: nothing here waits for them.
+            self._save(last=True, alone=True)
             logger.warning("the run was saved; go on with: %s", self._how_to_go_on())
             raise
         if reason != "interrupted":
             self._measure()
-        checkpoint = self._save()
+        checkpoint = self._save(last=True)
         self._reporter.stage("done")
         return self._report(reason or "stream_end", checkpoint)
 
@@ -159,14 +171,16 @@ class _Run:
                 reporter=self._reporter,
             )
             if not self._state.held_out_chosen and not self._choose_held_out(source):
-                return self._why_stop()
-            for batch in self._batches(source):
+                return self._agree(self._why_stop())
+            batches = self._batches(source)
+            # A batch that some rank cannot take, since it was interrupted, is left for the next run by all.
+            while self._ranks.all_hold((batch := next(batches, None)) is not None) and batch is not None:
                 self._use_threads(live=self._state.epoch == 0 and not reader.received_all)
                 self._step(batch, reader)
-                if reason := self._why_stop():
+                if reason := self._agree(self._why_stop()):
                     return reason
-            if not source.exhausted:
-                return self._why_stop()
+            if reason := self._agree(None if source.exhausted else self._why_stop()):
+                return reason
         self._state = replace(self._state, epoch=self._state.epoch + 1, cursor=Cursor())
         return None
 
@@ -182,7 +196,7 @@ class _Run:
                 passed.append(positioned)
             elif is_usable(positioned.trace, self._config.max_sequence_tokens):
                 held_out.append(positioned.trace)
-        if self._why_stop():
+        if not self._ranks.all_hold(self._why_stop() is None):
             return False
         source.give_back(passed)
         self._held_out = tuple(held_out)
@@ -193,6 +207,7 @@ class _Run:
     def _batches(self, source: WatchedSource) -> Iterator[Batch]:
         batcher = Batcher(
             batch_sequences=self._config.batch_sequences,
+            batch_tokens=self._config.batch_tokens,
             max_sequence_tokens=self._config.max_sequence_tokens,
             rule=self._rule,
         )
@@ -243,38 +258,72 @@ class _Run:
         if not self._held_out or (evaluations and evaluations[-1].step == self._state.step):
             return
         self._reporter.stage("evaluating", f"{len(self._held_out)} held-out traces")
-        loss = evaluate(
+        lengths = [len(trace.completion_token_ids) for trace in self._held_out]
+        sums = evaluate(
             self._student,
-            self._held_out,
+            self._ranks.share(self._held_out, lengths),
             micro_batch_tokens=self._config.micro_batch_tokens,
             max_sequence_tokens=self._config.max_sequence_tokens,
         )
+        kl, cross_entropy, positions = self._ranks.sum(sums.kl, sums.cross_entropy, sums.positions)
         record = EvaluationRecord(
-            self._state.step, self._state.tokens, loss.kl, loss.cross_entropy, loss.positions
+            self._state.step, self._state.tokens, kl / positions, cross_entropy / positions, int(positions)
         )
         self._state = replace(self._state, evaluations=(*evaluations, record))
         self._reporter.evaluated(record)
 
-    def _save(self) -> Path:
-        self._reporter.stage("saving", f"step {self._state.step}")
-        state = self._state
-        use = StreamUse(self._spec, state.furthest, state.epoch, state.traces, state.tokens)
-        checkpoint = Checkpoint(
-            self._config.out / step_name(state.step),
-            state,
-            self._optimization.state(),
-            self._held_out,
-            self._base_lineage,
-        )
-        lineage = extend_lineage(self._base_lineage, use)
-        if self._saved_step == state.step:
-            refresh_checkpoint(checkpoint, config=self._config, lineage=lineage)
-        else:
-            save_checkpoint(self._student, checkpoint, config=self._config, lineage=lineage)
-            # A resumed run was loaded from a checkpoint that will be removed; the newest one stays.
-            self._student = replace(self._student, directory=checkpoint.directory)
+    def _save(self, *, last: bool = False, alone: bool = False) -> Path:
+        """Save on rank 0; beside the training, unless it is the last.
+
+        Args:
+            last: Return when it is on the disk.
+            alone: Do not ask the other ranks whether they hold the same weights.
+        """
+        state, directory = self._state, self._config.out / step_name(self._state.step)
+        if not alone:
+            self._ranks.check_equal(self._optimization.parameters())
+        if self._ranks.writes:
+            self._reporter.stage("saving", f"step {state.step}")
+            self._finish_writing(last=last)
+            self._write(directory, beside=self._config.async_checkpoints and not last)
+        # A resumed run was loaded from a checkpoint that will be removed; the newest one stays.
+        self._student = replace(self._student, directory=directory)
         self._saved_step = state.step
-        return checkpoint.directory
+        if last and not alone:
+            self._ranks.all_hold(True)
+        return directory
+
+    def _finish_writing(self, *, last: bool) -> None:
+        try:
+            self._writer.wait()
+        except CheckpointError as error:
+            if not last:
+                raise
+            # The last chance to save: it may be of the very step that failed.
+            logger.warning("%s; trying once more", error)
+            self._saved_step = None
+
+    def _write(self, directory: Path, *, beside: bool) -> None:
+        student, state, config = self._student, self._state, self._config
+        use = StreamUse(self._spec, state.furthest, state.epoch, state.traces, state.tokens)
+        lineage = extend_lineage(self._base_lineage, use)
+        optimizer = self._optimization.state()
+        checkpoint = Checkpoint(directory, state, optimizer, self._held_out, self._base_lineage)
+        if self._saved_step == state.step:
+            refresh_checkpoint(checkpoint, config=config, lineage=lineage)
+        elif not beside:
+            save_checkpoint(student, checkpoint, config=config, lineage=lineage)
+        else:
+            weights = copy_weights(student)
+            copied = replace(checkpoint, optimizer=copy_tensors(optimizer))
+            self._writer.submit(
+                partial(save_checkpoint, student, copied, config=config, lineage=lineage, weights=weights)
+            )
+
+    def _agree(self, reason: StopReason | None) -> StopReason | None:
+        """Why all ranks should stop: any rank's reason is every rank's."""
+        agreed = self._ranks.most(_STOP_REASONS.index(reason))
+        return _STOP_REASONS[agreed]
 
     def _why_stop(self) -> StopReason | None:
         if self._stop.is_set():
