@@ -41,8 +41,11 @@ from lynearm.wire.specs import StreamSpec
 logger = logging.getLogger(__name__)
 
 MAX_BARREN_DEATHS = 3
-"""Processes of one worker that may end in a row without a prompt finished between them; of suspect prompts
-that are answered alone, each may cost one more."""
+"""Processes of one worker that may end in a row without a prompt finished between them, those not counted
+that a prompt ended which was alone in the engine."""
+
+MAX_VERDICTS = 8
+"""Prompts that end engines, of all workers and in a row: then it is not the prompts."""
 
 _NODES_SECONDS = 1.0
 """Between two looks at the cluster."""
@@ -154,6 +157,8 @@ class Supervisor:
         self._quarantine = Quarantine(config.max_batch)
         self._gone = Totals()
         self._heard = 0
+        self._verdicts = 0
+        self._finished_at_verdict = 0
         self._placed_at = float("-inf")
         self._preparing = False
         self._job: JobInfo | None = None
@@ -368,6 +373,7 @@ class Supervisor:
             slot.progress = result
             self._remove(number, slot)
         elif method == "attempt":
+            slot.barren_deaths = 0
             if slot.group is not None:
                 self._queue.finish(slot.group)
             slot.group = None
@@ -448,7 +454,7 @@ class Supervisor:
             self._remove(number, slot)
             return
         self.restarts += 1
-        if self._is_barren(slot):
+        if slot.barren_deaths >= MAX_BARREN_DEATHS:
             self._give_up(slot)
         else:
             self._start(slot)
@@ -467,6 +473,8 @@ class Supervisor:
             self._quarantine.put_back(group)
         elif group.is_alone:
             reason = f"ended the engine again when it was alone in it: {slot.reason}"
+            slot.barren_deaths -= 1
+            self._count_verdict(slot)
             self._errand(lambda: self._queue.fail(group.suspects[0], reason), self._note_failure, "give-up")
         else:
             self._quarantine.split(group)
@@ -480,9 +488,15 @@ class Supervisor:
         self._job = job
         self._is_done = self._is_done or job.state == "done"
 
-    def _is_barren(self, slot: Slot) -> bool:
-        # Each of several prompts that kill takes a process with it: one more while some are suspect.
-        return slot.barren_deaths >= MAX_BARREN_DEATHS + int(len(self._quarantine) > 0)
+    def _count_verdict(self, slot: Slot) -> None:
+        finished = self.totals().generated_prompts
+        self._verdicts = self._verdicts + 1 if finished == self._finished_at_verdict else 1
+        self._finished_at_verdict = finished
+        if self._verdicts >= MAX_VERDICTS:
+            raise TeacherError(
+                f"{self._verdicts} prompts in a row ended the engine, the last with: {slot.reason}",
+                "lower max_batch or max_model_len if memory is short, and see Ray's logs",
+            )
 
     def _give_up(self, slot: Slot) -> None:
         reason = (
