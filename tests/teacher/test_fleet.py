@@ -105,7 +105,8 @@ class Trouble:
 
     def __call__(self, progress: TeachProgress) -> None:
         self.seen.append(progress)
-        print(self.done, progress, flush=True)
+        line = [(w.name, w.state, w.done_prompts, w.running, w.waiting_reason[:60]) for w in progress.workers]
+        print(time.strftime("%H:%M:%S"), self.done, progress.done_prompts, progress.message, line, flush=True)
         self.pids |= {worker.process_id for worker in progress.workers if worker.process_id}
         steps = (self.drain_a_node, self.kill_a_worker, self.kill_the_service, self.lose_a_node)
         if len(self.done) < len(steps) and steps[len(self.done)](progress):

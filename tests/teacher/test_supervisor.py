@@ -6,7 +6,6 @@ Stand-ins: nodes, processes and the queue are plain objects, so that a test deci
 
 from __future__ import annotations
 
-import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -18,8 +17,9 @@ from lynearm.client.job_calls import JobInfo
 from lynearm.client.leases import Lease
 from lynearm.teacher.placement import NodeView, WorkerShare
 from lynearm.teacher.quarantine import Suspect, SuspectGroup
-from lynearm.teacher.ray_actor import WorkerLostError
-from lynearm.teacher.supervisor import MAX_BARREN_DEATHS, MAX_VERDICTS, Supervisor
+from lynearm.teacher.ray_actor import WorkerLostError, WorkerOutOfReachError
+from lynearm.teacher.recovery import MAX_VERDICTS
+from lynearm.teacher.supervisor import MAX_BARREN_DEATHS, Supervisor
 from lynearm.teacher.worker import LeasedWork, WorkerProgress
 from lynearm.wire.errors import ConfigError, StreamExistsError, TeacherError
 from lynearm.wire.work import LeasedPrompt, LeaseKey
@@ -196,8 +196,7 @@ class Scene:
         for _ in range(int(seconds * 2)):
             self.clock.seconds += 0.5
             self.supervisor.tick()
-            while any(not errand.chore.is_done for errand in self.supervisor._errands):
-                time.sleep(0.001)
+            self.supervisor._errands.wait()
 
     def states(self) -> list[str]:
         return [slot.state for slot in self.supervisor.slots]
@@ -287,6 +286,18 @@ def test_what_went_with_its_node_is_given_back_and_makes_nobody_suspect() -> Non
     assert scene.queue.kept == []
     assert scene.states() == ["generating"]
     assert scene.attempted() == []
+
+
+def test_a_node_that_ray_calls_dead_late_makes_nobody_suspect() -> None:
+    scene = Scene(nodes=2, held=["a", "b"])
+    scene.play()
+    scene.cluster.actors[0].finish(WorkerOutOfReachError("the teacher's process cannot be reached"))
+    scene.play(20)
+    assert scene.states() == ["replacing", "generating"]
+    scene.cluster.names.remove("node-0")
+    scene.play()
+    assert (scene.queue.given_back, scene.queue.kept) == (["teacher-0.1"], [])
+    assert scene.supervisor.restarts == 0
 
 
 def test_suspects_are_tried_in_groups_and_cleared() -> None:
