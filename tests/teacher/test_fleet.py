@@ -35,7 +35,9 @@ T = TypeVar("T")
 
 NODE = {"num_cpus": 1, "object_store_memory": 80 << 20, "memory": 8 << 30}
 
-PROMPT_COUNT = 800
+PROMPT_COUNT = 1000
+
+STEPS = ("drain_a_node", "kill_a_worker", "kill_the_service", "lose_a_node", "join_a_node")
 
 _PREEMPTION = 2
 """A reason to drain a node, as Ray numbers them."""
@@ -101,16 +103,17 @@ class Trouble:
         self.seen: list[TeachProgress] = []
         self.pids: set[int] = set()
         self.done: list[str] = []
-        self.kept: Any = None
+        self.worked_after_join: set[int] = set()
 
     def __call__(self, progress: TeachProgress) -> None:
         self.seen.append(progress)
         line = [(w.name, w.state, w.done_prompts, w.running, w.waiting_reason[:60]) for w in progress.workers]
         print(time.strftime("%H:%M:%S"), self.done, progress.done_prompts, progress.message, line, flush=True)
         self.pids |= {worker.process_id for worker in progress.workers if worker.process_id}
-        steps = (self.drain_a_node, self.kill_a_worker, self.kill_the_service, self.lose_a_node)
-        if len(self.done) < len(steps) and steps[len(self.done)](progress):
-            self.done.append(steps[len(self.done)].__name__)
+        if len(self.done) == len(STEPS):
+            self.worked_after_join |= {worker.process_id for worker in self.at_work(progress)}
+        elif getattr(self, STEPS[len(self.done)])(progress):
+            self.done.append(STEPS[len(self.done)])
 
     def at_work(self, progress: TeachProgress) -> list[WorkerStatus]:
         return [one for one in progress.workers if one.state == "generating" and one.done_prompts]
@@ -144,6 +147,12 @@ class Trouble:
             return False
         node = node_of(self.cluster, self.elsewhere(self.at_work(progress))[0])
         self.cluster.remove_node(node, allow_graceful=False)
+        return True
+
+    def join_a_node(self, progress: TeachProgress) -> bool:
+        if len(progress.workers) > 1:
+            return False
+        patiently(lambda: self.cluster.add_node(**NODE))
         return True
 
 
@@ -186,7 +195,8 @@ def test_no_prompt_is_lost_or_doubled_whatever_dies(
     )
     report = run_teach(config, trouble)
 
-    assert trouble.done == ["drain_a_node", "kill_a_worker", "kill_the_service", "lose_a_node"]
+    assert tuple(trouble.done) == STEPS
+    assert len(trouble.worked_after_join) >= 2, "the node that joined got no worker"
     expected = Counter((one, 0) for one in ids if not one.startswith(POISON))
     assert count_samples(service.target) == expected
     assert (report.prompts, report.completed, report.sealed) == (PROMPT_COUNT + 1, PROMPT_COUNT, True)
