@@ -214,7 +214,8 @@ def test_a_worker_that_was_overtaken_goes_on_with_other_work(
 ) -> None:
     prompts = numbered(12)
     worker = make_worker(prompts)
-    step, stolen = engine.step, []
+    step = engine.step
+    stolen: list[Any] = []
 
     def steal_first() -> Any:
         if not stolen:
