@@ -22,7 +22,7 @@ from lynearm.client.trace_lookup import FoundTrace, TraceId, fetch_trace, fetch_
 from lynearm.wire.protobuf import StreamInfo
 from lynearm.wire.retention import Collected, Retention
 from lynearm.wire.scoring import ScoredCompletion, ScoreSettings, StudentCompletion, TeacherInfo
-from lynearm.wire.work import JobPrompt, LeasedPrompt
+from lynearm.wire.work import FailedSamples, JobPrompt, LeasedPrompt
 
 __all__ = [
     "Answer",
@@ -36,6 +36,7 @@ __all__ = [
     "ConsumerInfo",
     "Credentials",
     "DictionaryCache",
+    "FailedSamples",
     "FoundTrace",
     "GenerateOptions",
     "Generation",

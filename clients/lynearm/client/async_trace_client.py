@@ -135,7 +135,13 @@ class AsyncTraceClient(AsyncClient):
         )
 
     def prompt_worker(
-        self, stream: str, job: str, *, worker: str, max_units: int = DEFAULT_UNITS
+        self,
+        stream: str,
+        job: str,
+        *,
+        worker: str,
+        max_units: int = DEFAULT_UNITS,
+        predecessor: str = "",
     ) -> AsyncPromptWorker:
         """As `TraceClient.prompt_worker`."""
         return AsyncPromptWorker(
@@ -145,6 +151,7 @@ class AsyncTraceClient(AsyncClient):
             worker=worker,
             max_units=max_units,
             patience_seconds=self._patience_seconds,
+            predecessor=predecessor,
         )
 
     def subscribe(
