@@ -92,8 +92,9 @@ class TeachConfig:
     """Seal the stream when every prompt is finished, so that subscribers end."""
     strict: bool = False
     """Refuse a prompt file with a bad line before anything starts, instead of skipping the line."""
-    ray_address: str = "local"
-    """"local" starts a Ray of its own; "auto" joins the one that runs here, as under `ray job submit`."""
+    ray_address: str = ""
+    """host:port of a Ray to join; "auto" joins the one that runs here; "local" starts one of its own. Empty:
+    that of RAY_ADDRESS, which Ray sets for a submitted job, else "local"."""
 
     def __post_init__(self) -> None:
         """Check every field."""
