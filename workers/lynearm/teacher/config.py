@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Literal, TypeAlias
 
 from lynearm.wire.blocks import MAX_PAYLOAD_BYTES
@@ -24,13 +23,13 @@ class TeachConfig:
 
     model: str
     """Directory in the transformers layout, or the name of a model that vLLM can fetch."""
-    prompts: Path
-    """JSON lines; see `lynearm.teacher.prompts`."""
+    prompts: str
+    """JSON lines, Parquet files or a Hugging Face dataset; see `lynearm.teacher.prompt_rows`."""
     stream: str
     """Where the traces go. Created when missing; an existing one must have the same spec."""
-    license: str
-    """SPDX expression or URL of the terms under which the teacher may be distilled. No default: only
-    the user can know."""
+    license: str = ""
+    """SPDX expression or URL of the terms under which the teacher may be distilled. Empty: what the model's
+    card or file says; "unknown", with a warning, where it says nothing."""
     service: str = "127.0.0.1:7411"
     """host:port of the trace service; several servers of one catalog with commas between."""
     producer_id: str = "teacher-0"
@@ -39,6 +38,24 @@ class TeachConfig:
     """Name of the teacher in the stream's spec; the last part of `model` when empty."""
     labels: Mapping[str, str] = field(default_factory=dict[str, str])
     """Free text in the stream's spec."""
+    revision: str = ""
+    """Commit, tag or branch of a model of the hub; empty for its main branch. The stream records the commit
+    that it stood for."""
+
+    prompt_column: str = ""
+    """Field or column with a text, instead of "prompt"."""
+    messages_column: str = ""
+    """Field or column with a chat, instead of "messages"."""
+    token_ids_column: str = ""
+    """Field or column with token ids, instead of "prompt_token_ids"."""
+    id_column: str = ""
+    """Field or column with the prompt's id, instead of "id"."""
+    tag_columns: tuple[str, ...] = ()
+    """Fields or columns whose values become tags of the traces; TAG=COLUMN gives the tag another name."""
+    limit: int = 0
+    """Take the first rows only; 0 takes all."""
+    system: str = ""
+    """System prompt of every chat that brings none."""
 
     top_k: int = 64
     """Entries kept per position: at 64 the tail of a small model holds 5 % of the mass."""
@@ -105,7 +122,11 @@ class TeachConfig:
             raise ConfigError(error.message, error.remedy) from error
         checks = {
             "model is empty": bool(self.model),
-            "license is empty; name the terms of the teacher, for example Apache-2.0": bool(self.license),
+            "prompts is empty": bool(str(self.prompts)),
+            "prompt_column, messages_column and token_ids_column name one thing each; give one of them": (
+                sum(map(bool, (self.prompt_column, self.messages_column, self.token_ids_column))) <= 1
+            ),
+            f"limit {self.limit} is negative": self.limit >= 0,
             f"codec {self.codec!r} is none of {', '.join(CODEC_MODES)}": self.codec in CODEC_MODES,
             f"min_probability {self.min_probability} is outside 0..1": 0 <= self.min_probability <= 1,
             f"draws {self.draws} is outside 1..{MAX_TOP_K}: codec 'sampled' needs them": (
