@@ -224,12 +224,7 @@ def _tags(fields: Mapping[str, object], columns: PromptColumns) -> dict[str, str
     if columns.tag_columns:
         found = [(tag, name, fields.get(name)) for tag, name in columns.tag_columns]
         return {tag: _scalar_text(value, name) for tag, name, value in found if value is not None}
-    value = fields.get(columns.tags, {})
-    if isinstance(value, list):
-        pairs = cast("list[object]", value)
-        # Parquet's type "map" comes as a list of pairs.
-        if all(isinstance(pair, tuple) for pair in pairs):
-            value = dict(cast("list[tuple[object, object]]", pairs))
+    value = _pairs_as_object(fields.get(columns.tags, {}))
     if not isinstance(value, dict):
         raise PromptFileError(f"'{columns.tags}' is {type(value).__name__}, expected an object")
     tags: dict[str, str] = {}
@@ -238,6 +233,16 @@ def _tags(fields: Mapping[str, object], columns: PromptColumns) -> dict[str, str
         if text is not None:
             tags[_text(key, f"{columns.tags} key")] = _text(text, f"{columns.tags}.{key}")
     return tags
+
+
+def _pairs_as_object(value: object) -> object:
+    """Parquet's type "map" comes as a list of pairs, where JSON has an object; anything else as it is."""
+    if not isinstance(value, list):
+        return value
+    entries = cast("list[object]", value)
+    if all(isinstance(entry, tuple) for entry in entries):
+        return dict(cast("list[tuple[object, object]]", entries))
+    return entries
 
 
 def _scalar_text(value: object, name: str) -> str:
