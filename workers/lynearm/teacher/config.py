@@ -12,6 +12,11 @@ from lynearm.wire.specs import BYTES_PER_ENTRY, CODEC_MODES, MAX_TOP_K, CodecMod
 
 Dtype: TypeAlias = Literal["auto", "float32", "bfloat16", "float16"]
 
+TemplateValue: TypeAlias = bool | int | float | str
+
+_TEMPLATE_OWN = ("messages", "add_generation_prompt", "tokenize", "enable_thinking", "thinking")
+"""Arguments of a chat template that the teacher gives itself."""
+
 
 @dataclass(frozen=True, slots=True)
 class TeachConfig:
@@ -56,6 +61,11 @@ class TeachConfig:
     """Take the first rows only; 0 takes all."""
     system: str = ""
     """System prompt of every chat that brings none."""
+    thinking: bool | None = None
+    """Whether the model is to think before it answers, for chat templates with a switch for it. None leaves
+    it to the template."""
+    template_args: Mapping[str, TemplateValue] = field(default_factory=dict[str, TemplateValue])
+    """What else the chat template reads, for example reasoning_effort = "high"."""
 
     top_k: int = 64
     """Entries kept per position: at 64 the tail of a small model holds 5 % of the mass."""
@@ -74,6 +84,11 @@ class TeachConfig:
     temperature: float = 1.0
     """0 is greedy. The recorded logprobs are those of the model itself, whatever the temperature."""
     top_p: float = 1.0
+    """Draw from the likeliest tokens that hold this probability together."""
+    sample_top_k: int = 0
+    """Draw from this many of the likeliest tokens; 0 from all. Not to be confused with `top_k`."""
+    min_p: float = 0.0
+    """Draw from tokens with at least this share of the likeliest one's probability."""
     max_tokens: int = 256
     """Bound on a completion, tokens; less where the context ends before."""
     completions: int = 1
@@ -127,6 +142,11 @@ class TeachConfig:
                 sum(map(bool, (self.prompt_column, self.messages_column, self.token_ids_column))) <= 1
             ),
             f"limit {self.limit} is negative": self.limit >= 0,
+            "system, thinking and template_args are for chats; they exclude chat = false": self.chat
+            or not (self.system or self.thinking is not None or self.template_args),
+            f"template_args may not hold {', '.join(_TEMPLATE_OWN)}; thinking has a flag of its own": (
+                not set(self.template_args) & set(_TEMPLATE_OWN)
+            ),
             f"codec {self.codec!r} is none of {', '.join(CODEC_MODES)}": self.codec in CODEC_MODES,
             f"min_probability {self.min_probability} is outside 0..1": 0 <= self.min_probability <= 1,
             f"draws {self.draws} is outside 1..{MAX_TOP_K}: codec 'sampled' needs them": (
@@ -138,6 +158,11 @@ class TeachConfig:
             f"top_k {self.top_k} is outside 0..{MAX_TOP_K}": 0 <= self.top_k <= MAX_TOP_K,
             f"temperature {self.temperature} is negative": self.temperature >= 0,
             f"top_p {self.top_p} is outside (0, 1]": 0 < self.top_p <= 1,
+            f"sample_top_k {self.sample_top_k} is negative": self.sample_top_k >= 0,
+            f"min_p {self.min_p} is outside 0..1": 0 <= self.min_p <= 1,
+            f"{self.completions} completions at temperature 0 would all be the same": (
+                self.completions == 1 or self.temperature > 0
+            ),
             f"max_tokens {self.max_tokens} is below 1": self.max_tokens >= 1,
             f"completions {self.completions} is below 1": self.completions >= 1,
             f"max_model_len {self.max_model_len} is below 2": self.max_model_len >= 2,

@@ -8,10 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from functools import cached_property
 from itertools import islice
 from pathlib import Path
 
 from lynearm.teacher.config import TeachConfig
+from lynearm.teacher.preflight import PromptChecker, load_checker
 from lynearm.teacher.prompt_ids import SeenIds
 from lynearm.teacher.prompt_rows import read_rows
 from lynearm.teacher.prompts import (
@@ -41,12 +43,16 @@ class PromptFile:
 
 
 class JobPrompts:
-    """The prompts of a job; iterate it as often as you like.
+    """The prompts of a job that its teacher takes, as far as the model's files are here to tell.
+
+    Iterate it as often as you like.
 
     Args:
-        config: Names the source, its columns, a system prompt and a limit.
+        config: From `pin_model`; names the model, the source, its columns, a system prompt and a limit.
 
-    Raises, while it is iterated:
+    Raises, when its iteration begins:
+        ConfigError: as for `load_checker`.
+    And while it goes on:
         PromptFileError: if the source cannot be read, holds no prompt or, with `strict`, a bad line.
         MissingDependencyError: without the package that reads it.
     """
@@ -64,6 +70,8 @@ class JobPrompts:
         bad = good = 0
         for one in iterate_prompts(self._config):
             if isinstance(one, Prompt):
+                one = self._checked(one)
+            if isinstance(one, Prompt):
                 good += 1
                 yield one
                 continue
@@ -75,6 +83,14 @@ class JobPrompts:
         self.bad_lines, self.bad_line_count = tuple(kept), bad
         if not good:
             raise _refusal(kept[0] if kept else None, max(0, bad - 1), self._config.prompts, usable=False)
+
+    @cached_property
+    def _checker(self) -> PromptChecker | None:
+        return load_checker(self._config)
+
+    def _checked(self, prompt: Prompt) -> Prompt | BadLine:
+        problem = "" if self._checker is None else self._checker.problem(prompt)
+        return BadLine(prompt.file, prompt.line, problem) if problem else prompt
 
 
 def iterate_prompts(config: TeachConfig) -> Iterator[Prompt | BadLine]:
