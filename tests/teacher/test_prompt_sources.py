@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 
 from lynearm.teacher.config import TeachConfig
 from lynearm.teacher.prompt_ids import SeenIds
-from lynearm.teacher.prompt_sources import JobPrompts, iterate_prompts, load_prompts
+from lynearm.teacher.prompt_sources import UsablePrompts, iterate_prompts, load_prompts
 from lynearm.teacher.prompts import BadLine, ChatMessage, Prompt, parse_prompt, prompt_line
 from lynearm.wire.errors import ConfigError, MissingDependencyError, PromptFileError
 
@@ -314,15 +314,15 @@ def test_a_system_prompt_makes_a_chat_and_another_question_of_it(tmp_path: Path)
 
 def test_the_prompts_of_a_job_are_the_same_each_time(tmp_path: Path) -> None:
     path = write(tmp_path / "p.jsonl", {"prompt": "one"}, "{", {"prompt": "two"}, {"prompt": "three"})
-    prompts = JobPrompts(make_config(path, limit=3))
+    prompts = UsablePrompts(make_config(path, limit=3))
     assert [one.text for one in prompts] == [one.text for one in prompts] == ["one", "two"]
     assert (prompts.bad_line_count, [line.line for line in prompts.bad_lines]) == (1, [2])
     with pytest.raises(PromptFileError, match=r"p\.jsonl:2: not JSON.*leave out --strict"):
-        list(JobPrompts(make_config(path, strict=True)))
+        list(UsablePrompts(make_config(path, strict=True)))
     with pytest.raises(PromptFileError, match="correct the lines"):
-        list(JobPrompts(make_config(write(tmp_path / "bad.jsonl", "{", "["))))
+        list(UsablePrompts(make_config(write(tmp_path / "bad.jsonl", "{", "["))))
     with pytest.raises(PromptFileError, match="holds no prompts"):
-        list(JobPrompts(make_config(write(tmp_path / "none.jsonl"))))
+        list(UsablePrompts(make_config(write(tmp_path / "none.jsonl"))))
 
 
 def test_columns_that_exclude_each_other_are_refused() -> None:
@@ -372,8 +372,8 @@ def test_memory_does_not_grow_with_the_number_of_prompts(kind: str, tmp_path: Pa
         code = (
             "import resource, sys\n"
             "from lynearm.teacher.config import TeachConfig\n"
-            "from lynearm.teacher.prompt_sources import JobPrompts\n"
-            "count = sum(1 for _ in JobPrompts(TeachConfig('m', sys.argv[1], 's')))\n"
+            "from lynearm.teacher.prompt_sources import UsablePrompts\n"
+            "count = sum(1 for _ in UsablePrompts(TeachConfig('m', sys.argv[1], 's')))\n"
             "print(count, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)\n"
         )
         done = subprocess.run(

@@ -178,42 +178,48 @@ def _find_commit(repository: str, revision: str) -> str:
         return revision
     hub = _import_hub()
     try:
-        return str(hub.HfApi().model_info(repository, revision=revision or None).sha)
-    except hub.errors.HfHubHTTPError as error:
-        # An answer of the hub's that it is not there, or not for us; its other troubles are not ours.
-        if error.response is not None and error.response.status_code < 500:
-            raise _refused(hub, repository, revision, error) from error
-        reason: Exception = error
-    # The client's errors for no network, and for one that it is told not to use, are OSErrors or httpx's own.
-    except Exception as error:
-        reason = error
-    try:
-        cached = Path(hub.snapshot_download(repository, revision=revision or None, local_files_only=True))
-    except Exception as error:
+        # The client keeps the file in a directory named by its commit, and what the branch stood for, so that
+        # it answers the same without a network.
+        return Path(hub.hf_hub_download(repository, "config.json", revision=revision or None)).parent.name
+    except hub.errors.LocalEntryNotFoundError as error:
         raise ConfigError(
             f"there is no directory {repository!r} here, no copy of a model of the hub of that name, and the "
-            f"hub cannot be asked: {_first_line(reason)}",
+            f"hub cannot be asked: {_first_line(error.__cause__ or error)}",
             "check --model and the network",
         ) from error
-    logger.warning("the hub cannot be asked; using the copy of %s at commit %s", repository, cached.name)
-    return cached.name
+    except (hub.errors.HfHubHTTPError, OSError) as error:
+        raise _refused(hub, repository, revision, error) from error
 
 
 def _download(repository: str, revision: str) -> PreparedModel:
     hub = _import_hub()
+    # A commit never changes: what is here already needs no network.
+    directory = _snapshot(hub, repository, revision, local_only=True)
+    if directory is None or not any(directory.glob("*.safetensors")):
+        directory = _snapshot(hub, repository, revision, local_only=False)
+    if directory is None or not any(directory.glob("*.safetensors")):
+        raise ConfigError(
+            f"no weights in safetensors were found for model {repository!r} at {revision or 'its main branch'}",
+            "name a model, or a revision of it, that has them; check the network",
+        )
+    return PreparedModel(directory, directory.name)
+
+
+def _snapshot(hub: Untyped, repository: str, revision: str, *, local_only: bool) -> Path | None:
+    """The directory of a commit, which it is named by; None where it is not here and `local_only`."""
     try:
-        directory = Path(
-            hub.snapshot_download(repository, revision=revision or None, allow_patterns=list(_HUB_FILES))
+        return Path(
+            hub.snapshot_download(
+                repository,
+                revision=revision or None,
+                allow_patterns=list(_HUB_FILES),
+                local_files_only=local_only,
+            )
         )
     except (hub.errors.HfHubHTTPError, hub.errors.LocalEntryNotFoundError, OSError) as error:
+        if local_only:
+            return None
         raise _refused(hub, repository, revision, error) from error
-    if not any(directory.glob("*.safetensors")):
-        raise ConfigError(
-            f"model {repository!r} has no weights in safetensors",
-            "name a model, or a revision of it, that has",
-        )
-    # The hub's client keeps a snapshot in a directory named by its commit.
-    return PreparedModel(directory, directory.name)
 
 
 def _refused(hub: Untyped, repository: str, revision: str, error: Exception) -> ConfigError:
@@ -248,5 +254,5 @@ def _import_hub() -> Untyped:
     return module
 
 
-def _first_line(error: Exception) -> str:
+def _first_line(error: BaseException) -> str:
     return str(error).strip().split("\n", 1)[0][:300] or type(error).__name__

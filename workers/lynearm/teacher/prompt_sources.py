@@ -31,7 +31,7 @@ MAX_PROMPT_BYTES = 1 << 20
 """Of a prompt's line in the prompt queue."""
 
 MAX_KEPT_BAD_LINES = 1000
-"""Of those that `JobPrompts` remembers, for people."""
+"""Of those that `UsablePrompts` remembers, for people."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,7 +42,7 @@ class PromptFile:
     bad_lines: tuple[BadLine, ...]
 
 
-class JobPrompts:
+class UsablePrompts:
     """The prompts of a job that its teacher takes, as far as the model's files are here to tell.
 
     Iterate it as often as you like.
