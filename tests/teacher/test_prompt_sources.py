@@ -16,9 +16,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lynearm.teacher.config import TeachConfig
+from lynearm.teacher.prompt_content import decode_prompt, encode_prompt
 from lynearm.teacher.prompt_ids import SeenIds
 from lynearm.teacher.prompt_sources import UsablePrompts, iterate_prompts, load_prompts
-from lynearm.teacher.prompts import BadLine, ChatMessage, Prompt, parse_prompt, prompt_line
+from lynearm.teacher.prompts import BadLine, ChatMessage, Prompt
 from lynearm.wire.errors import ConfigError, MissingDependencyError, PromptFileError
 
 
@@ -345,10 +346,9 @@ words = st.text(min_size=1).filter(lambda text: text.strip() and "\0" not in tex
     )
     | st.builds(Prompt, prompt_id=st.just("x"), token_ids=st.lists(st.integers(0, 9), min_size=1).map(tuple))
 )
-def test_a_prompt_comes_back_from_its_line(prompt: Prompt) -> None:
-    line = prompt_line(prompt)
-    assert b"\n" not in line
-    assert parse_prompt(line) == prompt
+def test_a_prompt_comes_back_from_the_queue(prompt: Prompt) -> None:
+    encoded = encode_prompt(prompt)
+    assert decode_prompt(encoded.prompt_id, encoded.content) == prompt
 
 
 @given(st.lists(st.tuples(st.sampled_from("abcdefgh"), st.sampled_from(["f", "g"])), max_size=30))

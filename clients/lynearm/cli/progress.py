@@ -140,14 +140,18 @@ class Reporter(Generic[_Event]):
 
     def _draw(self, bars: _Bars, status: Status) -> None:
         new_stage = self._shown is None or self._shown.stage != status.stage
-        told = {"text": status.text, "left": status.left_seconds}
         bars.rows = status.rows
         if not bars.tasks or new_stage:
             for task in bars.tasks:
                 bars.remove_task(task.id)
-            bars.add_task(status.stage, total=status.total, completed=int(status.completed), **told)
-            return
-        bars.update(bars.tasks[0].id, total=status.total, completed=status.completed, **told)
+            bars.add_task(status.stage, total=status.total, text="", left=None)
+        bars.update(
+            bars.tasks[0].id,
+            total=status.total,
+            completed=status.completed,
+            text=status.text,
+            left=status.left_seconds,
+        )
 
     def _print(self, status: Status) -> None:
         new_stage = self._shown is None or self._shown.stage != status.stage

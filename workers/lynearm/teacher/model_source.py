@@ -199,7 +199,8 @@ def _download(repository: str, revision: str) -> PreparedModel:
         directory = _snapshot(hub, repository, revision, local_only=False)
     if directory is None or not any(directory.glob("*.safetensors")):
         raise ConfigError(
-            f"no weights in safetensors were found for model {repository!r} at {revision or 'its main branch'}",
+            f"no weights in safetensors were found for model {repository!r} at revision "
+            f"{revision or 'main'!r}",
             "name a model, or a revision of it, that has them; check the network",
         )
     return PreparedModel(directory, directory.name)

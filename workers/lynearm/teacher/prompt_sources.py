@@ -14,6 +14,7 @@ from pathlib import Path
 
 from lynearm.teacher.config import TeachConfig
 from lynearm.teacher.preflight import PromptChecker, load_checker
+from lynearm.teacher.prompt_content import MAX_CONTENT_BYTES, encode_prompt
 from lynearm.teacher.prompt_ids import SeenIds
 from lynearm.teacher.prompt_rows import read_rows
 from lynearm.teacher.prompts import (
@@ -23,12 +24,8 @@ from lynearm.teacher.prompts import (
     PromptColumns,
     content_id,
     prompt_from_fields,
-    prompt_line,
 )
 from lynearm.wire.errors import PromptFileError
-
-MAX_PROMPT_BYTES = 1 << 20
-"""Of a prompt's line in the prompt queue."""
 
 MAX_KEPT_BAD_LINES = 1000
 """Of those that `UsablePrompts` remembers, for people."""
@@ -192,11 +189,8 @@ def _with_system(prompt: Prompt, system: str, *, named: bool) -> Prompt:
 def _check_size(prompt: Prompt) -> None:
     texts = (prompt.text, *(one.content for one in prompt.messages), *prompt.tags.values())
     # A character takes at most 12 bytes of JSON, an id 11: nothing is written out for the usual prompt.
-    if 12 * (sum(map(len, texts)) + len(prompt.token_ids)) < MAX_PROMPT_BYTES // 2:
-        return
-    size_bytes = len(prompt_line(prompt))
-    if size_bytes > MAX_PROMPT_BYTES:
-        raise PromptFileError(f"the prompt is {size_bytes} bytes, expected at most {MAX_PROMPT_BYTES}")
+    if 12 * (sum(map(len, texts)) + len(prompt.token_ids)) > MAX_CONTENT_BYTES // 2:
+        encode_prompt(prompt)
 
 
 def _refusal(first: BadLine | None, others: int, source: str, *, usable: bool) -> PromptFileError:

@@ -157,20 +157,6 @@ def prompt_from_fields(
     )
 
 
-def prompt_line(prompt: Prompt) -> bytes:
-    """The prompt as a line of JSON, without where it stood; `parse_prompt` is the inverse."""
-    fields: dict[str, object] = {"id": prompt.prompt_id}
-    if prompt.token_ids:
-        fields["prompt_token_ids"] = prompt.token_ids
-    elif prompt.messages:
-        fields["messages"] = [{"role": one.role, "content": one.content} for one in prompt.messages]
-    else:
-        fields["prompt"] = prompt.text
-    if prompt.tags:
-        fields["tags"] = dict(prompt.tags)
-    return json.dumps(fields, ensure_ascii=False, separators=(",", ":")).encode()
-
-
 def content_id(text: str, messages: Sequence[ChatMessage], token_ids: Sequence[int] = ()) -> str:
     """The id of a prompt that has none of its own: a digest of what is asked."""
     content: list[object] = [text, *([message.role, message.content] for message in messages)]
