@@ -1,12 +1,11 @@
 """What the supervisor does about nodes that come and go, and workers that die.
 
-Stand-ins: nodes, processes and the queue are plain objects, so that a test decides who dies when; `test_fleet`
-has real ones.
+Stand-ins: nodes, processes and the queue are plain objects, so that a test decides who dies when.
+`test_fleet` has real ones.
 """
 
 from __future__ import annotations
 
-import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -18,7 +17,8 @@ from lynearm.client.job_calls import JobInfo
 from lynearm.client.leases import Lease
 from lynearm.teacher.placement import NodeView, WorkerShare
 from lynearm.teacher.quarantine import Suspect, SuspectGroup
-from lynearm.teacher.ray_actor import WorkerLostError
+from lynearm.teacher.ray_actor import WorkerLostError, WorkerOutOfReachError
+from lynearm.teacher.recovery import MAX_VERDICTS
 from lynearm.teacher.supervisor import MAX_BARREN_DEATHS, Supervisor
 from lynearm.teacher.worker import LeasedWork, WorkerProgress
 from lynearm.wire.errors import ConfigError, StreamExistsError, TeacherError
@@ -36,13 +36,14 @@ class Clock:
 
 
 class FakePlace:
-    def __init__(self, cluster: FakeCluster) -> None:
+    def __init__(self, cluster: FakeCluster, share: WorkerShare) -> None:
         self.cluster = cluster
+        self.fits = share.memory_bytes <= 8 * GIB
         self.released = False
         self.placed = ""
 
     def node_id(self) -> str:
-        if not self.placed:
+        if not self.placed and self.fits:
             self.placed = self.cluster.find_room()
         return self.placed
 
@@ -64,6 +65,7 @@ class FakeActor:
         self.work: Sequence[LeasedWork] = ()
         self.outcome: Any = None
         self.is_finished = False
+        self.finds_nothing = False
         self.killed = False
         self.reported: WorkerProgress | None = None
 
@@ -71,9 +73,10 @@ class FakeActor:
         self.calls.append(method)
         if method in ("drain", "stop"):
             return None
-        self.is_finished, self.outcome = method in ("load", "connect", "disconnect"), None
-        if method == "disconnect":
-            self.outcome = WorkerProgress()
+        self.is_finished = method in ("load", "connect", "disconnect")
+        self.outcome = {"load": "the spec", "disconnect": WorkerProgress()}.get(method)
+        if method == "run" and self.finds_nothing:
+            self.finish("dry")
         if method == "attempt":
             (self.work,) = arguments
         return method
@@ -124,7 +127,7 @@ class FakeCluster:
         ]
 
     def reserve(self, share: WorkerShare) -> FakePlace:
-        self.places.append(FakePlace(self))
+        self.places.append(FakePlace(self, share))
         return self.places[-1]
 
     def start(self, share: WorkerShare, place: Any, *, producer_id: str, holder: str) -> FakeActor:
@@ -193,8 +196,7 @@ class Scene:
         for _ in range(int(seconds * 2)):
             self.clock.seconds += 0.5
             self.supervisor.tick()
-            while any(not errand.chore.is_done for errand in self.supervisor._errands):
-                time.sleep(0.001)
+            self.supervisor._errands.wait()
 
     def states(self) -> list[str]:
         return [slot.state for slot in self.supervisor.slots]
@@ -286,6 +288,18 @@ def test_what_went_with_its_node_is_given_back_and_makes_nobody_suspect() -> Non
     assert scene.attempted() == []
 
 
+def test_a_node_that_ray_calls_dead_late_makes_nobody_suspect() -> None:
+    scene = Scene(nodes=2, held=["a", "b"])
+    scene.play()
+    scene.cluster.actors[0].finish(WorkerOutOfReachError("the teacher's process cannot be reached"))
+    scene.play(20)
+    assert scene.states() == ["replacing", "generating"]
+    scene.cluster.names.remove("node-0")
+    scene.play()
+    assert (scene.queue.given_back, scene.queue.kept) == (["teacher-0.1"], [])
+    assert scene.supervisor.restarts == 0
+
+
 def test_suspects_are_tried_in_groups_and_cleared() -> None:
     scene = Scene(held=["a", "b", "c"], max_batch=16)
     scene.play()
@@ -319,6 +333,21 @@ def test_a_prompt_that_ends_the_engine_alone_is_given_up_and_the_job_goes_on() -
     assert scene.queue.failed == {"b": "ended the engine again when it was alone in it: segmentation fault"}
     assert scene.queue.answered == ["a"]
     assert scene.states() == ["generating"]
+
+
+def test_a_job_in_which_every_prompt_ends_the_engine_ends_too() -> None:
+    scene = Scene(held=[f"p{number}" for number in range(50)])
+    scene.play()
+    scene.cluster.alive[0].die()
+
+    def die_for_ever() -> None:
+        while True:
+            scene.play(10)
+            scene.cluster.alive[0].die("out of memory")
+
+    with pytest.raises(TeacherError, match="8 prompts in a row ended the engine"):
+        die_for_ever()
+    assert len(scene.queue.failed) == MAX_VERDICTS - 1
 
 
 def test_a_group_whose_node_is_lost_is_tried_again_elsewhere() -> None:
@@ -391,14 +420,15 @@ def test_finished_prompts_forgive_deaths() -> None:
 
 def test_an_error_of_the_first_worker_is_the_jobs_and_of_a_later_one_its_own() -> None:
     scene = Scene(nodes=1)
-    scene.play(1)
+    scene.play(0.5)
     scene.cluster.actors[0].finish(StreamExistsError("it has another spec"))
     with pytest.raises(StreamExistsError):
         scene.play()
     scene = Scene(nodes=1)
     scene.play()
     scene.cluster.names.append("node-9")
-    scene.play(2)
+    while len(scene.cluster.actors) == 1:
+        scene.play(0.5)
     scene.cluster.actors[1].finish(ConfigError("no such model on this node"))
     scene.play()
     assert scene.states() == ["generating", "given up"]
@@ -425,12 +455,12 @@ def test_an_idle_worker_asks_again_and_takes_suspects_at_once() -> None:
     scene = Scene(nodes=2, held=["a"], workers=2)
     scene.play()
     idle, dying = scene.cluster.actors
+    idle.finds_nothing = True
     idle.finish("dry")
     scene.play(1)
     assert idle.calls.count("run") == 1
     scene.play(3)
     assert idle.calls.count("run") == 2
-    idle.finish("dry")
     dying.die()
     scene.play(8)
     assert idle.calls[-1] == "attempt"

@@ -29,6 +29,10 @@ class Chore(Generic[Result]):
         """Whether `result` has something to say."""
         return not self._thread.is_alive()
 
+    def wait(self) -> None:
+        """Wait until it is done."""
+        self._thread.join()
+
     def result(self) -> Result:
         """What the call returned; waits for it, or raises what it raised."""
         self._thread.join()

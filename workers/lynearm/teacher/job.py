@@ -27,7 +27,12 @@ from lynearm.teacher.ray_actor import RayWorkers, ray_session
 from lynearm.teacher.ray_cluster import Untyped
 from lynearm.teacher.slot import Totals
 from lynearm.teacher.supervisor import Supervisor
-from lynearm.wire.errors import MissingDependencyError, StreamNotFoundError, StreamSealedError
+from lynearm.wire.errors import (
+    JobCancelledError,
+    MissingDependencyError,
+    StreamNotFoundError,
+    StreamSealedError,
+)
 
 __all__ = ["OnProgress", "TeachProgress", "TeachReport", "run_teach"]
 
@@ -57,6 +62,7 @@ def run_teach(config: TeachConfig, on_progress: OnProgress = lambda progress: No
         PromptFileError: if the prompts cannot be read or, with `strict`, one is bad. Nothing was started.
         StreamExistsError: if the stream exists with another spec.
         StreamSealedError: if it is sealed, and prompts are not finished.
+        JobCancelledError: if somebody ended the job.
         JobExistsError: if the job that the config names has other prompts.
         TeacherError: if workers keep dying.
         LynearmError: what else the engine or the service said.
@@ -97,18 +103,27 @@ class _Job:
         self._finished_before = work.count_finished(before, job)
         is_done = job is not None and job.state == "done"
         remaining = 0 if is_done else prompts.count - self._finished_before
-        if remaining and before is not None and before.sealed:
-            raise StreamSealedError(
-                f"stream {self._config.stream!r} is sealed, and {remaining} prompts are not in it",
-                "write them to a stream of another name",
-            )
         if remaining:
+            self._refuse_in_vain(before, job, remaining)
             self._teach(work)
         sealed = self._seal()
         self._wait_for_service()
         self._enter("done")
         self._report_progress()
         return self._report(work, prompts, before, sealed=sealed)
+
+    def _refuse_in_vain(self, stream: StreamInfo | None, job: JobInfo | None, remaining: int) -> None:
+        """Start nothing that can publish nothing."""
+        if stream is not None and stream.sealed:
+            raise StreamSealedError(
+                f"stream {self._config.stream!r} is sealed, and {remaining} prompts are not in it",
+                "write them to a stream of another name",
+            )
+        if job is not None and job.state == "cancelled":
+            raise JobCancelledError(
+                f"job {job.name!r} of stream {self._config.stream!r} was cancelled",
+                "to answer its prompts after all, name another job: what is done stays done",
+            )
 
     def _teach(self, work: PromptJob) -> None:
         # Ray forks its servers from this process, and while a channel is open gRPC's fork handlers abort such

@@ -31,6 +31,10 @@ class WorkerLostError(TeacherError):
     """The actor died, or its engine did: a new one can go on."""
 
 
+class WorkerOutOfReachError(WorkerLostError):
+    """The actor does not answer, and Ray has not found out yet whether its process ended or its node."""
+
+
 @contextlib.contextmanager
 def ray_session(address: str, cpus: int) -> Generator[Untyped]:
     """The module `ray`, connected; a Ray that was started here is shut down at the end.
@@ -125,6 +129,7 @@ class WorkerActor:
 
         Raises:
             WorkerLostError: if the actor died on the way, or its engine did.
+            WorkerOutOfReachError: if it went, and it is not known how.
             LynearmError: what the call raised; TeacherError for anything else.
         """
         try:
@@ -136,6 +141,8 @@ class WorkerActor:
             if isinstance(cause, LynearmError):
                 raise cause from error
             raise TeacherError(f"the teacher failed: {type(cause).__name__}: {cause}") from error
+        except self._ray.exceptions.ActorUnavailableError as error:
+            raise WorkerOutOfReachError("the teacher's process cannot be reached") from error
         # Also what is no RayActorError: a node that went, or memory that ran out.
         except self._ray.exceptions.RayError as error:
             raise WorkerLostError(f"the teacher's process died: {_last_line(error)}") from error

@@ -104,6 +104,8 @@ class Slot:
         """What it answers with nothing else in its engine."""
         self.barren_deaths = 0
         """In a row, without a prompt finished between them."""
+        self.inquest_seconds = 0.0
+        """After its death, until it counts as none of its node's."""
         self.reason = ""
         self.progress = WorkerProgress()
         self.totals = Totals()
@@ -151,9 +153,10 @@ class Slot:
             self.barren_deaths = 0
         self.progress = progress
 
-    def bury(self, reason: str) -> None:
-        """Its process has ended: count in what it did."""
+    def bury(self, reason: str, inquest_seconds: float) -> None:
+        """Its process has ended: count in what it did, and find out why within some time."""
         self.forget_process()
+        self.inquest_seconds = inquest_seconds
         self.reason = reason
         self.barren_deaths += 1
         self.state = "replacing"

@@ -16,12 +16,9 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import Protocol
 
 from lynearm.client.job_calls import JobInfo
-from lynearm.client.leases import Lease
-from lynearm.teacher.chores import Chore
 from lynearm.teacher.config import TeachConfig
 from lynearm.teacher.placement import (
     NodeView,
@@ -31,8 +28,9 @@ from lynearm.teacher.placement import (
     worker_share,
     workers_to_add,
 )
-from lynearm.teacher.quarantine import Quarantine, Suspect, SuspectGroup, by_lease
-from lynearm.teacher.ray_actor import WorkerLostError
+from lynearm.teacher.quarantine import by_lease
+from lynearm.teacher.ray_actor import WorkerLostError, WorkerOutOfReachError
+from lynearm.teacher.recovery import DEATH_REMEDY, Errands, EstateQueue, Recovery
 from lynearm.teacher.slot import Actor, Place, Slot, Totals
 from lynearm.teacher.worker import LeasedWork
 from lynearm.wire.errors import ConfigError, LynearmError, TeacherError
@@ -41,14 +39,17 @@ from lynearm.wire.specs import StreamSpec
 logger = logging.getLogger(__name__)
 
 MAX_BARREN_DEATHS = 3
-"""Processes of one worker that may end in a row without a prompt finished between them; of suspect prompts
-that are answered alone, each may cost one more."""
+"""Processes of one worker that may end in a row without a prompt finished between them, those not counted
+that a prompt ended which was alone in the engine."""
 
 _NODES_SECONDS = 1.0
 """Between two looks at the cluster."""
 
 _INQUEST_SECONDS = 5.0
 """After a process ended, until its node counts as alive: Ray says so about both, in any order."""
+
+_LONG_INQUEST_SECONDS = 30.0
+"""The same for one that cannot be reached: Ray asks a node five times before it calls it dead."""
 
 _IDLE_SECONDS = 2.0
 """Until a worker that had nothing to do asks again."""
@@ -82,8 +83,8 @@ class WorkerCluster(Protocol):
         ...
 
 
-class JobQueue(Protocol):
-    """The job, as far as the supervisor deals with it. Every method may wait for the service."""
+class JobQueue(EstateQueue, Protocol):
+    """The job, as far as the supervisor deals with it. `prepare` may wait for the service."""
 
     @property
     def name(self) -> str:
@@ -98,30 +99,6 @@ class JobQueue(Protocol):
     def prepare(self, spec: StreamSpec) -> JobInfo:
         """Open the stream, and create or find the job."""
         ...
-
-    def give_back(self, holder: str) -> None:
-        """Let others have what a dead worker held."""
-        ...
-
-    def keep(self, holder: str) -> list[Lease]:
-        """Hold what a dead worker held."""
-        ...
-
-    def finish(self, group: SuspectGroup) -> None:
-        """Take note that prompts were answered. Does not wait."""
-        ...
-
-    def fail(self, suspect: Suspect, reason: str) -> JobInfo:
-        """Give a prompt up for good."""
-        ...
-
-
-@dataclass(slots=True)
-class _Errand:
-    """A chore, and what is done with its result."""
-
-    chore: Chore[object]
-    then: Callable[[object], None]
 
 
 class Supervisor:
@@ -150,8 +127,8 @@ class Supervisor:
         self._looked_at = float("-inf")
         self._share = WorkerShare(1)
         self._slots: dict[int, Slot] = {}
-        self._errands: list[_Errand] = []
-        self._quarantine = Quarantine(config.max_batch)
+        self._errands = Errands()
+        self._recovery = Recovery(queue, self._errands, config.max_batch)
         self._gone = Totals()
         self._heard = 0
         self._placed_at = float("-inf")
@@ -161,8 +138,6 @@ class Supervisor:
         self._is_done = False
         self.restarts = 0
         """Processes that ended and were replaced."""
-        self.given_up = 0
-        """Prompts that ended engines."""
         self.most_workers = 0
         """That generated at the same time."""
         self.message = ""
@@ -177,6 +152,11 @@ class Supervisor:
     def job(self) -> JobInfo | None:
         """The job as it was when it was created or found; None before that."""
         return self._job
+
+    @property
+    def given_up(self) -> int:
+        """Prompts that ended engines."""
+        return self._recovery.given_up
 
     @property
     def has_ended(self) -> bool:
@@ -206,7 +186,7 @@ class Supervisor:
         Raises:
             LynearmError: what makes the job impossible; TeacherError if workers keep dying.
         """
-        self._run_errands()
+        self._collect_errands()
         self._look_at_nodes()
         for number, slot in list(self._slots.items()):
             slot.look()
@@ -232,6 +212,14 @@ class Supervisor:
         for number, slot in list(self._slots.items()):
             slot.is_connected = False
             self._end(number, slot)
+
+    def _collect_errands(self) -> None:
+        before = self._recovery.given_up
+        self._errands.collect()
+        if self._recovery.given_up > before:
+            self.message = "a prompt that ended the engine twice was given up"
+        job = self._recovery.job
+        self._is_done = self._is_done or (job is not None and job.state == "done")
 
     # The cluster.
 
@@ -348,7 +336,8 @@ class Supervisor:
             if method == "disconnect":
                 self._remove(number, slot)
             else:
-                self._bury(slot, error.message)
+                is_clear = not isinstance(error, WorkerOutOfReachError)
+                self._bury(slot, error.message, _INQUEST_SECONDS if is_clear else _LONG_INQUEST_SECONDS)
             return
         except LynearmError as error:
             if method == "disconnect":  # what it made was durable before
@@ -368,8 +357,9 @@ class Supervisor:
             slot.progress = result
             self._remove(number, slot)
         elif method == "attempt":
+            slot.barren_deaths = 0
             if slot.group is not None:
-                self._queue.finish(slot.group)
+                self._recovery.clear(slot.group)
             slot.group = None
             self._assign(number, slot)
         else:
@@ -396,7 +386,7 @@ class Supervisor:
         if self._preparing:
             return
         self._preparing = True
-        self._errand(lambda: self._queue.prepare(spec), self._note_job, "prepare-job")
+        self._errands.send(lambda: self._queue.prepare(spec), self._note_job, "prepare-job")
 
     def _note_job(self, job: JobInfo) -> None:
         self._job = job
@@ -407,14 +397,14 @@ class Supervisor:
 
     def _is_due(self, slot: Slot) -> bool:
         waited = self._clock() - slot.since > _IDLE_SECONDS
-        return not self._is_done and (len(self._quarantine) > 0 or waited)
+        return not self._is_done and (self._recovery.has_suspects or waited)
 
     def _assign(self, number: int, slot: Slot) -> None:
         """Give a worker that does nothing something to do."""
         if self._stopping_since is not None or self._is_leaving(slot):
             self._end(number, slot)
             return
-        slot.group = self._quarantine.next()
+        slot.group = self._recovery.next()
         if slot.group is None:
             # An idle one asks now and then: it is at work once it has got something.
             if slot.state != "idle":
@@ -432,66 +422,46 @@ class Supervisor:
 
     # Its death.
 
-    def _bury(self, slot: Slot, reason: str) -> None:
+    def _bury(self, slot: Slot, reason: str, inquest_seconds: float = _INQUEST_SECONDS) -> None:
         logger.warning("stream %s: %s: %s", self._config.stream, slot.name, reason)
-        slot.bury(reason)
+        slot.bury(reason, inquest_seconds)
         self.message = f"{slot.name}: {reason}; starting another"
         # The next look at the nodes says whether its node is there.
         self._looked_at = float("-inf")
 
     def _replace(self, number: int, slot: Slot) -> None:
         is_gone = self._is_gone(slot)
-        if not is_gone and self._clock() - slot.since < _INQUEST_SECONDS:
+        if not is_gone and self._clock() - slot.since < slot.inquest_seconds:
             return
         self._settle_estate(slot, suspicious=not is_gone)
         if self._stopping_since is not None or self._is_done or is_gone:
             self._remove(number, slot)
             return
         self.restarts += 1
-        if self._is_barren(slot):
+        if slot.barren_deaths >= MAX_BARREN_DEATHS:
             self._give_up(slot)
         else:
             self._start(slot)
 
     def _settle_estate(self, slot: Slot, *, suspicious: bool) -> None:
-        group, holder, slot.group = slot.group, slot.holder, None
+        group, slot.group = slot.group, None
         if slot.is_connected:
             slot.is_connected = False
-            if suspicious:
-                self._errand(lambda: self._queue.keep(holder), self._admit, "take-over")
-            else:
-                self._errand(lambda: self._queue.give_back(holder), _nothing, "give-back")
-        if group is None:
-            return
-        if not suspicious:
-            self._quarantine.put_back(group)
-        elif group.is_alone:
-            reason = f"ended the engine again when it was alone in it: {slot.reason}"
-            self._errand(lambda: self._queue.fail(group.suspects[0], reason), self._note_failure, "give-up")
-        else:
-            self._quarantine.split(group)
-
-    def _admit(self, leases: list[Lease]) -> None:
-        self._quarantine.admit(leases)
-
-    def _note_failure(self, job: JobInfo) -> None:
-        self.message = "a prompt that ended the engine twice was given up"
-        self.given_up += 1
-        self._job = job
-        self._is_done = self._is_done or job.state == "done"
-
-    def _is_barren(self, slot: Slot) -> bool:
-        # Each of several prompts that kill takes a process with it: one more while some are suspect.
-        return slot.barren_deaths >= MAX_BARREN_DEATHS + int(len(self._quarantine) > 0)
+            self._recovery.inherit(slot.holder, suspicious=suspicious)
+        if group is not None and not suspicious:
+            self._recovery.try_again(group)
+        elif group is not None:
+            # It is known what this one died of.
+            slot.barren_deaths -= int(group.is_alone)
+            finished = self.totals().generated_prompts
+            self._recovery.convict(group, slot.reason, finished_prompts=finished)
 
     def _give_up(self, slot: Slot) -> None:
         reason = (
             f"{slot.reason}; {slot.name} died {slot.barren_deaths} times in a row without a finished prompt"
         )
         if not any(other.is_connected for other in self._slots.values()):
-            raise TeacherError(
-                reason, "lower max_batch or max_model_len if memory is short, and see Ray's logs"
-            )
+            raise TeacherError(reason, DEATH_REMEDY)
         slot.state, slot.reason = "given up", reason
 
     # Ends.
@@ -524,17 +494,3 @@ class Supervisor:
     def _order(self, slot: Slot, method: str) -> None:
         if slot.actor is not None:
             slot.actor.call(method)
-
-    # What may take long.
-
-    def _errand(self, work: Callable[[], object], then: Callable[..., None], name: str) -> None:
-        self._errands.append(_Errand(Chore(work, name), then))
-
-    def _run_errands(self) -> None:
-        for errand in [errand for errand in self._errands if errand.chore.is_done]:
-            self._errands.remove(errand)
-            errand.then(errand.chore.result())
-
-
-def _nothing(_result: object) -> None:
-    return None
