@@ -116,7 +116,8 @@ def test_rows_stand_in_columns_and_fit_the_terminal(
     assert len(drawn) <= max(lines - 1, 3)
     assert "1 min 15 s left" in drawn[0] or columns < 80
     shown = [line for line in drawn if "teacher-" in line]
-    assert [line.split()[0] for line in shown] == [f"teacher-{n}" for n in range(len(shown))]
+    if columns >= 80:
+        assert [line.split()[0] for line in shown] == [f"teacher-{n}" for n in range(len(shown))]
     more = [line for line in drawn if " more" in line]
     assert bool(more) == (len(shown) < 12)
     if columns == 140:
