@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from lynearm.cli.export import describe as describe_export
-from lynearm.cli.teach import describe as describe_teach
+from lynearm.cli.teach_progress import describe as describe_teach
 from lynearm.cli.train import describe as describe_train
 from lynearm.export.progress import ExportProgress
 from lynearm.student.progress import EvaluationRecord, StepRecord, TrainProgress
-from lynearm.teacher.job import TeachProgress
+from lynearm.teacher.progress import TeachProgress, WorkerStatus
 
 STEP = StepRecord(
     step=12,
@@ -39,6 +39,30 @@ def test_a_teacher_says_what_it_waits_for() -> None:
     loading = describe_teach(TeachProgress("loading"))
     assert loading is not None
     assert loading.text == "the model into vLLM"
+
+
+def test_a_teacher_shows_each_worker_and_how_full_the_batches_are() -> None:
+    workers = (
+        WorkerStatus("teacher-0", "generating", "10.0.0.4", "", 3210.0, 64, 64, 312),
+        WorkerStatus("teacher-1", "generating", "10.0.0.5", "", 2890.0, 16, 64, 290, restarts=2),
+        WorkerStatus("teacher-2", "replacing", "", "its process died", 0.0, 0, 64, 120),
+        WorkerStatus("teacher-3", "loading", "10.0.0.6"),
+    )
+    event = TeachProgress("generating", prompts=9, failed_prompts=1, eta_seconds=90.0, workers=workers)
+    status = describe_teach(event)
+    assert status is not None
+    assert status.left_seconds == 90
+    assert "batch 62% full" in status.text, "of those that generate: 80 of 128"
+    assert status.text.endswith("1 failed")
+    first, second, third, fourth = status.rows
+    assert (first.name, first.share) == ("teacher-0", 1.0)
+    assert first.cells == ("generating", "64/64", "3.2k tokens/s", "312 prompts")
+    assert second.note == "restarted 2×, at 10.0.0.5"
+    assert (third.share, third.note) == (0.0, "its process died")
+    assert fourth.cells == ("loading", "", "", "")
+    sealing = describe_teach(TeachProgress("sealing", workers=workers))
+    assert sealing is not None
+    assert sealing.rows == ()
 
 
 def test_a_trainer_shows_step_loss_held_out_kl_and_rate() -> None:

@@ -11,7 +11,7 @@ import pytest
 from rich.console import Console
 
 from lynearm.cli.options import ProgressMode
-from lynearm.cli.progress import Reporter, Status, count, duration, event_line, size
+from lynearm.cli.progress import Reporter, Row, Status, count, duration, event_line, size
 from lynearm.cli.text import printable
 from lynearm.cli.traffic import Traffic, with_rates
 
@@ -87,6 +87,49 @@ def test_live_display_keeps_to_one_line(columns: int, monkeypatch: pytest.Monkey
     drawn = [frame for frame in frames if "training" in frame]
     assert drawn
     assert all(len(frame.rsplit("\x1b[2K", 1)[-1]) <= columns for frame in drawn)
+
+
+@pytest.mark.parametrize("columns", [50, 80, 140])
+@pytest.mark.parametrize("lines", [3, 10, 40])
+def test_rows_stand_in_columns_and_fit_the_terminal(
+    columns: int, lines: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    screen = io.StringIO()
+    terminal = Console(file=screen, force_terminal=True, width=columns, height=lines, color_system=None)
+    monkeypatch.setattr("lynearm.cli.progress.Console", lambda **_: terminal)
+    rows = tuple(
+        Row(f"teacher-{n}", n / 12, ("generating", f"{n}/12", f"{n * 100} tokens/s"), "at [red]10.0.0.1")
+        for n in range(12)
+    )
+    status = Status("generating", "x" * 300, 3, 10, left_seconds=75, rows=rows)
+    with Reporter[LongStep]("teach", ProgressMode.rich, lambda _: status) as report:
+        report(LongStep())
+        report(LongStep(done=1))
+        assert report._bars is not None
+        (table, *below) = report._bars.get_renderables()
+        drawn = [
+            "".join(segment.text for segment in line)
+            for one in (table, *below)
+            for line in terminal.render_lines(one)
+        ]
+    assert all(len(line) == columns for line in drawn)
+    assert len(drawn) <= max(lines - 1, 3)
+    assert "1 min 15 s left" in drawn[0] or columns < 80
+    shown = [line for line in drawn if "teacher-" in line]
+    if columns >= 80:
+        assert [line.split()[0] for line in shown] == [f"teacher-{n}" for n in range(len(shown))]
+    more = [line for line in drawn if " more" in line]
+    assert bool(more) == (len(shown) < 12)
+    if columns == 140:
+        assert len({line.index("tokens/s") for line in shown}) == 1
+        assert all("[red]" in line for line in shown), "texts are no markup"
+
+
+def test_rows_are_for_a_terminal_only(capsys: pytest.CaptureFixture[str]) -> None:
+    status = Status("generating", "all", rows=(Row("teacher-0", 0.5, ("generating",)),))
+    with Reporter[LongStep]("teach", ProgressMode.plain, lambda _: status) as report:
+        report(LongStep())
+    assert capsys.readouterr().err == "teach: generating: all\n"
 
 
 def test_events_must_be_dataclasses() -> None:

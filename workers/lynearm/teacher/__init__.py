@@ -3,7 +3,8 @@
 from lynearm.teacher.config import TeachConfig
 from lynearm.teacher.job import run_teach
 from lynearm.teacher.progress import FailedPrompt, TeachProgress, TeachReport, WorkerStatus
-from lynearm.teacher.prompts import BadLine, Prompt, PromptFile, load_prompts
+from lynearm.teacher.prompt_sources import PromptFile, load_prompts
+from lynearm.teacher.prompts import BadLine, Prompt
 from lynearm.teacher.worker import TeacherWorker, WorkerProgress
 
 __all__ = [

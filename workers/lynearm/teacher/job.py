@@ -12,11 +12,14 @@ import os
 import time
 from collections.abc import Callable, Generator
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import TypeAlias
 
 from lynearm.client import StreamInfo, TraceClient
 from lynearm.client.job_calls import JobInfo
 from lynearm.teacher.config import TeachConfig
+from lynearm.teacher.model_source import pin_model
+from lynearm.teacher.preflight import runs_here
 from lynearm.teacher.progress import Stage, TeachProgress, TeachReport
 from lynearm.teacher.prompt_job import MAX_REPORTED_FAILURES, JobPrompts, PromptJob
 from lynearm.teacher.rates import RateMeter
@@ -55,6 +58,7 @@ def run_teach(config: TeachConfig, on_progress: OnProgress = lambda progress: No
 
     Raises:
         MissingDependencyError: without Ray or vLLM. Nothing was started.
+        ConfigError: if there is no such model, or it does not fit here. Nothing was started.
         PromptFileError: if the prompts cannot be read or, with `strict`, one is bad. Nothing was started.
         StreamExistsError: if the stream exists with another spec.
         StreamSealedError: if it is sealed, and prompts are not finished.
@@ -63,8 +67,11 @@ def run_teach(config: TeachConfig, on_progress: OnProgress = lambda progress: No
         TeacherError: if workers keep dying.
         LynearmError: what else the engine or the service said.
     """
+    _check_installed()
+    address = "local" if runs_here(config) else config.ray_address or "auto"
+    settled = replace(pin_model(config), ray_address=address)
     with TraceClient(config.service) as client:
-        return _Job(config, client, on_progress).run()
+        return _Job(settled, client, on_progress).run()
 
 
 class _Job:
@@ -87,9 +94,8 @@ class _Job:
         self._message = ("", float("-inf"))
 
     def run(self) -> TeachReport:
-        _check_installed()
         prompts = JobPrompts(self._config)
-        self._prompt_count, self._skipped_count = prompts.count, len(prompts.bad_lines)
+        self._prompt_count, self._skipped_count = prompts.count, prompts.bad_line_count
         work = PromptJob(self._client, self._config, prompts)
         self._wait_for_service()
         before = self._stream()

@@ -24,7 +24,9 @@ def encode_prompt(prompt: Prompt) -> JobPrompt:
         PromptFileError: if it is larger than the queue takes.
     """
     fields: dict[str, object] = {}
-    if prompt.messages:
+    if prompt.token_ids:
+        fields["prompt_token_ids"] = prompt.token_ids
+    elif prompt.messages:
         fields["messages"] = [
             {"role": message.role, "content": message.content} for message in prompt.messages
         ]

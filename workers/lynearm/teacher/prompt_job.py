@@ -7,7 +7,7 @@ time: once for the digest, once to be sent, and that only as far as the service 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from itertools import islice
 
 from lynearm.client import StreamInfo, TraceClient
@@ -18,12 +18,13 @@ from lynearm.teacher.config import TeachConfig
 from lynearm.teacher.inheritance import Inheritance
 from lynearm.teacher.progress import FailedPrompt
 from lynearm.teacher.prompt_content import encode_prompt
-from lynearm.teacher.prompts import BadLine, Prompt, load_prompts
+from lynearm.teacher.prompt_sources import UsablePrompts
+from lynearm.teacher.prompts import BadLine
 from lynearm.teacher.quarantine import Suspect, SuspectGroup
 from lynearm.teacher.service_calls import patiently
-from lynearm.wire.errors import InvalidInputError, JobNotFoundError, PromptFileError, StreamNotFoundError
+from lynearm.wire.errors import JobNotFoundError, StreamNotFoundError
 from lynearm.wire.specs import StreamSpec
-from lynearm.wire.work import DIGEST_OF_NOTHING, JobPrompt, check_prompt_id, extend_digest
+from lynearm.wire.work import DIGEST_OF_NOTHING, JobPrompt, extend_digest
 
 MAX_REPORTED_FAILURES = 1000
 """Prompts without a trace that a report names."""
@@ -38,40 +39,31 @@ class JobPrompts:
         config: Says where they are.
 
     Raises:
-        PromptFileError: if they cannot be read or, with `strict`, one is bad.
+        ConfigError: if the model is refused, as by `load_checker`.
+        PromptFileError: if they cannot be read, there is none or, with `strict`, one is bad.
     """
 
     def __init__(self, config: TeachConfig) -> None:
-        self._strict = config.strict
-        self._prompts: Iterable[Prompt]
-        self._prompts, self._bad_lines = _read_prompts(config)
-        self._refused: list[BadLine] = []
+        self._prompts = UsablePrompts(config)
         self.count = 0
         self.digest = DIGEST_OF_NOTHING
-        for prompt in self._encode(self._refused):
+        for prompt in self:
             self.count += 1
             self.digest = extend_digest(self.digest, prompt.prompt_id, prompt.content)
-        if not self.count:
-            raise PromptFileError(f"{config.prompts} holds no prompts that a job takes: {self.bad_lines[0]}")
 
     @property
     def bad_lines(self) -> tuple[BadLine, ...]:
-        """What is no prompt."""
-        return (*self._bad_lines, *self._refused)
+        """What is no prompt; of many, the first."""
+        return self._prompts.bad_lines
+
+    @property
+    def bad_line_count(self) -> int:
+        """How many rows are no prompts."""
+        return self._prompts.bad_line_count
 
     def __iter__(self) -> Iterator[JobPrompt]:
         """In their order."""
-        return self._encode([])
-
-    def _encode(self, refused: list[BadLine]) -> Iterator[JobPrompt]:
-        for prompt in self._prompts:
-            try:
-                check_prompt_id(prompt.prompt_id)
-                yield encode_prompt(prompt)
-            except InvalidInputError as error:
-                if self._strict:
-                    raise PromptFileError(f"{prompt.file}:{prompt.line}: {error.message}") from error
-                refused.append(BadLine(prompt.file, prompt.line, error.message))
+        return map(encode_prompt, self._prompts)
 
 
 class PromptJob:
@@ -186,8 +178,3 @@ class PromptJob:
             samples = set(location.sample_indices) or every
             found.setdefault(location.prompt_id, set()).update(samples)
         return sum(every <= samples for samples in found.values())
-
-
-def _read_prompts(config: TeachConfig) -> tuple[Iterable[Prompt], tuple[BadLine, ...]]:
-    loaded = load_prompts(config.prompts, strict=config.strict)
-    return loaded.prompts, loaded.bad_lines
