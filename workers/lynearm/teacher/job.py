@@ -11,7 +11,7 @@ import importlib.util
 import logging
 import os
 import time
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Generator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
@@ -59,6 +59,8 @@ class TeachProgress:
     waiting_seconds: float = 0.0
     """How long the teacher waited for the service to take blocks."""
     restarts: int = 0
+    verdicts: Mapping[str, int] = field(default_factory=dict[str, int])
+    """Completions of this run by verdict; empty without a verifier."""
     worker_process_id: int = 0
     """Process that holds the engine, on whatever node it runs; 0 while there is none."""
 
@@ -91,6 +93,10 @@ class TeachReport:
     seconds: float
     stage_seconds: Mapping[str, float] = field(default_factory=dict[str, float])
     """Wall time of waiting, starting, loading, generating and sealing; encoding runs beside generating."""
+    verdicts: Mapping[str, int] = field(default_factory=dict[str, int])
+    """Completions by verdict, those included that a dead worker lost; empty without a verifier."""
+    left_out: int = 0
+    """Of those, completions that were not published."""
     interrupted: bool = False
     """Stopped before the end; the same command goes on from here."""
     sealed: bool = False
@@ -142,6 +148,8 @@ class _Job:
         _check_installed()
         loaded = load_prompts(self._config.prompts, strict=self._config.strict)
         self._prompts, self._bad_lines = loaded.prompts, loaded.bad_lines
+        if self._config.route is not None:
+            self._prompts = self._config.route.apply(self._prompts)
         with self._in_stage("waiting"):
             self._wait_for_service()
         before = self._stream()
@@ -231,6 +239,8 @@ class _Job:
             acked_blocks=earlier.acked_blocks + dead.acked_blocks,
             waiting_seconds=earlier.waiting_seconds + dead.waiting_seconds,
             encode_seconds=earlier.encode_seconds + dead.encode_seconds,
+            verdicts=_added(earlier.verdicts, dead.verdicts),
+            left_out=earlier.left_out + dead.left_out,
         )
         self._worker = WorkerProgress()
 
@@ -284,6 +294,7 @@ class _Job:
                 acked_blocks=self._earlier.acked_blocks + self._worker.acked_blocks,
                 waiting_seconds=self._earlier.waiting_seconds + self._worker.waiting_seconds,
                 restarts=self._restarts,
+                verdicts=_added(self._earlier.verdicts, self._worker.verdicts),
                 worker_process_id=self._worker.process_id,
             )
         )
@@ -317,9 +328,15 @@ class _Job:
             restarts=self._restarts,
             seconds=time.monotonic() - self._started,
             stage_seconds=stages,
+            verdicts=_added(earlier.verdicts, worker.verdicts),
+            left_out=earlier.left_out + worker.left_out,
             interrupted=self._interrupted,
             sealed=sealed,
         )
+
+
+def _added(*counts: Mapping[str, int]) -> dict[str, int]:
+    return dict(sum((Counter(count) for count in counts), Counter[str]()))
 
 
 def _growth(before: StreamInfo | None, after: StreamInfo | None, name: str) -> int:

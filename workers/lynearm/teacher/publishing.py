@@ -11,12 +11,14 @@ import queue
 import threading
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from lynearm.client import Publisher
 from lynearm.teacher.config import TeachConfig
 from lynearm.teacher.dictionary import DictionaryKeeper
+from lynearm.teacher.selection import TraceSelection
 from lynearm.wire.codec import encode_block
+from lynearm.wire.labels import summarise_tags
 from lynearm.wire.specs import CodecSpec
 from lynearm.wire.traces import Trace
 
@@ -40,6 +42,7 @@ class BlockWriter:
         codec: How they are encoded.
         dictionaries: Keeps what the codec learns about the teacher; None learns nothing.
         vocab_size: Width of the teacher's logits.
+        selection: Says what of a finished prompt is published; None: everything.
     """
 
     def __init__(
@@ -50,7 +53,9 @@ class BlockWriter:
         codec: CodecSpec,
         dictionaries: DictionaryKeeper | None,
         vocab_size: int,
+        selection: TraceSelection | None = None,
     ) -> None:
+        self._selection = selection
         self._publisher = publisher
         self._config = config
         self._codec = codec
@@ -115,7 +120,7 @@ class BlockWriter:
         first = self._queue.get()
         if first is None:
             return []
-        batch = [first]
+        batch = [self._selected(first)]
         deadline = time.monotonic() + self._config.flush_seconds
         while self._estimate(batch) < self._config.block_bytes:
             try:
@@ -125,8 +130,14 @@ class BlockWriter:
             if following is None:
                 self._queue.put(None)
                 break
-            batch.append(following)
+            batch.append(self._selected(following))
         return batch
+
+    def _selected(self, finished: FinishedPrompt) -> FinishedPrompt:
+        """What of a prompt is published: at least one trace."""
+        if self._selection is None:
+            return finished
+        return replace(finished, traces=self._selection(finished.traces))
 
     def _estimate(self, batch: Sequence[FinishedPrompt]) -> float:
         return self._bytes_per_token * _completion_tokens(batch)
@@ -147,7 +158,8 @@ class BlockWriter:
         tokens = _completion_tokens(batch)
         if tokens >= 256:
             self._bytes_per_token = len(block) / tokens
-        self._publisher.publish(block, [finished.prompt_id for finished in batch])
+        tags = summarise_tags(trace.tags for trace in traces)
+        self._publisher.publish(block, [finished.prompt_id for finished in batch], tags=tags)
 
 
 def _completion_tokens(batch: Sequence[FinishedPrompt]) -> int:

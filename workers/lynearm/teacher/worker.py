@@ -11,8 +11,8 @@ import logging
 import os
 import threading
 from collections import deque
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 
 from lynearm.client import Publisher, TraceClient
 from lynearm.teacher.config import TeachConfig
@@ -20,7 +20,8 @@ from lynearm.teacher.dictionary import DictionaryKeeper
 from lynearm.teacher.engine import Completion, TeacherEngine
 from lynearm.teacher.prompts import BadLine, Prompt
 from lynearm.teacher.publishing import BlockWriter, FinishedPrompt
-from lynearm.teacher.spans import find_spans
+from lynearm.teacher.selection import TraceSelection, verifier_of
+from lynearm.teacher.shared_streams import join_stream
 from lynearm.wire.errors import ConfigError, InternalError, PromptTooLongError
 from lynearm.wire.specs import CodecSpec, StreamSpec
 from lynearm.wire.traces import Int32Array, Trace
@@ -52,6 +53,10 @@ class WorkerProgress:
     """Time spent on encoding blocks, beside the engine."""
     process_id: int = 0
     """Of the worker's process."""
+    verdicts: Mapping[str, int] = field(default_factory=dict[str, int])
+    """How many completions got each verdict; empty without a verifier."""
+    left_out: int = 0
+    """Completions that were judged and not published."""
     skipped: tuple[BadLine, ...] = ()
     """Prompts that the teacher cannot take."""
     stopped: bool = False
@@ -64,7 +69,6 @@ class _Pending:
 
     prompt: Prompt
     token_ids: Int32Array
-    opened: bool
     traces: dict[int, Trace]
 
 
@@ -76,6 +80,7 @@ class TeacherWorker:
         self._engine: TeacherEngine | None = None
         self._publisher: Publisher | None = None
         self._writer: BlockWriter | None = None
+        self._selection: TraceSelection | None = None
         self._stop = threading.Event()
         self._progress = WorkerProgress(process_id=os.getpid())
         self._pending: dict[str, _Pending] = {}
@@ -86,6 +91,7 @@ class TeacherWorker:
         Raises:
             ConfigError, MissingDependencyError: as for `TeacherEngine`.
         """
+        verifier_of(self._config)  # what is wrong with it comes out before the model is loaded
         self._engine = TeacherEngine(self._config)
         teacher, tokenizer = self._engine.describe()
         return StreamSpec(
@@ -111,12 +117,14 @@ class TeacherWorker:
         """
         with TraceClient(self._config.service) as client:
             client.wait_until_ready()
+            spec = join_stream(client, spec, self._config.route)
             client.open_stream(spec)
             with client.publisher(self._config.stream, self._config.producer_id) as publisher:
                 self._publisher = publisher
                 finished = client.finished_prompts(self._config.stream)
                 waiting = deque(prompt for prompt in prompts if prompt.prompt_id not in finished)
-                vocab_size = self._loaded.vocab_size
+                vocab_size = spec.teacher.vocab_size
+                self._selection = self._selection or self._make_selection()
                 keeper = DictionaryKeeper(client, self._config.stream, spec.codec, vocab_size=vocab_size)
                 self._writer = BlockWriter(
                     publisher,
@@ -124,6 +132,7 @@ class TeacherWorker:
                     codec=spec.codec,
                     dictionaries=keeper if self._config.dictionary else None,
                     vocab_size=vocab_size,
+                    selection=self._selection,
                 )
                 self._generate(waiting, self._writer)
                 self._writer.close()
@@ -132,6 +141,7 @@ class TeacherWorker:
     def progress(self) -> WorkerProgress:
         """How far it is; from any thread, at any time."""
         engine, publisher, writer = self._engine, self._publisher, self._writer
+        selection = self._selection
         return replace(
             self._progress,
             generated_tokens=engine.generated_tokens if engine else 0,
@@ -139,6 +149,8 @@ class TeacherWorker:
             waiting_seconds=publisher.waiting_seconds if publisher else 0.0,
             waiting_reason=publisher.waiting_reason if publisher else "",
             encode_seconds=writer.encode_seconds if writer else 0.0,
+            verdicts=selection.verdicts if selection else {},
+            left_out=selection.left_out if selection else 0,
         )
 
     def stop(self) -> None:
@@ -150,6 +162,14 @@ class TeacherWorker:
         if self._engine is None:
             raise InternalError("the worker was asked to run before it loaded its engine")
         return self._engine
+
+    def _make_selection(self) -> TraceSelection:
+        spans = self._loaded.tokenizer.spans
+        return TraceSelection(
+            verifier_of(self._config),
+            self._config.keep,
+            lambda trace: spans.answer_text(trace.completion_token_ids.tolist(), trace.spans),
+        )
 
     def _generate(self, waiting: deque[Prompt], writer: BlockWriter) -> None:
         while not self._stop.is_set():
@@ -177,8 +197,7 @@ class TeacherWorker:
     def _start(self, prompt: Prompt) -> None:
         engine = self._loaded
         token_ids = engine.tokenizer.encode(prompt)
-        opened = engine.tokenizer.opens_reasoning(token_ids.tolist())
-        self._pending[prompt.prompt_id] = _Pending(prompt, token_ids, opened, {})
+        self._pending[prompt.prompt_id] = _Pending(prompt, token_ids, {})
         for sample_index in range(self._config.completions):
             sampling = engine.sampling(prompt.prompt_id, sample_index, token_ids.size)
             engine.add(f"{sample_index}:{prompt.prompt_id}", token_ids.tolist(), sampling)
@@ -209,7 +228,9 @@ class TeacherWorker:
             top_k=completion.top_k,
             finish_reason=completion.finish_reason,
             sample_index=sample_index,
-            spans=find_spans(token_ids, engine.tokenizer.markers, opened_by_prompt=pending.opened),
+            spans=engine.tokenizer.spans.find(
+                pending.token_ids.tolist(), token_ids, completion.finish_reason
+            ),
             sampling=engine.sampling(prompt.prompt_id, sample_index, pending.token_ids.size),
             tags=prompt.tags,
             completion_text=engine.tokenizer.decode(token_ids, engine.eos_token_ids),
