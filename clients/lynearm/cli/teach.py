@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Mapping, Sequence
 from contextlib import redirect_stdout
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -67,6 +68,20 @@ def teach(
     strict: Annotated[
         bool | None, typer.Option("--strict", help="Refuse a prompt file with a bad line.")
     ] = None,
+    verify: Annotated[
+        str | None,
+        typer.Option(help="Judge answers: maths, regex:PATTERN, json-schema:FILE or python:MODULE:FUNCTION."),
+    ] = None,
+    keep: Annotated[
+        str | None,
+        typer.Option(help="What is published: all, correct or shortest-correct.", show_default="all"),
+    ] = None,
+    job: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Several teachers, each for its part of the prompts.")
+    ] = None,
+    only: Annotated[
+        str | None, typer.Option(metavar="TEACHER", help="With --job: run this one, and seal nothing.")
+    ] = None,
     config: ConfigFile = None,
     assignments: Assignments = None,
     progress: Progress = ProgressMode.auto,
@@ -77,6 +92,13 @@ def teach(
     What it writes, and its distribution at each token, goes to the trace service, which it waits for. A
     run that was stopped goes on when the command is repeated.
     """
+    if job is not None:
+        _teach_several(job, only or "", context, assignments or (), progress)
+        return
+    if only is not None:
+        from lynearm.wire.errors import ConfigError
+
+        raise ConfigError("--only goes with --job", "name a job file with several teachers")
     from lynearm.cli.progress import Reporter
     from lynearm.cli.settings import load_settings
     from lynearm.teacher.config import TeachConfig
@@ -98,6 +120,29 @@ def teach(
         raise Interrupted(f"go on with `{this_command()}`")
 
 
+def _teach_several(
+    job: Path, only: str, context: typer.Context, assignments: Sequence[str], progress: ProgressMode
+) -> None:
+    from lynearm.cli.progress import Reporter, Status
+    from lynearm.cli.teach_job import load_job
+
+    with Reporter("teach", progress, describe) as report, redirect_stdout(sys.stderr):
+        report.announce(Status("reading", f"prompts and tokenizers of {job}"))
+        configs = load_job(job, flags(context), assignments)
+        from lynearm.teacher.several import run_several
+
+        outcomes = run_several(configs, report, only=only)
+        for outcome in outcomes.values():
+            report.conclude(outcome)
+    for name, outcome in outcomes.items():
+        for line in _skipped(outcome):
+            typer.echo(line, err=True)
+        if report.for_people:
+            typer.echo(f"teacher {name}: {_summary(outcome)}")
+    if any(outcome.interrupted for outcome in outcomes.values()):
+        raise Interrupted(f"go on with `{this_command()}`")
+
+
 def describe(event: TeachProgress) -> Status | None:
     """What a moment of a teaching job means to a person."""
     from lynearm.cli.progress import Status, count
@@ -115,11 +160,18 @@ def describe(event: TeachProgress) -> Status | None:
     ]
     if event.skipped_prompts:
         facts.append(f"{event.skipped_prompts} skipped")
+    if event.verdicts:
+        facts.append(verdict_counts(event.verdicts))
     if event.restarts:
         facts.append(f"{event.restarts} restarts")
     if event.message:
         facts.insert(0, event.message)
     return Status(event.stage, ", ".join(facts), event.done_prompts, event.prompts or None)
+
+
+def verdict_counts(verdicts: Mapping[str, int]) -> str:
+    """How many answers were judged how: "12 correct, 3 incorrect"."""
+    return ", ".join(f"{verdicts[outcome]} {outcome}" for outcome in sorted(verdicts))
 
 
 def _skipped(report: TeachReport) -> list[str]:
@@ -139,8 +191,11 @@ def _summary(report: TeachReport) -> str:
         else ""
     )
     already = f" ({report.finished_before} were there before)" if report.finished_before else ""
+    verdicts = f"; {verdict_counts(report.verdicts)}" if report.verdicts else ""
+    left_out = f" ({report.left_out} not published)" if report.left_out else ""
     return (
         f"stream {report.stream}: {report.completed} of {report.prompts} prompts finished{already}, "
         f"{report.completion_tokens:,} tokens in {duration(report.seconds)}{rate}; "
-        f"{report.blocks} blocks, {size(report.size_bytes)}{bits}; {'sealed' if report.sealed else 'open'}"
+        f"{report.blocks} blocks, {size(report.size_bytes)}{bits}{verdicts}{left_out}; "
+        f"{'sealed' if report.sealed else 'open'}"
     )
