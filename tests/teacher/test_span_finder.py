@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 from hypothesis import given, settings
@@ -47,7 +47,7 @@ def make_finder(tokenizer: Any, **settings: Any) -> SpanFinder:
 
 
 def find(
-    finder: SpanFinder, tokenizer: Any, text: str, *, prompt: str = "Hi", finish: FinishReason = "stop"
+    finder: SpanFinder, tokenizer: Any, text: str, *, prompt: str = "Hi", finish: FinishReason = "length"
 ) -> list[tuple[str, str]]:
     """The spans, each with the text of its tokens."""
     ids = tokenizer.encode(text)
@@ -68,6 +68,16 @@ def test_think_blocks_are_found_by_themselves(tokenizer: Any) -> None:
     assert find(finder, tokenizer, "7") == []
 
 
+def test_an_end_token_that_is_an_ordinary_one_is_not_part_of_the_answer(tokenizer: Any) -> None:
+    finder = make_finder(tokenizer, answer_pattern=r"(\d)$")
+    ids = tokenizer.encode("so 7")
+    full_stop = tokenizer.encode(".")
+    spans = finder.find([], [*ids, *full_stop], "stop")
+    assert [span.kind for span in spans] == ["reasoning", "answer"]
+    assert finder.answer_text([*ids, *full_stop], spans, "stop") == "7"
+    assert finder.find([], full_stop, "stop") == ()
+
+
 def test_harmony_channels_are_found_by_themselves(harmony: Any) -> None:
     text = (
         "<|channel|>analysis<|message|>so<|end|><|start|>assistant<|channel|>final<|message|>7 東<|return|>"
@@ -77,7 +87,7 @@ def test_harmony_channels_are_found_by_themselves(harmony: Any) -> None:
     assert [kind for kind, _ in spans] == ["reasoning", "answer"]
     assert spans[0][1] == "<|channel|>analysis<|message|>so<|end|>"
     ids = harmony.encode(text)
-    assert finder.answer_text(ids, finder.find([], ids)) == "7 東"
+    assert finder.answer_text(ids, finder.find([], ids, "stop"), "stop") == "7 東"
 
 
 def test_markers_may_be_ids_or_texts(tokenizer: Any) -> None:
@@ -94,7 +104,7 @@ def test_markers_may_be_ids_or_texts(tokenizer: Any) -> None:
 def test_a_token_that_holds_more_than_a_marker_belongs_to_it() -> None:
     """Here two letters make a token, so that no marker of three ends where a token does."""
     finder = make_finder(Pairs(), reasoning_start="text:<<<", reasoning_end="text:>>>")
-    assert finder.find([], Pairs.encode("ab<<<cd>>>ef")) == (
+    assert finder.find([], Pairs.encode("ab<<<cd>>>ef"), "length") == (
         TokenSpan("answer", 0, 1),
         TokenSpan("reasoning", 1, 5),
         TokenSpan("answer", 5, 6),
@@ -105,6 +115,7 @@ class Pairs:
     """A tokenizer whose tokens are two letters, and one at the end."""
 
     all_special_ids = ()
+    added_tokens_decoder: ClassVar[dict[int, object]] = {}
 
     @staticmethod
     def get_vocab() -> dict[str, int]:
@@ -139,18 +150,18 @@ def test_markers_that_cannot_be_are_refused(tokenizer: Any, settings: dict[str, 
 def test_a_pattern_finds_the_answer_of_a_model_that_marks_nothing(tokenizer: Any) -> None:
     finder = make_finder(tokenizer, answer_pattern="gsm8k")
     text = "4 + 3 = 7 東京\n#### 7<|im_end|>"
-    found = find(finder, tokenizer, text)
+    found = find(finder, tokenizer, text, finish="stop")
     assert [kind for kind, _ in found] == ["reasoning", "answer"]
     assert found[0][1].rstrip().endswith("####")
     assert found[1][1].strip() == "7<|im_end|>"
     ids = tokenizer.encode(text)
-    assert finder.answer_text(ids, finder.find([], ids)) == "7"
+    assert finder.answer_text(ids, finder.find([], ids, "stop"), "stop") == "7"
 
 
 def test_without_an_answer_only_a_completion_that_was_cut_off_is_reasoning(tokenizer: Any) -> None:
     finder = make_finder(tokenizer, answer_pattern="gsm8k")
     assert find(finder, tokenizer, "4 + 3", finish="length") == [("truncated_reasoning", "4 + 3")]
-    assert find(finder, tokenizer, "4 + 3") == []
+    assert find(finder, tokenizer, "4 + 3<|im_end|>", finish="stop") == []
     assert find(finder, tokenizer, "<think>4</think>3") == [
         ("reasoning", "<think>4</think>"),
         ("answer", "3"),
@@ -166,9 +177,10 @@ def test_a_pattern_that_would_take_for_ever_finds_nothing(tokenizer: Any) -> Non
 
 def test_the_answer_of_a_completion_that_marks_nothing_is_all_of_it(tokenizer: Any) -> None:
     ids = tokenizer.encode(" It is 7.<|im_end|>")
-    assert make_finder(tokenizer).answer_text(ids, ()) == "It is 7."
+    assert make_finder(tokenizer).answer_text(ids, (), "stop") == "It is 7."
+    assert make_finder(tokenizer).answer_text(ids[:-1], (), "length") == "It is 7."
     cut_off = (TokenSpan("truncated_reasoning", 0, len(ids)),)
-    assert make_finder(tokenizer).answer_text(ids, cut_off) == ""
+    assert make_finder(tokenizer).answer_text(ids, cut_off, "length") == ""
 
 
 @settings(max_examples=60, deadline=None)

@@ -89,7 +89,7 @@ def refuse_misaligned(
     Raises:
         MisalignmentError: naming every difference in tokenizer, vocabulary or logprobs.
     """
-    differences = alignment_differences(first[1], other[1])
+    differences = [line.replace("student", "this one") for line in alignment_differences(first[1], other[1])]
     (before, own) = (first[0], other[0])
     if own.vocab_size > before.vocab_size:
         differences.append(

@@ -86,7 +86,7 @@ class SpanFinder:
 
     def __init__(self, tokenizer: Untyped, config: TeachConfig) -> None:
         self._tokenizer = tokenizer
-        self._special = frozenset(int(token_id) for token_id in tokenizer.all_special_ids)
+        self._special = _special_ids(tokenizer)
         self._texts = _text_markers(config)
         self._harmony = _harmony_markers(tokenizer, config)
         self._markers = None if self._texts or self._harmony else _token_markers(tokenizer, config)
@@ -96,14 +96,14 @@ class SpanFinder:
         self,
         prompt_token_ids: Sequence[int],
         completion_token_ids: Sequence[int],
-        finish_reason: FinishReason = "stop",
+        finish_reason: FinishReason,
     ) -> tuple[TokenSpan, ...]:
         """Spans that together cover a completion; empty where nothing tells reasoning from answer.
 
         Args:
             prompt_token_ids: The prompt, which may have opened the reasoning.
             completion_token_ids: The completion, its end token included.
-            finish_reason: Why it ended: a completion without an answer was truncated if by "length".
+            finish_reason: Why it ended: by "stop", with an end token; by "length", perhaps before its answer.
         """
         prompt, completion = _integers(prompt_token_ids), _integers(completion_token_ids)
         spans: tuple[TokenSpan, ...] = ()
@@ -115,7 +115,7 @@ class SpanFinder:
             spans = find_spans(completion, self._markers, opened_by_prompt=self.opens_reasoning(prompt))
         if spans or self._pattern is None:
             return spans
-        positions = TokenPositions(self._without_end(completion), self._decode)
+        positions = TokenPositions(self._text_ids(completion, finish_reason), self._decode)
         found = self._pattern.find(positions.text)
         start = None if found is None else positions.first(found[0])
         return split_at_answer(start, len(completion), was_cut_off=finish_reason == "length")
@@ -128,18 +128,25 @@ class SpanFinder:
         after = None if self._markers is None else tokens_after_start(prompt, self._markers)
         return after is not None and not self._decode(after).strip()
 
-    def answer_text(self, completion_token_ids: Sequence[int], spans: Sequence[TokenSpan]) -> str:
+    def answer_text(
+        self, completion_token_ids: Sequence[int], spans: Sequence[TokenSpan], finish_reason: FinishReason
+    ) -> str:
         """What a completion answers, without special tokens around it.
 
         The text of its answer spans; all of it, where nothing tells reasoning from answer. Of that, what the
         answer pattern finds, where there is a pattern and it finds something. Empty without an answer.
+
+        Args:
+            completion_token_ids: The completion, its end token included.
+            spans: What `find` found in it.
+            finish_reason: Why it ended.
         """
-        completion = _integers(completion_token_ids)
+        completion = self._text_ids(_integers(completion_token_ids), finish_reason)
         parts = [completion[span.start : span.end] for span in spans if span.kind == "answer"]
         if not spans:
             parts = [completion]
         if self._pattern is not None:
-            whole = self._decode(self._without_end(completion))
+            whole = self._decode(completion)
             found = self._pattern.find(whole) if parts else None
             if found is not None:
                 return whole[found[0] : found[1]].strip()
@@ -168,9 +175,13 @@ class SpanFinder:
         """Tokens of a message, without its header and its end."""
         if self._harmony is not None and self._harmony.message_id in token_ids:
             token_ids = token_ids[token_ids.index(self._harmony.message_id) + 1 :]
-        return self._without_end(token_ids)
+        return self._without_special_end(token_ids)
 
-    def _without_end(self, token_ids: tuple[int, ...]) -> tuple[int, ...]:
+    def _text_ids(self, token_ids: tuple[int, ...], finish_reason: FinishReason) -> tuple[int, ...]:
+        """Tokens of a completion's text. The end token goes, which need not be a special one."""
+        return self._without_special_end(token_ids[:-1] if finish_reason == "stop" else token_ids)
+
+    def _without_special_end(self, token_ids: tuple[int, ...]) -> tuple[int, ...]:
         end = len(token_ids)
         while end and token_ids[end - 1] in self._special:
             end -= 1
@@ -206,6 +217,14 @@ def compile_pattern(pattern: str, *, what: str) -> Untyped:
 
 def _integers(token_ids: Sequence[int]) -> tuple[int, ...]:
     return tuple(int(token_id) for token_id in token_ids)
+
+
+def _special_ids(tokenizer: Untyped) -> frozenset[int]:
+    """Every special token: beside those with a role, such as "eos", those that were added as special."""
+    added = cast("dict[int, Any]", tokenizer.added_tokens_decoder)
+    return frozenset(
+        [*tokenizer.all_special_ids, *(token_id for token_id, token in added.items() if token.special)]
+    )
 
 
 def _text_markers(config: TeachConfig) -> tuple[str, str] | None:

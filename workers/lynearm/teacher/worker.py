@@ -168,7 +168,9 @@ class TeacherWorker:
         return TraceSelection(
             verifier_of(self._config),
             self._config.keep,
-            lambda trace: spans.answer_text(trace.completion_token_ids.tolist(), trace.spans),
+            lambda trace: spans.answer_text(
+                trace.completion_token_ids.tolist(), trace.spans, trace.finish_reason
+            ),
         )
 
     def _generate(self, waiting: deque[Prompt], writer: BlockWriter) -> None:
