@@ -8,7 +8,7 @@ from fractions import Fraction
 from pathlib import Path
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lynearm.teacher.maths_answers import answers_are_equal, find_answer, number_of, reference_of
@@ -121,6 +121,7 @@ def test_other_answers_are_not_equal(answer: str, reference: str) -> None:
     assert not answers_are_equal(answer, reference)
 
 
+@settings(deadline=None)
 @given(FRACTIONS)
 def test_a_fraction_is_the_same_in_every_notation(value: Fraction) -> None:
     sign, above, below = "-" if value < 0 else "", abs(value.numerator), value.denominator
@@ -132,6 +133,7 @@ def test_a_fraction_is_the_same_in_every_notation(value: Fraction) -> None:
         assert number_of(reference_of(notation)) == value
 
 
+@settings(deadline=None)
 @given(st.integers(-(10**12), 10**12), st.sampled_from(["", "$", "€"]), st.sampled_from(["", " apples", "%"]))
 def test_thousands_currency_and_units_change_no_number(number: int, currency: str, unit: str) -> None:
     sign = "-" if number < 0 else ""
@@ -140,6 +142,7 @@ def test_thousands_currency_and_units_change_no_number(number: int, currency: st
     assert answers_are_equal(find_answer(f"It said: {written}") or "", str(number))
 
 
+@settings(deadline=None)
 @given(st.text(st.sampled_from("0123456789.,-+/ ${}()\\boxedfracanswer#=^%\n"), max_size=80), st.text())
 def test_no_text_breaks_it_and_every_answer_equals_itself(text: str, other: str) -> None:
     for one in (text, other):

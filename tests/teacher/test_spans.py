@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lynearm.teacher.spans import (
@@ -79,11 +79,13 @@ def test_markers_of_several_tokens_count_only_as_a_whole(
     assert flat(find_spans(token_ids, LONG, opened_by_prompt=opened)) == expected
 
 
+@settings(deadline=None)
 @given(SMALL_IDS, st.sampled_from([MARKERS, LONG]), st.booleans())
 def test_spans_cover_all_or_nothing(token_ids: list[int], markers: ReasoningMarkers, opened: bool) -> None:
     assert_cover(find_spans(token_ids, markers, opened_by_prompt=opened), len(token_ids))
 
 
+@settings(deadline=None)
 @given(SMALL_IDS, st.integers(0, 12), st.sampled_from([MARKERS, LONG]), st.booleans())
 def test_what_comes_later_moves_no_closed_reasoning(
     token_ids: list[int], cut: int, markers: ReasoningMarkers, opened: bool
@@ -141,6 +143,7 @@ def test_a_prompt_may_open_the_channel() -> None:
     assert flat(find_harmony_spans(prompt, [7], HARMONY)) == [("truncated_reasoning", 0, 1)]
 
 
+@settings(deadline=None)
 @given(HARMONY_IDS)
 def test_channels_cover_all_or_nothing(token_ids: list[int]) -> None:
     assert_cover(find_harmony_spans(PROMPT, token_ids, HARMONY), len(token_ids))

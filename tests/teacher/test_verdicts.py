@@ -13,7 +13,7 @@ from models.teaching import teach_config
 from models.tiny_llama import build_tiny_llama
 
 from lynearm.client import TraceClient
-from lynearm.teacher.config import TeachConfig
+from lynearm.teacher.config import Keep, TeachConfig
 from lynearm.teacher.engine import TeacherEngine
 from lynearm.teacher.prompts import Prompt
 from lynearm.teacher.routing import PromptRoute, RouteRule, RoutingTable, original_prompt_id
@@ -98,13 +98,13 @@ def test_every_trace_carries_its_verdict(engine: TeacherEngine, tiny_model: Path
 
 @pytest.mark.parametrize("keep", ["correct", "shortest-correct"])
 def test_only_correct_completions_are_published_and_every_prompt_is_finished(
-    engine: TeacherEngine, tiny_model: Path, service: Any, keep: str
+    engine: TeacherEngine, tiny_model: Path, service: Any, keep: Keep
 ) -> None:
     verify = f"python:{__name__}:starts_with_a_vowel"
     config = teach_config(tiny_model, service=service.target, verify=verify)
     work(engine, config, make_spec(engine))
     everything = read_all(service.target)
-    config = replace(config, stream="kept", keep=keep, block_bytes=1000)  # type: ignore[arg-type]  # of Keep
+    config = replace(config, stream="kept", keep=keep, block_bytes=1000)
     progress = work(engine, config, make_spec(engine, name="kept"))
     published = read_all(service.target, "kept")
     correct = Counter(trace.prompt_id for trace in everything if trace.tags["verdict"] == "correct")

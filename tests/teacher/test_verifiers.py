@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 import threading
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -30,7 +31,9 @@ from lynearm.wire.specs import CODEC_MODES, CodecSpec
 from lynearm.wire.traces import TopK, Trace
 
 
-def make_trace(text: str = "7", *, sample: int = 0, length: int = 1, **tags: str) -> Trace:
+def make_trace(
+    text: str = "7", *, sample: int = 0, length: int = 1, tags: Mapping[str, str] | None = None
+) -> Trace:
     return Trace(
         prompt_id="p",
         prompt_token_ids=np.array([1], np.int32),
@@ -41,13 +44,14 @@ def make_trace(text: str = "7", *, sample: int = 0, length: int = 1, **tags: str
         ),
         finish_reason="stop",
         sample_index=sample,
-        tags=tags,
+        tags=tags or {},
         completion_text=text,
     )
 
 
 def make(description: str, **more: Any) -> Verifier:
-    return make_verifier(description, **({"answer_tag": "answer", "timeout_seconds": 10.0} | more))
+    settings: dict[str, Any] = {"answer_tag": "answer", "timeout_seconds": 10.0} | more
+    return make_verifier(description, **settings)
 
 
 @pytest.mark.parametrize(
@@ -67,12 +71,12 @@ def test_maths_is_compared_with_the_reference_of_the_prompt(
     answer: str, reference: str, outcome: Outcome
 ) -> None:
     tags = {"answer": reference} if reference else {}
-    assert make("maths")(answer, make_trace(**tags)).outcome == outcome
+    assert make("maths")(answer, make_trace(tags=tags)).outcome == outcome
 
 
 def test_the_reference_may_have_a_tag_of_another_name() -> None:
-    assert make("maths", answer_tag="gold")("7", make_trace(gold="7")).outcome == "correct"
-    verdict = make("maths", answer_tag="gold")("7", make_trace(answer="7"))
+    assert make("maths", answer_tag="gold")("7", make_trace(tags={"gold": "7"})).outcome == "correct"
+    verdict = make("maths", answer_tag="gold")("7", make_trace(tags={"answer": "7"}))
     assert verdict == Verdict("unverifiable", "the prompt has no tag 'gold'")
 
 
@@ -182,7 +186,7 @@ def test_a_reason_is_one_short_line_of_a_trace(reason: str) -> None:
     assert tags["verdict"] == "incorrect"
     assert len(tags.get("verdict_reason", "")) <= 200
     assert "\n" not in tags.get("verdict_reason", "")
-    (decoded,) = decode_block(encode_block([make_trace(**tags)], codec="exact", vocab_size=8))
+    (decoded,) = decode_block(encode_block([make_trace(tags=tags)], codec="exact", vocab_size=8))
     assert decoded.tags == tags
 
 
@@ -192,17 +196,18 @@ JUDGED = st.lists(st.tuples(st.sampled_from(OUTCOMES), st.integers(1, 4)), min_s
 def judge(outcomes: list[tuple[Outcome, int]], keep: Keep) -> tuple[TraceSelection, tuple[Trace, ...]]:
     """A selection that judges as told, and what it publishes."""
     traces = [
-        make_trace(outcome, sample=sample, length=length, topic="sums", verdict="old")
+        make_trace(outcome, sample=sample, length=length, tags={"topic": "sums", "verdict": "old"})
         for sample, (outcome, length) in enumerate(outcomes)
     ]
     selection = TraceSelection(
-        lambda answer, trace: Verdict(answer),  # type: ignore[arg-type]  # an outcome, as made above
+        lambda answer, trace: Verdict(cast("Outcome", answer)),
         keep,
         lambda trace: trace.completion_text,
     )
     return selection, selection(traces)
 
 
+@settings(deadline=None)
 @given(JUDGED, st.sampled_from(["all", "correct", "shortest-correct"]))
 def test_what_is_kept_is_what_was_asked_for(outcomes: list[tuple[Outcome, int]], keep: Keep) -> None:
     selection, published = judge(outcomes, keep)
@@ -275,4 +280,4 @@ def test_the_configuration_names_the_verifier() -> None:
     assert verifier_of(TeachConfig("m", Path("p"), "s", "MIT")) is None
     verifier = verifier_of(TeachConfig("m", Path("p"), "s", "MIT", verify="maths", answer_tag="gold"))
     assert verifier is not None
-    assert verifier("7", make_trace(gold="7")).outcome == "correct"
+    assert verifier("7", make_trace(tags={"gold": "7"})).outcome == "correct"

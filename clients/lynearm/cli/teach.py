@@ -76,8 +76,9 @@ def teach(
         str | None,
         typer.Option(help="What is published: all, correct or shortest-correct.", show_default="all"),
     ] = None,
-    job: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="Several teachers, each for its part of the prompts.")
+    job_file: Annotated[
+        Path | None,
+        typer.Option("--job", metavar="FILE", help="Several teachers, each for its part of the prompts."),
     ] = None,
     only: Annotated[
         str | None, typer.Option(metavar="TEACHER", help="With --job: run this one, and seal nothing.")
@@ -92,8 +93,8 @@ def teach(
     What it writes, and its distribution at each token, goes to the trace service, which it waits for. A
     run that was stopped goes on when the command is repeated.
     """
-    if job is not None:
-        _teach_several(job, only or "", context, assignments or (), progress)
+    if job_file is not None:
+        _teach_several(job_file, only or "", context, assignments or (), progress)
         return
     if only is not None:
         from lynearm.wire.errors import ConfigError

@@ -149,7 +149,7 @@ class _Job:
         loaded = load_prompts(self._config.prompts, strict=self._config.strict)
         self._prompts, self._bad_lines = loaded.prompts, loaded.bad_lines
         if self._config.route is not None:
-            self._prompts = self._config.route.apply(self._prompts)
+            self._prompts = tuple(self._config.route.apply(self._prompts))
         with self._in_stage("waiting"):
             self._wait_for_service()
         before = self._stream()

@@ -7,7 +7,7 @@ stream, each does under an id of its own, ID@TEACHER, so that what one has finis
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 
 from lynearm.teacher.prompts import MAX_ID_BYTES, Prompt
@@ -73,21 +73,30 @@ class PromptRoute:
     names_ids: bool = False
     """Its prompts get ids of their own, ID@TEACHER: others write about the same ones to its stream."""
 
-    def apply(self, prompts: Iterable[Prompt]) -> tuple[Prompt, ...]:
-        """The prompts of this teacher, in their order, tagged with its name.
+    def take(self, prompt: Prompt) -> Prompt | None:
+        """The prompt as this teacher answers it, tagged with its name; None if it goes to others.
+
+        Raises:
+            ConfigError: if its id has no room for the teacher's name.
+        """
+        if self.teacher not in self.table.teachers_for(prompt.tags):
+            return None
+        return replace(
+            prompt,
+            prompt_id=self.prompt_id(prompt.prompt_id),
+            tags={**prompt.tags, TEACHER_TAG: self.teacher},
+        )
+
+    def apply(self, prompts: Iterable[Prompt]) -> Iterator[Prompt]:
+        """The prompts of this teacher, in their order; as `take` for each.
 
         Raises:
             ConfigError: if an id has no room for the teacher's name.
         """
-        return tuple(
-            replace(
-                prompt,
-                prompt_id=self.prompt_id(prompt.prompt_id),
-                tags={**prompt.tags, TEACHER_TAG: self.teacher},
-            )
-            for prompt in prompts
-            if self.teacher in self.table.teachers_for(prompt.tags)
-        )
+        for prompt in prompts:
+            taken = self.take(prompt)
+            if taken is not None:
+                yield taken
 
     def prompt_id(self, prompt_id: str) -> str:
         """The id under which this teacher answers a prompt: that of the file, or ID@TEACHER for several.
@@ -119,11 +128,16 @@ def refuse_unrouted(table: RoutingTable, prompts: Iterable[Prompt]) -> None:
     Raises:
         ConfigError: naming the first one and how many there are.
     """
-    lost = [prompt for prompt in prompts if not table.teachers_for(prompt.tags)]
-    if lost:
-        tags = ", ".join(f"{key}={value}" for key, value in lost[0].tags.items())[:80] or "no tags"
+    first: Prompt | None = None
+    count = 0
+    for prompt in prompts:
+        if not table.teachers_for(prompt.tags):
+            first = first or prompt
+            count += 1
+    if first is not None:
+        tags = ", ".join(f"{key}={value}" for key, value in first.tags.items())[:80] or "no tags"
         raise ConfigError(
-            f"{lost[0].file}:{lost[0].line}: prompt {lost[0].prompt_id!r} ({tags}) matches no teacher's "
-            f"rule, {len(lost)} prompts in all",
+            f"{first.file}:{first.line}: prompt {first.prompt_id!r} ({tags}) matches no teacher's rule, "
+            f"{count} prompts in all",
             "add a teacher without `when`, last, for all that is left",
         )
