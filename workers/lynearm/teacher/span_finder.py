@@ -216,7 +216,7 @@ def compile_pattern(pattern: str, *, what: str) -> Untyped:
 
 
 def _integers(token_ids: Sequence[int]) -> tuple[int, ...]:
-    return tuple(int(token_id) for token_id in token_ids)
+    return tuple(map(int, token_ids))
 
 
 def _special_ids(tokenizer: Untyped) -> frozenset[int]:
@@ -272,10 +272,9 @@ def _token_markers(tokenizer: Untyped, config: TeachConfig) -> ReasoningMarkers 
 def _marker_ids(marker: str, vocab: dict[str, int], *, optional: bool) -> tuple[int, ...]:
     if marker in vocab:
         return (vocab[marker],)
-    known = set(vocab.values())
     listed = marker.removeprefix("ids:").split(",") if marker.startswith("ids:") else []
     ids = tuple(int(text) for text in listed if text.strip().isdecimal())
-    if optional or (ids and len(ids) == len(listed) and known.issuperset(ids)):
+    if optional or (ids and len(ids) == len(listed) and not set(ids).difference(vocab.values())):
         return ids
     raise ConfigError(
         f"reasoning marker {marker!r} is not a token of the teacher",

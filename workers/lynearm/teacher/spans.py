@@ -149,7 +149,8 @@ def split_at_answer(answer_start: int | None, length: int, *, was_cut_off: bool)
 
 
 def _stands_at(ids: tuple[int, ...], position: int, wanted: tuple[int, ...]) -> bool:
-    return ids[position : position + len(wanted)] == wanted
+    # The first id alone settles nearly every place, at a fraction of the cost.
+    return ids[position] == wanted[0] and ids[position : position + len(wanted)] == wanted
 
 
 def _open_header(prompt_token_ids: tuple[int, ...], markers: HarmonyMarkers) -> tuple[int, ...]:
@@ -163,4 +164,4 @@ def _open_header(prompt_token_ids: tuple[int, ...], markers: HarmonyMarkers) -> 
 
 
 def _is_reasoning(ids: tuple[int, ...], name_at: int | None, markers: HarmonyMarkers) -> bool:
-    return name_at is not None and _stands_at(ids, name_at, markers.reasoning_ids)
+    return name_at is not None and name_at < len(ids) and _stands_at(ids, name_at, markers.reasoning_ids)
