@@ -19,7 +19,8 @@ from lynearm.wire.errors import ConfigError
 @pytest.fixture
 def job_file(tmp_path: Path) -> Path:
     prompts = tmp_path / "prompts.jsonl"
-    prompts.write_text(json.dumps({"prompt": "Hi", "tags": {"topic": "maths"}}))
+    lines = [{"prompt": "Hi", "tags": {"topic": "maths"}}, {"prompt": "Ho"}]
+    prompts.write_text("\n".join(map(json.dumps, lines)))
     models = [build_tiny_llama(tmp_path / name, num_layers=1) for name in ("a", "b")]
     path = tmp_path / "job.toml"
     path.write_text(

@@ -21,8 +21,8 @@ from lynearm.teacher.routing import (
     PromptRoute,
     RouteRule,
     RoutingTable,
+    count_routes,
     original_prompt_id,
-    refuse_unrouted,
 )
 from lynearm.teacher.several import assign_teachers, prepare_teachers, run_several
 from lynearm.teacher.shared_streams import join_licenses, refuse_misaligned, shared_spec, teachers_of
@@ -160,9 +160,9 @@ def test_an_id_without_room_for_its_teacher_is_refused() -> None:
 
 def test_prompts_that_no_teacher_takes_are_refused() -> None:
     table = RoutingTable((MATHS, CODE))
-    refuse_unrouted(table, [prompt(topic="maths")])
+    assert count_routes(table, [prompt(topic="maths")] * 3) == {"maths": 3}
     with pytest.raises(ConfigError, match=r"f\.jsonl:7: prompt 'b' \(topic=art\) .* 2 prompts in all"):
-        refuse_unrouted(table, [prompt("a", topic="maths"), prompt("b", topic="art"), prompt("c")])
+        count_routes(table, [prompt("a", topic="maths"), prompt("b", topic="art"), prompt("c")])
 
 
 def job_configs(job: JobFile, *configs: TeachConfig) -> tuple[TeachConfig, ...]:
@@ -271,6 +271,17 @@ def test_a_shared_stream_names_its_teachers_and_all_terms(models: dict[str, Path
     assert maths.labels["teacher.rest"].startswith("rest@sha256:")
     assert maths.labels["purpose"] == "tests"
     assert (maths.license, rest.license) == ("Apache-2.0 AND MIT",) * 2
+
+
+def test_a_teacher_without_prompts_is_announced_and_left_out(models: dict[str, Path], tmp_path: Path) -> None:
+    prompts = tmp_path / "prompts.jsonl"
+    prompts.write_text('{"prompt": "Hi"}')
+    job = parse_job_file(JOB, name="job.toml")
+    configs = [teach_config(models[name], prompts=prompts) for name in ("maths", "rest")]
+    (rest,) = prepare_teachers(job_configs(job, *configs))
+    assert rest.route is not None
+    assert rest.route.teacher == "rest"
+    assert set(teachers_of(rest.labels)) == {"maths", "rest"}
 
 
 def test_what_cannot_work_is_refused_before_a_model_is_loaded(

@@ -7,6 +7,7 @@ stream, each does under an id of its own, ID@TEACHER, so that what one has finis
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 
@@ -122,22 +123,26 @@ def original_prompt_id(prompt_id: str, tags: Mapping[str, str]) -> str:
     return prompt_id.removesuffix(f"@{teacher}") if teacher else prompt_id
 
 
-def refuse_unrouted(table: RoutingTable, prompts: Iterable[Prompt]) -> None:
-    """Refuse prompts that no teacher would answer.
+def count_routes(table: RoutingTable, prompts: Iterable[Prompt]) -> Counter[str]:
+    """How many of the prompts go to each teacher.
 
     Raises:
-        ConfigError: naming the first one and how many there are.
+        ConfigError: if some go to none, naming the first one and how many there are.
     """
-    first: Prompt | None = None
-    count = 0
+    counts: Counter[str] = Counter()
+    lost: Prompt | None = None
+    lost_count = 0
     for prompt in prompts:
-        if not table.teachers_for(prompt.tags):
-            first = first or prompt
-            count += 1
-    if first is not None:
-        tags = ", ".join(f"{key}={value}" for key, value in first.tags.items())[:80] or "no tags"
+        teachers = table.teachers_for(prompt.tags)
+        counts.update(teachers)
+        if not teachers:
+            lost = lost or prompt
+            lost_count += 1
+    if lost is not None:
+        tags = ", ".join(f"{key}={value}" for key, value in lost.tags.items())[:80] or "no tags"
         raise ConfigError(
-            f"{first.file}:{first.line}: prompt {first.prompt_id!r} ({tags}) matches no teacher's rule, "
-            f"{count} prompts in all",
+            f"{lost.file}:{lost.line}: prompt {lost.prompt_id!r} ({tags}) matches no teacher's rule, "
+            f"{lost_count} prompts in all",
             "add a teacher without `when`, last, for all that is left",
         )
+    return counts

@@ -8,7 +8,7 @@ stopped. A stream is sealed after the last of its teachers, and only if all of t
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -18,8 +18,8 @@ from lynearm.teacher.config import TeachConfig
 from lynearm.teacher.engine import model_revision
 from lynearm.teacher.job import OnProgress, TeachProgress, TeachReport, run_teach
 from lynearm.teacher.job_file import TEACHER_PLACE
-from lynearm.teacher.prompts import load_prompts
-from lynearm.teacher.routing import PromptRoute, RoutingTable, refuse_unrouted
+from lynearm.teacher.prompts import Prompt, load_prompts
+from lynearm.teacher.routing import PromptRoute, RoutingTable, count_routes
 from lynearm.teacher.shared_streams import join_licenses, refuse_misaligned, teacher_label
 from lynearm.teacher.tokenizer import describe_tokenizer, end_tokens
 from lynearm.wire.errors import ConfigError, MissingDependencyError
@@ -68,18 +68,30 @@ def prepare_teachers(configs: Sequence[TeachConfig]) -> tuple[TeachConfig, ...]:
     Args:
         configs: What `assign_teachers` returned.
 
+    Returns:
+        The teachers to which a prompt goes, in their order.
+
     Raises:
         PromptFileError: if a prompt file cannot be read.
         ConfigError: for prompts that no teacher takes, or a model whose tokenizer cannot be loaded.
         MisalignmentError: if teachers of one stream do not share tokenizer and vocabulary.
     """
-    for path, config in {config.prompts: config for config in configs}.items():
-        if config.route is not None:
-            refuse_unrouted(config.route.table, load_prompts(path, strict=config.strict).prompts)
+    counts = {
+        str(config.prompts): count_routes(config.route.table, _prompts(config))
+        for config in {str(config.prompts): config for config in configs}.values()
+        if config.route is not None
+    }
     described: dict[str, TeachConfig] = {}
     for sharing in _by_stream(configs).values():
         described |= {_name(config): config for config in _describe(sharing)}
-    return tuple(described[_name(config)] for config in configs)
+    busy: list[TeachConfig] = []
+    for name, config in described.items():
+        if counts[str(config.prompts)][name]:
+            busy.append(config)
+        else:
+            logger.warning("no prompt goes to teacher %s", name)
+    order = [_name(config) for config in configs]
+    return tuple(sorted(busy, key=lambda config: order.index(_name(config))))
 
 
 def run_several(
@@ -127,6 +139,10 @@ def _name(config: TeachConfig) -> str:
     if config.route is None:
         raise ConfigError(f"the teacher {config.model!r} has no part in the job", "use assign_teachers")
     return config.route.teacher
+
+
+def _prompts(config: TeachConfig) -> Iterable[Prompt]:
+    return load_prompts(config.prompts, strict=config.strict).prompts
 
 
 def _by_stream(configs: Sequence[TeachConfig]) -> Mapping[str, list[TeachConfig]]:
