@@ -215,6 +215,9 @@ def test_a_later_teacher_takes_the_spec_of_the_stream_that_announces_it() -> Non
     own = make_spec(labels=labels, teacher=replace(existing.teacher, model="second", vocab_size=390))
     assert shared_spec(existing, own, "second") == existing
     assert shared_spec(existing, own, "third") == own
+    wide = replace(own, teacher=replace(own.teacher, vocab_size=401))
+    with pytest.raises(MisalignmentError, match="'second' are 401 wide, those of stream 'lessons' 400"):
+        shared_spec(existing, wide, "second")
     assert set(teachers_of(existing.labels)) == {"first", "second"}
 
 
@@ -223,7 +226,6 @@ def test_a_later_teacher_takes_the_spec_of_the_stream_that_announces_it() -> Non
     [
         ({"tokenizer": {"vocab_sha256": bytes([1]) * 32}}, "vocabulary: teacher 'first' has 384 tokens"),
         ({"tokenizer": {"eos_token_ids": (2, 3)}}, r"end tokens: teacher \[2\], this one \[2, 3\]"),
-        ({"teacher": {"vocab_size": 401}}, "logits: 401 wide, of 'first' 400; the widest comes first"),
         ({"teacher": {"logprobs_temperature": 2.0}}, r"logprobs_temperature: 1\.0, teacher 'second' 2\.0"),
     ],
 )
@@ -270,6 +272,7 @@ def test_a_shared_stream_names_its_teachers_and_all_terms(models: dict[str, Path
     assert set(teachers_of(maths.labels)) == {"maths", "rest"}
     assert maths.labels["teacher.rest"].startswith("rest@sha256:")
     assert maths.labels["purpose"] == "tests"
+    assert [config.route and config.route.vocab_size for config in (maths, rest)] == [384, 384]
     assert (maths.license, rest.license) == ("Apache-2.0 AND MIT",) * 2
 
 

@@ -145,7 +145,7 @@ def test_two_teachers_write_to_one_stream(engine: TeacherEngine, tiny_model: Pat
     own = make_spec(engine, labels=labels)
     specs = {"first": own, "second": replace(own, teacher=replace(own.teacher, model="second"))}
     for name, spec in specs.items():
-        route = PromptRoute(name, table, names_ids=True)
+        route = PromptRoute(name, table, names_ids=True, vocab_size=own.teacher.vocab_size + 8)
         config = teach_config(
             tiny_model, service=service.target, producer_id=f"teacher-{name}", route=route, labels=labels
         )
@@ -156,8 +156,8 @@ def test_two_teachers_write_to_one_stream(engine: TeacherEngine, tiny_model: Pat
         (original_prompt_id(trace.prompt_id, trace.tags), trace.tags["teacher"]) for trace in traces
     )
     assert wrote == {(prompt.prompt_id, name): 2 for prompt in PROMPTS[:4] for name in specs}
-    narrow = replace(own, teacher=replace(own.teacher, vocab_size=own.teacher.vocab_size + 1))
-    with pytest.raises(MisalignmentError, match="the widest comes first"):
+    narrow = replace(own, teacher=replace(own.teacher, vocab_size=own.teacher.vocab_size + 9))
+    with pytest.raises(MisalignmentError, match="wide, those of stream 'lessons'"):
         work(engine, config, narrow, PROMPTS[:1])
 
 

@@ -73,6 +73,8 @@ class PromptRoute:
     table: RoutingTable
     names_ids: bool = False
     """Its prompts get ids of their own, ID@TEACHER: others write about the same ones to its stream."""
+    vocab_size: int = 0
+    """Width of the widest logits among the teachers of its stream; 0 for a stream of its own."""
 
     def take(self, prompt: Prompt) -> Prompt | None:
         """The prompt as this teacher answers it, tagged with its name; None if it goes to others.

@@ -178,7 +178,16 @@ def _describe(sharing: Sequence[TeachConfig]) -> list[TeachConfig]:
     }
     labels |= {key: value for config in reversed(sharing) for key, value in config.labels.items()}
     license = join_licenses([config.license for config in sharing])
-    return [replace(config, labels=labels, license=license) for config in sharing]
+    width = max(teacher.vocab_size for teacher, _ in specs)
+    return [
+        replace(
+            config,
+            labels=labels,
+            license=license,
+            route=None if config.route is None else replace(config.route, vocab_size=width),
+        )
+        for config in sharing
+    ]
 
 
 def _read_spec(config: TeachConfig) -> tuple[TeacherSpec, TokenizerSpec]:

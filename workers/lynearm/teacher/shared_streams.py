@@ -51,11 +51,13 @@ def join_stream(client: TraceClient, spec: StreamSpec, route: PromptRoute | None
     """
     if route is None:
         return spec
+    width = max(spec.teacher.vocab_size, route.vocab_size)
+    own = replace(spec, teacher=replace(spec.teacher, vocab_size=width))
     try:
         existing = client.get_stream(spec.name).spec
     except StreamNotFoundError:
-        return spec
-    return shared_spec(existing, spec, route.teacher)
+        return own
+    return shared_spec(existing, own, route.teacher)
 
 
 def shared_spec(existing: StreamSpec, own: StreamSpec, teacher: str) -> StreamSpec:
@@ -72,9 +74,14 @@ def shared_spec(existing: StreamSpec, own: StreamSpec, teacher: str) -> StreamSp
     """
     if teacher_label(teacher) not in existing.labels:
         return own
-    refuse_misaligned(
-        existing.name, teacher, (existing.teacher, existing.tokenizer), (own.teacher, own.tokenizer)
-    )
+    before = (existing.teacher, existing.tokenizer)
+    refuse_misaligned(existing.name, teacher, before, (own.teacher, own.tokenizer))
+    if own.teacher.vocab_size > existing.teacher.vocab_size:
+        raise MisalignmentError(
+            f"the logits of teacher {teacher!r} are {own.teacher.vocab_size} wide, those of stream "
+            f"{existing.name!r} {existing.teacher.vocab_size}",
+            "begin a new stream for these teachers",
+        )
     return replace(own, teacher=existing.teacher, tokenizer=existing.tokenizer)
 
 
@@ -87,14 +94,10 @@ def refuse_misaligned(
     """Refuse a teacher that cannot write to a stream of another one.
 
     Raises:
-        MisalignmentError: naming every difference in tokenizer, vocabulary or logprobs.
+        MisalignmentError: naming every difference in tokenizer or logprobs.
     """
+    before, own = first[0], other[0]
     differences = [line.replace("student", "this one") for line in alignment_differences(first[1], other[1])]
-    (before, own) = (first[0], other[0])
-    if own.vocab_size > before.vocab_size:
-        differences.append(
-            f"logits: {own.vocab_size} wide, of {before.model!r} {before.vocab_size}; the widest comes first"
-        )
     for name in ("logprobs_mode", "logprobs_temperature"):
         if getattr(before, name) != getattr(own, name):
             differences.append(
