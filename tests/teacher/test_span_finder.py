@@ -221,3 +221,38 @@ def byte_alphabet() -> dict[str, int]:
     printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
     others = [byte for byte in range(256) if byte not in printable]
     return {chr(byte): byte for byte in printable} | {chr(256 + n): byte for n, byte in enumerate(others)}
+
+
+@settings(max_examples=60, deadline=None)
+@given(pieces=st.lists(st.sampled_from(["a", "▁a", "▁", "4", *"東é😀"]), min_size=1, max_size=10))
+def test_positions_hold_where_bytes_are_tokens_and_blanks_are_letters(pieces: list[str]) -> None:
+    """As in SentencePiece vocabularies with byte fallback, whose first blank is not part of the text."""
+    tokenizer = byte_fallback_tokenizer()
+    ids: list[int] = []
+    for piece in pieces:
+        known = tokenizer.token_to_id(piece)
+        ids += (
+            [known] if known is not None else [tokenizer.token_to_id(f"<0x{b:02X}>") for b in piece.encode()]
+        )
+    positions = TokenPositions(ids, lambda some: tokenizer.decode(list(some), skip_special_tokens=False))
+    texts = [piece.replace("▁", " ") for piece in pieces]
+    sizes = [1 if tokenizer.token_to_id(piece) is not None else len(piece.encode()) for piece in pieces]
+    starts = [sum(sizes[:number]) for number in range(len(pieces))]
+    held = [(start, size) for text, start, size in zip(texts, starts, sizes, strict=True) for _ in text]
+    held = held[1:] if "".join(texts).startswith(" ") else held
+    assert positions.text == "".join(texts).removeprefix(" ")
+    for character, (start, size) in enumerate(held):
+        assert positions.last(character) == start + size - 1
+        if character:
+            assert positions.first(character) == start
+
+
+def byte_fallback_tokenizer() -> Any:
+    from tokenizers import Tokenizer, decoders, models
+
+    words = ["<unk>", *(f"<0x{byte:02X}>" for byte in range(256)), "a", "▁", "▁a", "4"]
+    vocab = {word: number for number, word in enumerate(words)}
+    tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=[], unk_token="<unk>", byte_fallback=True))
+    steps = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    tokenizer.decoder = decoders.Sequence(steps)
+    return tokenizer

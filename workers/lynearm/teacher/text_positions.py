@@ -40,7 +40,22 @@ class TokenPositions:
 
     def last(self, character: int) -> int:
         """Position of the token with which a character is complete; T for one past the end of the text."""
-        return bisect_left(range(len(self._ids)), character + 1, key=lambda token: self._complete(token + 1))
+        found = bisect_left(range(len(self._ids)), character + 1, key=lambda token: self._complete(token + 1))
+        if character >= len(self.text):
+            return found
+        # Where bytes are tokens, a run of them is text only as a whole: what one more token completes, the
+        # next may take back. So look back to where the text is settled, and the character is not in it.
+        token = found
+        while token > 0 and not self._is_settled_before(token, character):
+            token -= 1
+            if self._complete(token + 1) > character:
+                found = token
+        return found
+
+    def _is_settled_before(self, tokens: int, character: int) -> bool:
+        """Whether the first tokens are text that stays as it is, and end before a character."""
+        beginning = self._beginning(tokens)
+        return len(beginning) <= character and self.text.startswith(beginning)
 
     def _complete(self, tokens: int) -> int:
         """Characters of the text that the first tokens hold completely."""
