@@ -1,4 +1,4 @@
-"""`lynearm teach --job`: what the command makes of a job file, before any model."""
+"""`lynearm teach --teachers`: what the command makes of a job file, before any model."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def job_file(tmp_path: Path) -> Path:
 
 
 def test_flags_and_assignments_override_the_file_for_every_teacher(job_file: Path) -> None:
-    configs = load_job(job_file, {"service": "a:1", "max_tokens": None, "job_file": job_file}, ["seed=7"])
+    configs = load_job(job_file, {"service": "a:1", "max_tokens": None, "teachers": job_file}, ["seed=7"])
     assert [(one.service, one.seed, one.max_tokens) for one in configs] == [("a:1", 7, 64)] * 2
     assert [Path(one.model).name for one in configs] == ["a", "b"]
     assert {"teacher.maths", "teacher.rest"} == set(configs[0].labels)
@@ -55,8 +55,8 @@ def test_a_key_that_is_none_is_named_with_its_teacher(job_file: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "complaint"),
     [
-        (["--job", "none.toml"], "cannot read job file none.toml"),
-        (["--only", "maths"], "--only goes with --job"),
+        (["--teachers", "none.toml"], "cannot read job file none.toml"),
+        (["--only", "maths"], "--only goes with --teachers"),
         (["--set", "route=1"], "there is no key 'route'"),
     ],
 )

@@ -76,12 +76,12 @@ def teach(
         str | None,
         typer.Option(help="What is published: all, correct or shortest-correct.", show_default="all"),
     ] = None,
-    job_file: Annotated[
+    teachers: Annotated[
         Path | None,
-        typer.Option("--job", metavar="FILE", help="Several teachers, each for its part of the prompts."),
+        typer.Option(metavar="FILE", help="Several teachers, each for its part of the prompts."),
     ] = None,
     only: Annotated[
-        str | None, typer.Option(metavar="TEACHER", help="With --job: run this one, and seal nothing.")
+        str | None, typer.Option(metavar="TEACHER", help="With --teachers: run this one, and seal nothing.")
     ] = None,
     config: ConfigFile = None,
     assignments: Assignments = None,
@@ -93,13 +93,13 @@ def teach(
     What it writes, and its distribution at each token, goes to the trace service, which it waits for. A
     run that was stopped goes on when the command is repeated.
     """
-    if job_file is not None:
-        _teach_several(job_file, only or "", context, assignments or (), progress)
+    if teachers is not None:
+        _teach_several(teachers, only or "", context, assignments or (), progress)
         return
     if only is not None:
         from lynearm.wire.errors import ConfigError
 
-        raise ConfigError("--only goes with --job", "name a job file with several teachers")
+        raise ConfigError("--only goes with --teachers", "name a job file with several teachers")
     from lynearm.cli.progress import Reporter
     from lynearm.cli.settings import load_settings
     from lynearm.teacher.config import TeachConfig

@@ -1,4 +1,4 @@
-"""`lynearm teach --job FILE`: several teachers, each for its part of the prompts."""
+"""`lynearm teach --teachers FILE`: several teachers, each for its part of the prompts."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def load_job(path: Path, flags: Mapping[str, object], assignments: Sequence[str]
         given.append("config")
     if given:
         raise ConfigError(
-            f"--{given[0].replace('_', '-')} goes with one teacher, and --job names several",
+            f"--{given[0].replace('_', '-')} goes with one teacher, and --teachers names several",
             f"write it into {path}",
         )
     job = load_job_file(path)
