@@ -323,7 +323,7 @@ def test_serve_tells_people_where_it_listens_and_how_it_stopped(tmp_path: Path) 
 @pytest.mark.parametrize(
     ("command", "complaint"),
     [
-        (("teach",), "teach needs model, prompts, stream and license"),
+        (("teach",), "teach needs model, prompts and stream"),
         (("teach", "--set", "max_tokns=1"), "did you mean 'max_tokens'"),
         (("train", "--set", "epochs=0"), "epochs is 0"),
         (("train", "--config", "absent.toml"), "cannot read absent.toml"),
@@ -363,7 +363,7 @@ def test_a_malformed_prompt_is_named_by_file_and_line(target: str, tmp_path: Pat
     prompts = tmp_path / "prompts.jsonl"
     prompts.write_text('{"prompt": "one"}\n{"prompt": \n')
     code, _, stderr = run(
-        *("teach", "--model", "m", "--prompts", str(prompts), "--stream", "s", "--license", "MIT"),
+        *("teach", "--model", str(tmp_path), "--prompts", str(prompts), "--stream", "s", "--license", "MIT"),
         *("--strict", "--service", target, "--progress", "none"),
     )
     assert code == 1

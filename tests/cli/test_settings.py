@@ -30,7 +30,7 @@ CONFIG_CLASSES: Mapping[str, Any] = {
 
 WORKABLE_VALUES: Mapping[str, object] = {
     "model": "m",
-    "prompts": Path("p.jsonl"),
+    "prompts": "p.jsonl",
     "stream": "s",
     "license": "Apache-2.0",
     "checkpoint": Path("c"),
@@ -60,6 +60,7 @@ class Sample:
     maybe: int | None = 0
     numbers: tuple[int, ...] = ()
     labels: Mapping[str, str] = field(default_factory=dict[str, str])
+    mixed: Mapping[str, bool | float | str] = field(default_factory=dict[str, bool | float | str])
 
 
 def write(tmp_path: Path, text: str) -> Path:
@@ -150,6 +151,9 @@ def test_values_of_every_type_arrive_as_their_type(tmp_path: Path) -> None:
         ("maybe=none", Sample(maybe=None)),
         ("numbers=[3]", Sample(numbers=(3,))),
         ("labels.team=a", Sample(labels={"team": "a"})),
+        ("mixed.a=true", Sample(mixed={"a": True})),
+        ("mixed.a=0.5", Sample(mixed={"a": 0.5})),
+        ("mixed.a=high", Sample(mixed={"a": "high"})),
     ],
 )
 def test_assignments_are_toml_or_bare_words(assignment: str, expected: Sample) -> None:
@@ -174,6 +178,7 @@ def test_an_assignment_adds_to_a_table_of_the_file(tmp_path: Path) -> None:
         ("[serve]\nnumbers = 3\n", r"numbers is 3, expected a list"),
         ("[serve]\nlabels = 3\n", r"labels is 3, expected a table"),
         ("[serve.labels]\nteam = []\n", r"labels\.team is \[\], expected a text"),
+        ("[serve.mixed]\na = []\n", r"mixed\.a is \[\], expected a text, a number, true or false"),
         ("[sreve]\n", r"no table \[sreve\].*did you mean 'serve'"),
         ("[export.mxl]\n", r"no table \[export\.mxl\].*did you mean 'export\.mlx'"),
         ("[export]\nbits = 4\n", r"no table \[export\.bits\]"),
@@ -201,8 +206,8 @@ def test_a_wrong_assignment_is_refused(assignment: str, complaint: str) -> None:
 
 
 def test_missing_values_are_named_as_flags() -> None:
-    with pytest.raises(ConfigError, match="teach needs stream and license: give --stream and --license"):
-        load_settings(TeachConfig, "teach", flags={"model": "m", "prompts": Path("p")})
+    with pytest.raises(ConfigError, match="teach needs prompts and stream: give --prompts and --stream"):
+        load_settings(TeachConfig, "teach", flags={"model": "m"})
 
 
 def test_a_value_out_of_range_is_refused_by_the_role() -> None:

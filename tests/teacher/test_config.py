@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,7 +11,7 @@ from lynearm.wire.errors import ConfigError
 
 
 def make_config(**overrides: Any) -> TeachConfig:
-    values: dict[str, Any] = {"model": "m", "prompts": Path("p"), "stream": "s", "license": "Apache-2.0"}
+    values: dict[str, Any] = {"model": "m", "prompts": "p", "stream": "s", "license": "Apache-2.0"}
     return TeachConfig(**(values | overrides))
 
 
@@ -25,7 +24,8 @@ def test_the_defaults_are_accepted() -> None:
     [
         ({"stream": "No Caps"}, "stream name"),
         ({"producer_id": ""}, "producer id"),
-        ({"license": ""}, "license"),
+        ({"prompts": ""}, "prompts"),
+        ({"limit": -1}, "limit"),
         ({"model": ""}, "model"),
         ({"codec": "zip"}, "codec"),
         ({"top_k": 1025}, "top_k"),

@@ -34,9 +34,10 @@ EXTRAS = {
     "mlx": "mlx",
     "mlx_lm": "mlx",
     "coremltools": "coreml",
-    "accelerate": "demo",
-    "gguf": "demo",
+    "accelerate": "gguf",
+    "gguf": "gguf",
     "pyarrow": "parquet",
+    "datasets": "datasets",
 }
 """Which extra of the package brings a module."""
 

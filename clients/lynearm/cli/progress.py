@@ -15,16 +15,16 @@ import re
 import sys
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Generic, Self, TypeVar, cast
 
-from rich.console import Console
+from rich.console import Console, RenderableType
 from rich.progress import BarColumn, Progress, ProgressColumn, SpinnerColumn, Task, TextColumn
 from rich.progress_bar import ProgressBar
-from rich.table import Column
+from rich.table import Column, Table
 from rich.text import Text
 
 from lynearm.cli.options import ProgressMode
@@ -38,6 +38,25 @@ _NARROW_COLUMNS = 90
 _Event = TypeVar("_Event")
 
 
+_SURROUNDING_LINES = 4
+"""Of a terminal, which rows leave to the bar above them and the prompt below."""
+
+_ROW_BAR_COLUMNS = 10
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One of several that work at the same time."""
+
+    name: str
+    share: float
+    """How busy it is, 0 to 1."""
+    cells: tuple[str, ...]
+    """Counts and rates, as many in every row: they stand in columns."""
+    note: str = ""
+    """What else there is to say; cut off where the terminal ends."""
+
+
 @dataclass(frozen=True, slots=True)
 class Status:
     """What an event means to a person."""
@@ -49,6 +68,10 @@ class Status:
     completed: float = 0.0
     total: float | None = None
     """None where the end cannot be known."""
+    left_seconds: float | None = None
+    """Until the end, where somebody knows better than the bar's own estimate."""
+    rows: tuple[Row, ...] = ()
+    """Below the bar, on a terminal."""
 
 
 class Reporter(Generic[_Event]):
@@ -115,14 +138,16 @@ class Reporter(Generic[_Event]):
             with self._lock:
                 print(event_line(self._role, report), file=self._results, flush=True)
 
-    def _draw(self, bars: Progress, status: Status) -> None:
+    def _draw(self, bars: _Bars, status: Status) -> None:
         new_stage = self._shown is None or self._shown.stage != status.stage
+        told = {"text": status.text, "left": status.left_seconds}
+        bars.rows = status.rows
         if not bars.tasks or new_stage:
             for task in bars.tasks:
                 bars.remove_task(task.id)
-            bars.add_task(status.stage, total=status.total, completed=int(status.completed), text=status.text)
+            bars.add_task(status.stage, total=status.total, completed=int(status.completed), **told)
             return
-        bars.update(bars.tasks[0].id, total=status.total, completed=status.completed, text=status.text)
+        bars.update(bars.tasks[0].id, total=status.total, completed=status.completed, **told)
 
     def _print(self, status: Status) -> None:
         new_stage = self._shown is None or self._shown.stage != status.stage
@@ -170,6 +195,34 @@ def duration(seconds: float) -> str:
     return f"{minutes} min {rest:02d} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60:02d} min"
 
 
+class _Bars(Progress):
+    """The bar of a stage, and rows below it."""
+
+    rows: tuple[Row, ...] = ()
+
+    def get_renderables(self) -> Iterable[RenderableType]:
+        """What is drawn, some times a second."""
+        yield self.make_tasks_table(self.tasks)
+        if self.rows:
+            room = max(1, self.console.height - _SURROUNDING_LINES)
+            yield _table(self.rows[:room], more=len(self.rows) - room)
+
+
+def _table(rows: Sequence[Row], more: int) -> Table:
+    table = Table.grid(padding=(0, 1), expand=True)
+    for _ in ("indent", "name", "bar"):
+        table.add_column(no_wrap=True)
+    for index in range(len(rows[0].cells)):
+        table.add_column(no_wrap=True, justify="right" if index else "left", overflow="ellipsis")
+    table.add_column(no_wrap=True, ratio=1, overflow="ellipsis", style="dim")
+    for row in rows:
+        bar = ProgressBar(total=1, completed=row.share, width=_ROW_BAR_COLUMNS)
+        table.add_row(" ", Text(row.name), bar, *map(Text, row.cells), Text(row.note))
+    if more > 0:
+        table.add_row(" ", Text(f"and {more} more", style="dim"))
+    return table
+
+
 class _Bar(BarColumn):
     """A bar where the end is known; nothing elsewhere, since the spinner moves already."""
 
@@ -185,11 +238,12 @@ class _Elapsed(ProgressColumn):
 
     def render(self, task: Task) -> Text:
         elapsed = duration(task.elapsed or 0.0)
-        left = task.time_remaining
+        left: float | None = task.fields.get("left")
+        left = task.time_remaining if left is None else left
         return Text(f"{elapsed}, {duration(left)} left" if left else elapsed, style="dim")
 
 
-def _bars(console: Console) -> Progress:
+def _bars(console: Console) -> _Bars:
     columns: list[ProgressColumn] = [SpinnerColumn(), TextColumn("{task.description}")]
     if console.width >= _NARROW_COLUMNS:
         columns.append(_Bar(bar_width=24))
@@ -199,7 +253,7 @@ def _bars(console: Console) -> Progress:
         _Elapsed(table_column=Column(no_wrap=True)),
     ]
     # What a step came to is printed after it, so that its bar need not stay.
-    return Progress(*columns, console=console, expand=True, transient=True)
+    return _Bars(*columns, console=console, expand=True, transient=True)
 
 
 def plain_value(value: Any) -> object:  # Any: fields of other roles' dataclasses

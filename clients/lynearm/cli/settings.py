@@ -157,7 +157,10 @@ def _convert(value: object, hint: object, name: str) -> object:
     if origin in (Union, types.UnionType):
         if type(None) in arguments and (value is None or value == "none"):
             return None
-        return _convert(value, next(one for one in arguments if one is not type(None)), name)
+        kinds = [one for one in arguments if one is not type(None)]
+        if len(kinds) > 1:
+            return _expect(value, isinstance(value, tuple(kinds)), name, "a text, a number, true or false")
+        return _convert(value, kinds[0], name)
     if origin is Literal:
         return _expect(value, value in arguments, name, f"one of {_listed([repr(one) for one in arguments])}")
     if origin is tuple:

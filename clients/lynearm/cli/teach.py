@@ -1,9 +1,9 @@
-"""`lynearm teach`: a teacher answers a file of prompts into a stream."""
+"""`lynearm teach`: a teacher answers prompts into a stream."""
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from contextlib import redirect_stdout
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -14,59 +14,130 @@ from lynearm.cli.failures import Interrupted, reported, this_command
 from lynearm.cli.options import Assignments, ConfigFile, Debug, Progress, ProgressMode, Service, flags
 
 if TYPE_CHECKING:
-    from lynearm.cli.progress import Status
-    from lynearm.teacher.job import TeachProgress, TeachReport
+    from lynearm.teacher.progress import TeachReport
 
-_SHOWN_BAD_LINES = 10
-
-_STAGES = {"starting": "Ray", "loading": "the model into vLLM", "sealing": "the stream"}
-"""What a stage without a message of its own is about."""
+_SHOWN_LINES = 10
+"""Of what was left out, before the rest is only counted."""
 
 
 @reported("the same command goes on: prompts that the stream has are not asked again")
 def teach(
     context: typer.Context,
     model: Annotated[
-        str | None, typer.Option(help="Teacher: a directory in the transformers layout, or a name for vLLM.")
+        str | None,
+        typer.Option(
+            help="Teacher: a directory in the transformers layout, a model of the hub, a GGUF file."
+        ),
+    ] = None,
+    revision: Annotated[
+        str | None, typer.Option(help="Commit, tag or branch of a model of the hub; else its main branch.")
+    ] = None,
+    license: Annotated[
+        str | None,
+        typer.Option(
+            help="Terms under which the teacher may be distilled, SPDX or URL; else what its card says."
+        ),
     ] = None,
     prompts: Annotated[
-        Path | None,
-        typer.Option(help="JSON lines with `prompt` or `messages`, and optional `id` and `tags`."),
+        str | None,
+        typer.Option(
+            metavar="SOURCE",
+            help="JSON lines or Parquet: a file, a pattern or a directory; or hf:NAME?config=…&split=…",
+        ),
+    ] = None,
+    prompt_column: Annotated[
+        str | None, typer.Option(metavar="NAME", help="Field with a text, if not prompt.")
+    ] = None,
+    messages_column: Annotated[
+        str | None, typer.Option(metavar="NAME", help="Field with a chat, if not messages.")
+    ] = None,
+    id_column: Annotated[
+        str | None, typer.Option(metavar="NAME", help="Field with the prompt's id, if not id.")
+    ] = None,
+    tag_columns: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--tag-column",
+            metavar="[TAG=]NAME",
+            help="Field that becomes a tag of the traces, instead of those in tags. May be repeated.",
+        ),
+    ] = None,
+    limit: Annotated[
+        int | None,
+        typer.Option(metavar="ROWS", help="Take the first rows only; 0 takes all.", show_default="0"),
+    ] = None,
+    strict: Annotated[
+        bool | None, typer.Option("--strict", help="Refuse prompts with a bad line among them.")
+    ] = None,
+    system: Annotated[str | None, typer.Option(help="System prompt of chats that bring none.")] = None,
+    thinking: Annotated[
+        bool | None,
+        typer.Option(
+            "--thinking/--no-thinking",
+            help="Have the teacher think first, or not; only where its chat template has a switch for it.",
+        ),
     ] = None,
     stream: Annotated[str | None, typer.Option(help="Stream that receives the traces.")] = None,
-    license: Annotated[
-        str | None, typer.Option(help="Terms under which the teacher may be distilled, SPDX or URL.")
-    ] = None,
     service: Service = None,
+    job: Annotated[
+        str | None,
+        typer.Option(metavar="NAME", help="Name of the job; else a digest of its prompts."),
+    ] = None,
+    producer_id: Annotated[
+        str | None, typer.Option(help="Stable name of this producer.", show_default="teacher")
+    ] = None,
+    seal: Annotated[
+        bool | None, typer.Option("--seal/--no-seal", help="Seal the stream at the end.", show_default="seal")
+    ] = None,
     top_k: Annotated[
         int | None, typer.Option(help="Entries kept for each position.", show_default="64")
     ] = None,
+    completions: Annotated[
+        int | None, typer.Option(help="Completions for each prompt.", show_default="1")
+    ] = None,
     max_tokens: Annotated[
         int | None, typer.Option(help="Bound on a completion, tokens.", show_default="256")
+    ] = None,
+    temperature: Annotated[
+        float | None, typer.Option(help="0 always takes the likeliest token.", show_default="1.0")
+    ] = None,
+    top_p: Annotated[
+        float | None,
+        typer.Option(help="Draw from the likeliest tokens with this mass.", show_default="1.0"),
+    ] = None,
+    sample_top_k: Annotated[
+        int | None, typer.Option(help="Draw from this many likeliest tokens; 0 from all.", show_default="0")
+    ] = None,
+    min_p: Annotated[
+        float | None,
+        typer.Option(help="Draw from tokens with this share of the likeliest's.", show_default="0.0"),
+    ] = None,
+    seed: Annotated[
+        int | None, typer.Option(help="Of the draws; the same seed draws the same.", show_default="0")
+    ] = None,
+    workers: Annotated[
+        int | None,
+        typer.Option(help="Engines; 0 for as many as the cluster has room for.", show_default="0"),
+    ] = None,
+    tensor_parallel: Annotated[
+        int | None, typer.Option(help="GPUs for each engine.", show_default="1")
     ] = None,
     max_model_len: Annotated[
         int | None, typer.Option(help="Bound on prompt plus completion, tokens.", show_default="2048")
     ] = None,
     max_batch: Annotated[
-        int | None, typer.Option(help="Completions written at once.", show_default="64")
+        int | None, typer.Option(help="Completions that an engine writes at once.", show_default="64")
     ] = None,
-    completions: Annotated[
-        int | None, typer.Option(help="Completions for each prompt.", show_default="1")
-    ] = None,
-    temperature: Annotated[
-        float | None, typer.Option(help="0 always takes the likeliest token.", show_default="1.0")
+    dtype: Annotated[
+        str | None,
+        typer.Option(metavar="DTYPE", help="auto, float32, bfloat16 or float16.", show_default="auto"),
     ] = None,
     threads: Annotated[
-        int | None, typer.Option(help="CPU threads of the engine; 0 for all.", show_default="0")
+        int | None, typer.Option(help="CPU threads of an engine; 0 for all.", show_default="0")
     ] = None,
-    producer_id: Annotated[
-        str | None, typer.Option(help="Stable name of this producer.", show_default="teacher-0")
-    ] = None,
-    seal: Annotated[
-        bool | None, typer.Option("--seal/--no-seal", help="Seal the stream at the end.", show_default="seal")
-    ] = None,
-    strict: Annotated[
-        bool | None, typer.Option("--strict", help="Refuse a prompt file with a bad line.")
+    ray_address: Annotated[
+        str | None,
+        typer.Option(metavar="HOST:PORT", help="Ray to run on; else that of RAY_ADDRESS, or one of its own."),
     ] = None,
     verify: Annotated[
         str | None,
@@ -91,7 +162,7 @@ def teach(
     """Let a teacher answer prompts into a stream.
 
     What it writes, and its distribution at each token, goes to the trace service, which it waits for. A
-    run that was stopped goes on when the command is repeated.
+    run that was stopped goes on when the command is repeated. docs/teaching.md has examples.
     """
     if teachers is not None:
         _teach_several(teachers, only or "", context, assignments or (), progress)
@@ -102,6 +173,7 @@ def teach(
         raise ConfigError("--only goes with --teachers", "name a job file with several teachers")
     from lynearm.cli.progress import Reporter
     from lynearm.cli.settings import load_settings
+    from lynearm.cli.teach_progress import describe
     from lynearm.teacher.config import TeachConfig
 
     settings = load_settings(
@@ -113,7 +185,7 @@ def teach(
     with Reporter("teach", progress, describe) as report, redirect_stdout(sys.stderr):
         outcome = run_teach(settings, report)
         report.conclude(outcome)
-    for line in _skipped(outcome):
+    for line in _left_out(outcome):
         typer.echo(line, err=True)
     if report.for_people:
         typer.echo(_summary(outcome))
@@ -126,6 +198,7 @@ def _teach_several(
 ) -> None:
     from lynearm.cli.progress import Reporter, Status
     from lynearm.cli.teach_job import load_job
+    from lynearm.cli.teach_progress import describe
 
     with Reporter("teach", progress, describe) as report, redirect_stdout(sys.stderr):
         report.announce(Status("reading", f"prompts and tokenizers of {job}"))
@@ -136,7 +209,7 @@ def _teach_several(
         for outcome in outcomes.values():
             report.conclude(outcome)
     for name, outcome in outcomes.items():
-        for line in _skipped(outcome):
+        for line in _left_out(outcome):
             typer.echo(line, err=True)
         if report.for_people:
             typer.echo(f"teacher {name}: {_summary(outcome)}")
@@ -144,44 +217,15 @@ def _teach_several(
         raise Interrupted(f"go on with `{this_command()}`")
 
 
-def describe(event: TeachProgress) -> Status | None:
-    """What a moment of a teaching job means to a person."""
-    from lynearm.cli.progress import Status, count
-
-    if event.stage == "done":
-        return None
-    if event.stage != "generating":
-        text = event.message or _STAGES.get(event.stage, "")
-        return Status(event.stage, text, event.done_prompts, event.prompts or None)
-    facts = [
-        f"{event.done_prompts}/{event.prompts} prompts",
-        f"{count(event.tokens_per_second)} tokens/s",
-        f"{count(event.generated_tokens)} tokens",
-        f"{event.acked_blocks} blocks durable",
-    ]
-    if event.skipped_prompts:
-        facts.append(f"{event.skipped_prompts} skipped")
-    if event.verdicts:
-        facts.append(verdict_counts(event.verdicts))
-    if event.restarts:
-        facts.append(f"{event.restarts} restarts")
-    if event.message:
-        facts.insert(0, event.message)
-    return Status(event.stage, ", ".join(facts), event.done_prompts, event.prompts or None)
-
-
-def verdict_counts(verdicts: Mapping[str, int]) -> str:
-    """How many answers were judged how: "12 correct, 3 incorrect"."""
-    return ", ".join(f"{verdicts[outcome]} {outcome}" for outcome in sorted(verdicts))
-
-
-def _skipped(report: TeachReport) -> list[str]:
-    lines = [f"skipped {bad.file}:{bad.line}: {bad.reason}" for bad in report.skipped[:_SHOWN_BAD_LINES]]
-    rest = len(report.skipped) - len(lines)
-    return [*lines, f"skipped {rest} more"] if rest else lines
+def _left_out(report: TeachReport) -> list[str]:
+    skipped = [f"skipped {bad}" for bad in report.skipped[:_SHOWN_LINES]]
+    failed = [f"failed {prompt}" for prompt in report.failed[:_SHOWN_LINES]]
+    rests = {"skipped": len(report.skipped) - len(skipped), "failed": report.failed_prompts - len(failed)}
+    return [*skipped, *failed, *(f"{what} {rest} more" for what, rest in rests.items() if rest > 0)]
 
 
 def _summary(report: TeachReport) -> str:
+    from lynearm.cli.teach_progress import verdict_counts
     from lynearm.cli.progress import duration, size
 
     generating = report.stage_seconds.get("generating", 0.0)
@@ -192,11 +236,12 @@ def _summary(report: TeachReport) -> str:
         else ""
     )
     already = f" ({report.finished_before} were there before)" if report.finished_before else ""
+    failed = f", {report.failed_prompts} failed" if report.failed_prompts else ""
     verdicts = f"; {verdict_counts(report.verdicts)}" if report.verdicts else ""
-    left_out = f" ({report.left_out} not published)" if report.left_out else ""
+    unpublished = f" ({report.left_out} not published)" if report.left_out else ""
     return (
-        f"stream {report.stream}: {report.completed} of {report.prompts} prompts finished{already}, "
+        f"stream {report.stream}: {report.completed} of {report.prompts} prompts finished{already}{failed}, "
         f"{report.completion_tokens:,} tokens in {duration(report.seconds)}{rate}; "
-        f"{report.blocks} blocks, {size(report.size_bytes)}{bits}{verdicts}{left_out}; "
+        f"{report.blocks} blocks, {size(report.size_bytes)}{bits}{verdicts}{unpublished}; "
         f"{'sealed' if report.sealed else 'open'}"
     )

@@ -271,7 +271,7 @@ class _Demo:
     @cached_property
     def _prompt_texts(self) -> dict[str, str]:
         """What the user says in each prompt of the file, by prompt id, in order."""
-        from lynearm.teacher.prompts import load_prompts
+        from lynearm.teacher.prompt_sources import load_prompts
 
         prompts = load_prompts(self._config.prompts).prompts
         return {one.prompt_id: one.text or one.messages[-1].content for one in prompts}

@@ -2,7 +2,8 @@
 
 from lynearm.teacher.config import TeachConfig
 from lynearm.teacher.job import TeachProgress, TeachReport, run_teach
-from lynearm.teacher.prompts import BadLine, Prompt, PromptFile, load_prompts
+from lynearm.teacher.prompt_sources import PromptFile, load_prompts
+from lynearm.teacher.prompts import BadLine, Prompt
 from lynearm.teacher.worker import TeacherWorker, WorkerProgress
 
 __all__ = [

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Literal, TypeAlias, get_args
 
 from lynearm.teacher.routing import PromptRoute
@@ -14,6 +13,11 @@ from lynearm.wire.specs import BYTES_PER_ENTRY, CODEC_MODES, MAX_TOP_K, CodecMod
 
 Dtype: TypeAlias = Literal["auto", "float32", "bfloat16", "float16"]
 Keep: TypeAlias = Literal["all", "correct", "shortest-correct"]
+
+TemplateValue: TypeAlias = bool | int | float | str
+
+_TEMPLATE_OWN = ("messages", "add_generation_prompt", "tokenize", "enable_thinking", "thinking")
+"""Arguments of a chat template that the teacher gives itself."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,13 +30,13 @@ class TeachConfig:
 
     model: str
     """Directory in the transformers layout, or the name of a model that vLLM can fetch."""
-    prompts: Path
-    """JSON lines; see `lynearm.teacher.prompts`."""
+    prompts: str
+    """JSON lines, Parquet files or a Hugging Face dataset; see `lynearm.teacher.prompt_rows`."""
     stream: str
     """Where the traces go. Created when missing; an existing one must have the same spec."""
-    license: str
-    """SPDX expression or URL of the terms under which the teacher may be distilled. No default: only
-    the user can know."""
+    license: str = ""
+    """SPDX expression or URL of the terms under which the teacher may be distilled. Empty: what the model's
+    card or file says; "unknown", with a warning, where it says nothing."""
     service: str = "127.0.0.1:7411"
     """host:port of the trace service; several servers of one catalog with commas between."""
     producer_id: str = "teacher-0"
@@ -41,6 +45,29 @@ class TeachConfig:
     """Name of the teacher in the stream's spec; the last part of `model` when empty."""
     labels: Mapping[str, str] = field(default_factory=dict[str, str])
     """Free text in the stream's spec."""
+    revision: str = ""
+    """Commit, tag or branch of a model of the hub; empty for its main branch. The stream records the commit
+    that it stood for."""
+
+    prompt_column: str = ""
+    """Field or column with a text, instead of "prompt"."""
+    messages_column: str = ""
+    """Field or column with a chat, instead of "messages"."""
+    token_ids_column: str = ""
+    """Field or column with token ids, instead of "prompt_token_ids"."""
+    id_column: str = ""
+    """Field or column with the prompt's id, instead of "id"."""
+    tag_columns: tuple[str, ...] = ()
+    """Fields or columns whose values become tags of the traces; TAG=COLUMN gives the tag another name."""
+    limit: int = 0
+    """Take the first rows only; 0 takes all."""
+    system: str = ""
+    """System prompt of every chat that brings none."""
+    thinking: bool | None = None
+    """Whether the model is to think before it answers, for chat templates with a switch for it. None leaves
+    it to the template."""
+    template_args: Mapping[str, TemplateValue] = field(default_factory=dict[str, TemplateValue])
+    """What else the chat template reads, for example reasoning_effort = "high"."""
 
     top_k: int = 64
     """Entries kept per position: at 64 the tail of a small model holds 5 % of the mass."""
@@ -59,6 +86,11 @@ class TeachConfig:
     temperature: float = 1.0
     """0 is greedy. The recorded logprobs are those of the model itself, whatever the temperature."""
     top_p: float = 1.0
+    """Draw from the likeliest tokens that hold this probability together."""
+    sample_top_k: int = 0
+    """Draw from this many of the likeliest tokens; 0 from all. Not to be confused with `top_k`."""
+    min_p: float = 0.0
+    """Draw from tokens with at least this share of the likeliest one's probability."""
     max_tokens: int = 256
     """Bound on a completion, tokens; less where the context ends before."""
     completions: int = 1
@@ -111,8 +143,9 @@ class TeachConfig:
     """Seal the stream when every prompt is finished, so that subscribers end."""
     strict: bool = False
     """Refuse a prompt file with a bad line before anything starts, instead of skipping the line."""
-    ray_address: str = "local"
-    """"local" starts a Ray of its own; "auto" joins the one that runs here, as under `ray job submit`."""
+    ray_address: str = ""
+    """host:port of a Ray to join; "auto" joins the one that runs here; "local" starts one of its own. Empty:
+    that of RAY_ADDRESS, which Ray sets for a submitted job, else "local"."""
 
     def __post_init__(self) -> None:
         """Check every field."""
@@ -123,7 +156,16 @@ class TeachConfig:
             raise ConfigError(error.message, error.remedy) from error
         checks = {
             "model is empty": bool(self.model),
-            "license is empty; name the terms of the teacher, for example Apache-2.0": bool(self.license),
+            "prompts is empty": bool(str(self.prompts)),
+            "prompt_column, messages_column and token_ids_column name one thing each; give one of them": (
+                sum(map(bool, (self.prompt_column, self.messages_column, self.token_ids_column))) <= 1
+            ),
+            f"limit {self.limit} is negative": self.limit >= 0,
+            "system, thinking and template_args are for chats; they exclude chat = false": self.chat
+            or not (self.system or self.thinking is not None or self.template_args),
+            f"template_args may not hold {', '.join(_TEMPLATE_OWN)}; thinking has a flag of its own": (
+                not set(self.template_args) & set(_TEMPLATE_OWN)
+            ),
             f"codec {self.codec!r} is none of {', '.join(CODEC_MODES)}": self.codec in CODEC_MODES,
             f"min_probability {self.min_probability} is outside 0..1": 0 <= self.min_probability <= 1,
             f"draws {self.draws} is outside 1..{MAX_TOP_K}: codec 'sampled' needs them": (
@@ -135,6 +177,11 @@ class TeachConfig:
             f"top_k {self.top_k} is outside 0..{MAX_TOP_K}": 0 <= self.top_k <= MAX_TOP_K,
             f"temperature {self.temperature} is negative": self.temperature >= 0,
             f"top_p {self.top_p} is outside (0, 1]": 0 < self.top_p <= 1,
+            f"sample_top_k {self.sample_top_k} is negative": self.sample_top_k >= 0,
+            f"min_p {self.min_p} is outside 0..1": 0 <= self.min_p <= 1,
+            f"{self.completions} completions at temperature 0 would all be the same": (
+                self.completions == 1 or self.temperature > 0
+            ),
             f"max_tokens {self.max_tokens} is below 1": self.max_tokens >= 1,
             f"completions {self.completions} is below 1": self.completions >= 1,
             f"max_model_len {self.max_model_len} is below 2": self.max_model_len >= 2,

@@ -27,6 +27,8 @@ from lynearm.teacher.logprob_arrays import (
     rows_of,
     top_k_from_rows,
 )
+from lynearm.teacher.memory import check_fits, estimate_memory, free_memory
+from lynearm.teacher.model_source import prepare_model
 from lynearm.teacher.tokenizer import PromptTokenizer, describe_tokenizer, end_tokens
 from lynearm.wire.errors import ConfigError, MissingDependencyError, TeacherError
 from lynearm.wire.specs import TeacherSpec, TokenizerSpec
@@ -46,6 +48,8 @@ Untyped: TypeAlias = Any
 
 _MAX_CPU_CACHE_BYTES = 1 << 30
 _MIN_CPU_CACHE_BYTES = 64 << 20
+_GPU_SHARE = 0.92
+"""Of a GPU's memory, which vLLM takes by default."""
 _CPU_BATCHED_TOKENS = 2048
 """Bounds a prefill step on a CPU, and so how long it holds the running completions up."""
 
@@ -77,6 +81,9 @@ class TeacherEngine:
 
     def __init__(self, config: TeachConfig, *, arrays: bool = True) -> None:
         set_engine_environment(config)
+        prepared = prepare_model(config)
+        config = replace(config, model=str(prepared.directory))
+        self._revision = prepared.revision
         engine_args, llm_engine, self._vllm_version = _import_vllm()
         self._config = config
         self._generator = np.random.default_rng(config.seed)
@@ -96,10 +103,10 @@ class TeacherEngine:
         self._logprob_count = self.vocab_size if config.draws else self.top_k
         self._dtype = str(model_config.dtype).removeprefix("torch.")
         self._raw_tokenizer: Untyped = self._engine.get_tokenizer()
-        self.tokenizer = PromptTokenizer(self._raw_tokenizer, config, max_model_len=self.max_model_len)
-        directory = Path(config.model) if Path(config.model).is_dir() else None
-        generation = None if directory is not None else model_config.try_get_generation_config()
-        self.eos_token_ids = end_tokens(directory, self._raw_tokenizer, generation)
+        self.tokenizer = PromptTokenizer(
+            self._raw_tokenizer, config, max_model_len=self.max_model_len, vocab_size=self.vocab_size
+        )
+        self.eos_token_ids = end_tokens(prepared.directory, self._raw_tokenizer)
         self._finished_tokens = 0
         self._rows_before = LogprobRows.rows_seen
 
@@ -118,7 +125,7 @@ class TeacherEngine:
         name = self._config.model_name or Path(self._config.model).name
         teacher = TeacherSpec(
             model=name,
-            revision=model_revision(self._config.model, self._engine.model_config),
+            revision=self._revision or weights_digest(Path(self._config.model)),
             engine=f"vllm {self._vllm_version}",
             dtype=self._dtype,
             vocab_size=self.vocab_size,
@@ -132,6 +139,8 @@ class TeacherEngine:
         return SamplingParams(
             temperature=config.temperature,
             top_p=config.top_p,
+            top_k=config.sample_top_k,
+            min_p=config.min_p,
             max_tokens=min(config.max_tokens, self.max_model_len - prompt_tokens),
             seed=None if config.seed is None else completion_seed(config.seed, prompt_id, sample_index),
         )
@@ -149,6 +158,8 @@ class TeacherEngine:
         parameters: Untyped = EngineSampling(
             temperature=sampling.temperature,
             top_p=sampling.top_p,
+            top_k=sampling.top_k,
+            min_p=sampling.min_p,
             max_tokens=sampling.max_tokens,
             seed=sampling.seed,
             logprobs=self._logprob_count,
@@ -232,12 +243,8 @@ def completion_seed(seed: int, prompt_id: str, sample_index: int) -> int:
     return int.from_bytes(digest[:4], "little") >> 1
 
 
-def model_revision(model: str, model_config: Untyped) -> str:
-    """Names the exact weights: "sha256:" over a directory's weight files, or the hub's commit."""
-    directory = Path(model)
-    if not directory.is_dir():
-        commit = getattr(model_config.hf_config, "_commit_hash", None)
-        return str(commit or model_config.revision or "unknown")
+def weights_digest(directory: Path) -> str:
+    """Names the exact weights of a directory: "sha256:" and a digest over its weight files."""
     digest = hashlib.sha256()
     weights = sorted([*directory.glob("*.safetensors"), *directory.glob("*.bin")])
     for path in weights:
@@ -303,7 +310,11 @@ def _engine_arguments(config: TeachConfig) -> dict[str, object]:
     }
     if config.kv_cache_mib:
         arguments["kv_cache_memory_bytes"] = config.kv_cache_mib << 20
-    if current_platform.is_cpu():
+    on_cpu = bool(current_platform.is_cpu())
+    need = estimate_memory(Path(config.model), config, on_cpu=on_cpu)
+    gpu_bytes = 0 if on_cpu else int(_GPU_SHARE * current_platform.get_device_total_memory())
+    check_fits(need, free_memory() if on_cpu else gpu_bytes, config)
+    if on_cpu:
         cache_bytes = (config.kv_cache_mib << 20) or _cpu_cache_bytes(config, text_config)
         arguments["kv_cache_memory_bytes"] = cache_bytes
         arguments["dtype"] = "float32" if config.dtype == "auto" else config.dtype

@@ -19,7 +19,8 @@ from typing import Any, Literal, TypeAlias
 
 from lynearm.client import StreamInfo, TraceClient
 from lynearm.teacher.config import TeachConfig
-from lynearm.teacher.prompts import BadLine, Prompt, load_prompts
+from lynearm.teacher.prompt_sources import load_prompts
+from lynearm.teacher.prompts import BadLine, Prompt
 from lynearm.teacher.ray_actor import WorkerActor, WorkerLostError, ray_session
 from lynearm.teacher.worker import WorkerProgress
 from lynearm.wire.errors import MissingDependencyError, StreamNotFoundError, StreamSealedError, TeacherError

@@ -1,18 +1,18 @@
-"""Prompt files: JSON lines, each with a `prompt` or chat `messages`, and maybe `id` and `tags`.
+"""Prompts, and how one is read out of a row: a line of JSON, or a row of a table.
 
     {"prompt": "What is 3 + 4?"}
     {"id": "sky-1", "messages": [{"role": "user", "content": "Why?"}], "tags": {"topic": "facts"}}
+    {"prompt_token_ids": [1, 4093, 198]}
 
-A line that is not a prompt is skipped and reported with file and line number; the others are untouched.
+A row that is not a prompt is reported with its place; the others are untouched.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import cast
 
 from lynearm.wire.errors import PromptFileError
@@ -31,23 +31,25 @@ class ChatMessage:
 
 @dataclass(frozen=True, slots=True)
 class Prompt:
-    """What the teacher is asked: a text, or a chat."""
+    """What the teacher is asked: a text, a chat, or token ids."""
 
     prompt_id: str
-    """Unique in its file; a digest of the content where the line gives none."""
+    """Unique in its job; a digest of the content where the row gives none."""
     text: str = ""
-    """Empty for a chat."""
+    """Empty for a chat or token ids."""
     messages: tuple[ChatMessage, ...] = ()
-    """Empty for a plain text."""
+    """Empty for a text or token ids."""
     tags: Mapping[str, str] = field(default_factory=dict[str, str])
     file: str = ""
     line: int = 0
-    """Where it stands, from 1; for messages to people."""
+    """Where it stands, from 1: a line of a file, or a row of a table; for messages to people."""
+    token_ids: tuple[int, ...] = ()
+    """As they go into the model, special tokens and all; empty for a text or a chat."""
 
 
 @dataclass(frozen=True, slots=True)
 class BadLine:
-    """A line of a prompt file that is not used, and why."""
+    """A line or row of a prompt source that is not used, and why."""
 
     file: str
     line: int
@@ -58,83 +60,123 @@ class BadLine:
 
 
 @dataclass(frozen=True, slots=True)
-class PromptFile:
-    """What a prompt file holds, in its order."""
+class PromptColumns:
+    """Which fields of a row say what."""
 
-    prompts: tuple[Prompt, ...]
-    bad_lines: tuple[BadLine, ...]
+    prompt: str = "prompt"
+    """A text."""
+    messages: str = "messages"
+    """A list of {"role", "content"}."""
+    token_ids: str = "prompt_token_ids"
+    """A list of token ids."""
+    prompt_id: str = "id"
+    """A text or a whole number."""
+    tags: str = "tags"
+    """An object of texts; not looked at where `tag_columns` are named."""
+    tag_columns: tuple[tuple[str, str], ...] = ()
+    """(tag, field) pairs: fields whose values become tags."""
+    named: tuple[str, ...] = ()
+    """Fields that somebody asked for by name: a table without one is refused."""
+
+    @property
+    def contents(self) -> tuple[str, ...]:
+        """The fields of which a row has exactly one; those that are named "" are not looked at."""
+        return tuple(name for name in (self.prompt, self.messages, self.token_ids) if name)
+
+    @property
+    def optional(self) -> tuple[str, ...]:
+        """The fields that a row may have besides."""
+        return self.prompt_id, *([name for _, name in self.tag_columns] or [self.tags])
 
 
-def load_prompts(path: Path, *, strict: bool = False) -> PromptFile:
-    """Read a prompt file.
-
-    Args:
-        path: JSON lines in UTF-8; blank lines are passed over.
-        strict: Refuse a file with any bad line.
+def parse_prompt(
+    line: bytes, *, file: str = "", line_number: int = 0, columns: PromptColumns = PromptColumns()
+) -> Prompt:
+    """The prompt in a line of JSON.
 
     Raises:
-        PromptFileError: if the file cannot be read, holds no prompt, or, with `strict`, has a bad line.
+        PromptFileError: saying what is wrong with the line.
     """
-    try:
-        lines = path.read_bytes().split(b"\n")
-    except OSError as error:
-        raise PromptFileError(f"cannot read prompts from {path}: {error.strerror}") from error
-    prompts: list[Prompt] = []
-    bad_lines: list[BadLine] = []
-    line_of_id: dict[str, int] = {}
-    for number, line in enumerate(lines, start=1):
-        if not line.strip():
-            continue
-        try:
-            prompt = parse_prompt(line, file=str(path), line_number=number)
-            if prompt.prompt_id in line_of_id:
-                first = line_of_id[prompt.prompt_id]
-                raise PromptFileError(f"id {prompt.prompt_id!r} is taken by line {first}")
-        except PromptFileError as error:
-            bad_lines.append(BadLine(str(path), number, error.message))
-            continue
-        line_of_id[prompt.prompt_id] = number
-        prompts.append(prompt)
-    _refuse(path, prompts, bad_lines, strict=strict)
-    return PromptFile(tuple(prompts), tuple(bad_lines))
+    fields = parse_object(line, first=line_number == 1)
+    return prompt_from_fields(fields, columns, file=file, line=line_number)
 
 
-def parse_prompt(line: bytes, *, file: str = "", line_number: int = 0) -> Prompt:
-    """One line of a prompt file.
+def parse_object(line: bytes, *, first: bool = False) -> dict[str, object]:
+    """The JSON object in a line.
+
+    Args:
+        line: UTF-8.
+        first: Of its file, so that a byte order mark may precede it.
 
     Raises:
         PromptFileError: saying what is wrong with the line.
     """
     try:
-        parsed: object = json.loads(line.decode("utf-8-sig" if line_number == 1 else "utf-8"))
+        parsed: object = json.loads(line.decode("utf-8-sig" if first else "utf-8"))
     except UnicodeDecodeError as error:
         raise PromptFileError(f"not UTF-8 at byte {error.start}") from error
-    except (json.JSONDecodeError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:
         raise PromptFileError(f"not JSON: {error}") from error
     if not isinstance(parsed, dict):
         raise PromptFileError(f"expected a JSON object, found {type(parsed).__name__}")
-    fields = cast("dict[str, object]", parsed)
-    if ("prompt" in fields) == ("messages" in fields):
-        raise PromptFileError("expected either 'prompt' or 'messages'")
-    text = _text(fields["prompt"], "prompt") if "prompt" in fields else ""
-    messages = _messages(fields["messages"]) if "messages" in fields else ()
+    return cast("dict[str, object]", parsed)
+
+
+def prompt_from_fields(
+    fields: Mapping[str, object], columns: PromptColumns, *, file: str = "", line: int = 0
+) -> Prompt:
+    """The prompt in a row.
+
+    Args:
+        fields: Values by name. One that is None counts as absent, since tables have no other way to say so.
+        columns: Which of them say what.
+        file: Where the row stands.
+        line: And its number.
+
+    Raises:
+        PromptFileError: saying what is wrong with the row.
+    """
+    given = {name: value for name, value in fields.items() if value is not None}
+    found = [name for name in columns.contents if name in given]
+    if len(found) != 1:
+        either = " or ".join(repr(name) for name in columns.contents)
+        said = f", found {' and '.join(repr(name) for name in found)}" if found else ""
+        raise PromptFileError(f"expected {'either ' if ' or ' in either else ''}{either}{said}")
+    text = _text(given[columns.prompt], columns.prompt) if columns.prompt in found else ""
+    messages = _messages(given[columns.messages], columns.messages) if columns.messages in found else ()
+    token_ids = _token_ids(given[columns.token_ids], columns.token_ids) if columns.token_ids in found else ()
     return Prompt(
-        prompt_id=_prompt_id(fields.get("id"), text, messages),
+        prompt_id=_prompt_id(given.get(columns.prompt_id), columns.prompt_id)
+        or content_id(text, messages, token_ids),
         text=text,
         messages=messages,
-        tags=_tags(fields.get("tags", {})),
+        token_ids=token_ids,
+        tags=_tags(given, columns),
         file=file,
-        line=line_number,
+        line=line,
     )
 
 
-def _refuse(path: Path, prompts: list[Prompt], bad_lines: list[BadLine], *, strict: bool) -> None:
-    if bad_lines and (strict or not prompts):
-        more = f" (and {len(bad_lines) - 1} more bad lines)" if len(bad_lines) > 1 else ""
-        remedy = "correct the line, or leave out --strict to skip it" if prompts else "correct the lines"
-        raise PromptFileError(f"{bad_lines[0]}{more}", remedy)
-    if not prompts:
-        raise PromptFileError(f"{path} holds no prompts", 'write lines such as {"prompt": "What is 3 + 4?"}')
+def prompt_line(prompt: Prompt) -> bytes:
+    """The prompt as a line of JSON, without where it stood; `parse_prompt` is the inverse."""
+    fields: dict[str, object] = {"id": prompt.prompt_id}
+    if prompt.token_ids:
+        fields["prompt_token_ids"] = prompt.token_ids
+    elif prompt.messages:
+        fields["messages"] = [{"role": one.role, "content": one.content} for one in prompt.messages]
+    else:
+        fields["prompt"] = prompt.text
+    if prompt.tags:
+        fields["tags"] = dict(prompt.tags)
+    return json.dumps(fields, ensure_ascii=False, separators=(",", ":")).encode()
+
+
+def content_id(text: str, messages: Sequence[ChatMessage], token_ids: Sequence[int] = ()) -> str:
+    """The id of a prompt that has none of its own: a digest of what is asked."""
+    content: list[object] = [text, *([message.role, message.content] for message in messages)]
+    if token_ids:
+        content.append(list(token_ids))
+    return f"sha256-{hashlib.sha256(json.dumps(content).encode()).hexdigest()[:32]}"
 
 
 def _text(value: object, name: str) -> str:
@@ -151,33 +193,71 @@ def _text(value: object, name: str) -> str:
     return value
 
 
-def _messages(value: object) -> tuple[ChatMessage, ...]:
+def _messages(value: object, name: str) -> tuple[ChatMessage, ...]:
     if not isinstance(value, list) or not value:
-        raise PromptFileError("'messages' is not a list with at least one message")
+        raise PromptFileError(f"'{name}' is not a list with at least one message")
     messages: list[ChatMessage] = []
     for index, entry in enumerate(cast("list[object]", value)):
         if not isinstance(entry, dict):
-            raise PromptFileError(f"messages[{index}] is {type(entry).__name__}, expected an object")
+            raise PromptFileError(f"{name}[{index}] is {type(entry).__name__}, expected an object")
         fields = cast("dict[str, object]", entry)
-        role = _text(fields.get("role"), f"messages[{index}].role")
-        messages.append(ChatMessage(role, _text(fields.get("content"), f"messages[{index}].content")))
+        role = _text(fields.get("role"), f"{name}[{index}].role")
+        messages.append(ChatMessage(role, _text(fields.get("content"), f"{name}[{index}].content")))
+    if messages[-1].role == "assistant":
+        raise PromptFileError(
+            f"{name}[{len(messages) - 1}] is the assistant's, which the teacher is to write"
+        )
     return tuple(messages)
 
 
-def _tags(value: object) -> dict[str, str]:
+def _token_ids(value: object, name: str) -> tuple[int, ...]:
+    if not isinstance(value, list) or not value:
+        raise PromptFileError(f"'{name}' is not a list with at least one token id")
+    token_ids = cast("list[object]", value)
+    for index, token_id in enumerate(token_ids):
+        if not isinstance(token_id, int) or isinstance(token_id, bool) or token_id < 0:
+            raise PromptFileError(f"{name}[{index}] is {token_id!r:.40}, expected a token id")
+    return tuple(cast("list[int]", token_ids))
+
+
+def _tags(fields: Mapping[str, object], columns: PromptColumns) -> dict[str, str]:
+    if columns.tag_columns:
+        found = [(tag, name, fields.get(name)) for tag, name in columns.tag_columns]
+        return {tag: _scalar_text(value, name) for tag, name, value in found if value is not None}
+    value = _pairs_as_object(fields.get(columns.tags, {}))
     if not isinstance(value, dict):
-        raise PromptFileError(f"'tags' is {type(value).__name__}, expected an object")
+        raise PromptFileError(f"'{columns.tags}' is {type(value).__name__}, expected an object")
     tags: dict[str, str] = {}
     for key, text in cast("dict[str, object]", value).items():
-        tags[_text(key, "tags key")] = _text(text, f"tags.{key}")
+        # A struct of a table has every key in every row.
+        if text is not None:
+            tags[_text(key, f"{columns.tags} key")] = _text(text, f"{columns.tags}.{key}")
     return tags
 
 
-def _prompt_id(value: object, text: str, messages: tuple[ChatMessage, ...]) -> str:
+def _pairs_as_object(value: object) -> object:
+    """Parquet's type "map" comes as a list of pairs, where JSON has an object; anything else as it is."""
+    if not isinstance(value, list):
+        return value
+    entries = cast("list[object]", value)
+    if all(isinstance(entry, tuple) for entry in entries):
+        return dict(cast("list[tuple[object, object]]", entries))
+    return entries
+
+
+def _scalar_text(value: object, name: str) -> str:
+    if isinstance(value, bool):
+        return str(value).lower()
+    return str(value) if isinstance(value, int | float) else _text(value, name)
+
+
+def _prompt_id(value: object, name: str) -> str:
     if value is None:
-        content = json.dumps([text, *([message.role, message.content] for message in messages)])
-        return f"sha256-{hashlib.sha256(content.encode()).hexdigest()[:32]}"
-    prompt_id = _text(value, "id")
+        return ""
+    whole = isinstance(value, int) and not isinstance(value, bool)
+    prompt_id = str(value) if whole else _text(value, name)
     if len(prompt_id.encode()) > MAX_ID_BYTES:
-        raise PromptFileError(f"'id' is {len(prompt_id.encode())} bytes, expected at most {MAX_ID_BYTES}")
+        raise PromptFileError(f"'{name}' is {len(prompt_id.encode())} bytes, expected at most {MAX_ID_BYTES}")
+    if "\0" in prompt_id:
+        raise PromptFileError(f"'{name}' holds the character NUL")
     return prompt_id

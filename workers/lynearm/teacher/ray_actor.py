@@ -37,8 +37,8 @@ def ray_session(address: str, cpus: int) -> Generator[Untyped]:
     """The module `ray`, connected; a Ray that was started here is shut down at the end.
 
     Args:
-        address: "local" starts one; anything else is where to connect. Within a process that is connected
-            already, that connection is used and left open.
+        address: "local" starts one; anything else is where to connect; empty: RAY_ADDRESS where it is set,
+            else "local". Within a process that is connected already, that connection is used and left open.
         cpus: CPUs that a Ray of our own offers.
 
     Raises:
@@ -55,6 +55,8 @@ def ray_session(address: str, cpus: int) -> Generator[Untyped]:
     if module.is_initialized():
         yield module
         return
+    # Ray's own variable, which it sets for a submitted job: "auto" reads it.
+    address = address or ("auto" if os.environ.get("RAY_ADDRESS") else "local")
     arguments: dict[str, object] = {"address": address, "log_to_driver": False, "logging_level": "warning"}
     if address == "local":
         # Ray runs workers at nice 15 by default: on a busy machine they would starve.

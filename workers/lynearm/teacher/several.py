@@ -8,17 +8,18 @@ stopped. A stream is sealed after the last of its teachers, and only if all of t
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
-from pathlib import Path
-from types import SimpleNamespace
 from typing import Any, TypeAlias
 
 from lynearm.teacher.config import TeachConfig
-from lynearm.teacher.engine import model_revision
+from lynearm.teacher.engine import weights_digest
 from lynearm.teacher.job import OnProgress, TeachProgress, TeachReport, run_teach
 from lynearm.teacher.job_file import TEACHER_PLACE
-from lynearm.teacher.prompts import Prompt, load_prompts
+from lynearm.teacher.memory import read_model_config
+from lynearm.teacher.model_source import find_model_files, pin_model, prepare_model, source_kind
+from lynearm.teacher.prompt_sources import iterate_prompts
+from lynearm.teacher.prompts import Prompt
 from lynearm.teacher.routing import PromptRoute, RoutingTable, count_routes
 from lynearm.teacher.shared_streams import join_licenses, refuse_misaligned, teacher_label
 from lynearm.teacher.tokenizer import describe_tokenizer, end_tokens
@@ -49,6 +50,7 @@ def assign_teachers(table: RoutingTable, configs: Sequence[TeachConfig]) -> tupl
         replace(
             config,
             producer_id=f"{config.producer_id}-{rule.teacher}",
+            job=f"{config.job}-{rule.teacher}" if config.job else "",
             route=PromptRoute(
                 rule.teacher, table, names_ids=table.everyone and streams.count(config.stream) > 1
             ),
@@ -63,7 +65,7 @@ def assign_teachers(table: RoutingTable, configs: Sequence[TeachConfig]) -> tupl
 def prepare_teachers(configs: Sequence[TeachConfig]) -> tuple[TeachConfig, ...]:
     """Check all that can be known before a model is loaded, and describe shared streams in their labels.
 
-    Reads the prompts, and, of the teachers that share a stream, tokenizers and weight files.
+    Reads the prompts, pins the models and, where teachers share a stream, reads tokenizers and weight files.
 
     Args:
         configs: What `assign_teachers` returned.
@@ -73,7 +75,7 @@ def prepare_teachers(configs: Sequence[TeachConfig]) -> tuple[TeachConfig, ...]:
 
     Raises:
         PromptFileError: if a prompt file cannot be read.
-        ConfigError: for prompts that no teacher takes, or a model whose tokenizer cannot be loaded.
+        ConfigError: for prompts that no teacher takes, or a model or tokenizer that cannot be found.
         MisalignmentError: if teachers of one stream do not share tokenizer and vocabulary.
     """
     counts = {
@@ -82,7 +84,7 @@ def prepare_teachers(configs: Sequence[TeachConfig]) -> tuple[TeachConfig, ...]:
         if config.route is not None
     }
     described: dict[str, TeachConfig] = {}
-    for sharing in _by_stream(configs).values():
+    for sharing in _by_stream([pin_model(config) for config in configs]).values():
         described |= {_name(config): config for config in _describe(sharing)}
     busy: list[TeachConfig] = []
     for name, config in described.items():
@@ -141,8 +143,8 @@ def _name(config: TeachConfig) -> str:
     return config.route.teacher
 
 
-def _prompts(config: TeachConfig) -> Iterable[Prompt]:
-    return load_prompts(config.prompts, strict=config.strict).prompts
+def _prompts(config: TeachConfig) -> Iterator[Prompt]:
+    return (one for one in iterate_prompts(config) if isinstance(one, Prompt))
 
 
 def _by_stream(configs: Sequence[TeachConfig]) -> Mapping[str, list[TeachConfig]]:
@@ -191,37 +193,41 @@ def _describe(sharing: Sequence[TeachConfig]) -> list[TeachConfig]:
 
 
 def _read_spec(config: TeachConfig) -> tuple[TeacherSpec, TokenizerSpec]:
-    """Who a teacher is and whose tokenizer it uses, from its files alone: no weights are loaded.
+    """Who a pinned teacher is and whose tokenizer it uses, from its files alone: no weights are loaded.
 
     Raises:
-        ConfigError: if there is no such model, or it has no tokenizer.
+        ConfigError: if its files are not on this machine.
         MissingDependencyError: without transformers.
     """
+    directory = find_model_files(config)
+    revision = config.revision
+    if source_kind(config.model) == "gguf":
+        prepared = prepare_model(config)
+        directory, revision = prepared.directory, prepared.revision
+    if directory is None:
+        raise ConfigError(
+            f"the files of teacher {config.model!r} are not here, to compare it with others of its stream",
+            "bring them here, or give each teacher a stream of its own, with {teacher} in the stream's name",
+        )
     try:
-        from transformers import AutoConfig, AutoTokenizer, GenerationConfig
+        from transformers import AutoTokenizer
     except ImportError as error:
         raise MissingDependencyError(
             f"comparing teachers needs transformers: {error}", "pip install 'lynearm[teacher]'"
         ) from error
-    auto_config: Untyped = AutoConfig
     auto_tokenizer: Untyped = AutoTokenizer
-    auto_generation: Untyped = GenerationConfig
-    directory = Path(config.model) if Path(config.model).is_dir() else None
     try:
-        model_config: Untyped = auto_config.from_pretrained(config.model)
-        tokenizer: Untyped = auto_tokenizer.from_pretrained(config.model)
-        generation = None if directory else auto_generation.from_pretrained(config.model).to_dict()
+        tokenizer: Untyped = auto_tokenizer.from_pretrained(directory)
     except (OSError, ValueError) as error:
         first_line = str(error).strip().split("\n", 1)[0][:300]
         raise ConfigError(f"cannot load the tokenizer of teacher {config.model!r}: {first_line}") from error
-    text_config: Untyped = model_config.get_text_config()
-    name = config.model_name or Path(config.model).name
+    width = read_model_config(directory).get("vocab_size")
     teacher = TeacherSpec(
-        model=name,
-        revision=model_revision(config.model, SimpleNamespace(hf_config=model_config, revision=None)),
+        model=config.model_name,
+        revision=revision or weights_digest(directory),
         engine="",
         dtype="",
-        vocab_size=int(text_config.vocab_size),
+        vocab_size=width if isinstance(width, int) else len(tokenizer),
         max_model_len=config.max_model_len,
     )
-    return teacher, describe_tokenizer(tokenizer, name, end_tokens(directory, tokenizer, generation))
+    return teacher, describe_tokenizer(tokenizer, config.model_name, end_tokens(directory, tokenizer))

@@ -9,8 +9,9 @@ from typing import Any, TypeAlias, cast
 
 import numpy as np
 
+from lynearm.teacher.chat_template import ChatTemplate
 from lynearm.teacher.config import TeachConfig
-from lynearm.teacher.prompts import Prompt
+from lynearm.teacher.prompts import ChatMessage, Prompt
 from lynearm.teacher.span_finder import SpanFinder
 from lynearm.wire.errors import ConfigError, PromptTooLongError
 from lynearm.wire.specs import TokenizerSpec, hash_chat_template, hash_vocab
@@ -25,17 +26,23 @@ class PromptTokenizer:
 
     Args:
         tokenizer: The model's tokenizer.
-        config: Reads `chat` and the reasoning markers.
+        config: Reads `chat`, what the template is told, and the reasoning markers.
         max_model_len: Longest prompt plus completion, tokens.
+        vocab_size: Width of the logits; 0 for the tokenizer's own size.
 
     Raises:
-        ConfigError: for reasoning markers or an answer pattern that `SpanFinder` refuses.
+        ConfigError: for reasoning markers or an answer pattern that `SpanFinder` refuses, or if the chat
+            template has no switch for thinking, though the config sets it.
     """
 
-    def __init__(self, tokenizer: Untyped, config: TeachConfig, *, max_model_len: int) -> None:
+    def __init__(
+        self, tokenizer: Untyped, config: TeachConfig, *, max_model_len: int, vocab_size: int = 0
+    ) -> None:
         self._tokenizer = tokenizer
         self._max_model_len = max_model_len
+        self._vocab_size = vocab_size or len(tokenizer)
         self._chat = config.chat
+        self._template = ChatTemplate(tokenizer, config)
         self.spans = SpanFinder(tokenizer, config)
 
     def encode(self, prompt: Prompt) -> Int32Array:
@@ -43,9 +50,35 @@ class PromptTokenizer:
 
         Raises:
             PromptTooLongError: if no room is left for a completion.
+            ConfigError: for chat messages without a template, or that the template refuses, and for token
+                ids outside the vocabulary.
+        """
+        if prompt.token_ids:
+            return self._checked(prompt.token_ids)
+        text = self.chat_text(prompt)
+        # A template writes the special tokens itself.
+        token_ids = self._tokenizer.encode(
+            prompt.text if text is None else text, add_special_tokens=text is None
+        )
+        return self._checked(token_ids)
+
+    def chat_text(self, prompt: Prompt) -> str | None:
+        """What the chat template makes of a prompt; None where none applies.
+
+        Raises:
             ConfigError: for chat messages without a template, or that the template refuses.
         """
-        token_ids = self._chat_ids(prompt) if self._is_chat(prompt) else self._ids(prompt.text)
+        if prompt.token_ids or not (prompt.messages or (self._chat and self._template.exists)):
+            return None
+        return self._template.render(prompt.messages or (ChatMessage("user", prompt.text),))
+
+    def check_ids(self, token_ids: Sequence[int]) -> None:
+        """Refuse token ids that are no prompt for this model.
+
+        Raises:
+            PromptTooLongError: if no room is left for a completion.
+            ConfigError: if there are none, or one is outside the vocabulary.
+        """
         if not token_ids:
             raise ConfigError("the prompt has no tokens")
         if len(token_ids) >= self._max_model_len:
@@ -54,6 +87,15 @@ class PromptTokenizer:
                 "hold a completion",
                 "shorten the prompt, or raise max_model_len",
             )
+        outside = next((i for i in token_ids if not 0 <= i < self._vocab_size), None)
+        if outside is not None:
+            raise ConfigError(
+                f"token id {outside} is outside the teacher's vocabulary, 0 to {self._vocab_size - 1}",
+                "make the ids with the teacher's own tokenizer",
+            )
+
+    def _checked(self, token_ids: Sequence[int]) -> Int32Array:
+        self.check_ids(token_ids)
         return np.asarray(token_ids, np.int32)
 
     def decode(self, completion_token_ids: Sequence[int], eos_token_ids: Sequence[int]) -> str:
@@ -62,27 +104,6 @@ class PromptTokenizer:
         if ids and ids[-1] in eos_token_ids:
             ids.pop()
         return str(self._tokenizer.decode(ids, skip_special_tokens=False))
-
-    def _is_chat(self, prompt: Prompt) -> bool:
-        return bool(prompt.messages) or (self._chat and self._tokenizer.chat_template is not None)
-
-    def _ids(self, text: str) -> list[int]:
-        return [int(token_id) for token_id in self._tokenizer.encode(text)]
-
-    def _chat_ids(self, prompt: Prompt) -> list[int]:
-        messages = [{"role": message.role, "content": message.content} for message in prompt.messages]
-        messages = messages or [{"role": "user", "content": prompt.text}]
-        if self._tokenizer.chat_template is None:
-            raise ConfigError("the prompt is a chat, and the teacher has no chat template")
-        try:
-            text: Untyped = self._tokenizer.apply_chat_template(
-                messages, add_generation_prompt=True, tokenize=False
-            )
-        # Templates raise what they like: jinja2's errors, and whatever their own code does.
-        except Exception as error:
-            raise ConfigError(f"the chat template refuses the messages: {error}") from error
-        # The template writes the special tokens itself.
-        return [int(i) for i in self._tokenizer.encode(text, add_special_tokens=False)]
 
 
 def describe_tokenizer(tokenizer: Untyped, name: str, eos_token_ids: Sequence[int]) -> TokenizerSpec:
@@ -100,21 +121,19 @@ def describe_tokenizer(tokenizer: Untyped, name: str, eos_token_ids: Sequence[in
     )
 
 
-def end_tokens(model_dir: Path | None, tokenizer: Untyped, generation: Untyped = None) -> tuple[int, ...]:
+def end_tokens(model_dir: Path, tokenizer: Untyped) -> tuple[int, ...]:
     """Ids that end a completion, ascending: the tokenizer's own and those of the generation config.
 
     Args:
-        model_dir: Directory with a `generation_config.json`; None for a model that has none at hand.
+        model_dir: Directory that may hold a `generation_config.json`.
         tokenizer: The model's tokenizer.
-        generation: The generation config as a mapping, where it was loaded elsewhere.
     """
     found: set[int] = set()
     if tokenizer.eos_token_id is not None:
         found.add(int(tokenizer.eos_token_id))
-    path = model_dir / "generation_config.json" if model_dir is not None else None
-    if generation is None and path is not None and path.is_file():
-        generation = json.loads(path.read_text())
-    listed: object = generation["eos_token_id"] if generation and "eos_token_id" in generation else None
+    path = model_dir / "generation_config.json"
+    generation: dict[str, object] = json.loads(path.read_text()) if path.is_file() else {}
+    listed = generation.get("eos_token_id")
     if isinstance(listed, int):
         found.add(listed)
     elif isinstance(listed, list):

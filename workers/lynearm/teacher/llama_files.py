@@ -9,13 +9,16 @@ from typing import Any, TypeAlias
 
 import numpy as np
 
-from lynearm.demo.gguf_file import Float32Array, GgufFile, GgufTensor
+from lynearm.teacher.gguf_file import Float32Array, GgufFile, GgufTensor, UnsupportedGgufError
 from lynearm.wire.errors import CheckpointError
 
 Progress: TypeAlias = Callable[[int, int], None]
 """Called with the bytes of weights written so far, and all that will be."""
 
 _CONTROL_TOKEN = 3
+
+_SMOLLM = ("gpt2", "smollm")
+"""Model and pre-tokenizer of SmolLM2."""
 
 _HF_NAMES = {
     "attn_norm": "input_layernorm",
@@ -44,17 +47,35 @@ def write_llama(directory: Path, gguf: GgufFile, on_progress: Progress | None = 
         on_progress: Called after each tensor.
 
     Raises:
-        CheckpointError: if the file holds another architecture or tokenizer.
+        UnsupportedGgufError: if the file holds another architecture or tokenizer; nothing was written.
+        CheckpointError: if it holds what no llama has.
         OSError: if the directory cannot be written.
     """
     config = _config(gguf)
-    template = gguf.text("tokenizer.chat_template")
+    write_tokenizer(directory, gguf)
     _write_weights(directory / "model.safetensors", gguf, on_progress)
     write_json(directory / "config.json", config)
     special_ids = {key: config[key] for key in ("bos_token_id", "eos_token_id", "pad_token_id")}
     write_json(directory / "generation_config.json", special_ids)
-    write_json(directory / "tokenizer.json", _tokenizer(gguf))
-    write_json(directory / "tokenizer_config.json", _tokenizer_config(gguf, template))
+
+
+def knows_tokenizer(gguf: GgufFile) -> bool:
+    """Whether `write_tokenizer` knows the file's tokenizer; only metadata is looked at."""
+    return _tokenizer_flavour(gguf) == _SMOLLM
+
+
+def write_tokenizer(directory: Path, gguf: GgufFile) -> None:
+    """Writes tokenizer.json, its configuration and the chat template. Only metadata is looked at.
+
+    Raises:
+        UnsupportedGgufError: if it is not SmolLM2's tokenizer; nothing was written.
+        CheckpointError: if a part of it is missing.
+        OSError: if the directory cannot be written.
+    """
+    tokenizer, template = _tokenizer(gguf), gguf.text("tokenizer.chat_template")
+    settings = _tokenizer_config(gguf, template)
+    write_json(directory / "tokenizer.json", tokenizer)
+    write_json(directory / "tokenizer_config.json", settings)
     (directory / "chat_template.jinja").write_text(template, encoding="utf-8")
 
 
@@ -66,9 +87,7 @@ def write_json(path: Path, value: dict[str, Any]) -> None:
 def _config(gguf: GgufFile) -> dict[str, Any]:
     architecture = gguf.text("general.architecture")
     if architecture != "llama":
-        raise CheckpointError(
-            f"{gguf.path} holds a {architecture!r}, expected a llama", "reinstall the package"
-        )
+        raise UnsupportedGgufError(f"{gguf.path} holds a {architecture!r}, expected a llama")
     hidden, heads = gguf.integer("llama.embedding_length"), gguf.integer("llama.attention.head_count")
     theta = gguf.number("llama.rope.freq_base")
     return {
@@ -99,9 +118,9 @@ def _config(gguf: GgufFile) -> dict[str, Any]:
 
 
 def _tokenizer(gguf: GgufFile) -> dict[str, Any]:
-    flavour = (gguf.text("tokenizer.ggml.model"), gguf.text("tokenizer.ggml.pre"))
-    if flavour != ("gpt2", "smollm"):
-        raise CheckpointError(f"{gguf.path} has a tokenizer of kind {flavour}, expected SmolLM2's")
+    flavour = _tokenizer_flavour(gguf)
+    if flavour != _SMOLLM:
+        raise UnsupportedGgufError(f"{gguf.path} has a tokenizer of kind {flavour}, expected SmolLM2's")
     byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
     return {
         "version": "1.0",
@@ -119,6 +138,10 @@ def _tokenizer(gguf: GgufFile) -> dict[str, Any]:
         "decoder": {**byte_level, "add_prefix_space": True},
         "model": _byte_pairs(gguf),
     }
+
+
+def _tokenizer_flavour(gguf: GgufFile) -> tuple[str, str]:
+    return gguf.text_if_any("tokenizer.ggml.model"), gguf.text_if_any("tokenizer.ggml.pre")
 
 
 def _control_tokens(gguf: GgufFile) -> list[dict[str, Any]]:

@@ -1,7 +1,8 @@
 """Reading a GGUF model file: its metadata, and its tensors as float32.
 
-Covers what SmolLM2's file holds: little-endian GGUF version 2 or 3, tensors of type F32, F16, Q4_1 and
-Q8_0. Nothing is trusted: every length is checked against the size of the file before it is used.
+Reads little-endian GGUF of version 2 or 3, and tensors of type F32, F16, Q4_1 and Q8_0, which is what
+SmolLM2's file holds. Nothing is trusted: every length is checked against the size of the file before it is
+used.
 
 File, in order: magic, version, counts; metadata key-value pairs; tensor directory (name, dimensions, type,
 offset); padding; tensor data. Quantised rows are runs of blocks of 32 values: Q4_1 holds scale and minimum
@@ -51,6 +52,10 @@ _SCALAR_FORMATS = {
 }
 _STRING_CODE = 8
 _ARRAY_CODE = 9
+
+
+class UnsupportedGgufError(CheckpointError):
+    """The file is sound, and holds a kind of model, tokenizer or tensor that we do not convert."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -123,6 +128,11 @@ class GgufFile:
             raise _malformed(self.path, f"{key} is {type(value).__name__}, expected a string")
         return value
 
+    def text_if_any(self, key: str) -> str:
+        """A string from the metadata; empty where there is none."""
+        value = self.metadata.get(key)
+        return value if isinstance(value, str) else ""
+
     def items(self, key: str) -> list[MetadataValue]:
         """An array from the metadata.
 
@@ -139,14 +149,41 @@ def read_gguf(path: Path) -> GgufFile:
     """Parses the metadata and the tensor directory; the weights stay on disk until they are loaded.
 
     Raises:
-        CheckpointError: if the file cannot be read, is cut short, or holds a type of tensor that we do not
-            dequantise.
+        CheckpointError: if the file cannot be read, or is cut short.
+        UnsupportedGgufError: if it holds a type of tensor that we do not dequantise.
     """
+    cursor, tensor_count, metadata = _read_header(path)
+    directory = [cursor.directory_entry() for _ in range(tensor_count)]
+    alignment = metadata.get("general.alignment", 32)
+    if not isinstance(alignment, int) or alignment < 1:
+        raise _malformed(path, f"general.alignment is {alignment!r}")
+    data_start = -(-cursor.position // alignment) * alignment
+    tensors = tuple(
+        GgufTensor(name, shape, kind, data_start + offset) for name, shape, kind, offset in directory
+    )
+    _check_tensors(path, tensors, cursor.size)
+    return GgufFile(path, metadata, tensors, np.frombuffer(cursor.view, dtype=np.uint8))
+
+
+def read_gguf_metadata(path: Path) -> GgufFile:
+    """A file of any kind without its tensors.
+
+    Raises:
+        CheckpointError: if it cannot be read, or is cut short.
+    """
+    cursor, _, metadata = _read_header(path)
+    return GgufFile(path, metadata, (), np.frombuffer(cursor.view, dtype=np.uint8))
+
+
+def _read_header(path: Path) -> tuple[_Cursor, int, dict[str, MetadataValue]]:
+    """A cursor at the tensor directory, how many entries that has, and the metadata."""
     try:
         with path.open("rb") as file:
             mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
     except (OSError, ValueError) as error:
-        raise CheckpointError(f"{path} cannot be read: {error}", "install its package again") from error
+        raise CheckpointError(
+            f"{path} cannot be read: {error}", "check the path, or download the file again"
+        ) from error
     cursor = _Cursor(path, memoryview(mapped))
     if cursor.take(4) != b"GGUF":
         raise _malformed(path, "it does not begin with GGUF")
@@ -158,16 +195,7 @@ def read_gguf(path: Path) -> GgufFile:
     for _ in range(pair_count):
         key = cursor.text()
         metadata[key] = cursor.value(cursor.integer("<I"))
-    directory = [cursor.directory_entry() for _ in range(tensor_count)]
-    alignment = metadata.get("general.alignment", 32)
-    if not isinstance(alignment, int) or alignment < 1:
-        raise _malformed(path, f"general.alignment is {alignment!r}")
-    data_start = -(-cursor.position // alignment) * alignment
-    tensors = tuple(
-        GgufTensor(name, shape, kind, data_start + offset) for name, shape, kind, offset in directory
-    )
-    _check_tensors(path, tensors, len(mapped))
-    return GgufFile(path, metadata, tensors, np.frombuffer(mapped, dtype=np.uint8))
+    return cursor, tensor_count, metadata
 
 
 class _Cursor:
@@ -176,13 +204,14 @@ class _Cursor:
     def __init__(self, path: Path, view: memoryview) -> None:
         self.path = path
         self.position = 0
-        self._view = view
+        self.view = view
+        self.size = len(view)
 
     def take(self, size: int) -> bytes:
         end = self.position + size
-        if end > len(self._view):
-            raise _malformed(self.path, f"it ends at byte {len(self._view)} inside its header")
-        taken = bytes(self._view[self.position : end])
+        if end > len(self.view):
+            raise _malformed(self.path, f"it ends at byte {len(self.view)} inside its header")
+        taken = bytes(self.view[self.position : end])
         self.position = end
         return taken
 
@@ -215,7 +244,10 @@ class _Cursor:
         code, offset = self.integer("<I"), self.integer("<Q")
         if code not in _KIND_BY_CODE:
             known = ", ".join(get_args(TensorKind))
-            raise _malformed(self.path, f"{name!r} has tensor type {code}; {known} are understood")
+            raise UnsupportedGgufError(
+                f"{self.path}: {name!r} has tensor type {code}; {known} are understood",
+                "take the model in the transformers layout",
+            )
         return name, shape, _KIND_BY_CODE[code], offset
 
 
@@ -250,4 +282,4 @@ def _float16(raw: ByteArray) -> Float32Array:
 
 
 def _malformed(path: Path, what: str) -> CheckpointError:
-    return CheckpointError(f"{path} is not a GGUF file that we can read: {what}", "install its package again")
+    return CheckpointError(f"{path} is not a GGUF file that we can read: {what}", "download the file again")
