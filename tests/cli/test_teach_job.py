@@ -10,7 +10,7 @@ from models.tiny_llama import build_tiny_llama
 from typer.testing import CliRunner
 
 from lynearm.cli.main import app
-from lynearm.cli.teach import describe
+from lynearm.cli.teach_progress import describe
 from lynearm.cli.teach_job import load_job
 from lynearm.teacher.job import TeachProgress
 from lynearm.wire.errors import ConfigError

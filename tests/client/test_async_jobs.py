@@ -22,6 +22,7 @@ from lynearm.client.leases import PromptWorker
 from lynearm.wire.errors import DeadlineError, LeaseSupersededError
 from lynearm.wire.labels import TraceFilter
 from lynearm.wire.traces import Cursor
+from lynearm.wire.work import FailedSamples
 
 
 @pytest.fixture
@@ -104,6 +105,28 @@ def test_leases_are_renewed_until_their_worker_is_gone(service: ServiceProcess) 
                 await late.close()
             await client.jobs.cancel("s", "j")
             assert (await client.jobs.get("s", "j")).state == "cancelled"
+
+    asyncio.run(scenario())
+
+
+def test_samples_are_given_up_and_an_heir_takes_over(service: ServiceProcess) -> None:
+    prompts = [JobPrompt(f"p{number}", b"x") for number in range(4)]
+
+    async def scenario() -> None:
+        async with AsyncTraceClient(service.target) as client:
+            await client.create_stream(make_spec())
+            await client.jobs.create("s", "j", prompts)
+            dead = client.prompt_worker("s", "j", worker="dead", max_units=2)
+            assert await dead.take() is not None
+            async with client.prompt_worker("s", "j", worker="heir", predecessor="dead") as heir:
+                lease = await heir.take()
+                assert lease is not None
+                assert [prompt.prompt_id for prompt in lease.prompts] == ["p0", "p1"]
+                assert await heir.take() is None
+                await heir.fail(lease, [FailedSamples("p1", (0,), "too long")])
+            assert await client.jobs.failures("s", "j") == (FailedSamples("p1", (0,), "too long"),)
+            job = await client.jobs.get("s", "j")
+            assert (job.failed_units, job.leased_units) == (1, 0)
 
     asyncio.run(scenario())
 

@@ -23,6 +23,7 @@ from lynearm.wire.errors import (
     JobNotFoundError,
     LeaseSupersededError,
 )
+from lynearm.wire.work import FailedSamples
 
 
 @pytest.fixture
@@ -254,3 +255,43 @@ def test_a_service_that_is_killed_under_its_workers_loses_and_repeats_nothing(
     for worker in workers:
         worker.wait()
     assert_each_once(client, units_of(60, 3))
+
+
+def test_samples_that_are_given_up_are_listed_with_the_reason(client: TraceClient) -> None:
+    client.jobs.create("s", "j", Prompts(3), samples_per_prompt=2)
+    with client.prompt_worker("s", "j", worker="w") as worker, client.publisher("s", "w") as publisher:
+        lease = worker.take()
+        assert lease is not None
+        worker.fail(lease, [FailedSamples("p1", (0, 1), "too long"), FailedSamples("p2", (1,), "it crashed")])
+        assert lease.open_count == 3
+        units = [("p0", 0), ("p0", 1), ("p2", 0)]
+        with pytest.raises(InvalidInputError, match="no open sample 0 of prompt 'p1'"):
+            lease.finish([("p1", 0)])
+        publisher.publish(block_of(units, "w"), finished_work=[lease.finish(units)])
+    job = client.jobs.get("s", "j")
+    assert (job.state, job.done_units, job.failed_units) == ("done", 6, 3)
+    assert client.jobs.failures("s", "j") == (
+        FailedSamples("p1", (0, 1), "too long"),
+        FailedSamples("p2", (1,), "it crashed"),
+    )
+    with pytest.raises(InvalidInputError, match="a reason of 1001 bytes"):
+        worker.fail(lease, [FailedSamples("p0", (0,), "x" * 1001)])
+    with pytest.raises(JobNotFoundError):
+        client.jobs.failures("s", "other")
+
+
+def test_an_heir_takes_over_what_a_dead_worker_held_and_nothing_else(client: TraceClient) -> None:
+    client.jobs.create("s", "j", Prompts(20))
+    dead = client.prompt_worker("s", "j", worker="dead", max_units=4)
+    lost = [dead.take() for _ in range(2)]
+    with client.prompt_worker("s", "j", worker="heir", max_units=99, predecessor="dead") as heir:
+        taken = [heir.take() for _ in range(3)]
+        assert [one and one.prompts for one in taken] == [*(one and one.prompts for one in lost), None]
+        assert [lease.prompts for lease in heir.held] == [one.prompts for one in taken if one]
+        first = lost[0]
+        assert first is not None
+        publisher = client.publisher("s", "dead")
+        publisher.publish(block_of([("p0", 0)], "dead"), finished_work=[first.finish([("p0", 0)])])
+        with pytest.raises(LeaseSupersededError):
+            publisher.flush()
+    assert client.jobs.get("s", "j").leased_units == 0

@@ -18,11 +18,13 @@ import grpc
 import pytest
 from models.teaching import teach_config
 from models.tiny_llama import build_tiny_llama
+from models.trace_blocks import make_block, make_spec
 
-from lynearm.client import TraceClient
+from lynearm.client import JobPrompt, TraceClient
 from lynearm.teacher import TeachProgress, job, run_teach
+from lynearm.teacher.prompt_job import JobPrompts
 from lynearm.wire.codec import decode_block
-from lynearm.wire.errors import PromptFileError, StreamSealedError
+from lynearm.wire.errors import JobCancelledError, PromptFileError, StreamSealedError
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore::FutureWarning"),
@@ -97,12 +99,12 @@ def test_an_interrupted_job_goes_on_and_survives_the_death_of_service_and_teache
         if progress.acked_blocks < 2 or progress.stage != "generating":
             return
         if not killed:
-            killed.append(progress.worker_process_id)
+            killed.append(progress.workers[0].process_id)
             service.kill()
             threading.Timer(2.0, service.start).start()
         elif len(killed) == 1 and progress.acked_blocks >= 6:
-            killed.append(progress.worker_process_id)
-            os.kill(progress.worker_process_id, signal.SIGKILL)
+            killed.append(progress.workers[0].process_id)
+            os.kill(killed[-1], signal.SIGKILL)
 
     second = run_teach(config, kill_each_once)
     assert len(killed) == 2, "the job ended before everything was killed"
@@ -140,6 +142,48 @@ def test_no_channel_is_open_while_ray_forks_its_servers(
     with pytest.raises(EnoughError):
         run_teach(teach_config(tmp_path, prompts=prompts, service=service.target))
     assert counts[1] == counts[0]
+
+
+def test_a_job_that_was_cancelled_starts_nothing(service: Any, prompts: Path, tmp_path: Path) -> None:
+    with TraceClient(service.target) as client:
+        client.create_stream(make_spec("lessons"))
+        client.jobs.create("lessons", "mine", [JobPrompt("p0", b"x")])
+        client.jobs.cancel("lessons", "mine")
+    config = teach_config(tmp_path, prompts=prompts, service=service.target, job="mine")
+    with pytest.raises(JobCancelledError, match="'mine' of stream 'lessons' was cancelled"):
+        run_teach(config)
+
+
+def test_prompts_that_other_jobs_answered_are_counted_before_anything_starts(
+    service: Any, prompts: Path, tmp_path: Path
+) -> None:
+    with TraceClient(service.target) as client:
+        client.create_stream(make_spec("lessons"))
+        with client.publisher("lessons", "other") as publisher:
+            publisher.publish(make_block(0), [f"p{number}" for number in range(PROMPT_COUNT)])
+    report = run_teach(teach_config(tmp_path, prompts=prompts, service=service.target, completions=1))
+    assert (report.job, report.finished_before, report.completed) == ("", PROMPT_COUNT, 0)
+    assert report.sealed
+
+
+def test_a_prompt_that_the_queue_does_not_take_is_a_bad_line(service: Any, tmp_path: Path) -> None:
+    path = tmp_path / "prompts.jsonl"
+    long = json.dumps({"id": "long", "prompt": "x" * (1 << 20)})
+    path.write_text(f'{{"id": "a", "prompt": "Hi"}}\n{long}\n{{"id": "a\\u0000", "prompt": "Hi"}}\n')
+    found = JobPrompts(teach_config(tmp_path, prompts=path))
+    assert [prompt.prompt_id for prompt in found] == ["a"]
+    assert [line.line for line in found.bad_lines] == [2, 3]
+    with pytest.raises(PromptFileError, match=r"prompts\.jsonl:2: prompt 'long' takes"):
+        JobPrompts(teach_config(tmp_path, prompts=path, strict=True))
+
+
+def test_the_same_prompts_are_the_same_job_wherever_they_lie(prompts: Path, tmp_path: Path) -> None:
+    copy = tmp_path / "copy.jsonl"
+    copy.write_bytes(prompts.read_bytes() + b"\n\n")
+    first = JobPrompts(teach_config(tmp_path, prompts=prompts))
+    assert JobPrompts(teach_config(tmp_path, prompts=copy)).digest == first.digest
+    copy.write_bytes(prompts.read_bytes() + b'\n{"prompt": "One more"}')
+    assert JobPrompts(teach_config(tmp_path, prompts=copy)).digest != first.digest
 
 
 def test_a_strict_job_starts_nothing_for_a_bad_line(prompts: Path, tmp_path: Path) -> None:

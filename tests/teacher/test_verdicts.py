@@ -15,9 +15,11 @@ from models.tiny_llama import build_tiny_llama
 from lynearm.client import TraceClient
 from lynearm.teacher.config import Keep, TeachConfig
 from lynearm.teacher.engine import TeacherEngine
+from lynearm.teacher.prompt_content import encode_prompt
 from lynearm.teacher.prompts import Prompt
 from lynearm.teacher.routing import PromptRoute, RouteRule, RoutingTable, original_prompt_id
 from lynearm.teacher.several import assign_teachers, prepare_teachers, run_several
+from lynearm.teacher.shared_streams import join_stream
 from lynearm.teacher.worker import TeacherWorker, WorkerProgress
 from lynearm.wire.codec import decode_block
 from lynearm.wire.errors import MisalignmentError
@@ -63,10 +65,21 @@ def make_spec(engine: TeacherEngine, **changes: Any) -> StreamSpec:
 def work(
     engine: TeacherEngine, config: TeachConfig, spec: StreamSpec, prompts: list[Prompt] | None = None
 ) -> WorkerProgress:
+    prompts = PROMPTS if prompts is None else prompts
+    job = f"job-{config.producer_id}"
+    with TraceClient(config.service) as client:
+        client.open_stream(join_stream(client, spec, config.route))
+        job_prompts = [encode_prompt(prompt) for prompt in prompts]
+        client.jobs.create(spec.name, job, job_prompts, samples_per_prompt=config.completions)
     worker = TeacherWorker(config)
     # One engine serves the whole session: loading another takes half a minute.
     worker._engine = engine
-    return worker.run(spec, PROMPTS if prompts is None else prompts)
+    worker.connect(spec, job)
+    try:
+        assert worker.run() == "done"
+    finally:
+        worker.disconnect()
+    return worker.progress()
 
 
 def read_all(target: str, stream: str = "lessons", wanted: TraceFilter | None = None) -> list[Trace]:

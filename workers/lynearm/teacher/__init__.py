@@ -1,13 +1,15 @@
 """The teacher: a vLLM engine in a Ray actor that answers prompts and publishes its traces."""
 
 from lynearm.teacher.config import TeachConfig
-from lynearm.teacher.job import TeachProgress, TeachReport, run_teach
+from lynearm.teacher.job import run_teach
+from lynearm.teacher.progress import FailedPrompt, TeachProgress, TeachReport, WorkerStatus
 from lynearm.teacher.prompt_sources import PromptFile, load_prompts
 from lynearm.teacher.prompts import BadLine, Prompt
 from lynearm.teacher.worker import TeacherWorker, WorkerProgress
 
 __all__ = [
     "BadLine",
+    "FailedPrompt",
     "Prompt",
     "PromptFile",
     "TeachConfig",
@@ -15,6 +17,7 @@ __all__ = [
     "TeachReport",
     "TeacherWorker",
     "WorkerProgress",
+    "WorkerStatus",
     "load_prompts",
     "run_teach",
 ]
