@@ -171,8 +171,9 @@ def job_configs(job: JobFile, *configs: TeachConfig) -> tuple[TeachConfig, ...]:
 
 def test_each_teacher_gets_its_part_and_a_producer_of_its_own() -> None:
     job = parse_job_file(JOB, name="job.toml")
-    maths, rest = job_configs(job, teach_config(Path("a")), teach_config(Path("b")))
-    assert (maths.producer_id, rest.producer_id) == ("teacher-0-maths", "teacher-0-rest")
+    configs = [teach_config(Path(model), producer_id="site-7") for model in "ab"]
+    maths, rest = job_configs(job, *configs)
+    assert (maths.producer_id, rest.producer_id) == ("site-7-maths", "site-7-rest")
     assert maths.route is not None
     assert (maths.route.teacher, maths.route.names_ids) == ("maths", False)
 
