@@ -73,7 +73,7 @@ CONFIG_CLASSES: dict[tuple[str, ...], type[Any]] = {
     ("demo",): DemoConfig,
 }
 
-NOT_SETTINGS = {"config", "assignments", "progress", "debug", "checkpoint"}
+NOT_SETTINGS = {"config", "assignments", "progress", "debug", "checkpoint", "teachers", "only"}
 """What is no field; a checkpoint and where its package goes are arguments of the exporters themselves."""
 
 

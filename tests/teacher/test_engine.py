@@ -155,7 +155,7 @@ def test_only_a_prompt_that_ends_in_the_start_marker_opens_the_reasoning(
 
     tokenizer = AutoTokenizer.from_pretrained(tiny_model)
     opens = [
-        engine.tokenizer.opens_reasoning(tokenizer.encode(text))
+        engine.tokenizer.spans.opens_reasoning(tokenizer.encode(text))
         for text in ("Hi<think>\n", "Hi<think>", "Hi", "what does <think> mean?", "<think>x</think>\n")
     ]
     assert opens == [True, True, False, False, False]

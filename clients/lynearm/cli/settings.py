@@ -32,6 +32,7 @@ def load_settings(
     table: str,
     *,
     file: Path | None = None,
+    tables: Sequence[tuple[str, Mapping[str, object]]] = (),
     flags: Mapping[str, object] | None = None,
     assignments: Sequence[str] = (),
 ) -> _Config:
@@ -41,18 +42,26 @@ def load_settings(
         config_class: The role's frozen dataclass.
         table: Its table in the file, one of `TABLES`.
         file: A TOML file; other tables in it are left to other roles.
+        tables: Tables from elsewhere, each with where it stands; they override the file, later ones earlier.
         flags: Values by field name; None, and names that are no fields, mean that nothing was said.
         assignments: "key=value" for any field, the value in TOML or a bare word.
 
     Raises:
         ConfigError: naming the file, the table or the key, and what would be right.
     """
-    fields = {field.name: field for field in dataclasses.fields(config_class)}
+    # A field whose metadata says that it is not settable is made by programs.
+    fields = {
+        field.name: field
+        for field in dataclasses.fields(config_class)
+        if field.metadata.get("settable", True)
+    }
     given: dict[str, object] = {}
     if "service" in fields and os.environ.get(SERVICE_VARIABLE):
         given["service"] = os.environ[SERVICE_VARIABLE]
     if file is not None:
         given |= _known_keys(read_table(file, table), fields, f"{file} [{table}]")
+    for where, entries in tables:
+        given |= _known_keys(entries, fields, where)
     given |= {name: value for name, value in (flags or {}).items() if name in fields and value is not None}
     for assignment in assignments:
         _assign(given, assignment, fields)

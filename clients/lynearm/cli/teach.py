@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
 from contextlib import redirect_stdout
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -137,6 +139,21 @@ def teach(
         str | None,
         typer.Option(metavar="HOST:PORT", help="Ray to run on; else that of RAY_ADDRESS, or one of its own."),
     ] = None,
+    verify: Annotated[
+        str | None,
+        typer.Option(help="Judge answers: maths, regex:PATTERN, json-schema:FILE or python:MODULE:FUNCTION."),
+    ] = None,
+    keep: Annotated[
+        str | None,
+        typer.Option(help="What is published: all, correct or shortest-correct.", show_default="all"),
+    ] = None,
+    teachers: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="Several teachers, each for its part of the prompts."),
+    ] = None,
+    only: Annotated[
+        str | None, typer.Option(metavar="TEACHER", help="With --teachers: run this one, and seal nothing.")
+    ] = None,
     config: ConfigFile = None,
     assignments: Assignments = None,
     progress: Progress = ProgressMode.auto,
@@ -147,6 +164,13 @@ def teach(
     What it writes, and its distribution at each token, goes to the trace service, which it waits for. A
     run that was stopped goes on when the command is repeated. docs/teaching.md has examples.
     """
+    if teachers is not None:
+        _teach_several(teachers, only or "", context, assignments or (), progress)
+        return
+    if only is not None:
+        from lynearm.wire.errors import ConfigError
+
+        raise ConfigError("--only goes with --teachers", "name a job file with several teachers")
     from lynearm.cli.progress import Reporter
     from lynearm.cli.settings import load_settings
     from lynearm.cli.teach_progress import describe
@@ -169,6 +193,30 @@ def teach(
         raise Interrupted(f"go on with `{this_command()}`")
 
 
+def _teach_several(
+    job: Path, only: str, context: typer.Context, assignments: Sequence[str], progress: ProgressMode
+) -> None:
+    from lynearm.cli.progress import Reporter, Status
+    from lynearm.cli.teach_job import load_job
+    from lynearm.cli.teach_progress import describe
+
+    with Reporter("teach", progress, describe) as report, redirect_stdout(sys.stderr):
+        report.announce(Status("reading", f"prompts and tokenizers of {job}"))
+        configs = load_job(job, flags(context), assignments)
+        from lynearm.teacher.several import run_several
+
+        outcomes = run_several(configs, report, only=only)
+        for outcome in outcomes.values():
+            report.conclude(outcome)
+    for name, outcome in outcomes.items():
+        for line in _left_out(outcome):
+            typer.echo(line, err=True)
+        if report.for_people:
+            typer.echo(f"teacher {name}: {_summary(outcome)}")
+    if any(outcome.interrupted for outcome in outcomes.values()):
+        raise Interrupted(f"go on with `{this_command()}`")
+
+
 def _left_out(report: TeachReport) -> list[str]:
     skipped = [f"skipped {bad}" for bad in report.skipped[:_SHOWN_LINES]]
     failed = [f"failed {prompt}" for prompt in report.failed[:_SHOWN_LINES]]
@@ -178,6 +226,7 @@ def _left_out(report: TeachReport) -> list[str]:
 
 def _summary(report: TeachReport) -> str:
     from lynearm.cli.progress import duration, size
+    from lynearm.cli.teach_progress import verdict_counts
 
     generating = report.stage_seconds.get("generating", 0.0)
     rate = f", {report.completion_tokens / generating:.0f} tokens/s" if generating else ""
@@ -188,8 +237,11 @@ def _summary(report: TeachReport) -> str:
     )
     already = f" ({report.finished_before} were there before)" if report.finished_before else ""
     failed = f", {report.failed_prompts} failed" if report.failed_prompts else ""
+    verdicts = f"; {verdict_counts(report.verdicts)}" if report.verdicts else ""
+    unpublished = f" ({report.left_out} not published)" if report.left_out else ""
     return (
         f"stream {report.stream}: {report.completed} of {report.prompts} prompts finished{already}{failed}, "
         f"{report.completion_tokens:,} tokens in {duration(report.seconds)}{rate}; "
-        f"{report.blocks} blocks, {size(report.size_bytes)}{bits}; {'sealed' if report.sealed else 'open'}"
+        f"{report.blocks} blocks, {size(report.size_bytes)}{bits}{verdicts}{unpublished}; "
+        f"{'sealed' if report.sealed else 'open'}"
     )

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 from lynearm.cli.progress import Row, Status, count
 from lynearm.teacher.progress import TeachProgress, WorkerStatus
 
@@ -33,6 +35,11 @@ def batch_share(workers: tuple[WorkerStatus, ...]) -> float | None:
     return min(running / room, 1.0) if room else None
 
 
+def verdict_counts(verdicts: Mapping[str, int]) -> str:
+    """How many answers were judged how: "12 correct, 3 incorrect"."""
+    return ", ".join(f"{verdicts[outcome]} {outcome}" for outcome in sorted(verdicts))
+
+
 def _facts(event: TeachProgress) -> list[str]:
     share = batch_share(event.workers)
     counted = {
@@ -47,6 +54,7 @@ def _facts(event: TeachProgress) -> list[str]:
         *([] if share is None else [f"batch {share:.0%} full"]),
         f"{count(event.generated_tokens)} tokens",
         f"{event.acked_blocks} blocks durable",
+        *([verdict_counts(event.verdicts)] if event.verdicts else []),
         *(f"{number} {what}" for what, number in counted.items() if number),
     ]
 

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Literal, TypeAlias
+from typing import Literal, TypeAlias, get_args
 
+from lynearm.teacher.routing import PromptRoute
 from lynearm.wire.blocks import MAX_PAYLOAD_BYTES
 from lynearm.wire.errors import ConfigError, InvalidInputError
 from lynearm.wire.specs import BYTES_PER_ENTRY, CODEC_MODES, MAX_TOP_K, CodecMode, check_name
 
 Dtype: TypeAlias = Literal["auto", "float32", "bfloat16", "float16"]
+Keep: TypeAlias = Literal["all", "correct", "shortest-correct"]
 
 TemplateValue: TypeAlias = bool | int | float | str
 
@@ -102,9 +104,26 @@ class TeachConfig:
     chat: bool = True
     """Pass a plain `prompt` through the chat template, as one user message, where the model has one."""
     reasoning_start: str = "auto"
-    """Token that opens the reasoning. "auto": `<think>` where the vocabulary has it; empty: none."""
+    """What opens the reasoning. "auto": the marker that the vocabulary has, `<think>` or another usual one,
+    or the channels of harmony; else a token, "ids:27,91" for several, "text:<reasoning>" for a text that is
+    no token; empty: nothing."""
     reasoning_end: str = "auto"
-    """Token that closes the reasoning; "auto" is `</think>`."""
+    """What closes the reasoning, likewise."""
+    answer_pattern: str = ""
+    """Regular expression that finds the answer of a model that marks no reasoning: the group "answer", else
+    the first group, else the match; "gsm8k" and "boxed" name two. Empty: none."""
+    verify: str = ""
+    """How answers are judged: "maths", "regex:PATTERN", "json-schema:FILE" or "python:MODULE:FUNCTION". Each
+    trace is then tagged with its verdict. Empty: not at all."""
+    answer_tag: str = "answer"
+    """Tag of a prompt that holds its reference answer, for "maths"."""
+    verify_seconds: float = 10.0
+    """How long a Python verifier may think about one answer."""
+    keep: Keep = "all"
+    """Which completions are published: "all", "correct", or "shortest-correct", one for each prompt. Of a
+    prompt with none, a record without tokens says what became of it."""
+    route: PromptRoute | None = field(default=None, metadata={"settable": False})
+    """Which prompts go to this teacher of several, and under which names; None: all. Made of a job file."""
 
     max_model_len: int = 2048
     """Longest prompt plus completion, tokens; at most what the model was made for."""
@@ -181,6 +200,11 @@ class TeachConfig:
             f"max_tokens {self.max_tokens} is below 1": self.max_tokens >= 1,
             f"completions {self.completions} is below 1": self.completions >= 1,
             f"max_model_len {self.max_model_len} is below 2": self.max_model_len >= 2,
+            f"verify_seconds {self.verify_seconds} is not positive": self.verify_seconds > 0,
+            f"keep {self.keep!r} is none of {', '.join(get_args(Keep))}": self.keep in get_args(Keep),
+            f"keep {self.keep!r} without verify: nothing says what is correct": (
+                self.keep == "all" or bool(self.verify)
+            ),
             f"max_batch {self.max_batch} is below 1": self.max_batch >= 1,
             f"threads {self.threads} is negative": self.threads >= 0,
             f"producer id {self.producer_id!r} has {len(self.producer_id)} characters, expected at most 100: "

@@ -12,7 +12,9 @@ from lynearm.teacher.config import TeachConfig
 from lynearm.teacher.dictionary import DictionaryKeeper
 from lynearm.teacher.leasing import LeaseAhead
 from lynearm.teacher.publishing import BlockWriter
+from lynearm.teacher.selection import TraceSelection
 from lynearm.teacher.service_calls import patiently
+from lynearm.teacher.shared_streams import join_stream
 from lynearm.wire.errors import LynearmError
 from lynearm.wire.specs import StreamSpec
 from lynearm.wire.work import FailedSamples
@@ -29,23 +31,32 @@ class WorkerConnection:
         job: Name of the job.
         producer_id: Names its blocks; a predecessor of that name is fenced off.
         holder: Names its leases; what was held under that name comes back first.
+        selection: Says what of a finished prompt is published; None: everything.
 
     Raises:
         StreamExistsError: if the stream exists with another spec.
     """
 
     def __init__(
-        self, config: TeachConfig, spec: StreamSpec, job: str, *, producer_id: str, holder: str
+        self,
+        config: TeachConfig,
+        spec: StreamSpec,
+        job: str,
+        *,
+        producer_id: str,
+        holder: str,
+        selection: TraceSelection | None = None,
     ) -> None:
+        self._selection = selection
         self._config = config
-        self._spec = spec
         self._job = job
         self._producer_id = producer_id
         self._client = TraceClient(config.service)
         self._earlier_blocks = 0
         self._earlier_seconds = (0.0, 0.0)
         self._client.wait_until_ready()
-        patiently(self._client, lambda: self._client.open_stream(spec))
+        self._spec = patiently(self._client, lambda: join_stream(self._client, spec, config.route))
+        patiently(self._client, lambda: self._client.open_stream(self._spec))
         self._lease_units = lease_units(config)
         prompt_worker = self._client.prompt_worker(
             config.stream, job, worker=holder, max_units=self._lease_units
@@ -117,6 +128,7 @@ class WorkerConnection:
             dictionaries=keeper,
             vocab_size=vocab_size,
             give_up=self._give_up,
+            selection=self._selection,
         )
         return publisher, writer
 

@@ -221,6 +221,7 @@ class _Job:
                 acked_blocks=totals.acked_blocks,
                 waiting_seconds=totals.waiting_seconds,
                 restarts=supervisor.restarts if supervisor else 0,
+                verdicts=dict(totals.verdicts),
                 eta_seconds=self._eta_seconds(done),
                 workers=tuple(slot.status(max_batch) for slot in supervisor.slots) if supervisor else (),
             )
@@ -265,6 +266,8 @@ class _Job:
             workers=supervisor.most_workers if supervisor else 0,
             failed_prompts=len(failed),
             stage_seconds=self._stage_seconds | {"encoding": totals.encode_seconds},
+            verdicts=dict(totals.verdicts),
+            left_out=totals.left_out,
             interrupted=self._interrupted,
             sealed=sealed,
         )

@@ -75,6 +75,8 @@ class TeachProgress:
     """How long workers waited for the service to take blocks, all together."""
     restarts: int = 0
     """Workers that died and were replaced."""
+    verdicts: Mapping[str, int] = field(default_factory=dict[str, int])
+    """Completions of this run by verdict; empty without a verifier."""
     eta_seconds: float | None = None
     """Until the last prompt is done, as things go now; None while that cannot be said."""
     workers: tuple[WorkerStatus, ...] = ()
@@ -131,6 +133,10 @@ class TeachReport:
     """All prompts without a trace."""
     stage_seconds: Mapping[str, float] = field(default_factory=dict[str, float])
     """Wall time of waiting, starting, loading, generating and sealing; encoding runs beside generating."""
+    verdicts: Mapping[str, int] = field(default_factory=dict[str, int])
+    """Completions by verdict, those included that a dead worker lost; empty without a verifier."""
+    left_out: int = 0
+    """Of those, completions that were not published."""
     interrupted: bool = False
     """Stopped before the end; the same command goes on from here."""
     sealed: bool = False

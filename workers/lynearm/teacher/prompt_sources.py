@@ -40,7 +40,7 @@ class PromptFile:
 
 
 class UsablePrompts:
-    """The prompts of a job that its teacher takes, as far as the model's files are here to tell.
+    """The prompts of a job that are its teacher's and that it takes, as far as the model's files can tell.
 
     Iterate it as often as you like.
 
@@ -65,9 +65,13 @@ class UsablePrompts:
         """The usable prompts."""
         kept: list[BadLine] = []
         bad = good = 0
+        route = self._config.route
         for one in iterate_prompts(self._config):
             if isinstance(one, Prompt):
-                one = self._checked(one)
+                taken = one if route is None else route.take(one)
+                if taken is None:
+                    continue
+                one = self._checked(taken)
             if isinstance(one, Prompt):
                 good += 1
                 yield one

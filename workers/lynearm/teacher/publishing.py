@@ -13,13 +13,14 @@ import queue
 import threading
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TypeAlias
 
 from lynearm.client import Publisher
 from lynearm.client.leases import Lease
 from lynearm.teacher.config import TeachConfig
 from lynearm.teacher.dictionary import DictionaryKeeper
+from lynearm.teacher.selection import TraceSelection
 from lynearm.wire.codec import encode_block
 from lynearm.wire.errors import DeadlineError
 from lynearm.wire.labels import summarise_tags
@@ -42,6 +43,8 @@ class FinishedPrompt:
     """Of one prompt; those that are published."""
     failed: tuple[FailedSamples, ...] = ()
     """Samples that get no trace."""
+    left_out: tuple[int, ...] = ()
+    """Samples that are done, and whose traces are not published."""
 
 
 class BlockWriter:
@@ -54,6 +57,7 @@ class BlockWriter:
         dictionaries: Keeps what the codec learns about the teacher; None learns nothing.
         vocab_size: Width of the teacher's logits.
         give_up: Called, on the writer's thread, for samples without a trace.
+        selection: Says what of a finished prompt is published; None: everything.
     """
 
     def __init__(
@@ -65,7 +69,9 @@ class BlockWriter:
         dictionaries: DictionaryKeeper | None,
         vocab_size: int,
         give_up: GiveUp,
+        selection: TraceSelection | None = None,
     ) -> None:
+        self._selection = selection
         self._publisher = publisher
         self._config = config
         self._codec = codec
@@ -179,10 +185,19 @@ class BlockWriter:
                 return batch, _END
             if isinstance(following, threading.Event):
                 return batch, following
-            batch.append(following)
+            batch.append(self._selected(following))
             if len(batch) == 1:
                 deadline = time.monotonic() + self._config.flush_seconds
         return batch, None
+
+    def _selected(self, finished: FinishedPrompt) -> FinishedPrompt:
+        """What of a prompt is published: at least one trace, if it has any."""
+        if self._selection is None or not finished.traces:
+            return finished
+        published = self._selection(finished.traces)
+        kept = {trace.sample_index for trace in published}
+        left_out = (trace.sample_index for trace in finished.traces if trace.sample_index not in kept)
+        return replace(finished, traces=published, left_out=tuple(left_out))
 
     def _estimate(self, batch: Sequence[FinishedPrompt]) -> float:
         return self._bytes_per_token * _completion_tokens(batch)
@@ -222,6 +237,7 @@ def _finished_work(batch: Sequence[FinishedPrompt]) -> list[FinishedWork]:
     samples: dict[Lease, list[tuple[str, int]]] = {}
     for finished in batch:
         named = [(trace.prompt_id, trace.sample_index) for trace in finished.traces]
+        named += [(finished.traces[0].prompt_id, sample_index) for sample_index in finished.left_out]
         samples.setdefault(finished.lease, []).extend(named)
     return [lease.finish(named) for lease, named in samples.items() if named]
 

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import time
+from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from typing import Any, Protocol
 
 from lynearm.teacher.progress import WorkerState, WorkerStatus
@@ -66,11 +67,13 @@ class Totals:
     waiting_seconds: float = 0.0
     encode_seconds: float = 0.0
     failed_prompts: int = 0
+    verdicts: Counter[str] = field(default_factory=Counter[str])
+    left_out: int = 0
 
     def add(self, other: Totals | WorkerProgress) -> None:
         """Count in what another did."""
-        for field in fields(Totals):
-            setattr(self, field.name, getattr(self, field.name) + getattr(other, field.name))
+        for one in fields(Totals):
+            setattr(self, one.name, getattr(self, one.name) + getattr(other, one.name))
 
 
 class Slot:

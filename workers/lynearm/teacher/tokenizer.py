@@ -12,7 +12,7 @@ import numpy as np
 from lynearm.teacher.chat_template import ChatTemplate
 from lynearm.teacher.config import TeachConfig
 from lynearm.teacher.prompts import ChatMessage, Prompt
-from lynearm.teacher.spans import ReasoningMarkers
+from lynearm.teacher.span_finder import SpanFinder
 from lynearm.wire.errors import ConfigError, PromptTooLongError
 from lynearm.wire.specs import TokenizerSpec, hash_chat_template, hash_vocab
 from lynearm.wire.traces import Int32Array
@@ -31,8 +31,8 @@ class PromptTokenizer:
         vocab_size: Width of the logits; 0 for the tokenizer's own size.
 
     Raises:
-        ConfigError: if a reasoning marker that the config names is not one token of the vocabulary, or the
-            chat template has no switch for thinking, though the config sets it.
+        ConfigError: for reasoning markers or an answer pattern that `SpanFinder` refuses, or if the chat
+            template has no switch for thinking, though the config sets it.
     """
 
     def __init__(
@@ -43,7 +43,7 @@ class PromptTokenizer:
         self._vocab_size = vocab_size or len(tokenizer)
         self._chat = config.chat
         self._template = ChatTemplate(tokenizer, config)
-        self.markers = _find_markers(tokenizer, config)
+        self.spans = SpanFinder(tokenizer, config)
 
     def encode(self, prompt: Prompt) -> Int32Array:
         """Token ids of a prompt, with the chat template where it applies.
@@ -98,16 +98,6 @@ class PromptTokenizer:
         self.check_ids(token_ids)
         return np.asarray(token_ids, np.int32)
 
-    def opens_reasoning(self, prompt_token_ids: Sequence[int]) -> bool:
-        """Whether a prompt ends inside a reasoning: in its start marker and nothing but blanks."""
-        if self.markers is None:
-            return False
-        ids = [int(token_id) for token_id in prompt_token_ids]
-        if self.markers.start_id not in ids:
-            return False
-        after = ids[len(ids) - ids[::-1].index(self.markers.start_id) :]
-        return not str(self._tokenizer.decode(after)).strip()
-
     def decode(self, completion_token_ids: Sequence[int], eos_token_ids: Sequence[int]) -> str:
         """The completion as text, special tokens included, without a final end token."""
         ids = [int(token_id) for token_id in completion_token_ids]
@@ -149,22 +139,3 @@ def end_tokens(model_dir: Path, tokenizer: Untyped) -> tuple[int, ...]:
     elif isinstance(listed, list):
         found.update(int(token_id) for token_id in cast("list[int]", listed))
     return tuple(sorted(found))
-
-
-def _find_markers(tokenizer: Untyped, config: TeachConfig) -> ReasoningMarkers | None:
-    if not config.reasoning_start or not config.reasoning_end:
-        return None
-    start = _marker_id(tokenizer, config.reasoning_start, "<think>")
-    end = _marker_id(tokenizer, config.reasoning_end, "</think>")
-    return None if start is None or end is None else ReasoningMarkers(start, end)
-
-
-def _marker_id(tokenizer: Untyped, marker: str, automatic: str) -> int | None:
-    vocab = cast("dict[str, int]", tokenizer.get_vocab())
-    token_id = vocab.get(automatic if marker == "auto" else marker)
-    if token_id is None and marker != "auto":
-        raise ConfigError(
-            f"reasoning marker {marker!r} is not a token of the teacher",
-            'name one token, or "auto", or leave it empty for none',
-        )
-    return token_id

@@ -11,8 +11,9 @@ import contextlib
 import logging
 import os
 import threading
+from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Literal, TypeAlias
 
 from lynearm.client.leases import Lease
@@ -23,7 +24,7 @@ from lynearm.teacher.leasing import Assignment, LeaseAhead
 from lynearm.teacher.prompt_content import decode_prompt
 from lynearm.teacher.prompts import Prompt
 from lynearm.teacher.publishing import FinishedPrompt
-from lynearm.teacher.spans import find_spans
+from lynearm.teacher.selection import TraceSelection, verifier_of
 from lynearm.wire.errors import (
     InternalError,
     InvalidInputError,
@@ -85,6 +86,10 @@ class WorkerProgress:
     """Time spent on encoding blocks, beside the engine."""
     process_id: int = 0
     """Of the worker's process."""
+    verdicts: Counter[str] = field(default_factory=Counter[str])
+    """How many completions got each verdict; empty without a verifier."""
+    left_out: int = 0
+    """Completions that were judged and not published."""
     failed_prompts: int = 0
     """Prompts that the teacher cannot take."""
     job_done_units: int = 0
@@ -99,7 +104,6 @@ class _Pending:
     prompt: Prompt
     sample_indices: tuple[int, ...]
     token_ids: Int32Array
-    opened: bool
     traces: dict[int, Trace]
 
 
@@ -118,6 +122,7 @@ class TeacherWorker:
         self._holder = holder or self._producer_id
         self._engine: TeacherEngine | None = None
         self._connection: WorkerConnection | None = None
+        self._selection: TraceSelection | None = None
         self._stop = threading.Event()
         self._drain = threading.Event()
         self._progress = WorkerProgress(process_id=os.getpid())
@@ -129,6 +134,7 @@ class TeacherWorker:
         Raises:
             ConfigError, MissingDependencyError: as for `TeacherEngine`.
         """
+        verifier_of(self._config)  # what is wrong with it comes out before the model is loaded
         self._engine = TeacherEngine(self._config)
         teacher, tokenizer = self._engine.describe()
         return StreamSpec(
@@ -151,8 +157,14 @@ class TeacherWorker:
         Raises:
             StreamExistsError: if the stream exists with another spec.
         """
+        self._selection = self._selection or self._make_selection()
         self._connection = WorkerConnection(
-            self._config, spec, job, producer_id=self._producer_id, holder=self._holder
+            self._config,
+            spec,
+            job,
+            producer_id=self._producer_id,
+            holder=self._holder,
+            selection=self._selection,
         )
 
     def run(self) -> RunEnd:
@@ -218,7 +230,13 @@ class TeacherWorker:
     def progress(self) -> WorkerProgress:
         """How far it is; from any thread, at any time."""
         engine, connection = self._engine, self._connection
-        progress = replace(self._progress, generated_tokens=engine.generated_tokens if engine else 0)
+        selection = self._selection
+        progress = replace(
+            self._progress,
+            generated_tokens=engine.generated_tokens if engine else 0,
+            verdicts=Counter(selection.verdicts if selection else {}),
+            left_out=selection.left_out if selection else 0,
+        )
         if connection is None:
             return progress
         job = connection.prompt_worker.job
@@ -250,6 +268,16 @@ class TeacherWorker:
         if self._connection is None:
             raise InternalError("the worker was asked to run before it knew its job")
         return self._connection
+
+    def _make_selection(self) -> TraceSelection:
+        spans = self._loaded.tokenizer.spans
+        return TraceSelection(
+            verifier_of(self._config),
+            self._config.keep,
+            lambda trace: spans.answer_text(
+                trace.completion_token_ids.tolist(), trace.spans, trace.finish_reason
+            ),
+        )
 
     def _run_once(self) -> RunEnd:
         source = self._connected.lease_ahead()
@@ -315,8 +343,7 @@ class TeacherWorker:
         try:
             prompt = decode_prompt(leased.prompt_id, leased.content)
             token_ids = engine.tokenizer.encode(prompt)
-            opened = engine.tokenizer.opens_reasoning(token_ids.tolist())
-            pending = _Pending(assignment.lease, prompt, leased.sample_indices, token_ids, opened, {})
+            pending = _Pending(assignment.lease, prompt, leased.sample_indices, token_ids, {})
             self._pending[leased.prompt_id] = pending
             for sample_index in leased.sample_indices:
                 sampling = engine.sampling(leased.prompt_id, sample_index, token_ids.size)
@@ -360,7 +387,9 @@ class TeacherWorker:
             top_k=completion.top_k,
             finish_reason=completion.finish_reason,
             sample_index=sample_index,
-            spans=find_spans(token_ids, engine.tokenizer.markers, opened_by_prompt=pending.opened),
+            spans=engine.tokenizer.spans.find(
+                pending.token_ids.tolist(), token_ids, completion.finish_reason
+            ),
             sampling=engine.sampling(prompt.prompt_id, sample_index, pending.token_ids.size),
             tags=prompt.tags,
             completion_text=engine.tokenizer.decode(token_ids, engine.eos_token_ids),
