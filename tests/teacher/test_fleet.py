@@ -1,10 +1,8 @@
-"""A job on three nodes while workers die, nodes leave, the service is away, and a prompt kills its engine."""
+"""A job on three nodes while nodes come and go, the service is away, and a prompt kills its engine."""
 
 from __future__ import annotations
 
 import json
-import os
-import signal
 import threading
 import time
 from collections import Counter
@@ -35,7 +33,9 @@ T = TypeVar("T")
 
 NODE = {"num_cpus": 1, "object_store_memory": 80 << 20, "memory": 8 << 30}
 
-PROMPT_COUNT = 800
+PROMPT_COUNT = 1000
+
+STEPS = ("drain_a_node", "kill_the_service", "lose_a_node", "join_a_node")
 
 _PREEMPTION = 2
 """A reason to drain a node, as Ray numbers them."""
@@ -101,16 +101,16 @@ class Trouble:
         self.seen: list[TeachProgress] = []
         self.pids: set[int] = set()
         self.done: list[str] = []
-        self.kept: Any = None
+        self.acked_blocks = 0
+        self.worked_after_join: set[int] = set()
 
     def __call__(self, progress: TeachProgress) -> None:
         self.seen.append(progress)
-        line = [(w.name, w.state, w.done_prompts, w.running, w.waiting_reason[:60]) for w in progress.workers]
-        print(time.strftime("%H:%M:%S"), self.done, progress.done_prompts, progress.message, line, flush=True)
         self.pids |= {worker.process_id for worker in progress.workers if worker.process_id}
-        steps = (self.drain_a_node, self.kill_a_worker, self.kill_the_service, self.lose_a_node)
-        if len(self.done) < len(steps) and steps[len(self.done)](progress):
-            self.done.append(steps[len(self.done)].__name__)
+        if len(self.done) == len(STEPS):
+            self.worked_after_join |= {worker.process_id for worker in self.at_work(progress)}
+        elif getattr(self, STEPS[len(self.done)])(progress):
+            self.done.append(STEPS[len(self.done)])
 
     def at_work(self, progress: TeachProgress) -> list[WorkerStatus]:
         return [one for one in progress.workers if one.state == "generating" and one.done_prompts]
@@ -126,24 +126,26 @@ class Trouble:
         drain(node_of(self.cluster, self.elsewhere(workers)[0]), 120)
         return True
 
-    def kill_a_worker(self, progress: TeachProgress) -> bool:
+    def kill_the_service(self, progress: TeachProgress) -> bool:
         if len(progress.workers) > 2 or len(self.at_work(progress)) < 2:
             return False
-        os.kill(self.elsewhere(self.at_work(progress))[0].process_id, signal.SIGKILL)
-        return True
-
-    def kill_the_service(self, progress: TeachProgress) -> bool:
-        if not progress.restarts:
-            return False
+        self.acked_blocks = progress.acked_blocks
         self.service.kill()
         threading.Timer(5.0, self.service.start).start()
         return True
 
     def lose_a_node(self, progress: TeachProgress) -> bool:
-        if len(self.at_work(progress)) < 2:
+        # Blocks come through again.
+        if len(self.at_work(progress)) < 2 or progress.acked_blocks < self.acked_blocks + 10:
             return False
         node = node_of(self.cluster, self.elsewhere(self.at_work(progress))[0])
         self.cluster.remove_node(node, allow_graceful=False)
+        return True
+
+    def join_a_node(self, progress: TeachProgress) -> bool:
+        if len(progress.workers) > 1:
+            return False
+        patiently(lambda: self.cluster.add_node(**NODE))
         return True
 
 
@@ -169,7 +171,7 @@ def test_no_prompt_is_lost_or_doubled_whatever_dies(
     model = build_tiny_llama(tmp_path / "tiny")
     monkeypatch.setattr(ray_actor, "TeacherWorker", FaultyWorker)
     ids = [f"p{number}" for number in range(PROMPT_COUNT)]
-    ids.insert(PROMPT_COUNT * 7 // 8, f"{POISON}-1")
+    ids.append(f"{POISON}-1")
     path = tmp_path / "prompts.jsonl"
     path.write_text("".join(json.dumps({"id": one, "prompt": f"Tell me of {one}."}) + "\n" for one in ids))
     trouble = Trouble(cluster, service)
@@ -186,7 +188,8 @@ def test_no_prompt_is_lost_or_doubled_whatever_dies(
     )
     report = run_teach(config, trouble)
 
-    assert trouble.done == ["drain_a_node", "kill_a_worker", "kill_the_service", "lose_a_node"]
+    assert tuple(trouble.done) == STEPS
+    assert len(trouble.worked_after_join) >= 2, "the node that joined got no worker"
     expected = Counter((one, 0) for one in ids if not one.startswith(POISON))
     assert count_samples(service.target) == expected
     assert (report.prompts, report.completed, report.sealed) == (PROMPT_COUNT + 1, PROMPT_COUNT, True)
@@ -196,8 +199,8 @@ def test_no_prompt_is_lost_or_doubled_whatever_dies(
         "ended the engine again when it was alone in it: the teacher's process died"
     )
     assert report.workers == 3
-    # The worker that was killed, and those that the poison ended: among others, and alone.
-    assert report.restarts == 3
+    # The poison ended an engine among others, and a process alone. Leaving a node is no restart.
+    assert report.restarts == 2
     states = {worker.state for progress in trouble.seen for worker in progress.workers}
     assert {"loading", "generating", "draining", "retrying", "replacing"} <= states
     messages = {progress.message for progress in trouble.seen}

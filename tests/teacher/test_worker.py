@@ -203,7 +203,8 @@ def test_suspects_are_answered_for_whoever_holds_them(make_worker: MakeWorker, s
     with TraceClient(service.target) as client, client.prompt_worker("lessons", "job", worker="boss") as boss:
         lease = boss.take()
         assert lease is not None
-        worker.attempt([LeasedWork(lease.key, lease.prompts[:1]), LeasedWork(lease.key, lease.prompts[1:3])])
+        for group in (lease.prompts[:1], lease.prompts[1:3]):
+            worker.attempt([LeasedWork(lease.key, group)])
     assert Counter(trace.prompt_id for trace in read_all(service.target)) == {"p0": 2, "p1": 2, "p2": 2}
     assert worker.run() == "done"
     assert len(read_all(service.target)) == 8
@@ -214,7 +215,8 @@ def test_a_worker_that_was_overtaken_goes_on_with_other_work(
 ) -> None:
     prompts = numbered(12)
     worker = make_worker(prompts)
-    step, stolen = engine.step, []
+    step = engine.step
+    stolen: list[Any] = []
 
     def steal_first() -> Any:
         if not stolen:

@@ -18,7 +18,7 @@ from lynearm.client.trace_client import TraceClient
 from lynearm.client.trace_lookup import FoundTrace, TraceId, fetch_trace, fetch_traces
 from lynearm.wire.protobuf import StreamInfo
 from lynearm.wire.retention import Collected, Retention
-from lynearm.wire.work import JobPrompt, LeasedPrompt
+from lynearm.wire.work import FailedSamples, JobPrompt, LeasedPrompt
 
 __all__ = [
     "AsyncPublisher",
@@ -29,6 +29,7 @@ __all__ = [
     "ConsumerInfo",
     "Credentials",
     "DictionaryCache",
+    "FailedSamples",
     "FoundTrace",
     "JobClient",
     "JobInfo",

@@ -60,7 +60,7 @@ class TeachProgress:
     prompts: int = 0
     """Prompts of the job, bad lines not counted."""
     done_prompts: int = 0
-    """Prompts whose completions are generated, those of earlier runs and of other commands included."""
+    """Prompts that are generated or given up, those of earlier runs and of other commands included."""
     skipped_prompts: int = 0
     """Bad lines of the input."""
     failed_prompts: int = 0

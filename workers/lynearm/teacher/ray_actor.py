@@ -145,7 +145,7 @@ class WorkerActor:
             raise WorkerOutOfReachError("the teacher's process cannot be reached") from error
         # Also what is no RayActorError: a node that went, or memory that ran out.
         except self._ray.exceptions.RayError as error:
-            raise WorkerLostError(f"the teacher's process died: {_last_line(error)}") from error
+            raise WorkerLostError(f"the teacher's process died: {_exit_detail(error)}") from error
 
     def progress(self) -> WorkerProgress | None:
         """How far it is, if it has answered since it was asked last. Never waits."""
@@ -213,6 +213,15 @@ def _probe(address: str) -> None:
     host, _, port = address.removeprefix("ray://").rpartition(":")
     if host and port.isdigit():
         socket.create_connection((host, int(port)), timeout=_PROBE_SECONDS).close()
+
+
+def _exit_detail(error: Exception) -> str:
+    """How a process ended, out of what Ray says at length."""
+    text = " ".join(str(error).split())
+    _, found, detail = text.partition("Worker exit detail: ")
+    if not found:
+        return _last_line(error)
+    return detail.partition(" Some common causes")[0].partition(" There are some")[0][:200].rstrip(". ")
 
 
 def _last_line(error: Exception) -> str:

@@ -178,6 +178,8 @@ class Supervisor:
 
     def done_units(self) -> int:
         """Units of the job that are done, as far as workers have heard."""
+        if self._is_done:
+            return self._queue.unit_count
         return max(self._heard, self._job.done_units if self._job else 0)
 
     def tick(self) -> None:

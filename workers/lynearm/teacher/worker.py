@@ -179,6 +179,9 @@ class TeacherWorker:
     def attempt(self, work: Sequence[LeasedWork]) -> None:
         """Answer some prompts with nothing else in the engine; durable on return.
 
+        Args:
+            work: At most one for each lease.
+
         Raises:
             EngineFailedError: if the engine died of them.
             LynearmError: what ended the publishing.
