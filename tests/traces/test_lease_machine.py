@@ -12,13 +12,14 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 from traces.harness import LoopThread, make_spec
 
 from lynearm.traces.catalog import BlockFacts, CommittedBlock, NewBlock, Producer
-from lynearm.traces.job_records import NewJob, NewPrompts, WorkRequest
+from lynearm.traces.job_records import GivenUp, NewJob, NewPrompts, WorkRequest
 from lynearm.traces.sql_catalog import SqlCatalog
 from lynearm.traces.sqlite import SqliteDatabase
 from lynearm.traces.store import Span, StoredObject
 from lynearm.wire.errors import LeaseSupersededError, PromptFinishedError
 from lynearm.wire.work import (
     DIGEST_OF_NOTHING,
+    FailedSamples,
     FinishedSamples,
     FinishedWork,
     JobPrompt,
@@ -46,6 +47,8 @@ class LeaseMachine(RuleBasedStateMachine):
         self.valid: dict[LeaseKey, str] = {}
         """Holder of each lease that nobody has superseded."""
         self.done: set[Unit] = set()
+        """In the stream."""
+        self.given_up: set[Unit] = set()
         self.blocks = 0
 
     @initialize(prompts=st.lists(st.sampled_from("pqrst"), min_size=1, max_size=6), samples=st.integers(1, 4))
@@ -85,7 +88,7 @@ class LeaseMachine(RuleBasedStateMachine):
                 if self.valid.get(key) == holder and holder not in lost
                 for unit in units
             }
-            assert self.units - self.done <= held_by_others
+            assert self.units - self.done - self.given_up <= held_by_others
             return
         key = grant.key
         units = [(one.prompt_id, index) for one in grant.prompts for index in one.sample_indices]
@@ -111,10 +114,46 @@ class LeaseMachine(RuleBasedStateMachine):
             assert not part & self.done
             self.done |= part
         elif isinstance(outcome, PromptFinishedError):
-            assert part & self.done
+            assert part & (self.done | self.given_up)
         else:
             assert isinstance(outcome, LeaseSupersededError)
-            assert key not in self.valid or units <= self.done
+            assert key not in self.valid or units <= self.done | self.given_up
+
+    @rule(data=st.data())
+    @precondition(lambda self: self.given)
+    def give_up(self, data: st.DataObject) -> None:
+        """Somebody gives up what it was given, be it long ago."""
+        key, _, units = data.draw(st.sampled_from(self.given))
+        part = data.draw(st.sets(st.sampled_from(sorted(units)), min_size=1))
+        failed = [
+            GivenUp(key, FailedSamples(prompt_id, (index,), "why")) for prompt_id, index in sorted(part)
+        ]
+        try:
+            self.loop.run(self.catalog.fail_prompts("s", failed))
+        except LeaseSupersededError:
+            assert key not in self.valid
+        else:
+            assert key in self.valid or units <= self.done | self.given_up
+            if key in self.valid:
+                self.given_up |= part
+
+    @rule(worker=st.sampled_from(WORKERS), predecessor=st.sampled_from(WORKERS), max_units=st.integers(1, 9))
+    def take_over(self, worker: str, predecessor: str, max_units: int) -> None:
+        """A worker takes over what another held."""
+        request = WorkRequest("s", "j", worker, max_units, restarted=False, predecessor=predecessor)
+        grant = self.loop.run(self.catalog.lease_prompts(request, lambda _job, _held: set()))
+        held = {key.lease_id for key, holder in self.valid.items() if holder == predecessor}
+        if grant.key is None:
+            left = {
+                unit for key, _, units in self.given if self.valid.get(key) == predecessor for unit in units
+            }
+            assert left <= self.done | self.given_up
+            return
+        assert grant.key.lease_id in held
+        units = frozenset((one.prompt_id, index) for one in grant.prompts for index in one.sample_indices)
+        self.valid = {key: who for key, who in self.valid.items() if key.lease_id != grant.key.lease_id}
+        self.valid[grant.key] = worker
+        self.given.append((grant.key, worker, units))
 
     @rule(data=st.data())
     @precondition(lambda self: self.given)
@@ -146,7 +185,7 @@ class LeaseMachine(RuleBasedStateMachine):
         job = self.loop.run(self.catalog.get_job("s", "j"))
         assert job.done_count + job.leased_count <= job.prompt_count * job.samples_per_prompt
         if job.is_done:
-            assert self.done == self.units
+            assert self.done | self.given_up == self.units
 
     def teardown(self) -> None:
         """One worker alone can always finish the job."""
