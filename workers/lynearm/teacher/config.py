@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal, TypeAlias
 
+from lynearm.teacher.inside_options import parse_capture, parse_stats
 from lynearm.wire.blocks import MAX_PAYLOAD_BYTES
 from lynearm.wire.errors import ConfigError, InvalidInputError
 from lynearm.wire.specs import BYTES_PER_ENTRY, CODEC_MODES, MAX_TOP_K, CodecMode, check_name
@@ -53,6 +54,13 @@ class TeachConfig:
     """Draws per position with codec "sampled", for example 50; 0 with every other."""
     dictionary: bool = True
     """Train a codec dictionary on the stream's first blocks: small blocks shrink by a few per cent."""
+
+    capture: str = ""
+    """Hidden states that traces carry: "hidden:layers=4,8,-1,dtype=bf16", with "norm" for the final norm; empty:
+    none. The engine then runs without compiled graphs."""
+    stats: str = ""
+    """Statistics of layers that are stored with the stream: "layers", or "layers:every=1" for every step of the
+    engine in place of one in eight; empty: none. The engine then runs without compiled graphs."""
 
     temperature: float = 1.0
     """0 is greedy. The recorded logprobs are those of the model itself, whatever the temperature."""
@@ -134,6 +142,8 @@ class TeachConfig:
         for problem, holds in checks.items():
             if not holds:
                 raise ConfigError(problem)
+        parse_capture(self.capture)
+        parse_stats(self.stats)
 
     def bytes_per_token(self) -> float:
         """Upper estimate of an encoded position, bytes."""

@@ -6,8 +6,10 @@ a base class of its own, whose names begin with `lynearm_`, so that none hides o
 
 from __future__ import annotations
 
+from lynearm.teacher.inside_worker import InsideWorker
 
-class WorkerExtension:
+
+class WorkerExtension(InsideWorker):
     """All of our features of a vLLM worker, as one class."""
 
 
