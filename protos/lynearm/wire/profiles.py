@@ -1,8 +1,8 @@
-"""The teacher profile: what each layer of a teacher does, as sums over the completion positions it was looked at.
+"""The teacher profile: what each layer of a teacher does, as sums over completion positions.
 
-Sums and counts are kept, never means, so that what several workers measured, or one before and after a restart,
-adds up to what one would have measured: in any order, to the rounding of float64. A profile is stored in parts
-(`encode_profile`), each with some of the layers.
+Sums and counts are kept, never means, so that what several workers measured, or one before and after a
+restart, adds up to what one would have measured: in any order, to the rounding of float64. A profile is
+stored in parts (`encode_profile`), each with some of the layers.
 
 Block influence is 1 − cos(residual stream before a layer, after it), by which layers are dropped (Men et al.
 2024, "ShortGPT"); heads and neurons are ranked by the size of what they put out (Muralidharan et al. 2024,

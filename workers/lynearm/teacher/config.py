@@ -56,11 +56,11 @@ class TeachConfig:
     """Train a codec dictionary on the stream's first blocks: small blocks shrink by a few per cent."""
 
     capture: str = ""
-    """Hidden states that traces carry: "hidden:layers=4,8,-1,dtype=bf16", with "norm" for the final norm; empty:
-    none. The engine then runs without compiled graphs."""
+    """Hidden states that traces carry: "hidden:layers=4,8,-1,dtype=bf16", with "norm" for the final norm;
+    empty: none. The engine then runs without compiled graphs."""
     stats: str = ""
-    """Statistics of layers that are stored with the stream: "layers", or "layers:every=1" for every step of the
-    engine in place of one in eight; empty: none. The engine then runs without compiled graphs."""
+    """Statistics of layers that are stored with the stream: "layers", or "layers:every=1" for every step of
+    the engine in place of one in eight; empty: none. The engine then runs without compiled graphs."""
 
     temperature: float = 1.0
     """0 is greedy. The recorded logprobs are those of the model itself, whatever the temperature."""

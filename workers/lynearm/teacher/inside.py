@@ -57,9 +57,7 @@ class LookInside:
         )
         problem = next((report.problem for report in reports if report.problem), "")
         if problem:
-            raise ConfigError(
-                f"cannot look inside the teacher: {problem}", "leave out --capture and --stats"
-            )
+            raise ConfigError(f"cannot look inside the teacher: {problem}", "leave out --capture and --stats")
         self.spec: HiddenStatesSpec | None = None
         """Of the states that each completion gets."""
         if capture is not None:
@@ -112,8 +110,9 @@ class LookInside:
                 f"{len(missing)} positions of {positions} in all"
             )
         layers, size = len(self.spec.layers), self.spec.hidden_size
-        dtype = np.uint16 if self.spec.dtype == "bf16" else np.uint8
-        values = np.zeros((layers, positions, size), dtype)
+        values: npt.NDArray[Any] = np.zeros(
+            (layers, positions, size), np.uint16 if self.spec.dtype == "bf16" else np.uint8
+        )
         scales = np.ones((layers, positions), np.float32) if self.spec.dtype == "fp8" else None
         for position in range(positions):
             values[:, position] = rows.values[position]

@@ -64,11 +64,11 @@ def parse_capture(text: str) -> HiddenCapture | None:
     if not text:
         return None
     kind, _, rest = text.partition(":")
-    options = _read_options(rest, "capture", text, CAPTURE_FORM) if rest else {}
+    options = _read_options(rest, "capture", text, CAPTURE_FORM)
     if kind != "hidden" or set(options) - {"layers", "dtype"} or not options.get("layers"):
         raise _malformed("capture", text, CAPTURE_FORM)
     dtypes = options.get("dtype", ["bf16"])
-    dtype = next((known for known in HIDDEN_DTYPES if [known] == dtypes), None)
+    dtype: HiddenDtype | None = next((known for known in HIDDEN_DTYPES if [known] == dtypes), None)
     if dtype is None:
         raise ConfigError(f"capture {text!r}: dtype is none of {', '.join(HIDDEN_DTYPES)}")
     layers: list[Layer] = [_read_layer(word, text) for word in options["layers"]]
@@ -88,7 +88,7 @@ def parse_stats(text: str) -> LayerStats | None:
     if not text:
         return None
     kind, _, rest = text.partition(":")
-    options = _read_options(rest, "stats", text, STATS_FORM) if rest else {}
+    options = _read_options(rest, "stats", text, STATS_FORM)
     if kind != "layers" or set(options) - {"every"}:
         raise _malformed("stats", text, STATS_FORM)
     word = ",".join(options.get("every", [str(DEFAULT_EVERY)]))
@@ -101,7 +101,7 @@ def _read_options(rest: str, what: str, text: str, form: str) -> Mapping[str, li
     """The words of each key: a word without "=" belongs to the key before it."""
     options: dict[str, list[str]] = {}
     words: list[str] | None = None
-    for word in rest.split(","):
+    for word in rest.split(",") if rest else ():
         key, equals, value = word.partition("=")
         if equals:
             if key in options:

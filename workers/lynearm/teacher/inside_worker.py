@@ -24,6 +24,7 @@ from lynearm.teacher.model_layout import (
     find_sampled_rows,
     layer_input,
     layout_problem,
+    take_normed,
     take_rows,
 )
 from lynearm.wire.hidden import FINAL_NORM, FP8_MAX, SMALLEST_SCALE, HiddenDtype, Layer
@@ -200,22 +201,21 @@ class _Look:
             self.meters.rows = rows
 
     def _seer(self, layer: Layer) -> Callable[..., None]:
-        is_kept = layer in self._layers
-
         def see(_module: Untyped, _arguments: Untyped, output: Untyped) -> None:
             if not self._in_step:
                 return
+            is_wanted = layer in self._layers or self._is_to_be_checked(layer)
             if layer == FINAL_NORM:
-                # Its second output is the residual stream, which goes nowhere from here.
-                output = output[0] if isinstance(output, tuple) else output
-            is_metered = layer != FINAL_NORM and self._is_metering
-            if not (is_kept or is_metered or self._is_to_be_checked(layer)):
+                if is_wanted:
+                    self._states[layer] = take_normed(output, self._rows())
+                return
+            if not (is_wanted or self._is_metering):
                 return
             stream = take_rows(output, self._rows())
-            if is_metered and self.meters is not None and self._before is not None:
+            if self.meters is not None and self._before is not None:
                 self.meters.see_layer(layer, self._before, stream)
                 self._before = stream
-            if is_kept or self._is_to_be_checked(layer):
+            if is_wanted:
                 self._states[layer] = stream
 
         return see

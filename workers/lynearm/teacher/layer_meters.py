@@ -97,8 +97,8 @@ class _LayerMeter:
         self._step["influence"] = (1 - cosine_similarity(before_BH.double(), after_BH.double(), dim=1)).sum()
 
     def see_heads(self, outputs_BND: Tensor) -> None:
-        outputs_NBD = outputs_BND.unflatten(1, (self.heads, -1)).transpose(0, 1)
-        self._step["head_norms"] = outputs_NBD.norm(dim=2).double().sum(dim=1)
+        outputs_NBD = outputs_BND.reshape(outputs_BND.shape[0], self.heads, -1).transpose(0, 1)
+        self._step["head_norms"] = outputs_NBD.square().sum(dim=2).sqrt().double().sum(dim=1)
         if self._grams_NDD is not None:
             squares_NB = ((outputs_NBD @ self._grams_NDD) * outputs_NBD).sum(dim=2)
             self._step["head_contributions"] = squares_NB.clamp(min=0).sqrt().double().sum(dim=1)
@@ -139,11 +139,12 @@ def _gram_matrices(projection: Untyped, heads: int, layout: ModelLayout) -> Tens
     width = int(projection.input_size)
     with torch.inference_mode():
         probes = torch.eye(width + 1, width, dtype=layout.dtype, device=layout.device)
-        made: Untyped = projection.forward(probes)
-        outputs: Tensor = (made[0] if isinstance(made, tuple) else made).float()
+        # vLLM's linear layers return the output and a bias that is not added.
+        outputs: Tensor = projection.forward(probes)[0].float()
         # The last probe is zero, and its output the bias.
-        columns_NDH = (outputs[:-1] - outputs[-1]).unflatten(0, (heads, -1))
-        return columns_NDH @ columns_NDH.transpose(1, 2)
+        columns_NDH = (outputs[:-1] - outputs[-1]).reshape(heads, width // heads, -1)
+        grams_NDD: Tensor = columns_NDH @ columns_NDH.transpose(1, 2)
+        return grams_NDD
 
 
 def _to_array(sums: Tensor | None) -> Float64Array:

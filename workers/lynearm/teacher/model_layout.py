@@ -111,7 +111,7 @@ def find_sampled_rows(runner: Untyped) -> SampledRows:
     positions = (known_tokens - batch.num_prompt_tokens[:count])[is_sampled].astype(np.int32)
     rows = runner.query_start_loc.np[1 : count + 1][is_sampled].astype(np.int64) - 1
     ids = tuple(str(batch.req_ids[index]) for index in np.flatnonzero(is_sampled))
-    return SampledRows(ids, positions, torch.from_numpy(rows).to(runner.device))
+    return SampledRows(ids, positions, torch.tensor(rows, device=runner.device))
 
 
 def take_rows(states: Untyped, rows: Tensor) -> Tensor:
@@ -124,15 +124,27 @@ def take_rows(states: Untyped, rows: Tensor) -> Tensor:
     Raises:
         TeacherError: if it is something else.
     """
-    parts = list(states) if isinstance(states, tuple) else [states]
-    tensors = [part for part in parts if part is not None]
+    parts: list[Untyped] = [*states] if _is_tuple(states) else [states]
+    tensors: list[Untyped] = [part for part in parts if part is not None]
     if not 1 <= len(tensors) <= 2 or any(getattr(tensor, "ndim", 0) != 2 for tensor in tensors):
         raise TeacherError(
             f"a layer of the model returns {_shapes(parts)}, expected its hidden states and the residual",
             "look inside another model, or leave out --capture and --stats",
         )
     taken: Tensor = tensors[0].index_select(0, rows)
-    return taken if len(tensors) == 1 else taken + tensors[1].index_select(0, rows)
+    if len(tensors) == 2:
+        taken += tensors[1].index_select(0, rows)
+    return taken
+
+
+def take_normed(output: Untyped, rows: Tensor) -> Tensor:
+    """Some rows of what the final norm put out.
+
+    Args:
+        output: What it returned: beside that, it may return the residual stream, which goes nowhere from there.
+        rows: Which rows, shape [B].
+    """
+    return take_rows(output[0] if _is_tuple(output) else output, rows)
 
 
 def layer_input(layer: Untyped, arguments: Sequence[Untyped], keywords: dict[str, Untyped]) -> Untyped:
@@ -154,7 +166,8 @@ def check_stream(layout: ModelLayout, last: Tensor, normed: Tensor) -> None:
     """
     # Not through the module's call, which would call our own hooks.
     expected: Tensor = layout.norm.forward(last.clone())
-    off = float((expected.float() - normed.float()).norm() / normed.float().norm())
+    difference, size = (rows.float().square().sum().sqrt() for rows in (expected - normed, normed))
+    off = float(difference / size)
     # NaN compares as false.
     if not off <= _STREAM_TOLERANCE:
         raise TeacherError(
@@ -184,4 +197,9 @@ def _has(owner: Untyped, path: str) -> bool:
 
 
 def _shapes(parts: Sequence[Untyped]) -> str:
-    return ", ".join(str(tuple(getattr(part, "shape", ()))) or type(part).__name__ for part in parts)
+    return ", ".join(f"{type(part).__name__} {tuple(getattr(part, 'shape', ()))}" for part in parts)
+
+
+def _is_tuple(value: Untyped) -> bool:
+    # Asked here, since what a tuple of vLLM's holds has no type either.
+    return isinstance(value, tuple)
