@@ -15,7 +15,7 @@ from teacher.inside_reference import ReferenceModel, Seen, cosine_distances
 from lynearm.teacher import model_layout
 from lynearm.teacher.engine import Completion, TeacherEngine
 from lynearm.teacher.inside_options import HiddenCapture, LayerStats
-from lynearm.teacher.model_layout import ModelLayout, check_stream, layout_problem, take_rows
+from lynearm.teacher.model_layout import ModelLayout, SampledRows, check_stream, layout_problem, take_rows
 from lynearm.wire.errors import ConfigError, TeacherError
 from lynearm.wire.hidden import HiddenStates
 
@@ -331,27 +331,26 @@ def test_a_stream_that_is_not_the_models_is_noticed_at_the_first_step() -> None:
 
 
 def test_a_step_that_fails_leaves_nothing_behind(
-    looking: TeacherEngine, reference: ReferenceModel, monkeypatch: pytest.MonkeyPatch
+    looking: TeacherEngine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    runner = runner_of(looking)
-    look_of: Any = looking._engine.engine_core.engine_core.model_executor.driver_worker.worker.lynearm_look
-    original = look_of._execute
+    import torch
 
-    def fail(*arguments: Any, **keywords: Any) -> Any:
-        original(*arguments, **keywords)
-        runner.execute_model_state = None
+    worker: Any = looking._engine.engine_core.engine_core.model_executor.driver_worker.worker
+    look_inside: Any = worker.lynearm_look
+    rows = torch.zeros(1, dtype=torch.int64)
+
+    def fail() -> None:
+        # As far as the first layer's hook had come.
+        look_inside._sampled = SampledRows(("a",), np.zeros(1, np.int32), rows)
+        look_inside._states[0] = torch.zeros(1, 64)
+        look_inside.meters.rows = rows
         raise RuntimeError("out of memory")
 
-    # As vLLM calls it, but for the scheduler, which would not recover.
-    looking.take_statistics()
-    look_of._execute = fail
-    scheduler: Any = looking._engine.engine_core.engine_core.scheduler
-    asked = ask(looking, [4, 6], first=90, temperature=0.0)
+    monkeypatch.setattr(look_inside, "_execute", fail)
     with pytest.raises(RuntimeError, match="out of memory"):
-        runner.execute_model(scheduler.schedule())
-    look_of._execute = original
-    assert look_of._states == {}
-    assert look_of.take_states() == []
+        look_inside._execute_model()
+    assert look_inside._states == {}
+    assert look_inside._sampled is None
+    assert look_inside.meters.rows is None
+    assert look_inside.take_states() == []
     assert looking.take_statistics() == {}
-    looking.abort([one.request_id for one in asked])
-    finish(looking, [])
