@@ -356,3 +356,91 @@ def test_a_request_for_work_that_cannot_be_is_refused(
         lease(stub, **fields)
     assert code(caught.value) == "INVALID_ARGUMENT"
     assert problem in details(caught.value)
+
+
+def fail(
+    stub: TraceServiceStub, key: pb.LeaseKey, *units: Unit, reason: str = "too long", stream: str = "s"
+) -> None:
+    failed = [
+        pb.FailedPrompt(lease=key, prompt_id=prompt_id, sample_indices=[index], reason=reason)
+        for prompt_id, index in units
+    ]
+    stub.FailPrompts(pb.FailPromptsRequest(stream=stream, failed=failed))
+
+
+def failures(stub: TraceServiceStub, job: str = "j") -> list[tuple[str, list[int], str]]:
+    pages = stub.ListFailedPrompts(pb.ListFailedPromptsRequest(stream="s", job=job))
+    return [(one.prompt_id, list(one.sample_indices), one.reason) for page in pages for one in page.failed]
+
+
+def test_units_that_are_given_up_are_done_without_a_trace(stub: TraceServiceStub) -> None:
+    create_job(stub, 3, samples=2)
+    leased = lease(stub, 4).lease
+    fail(stub, leased.key, ("p0", 1))
+    fail(stub, leased.key, ("p0", 1), ("p1", 0), reason="crashed")
+    job = get_job(stub)
+    assert (job.done_count, job.failed_count, job.leased_count) == (2, 2, 2)
+    assert failures(stub) == [("p0", [1], "too long"), ("p1", [0], "crashed")]
+    publish_work(stub, finish(leased.key, [("p0", 0), ("p1", 1)]))
+    assert finished(stub) == []
+    last = lease(stub, 9).lease
+    assert units_of(last) == [("p2", 0), ("p2", 1)]
+    fail(stub, last.key, ("p2", 0), ("p2", 1))
+    fail(stub, last.key, ("p2", 0))
+    assert (get_job(stub).state, get_job(stub).failed_count) == (pb.JOB_STATE_DONE, 4)
+    assert len(failures(stub)) == 4
+
+
+def test_what_was_given_up_is_handed_out_again_by_another_job(stub: TraceServiceStub) -> None:
+    create_job(stub, 1)
+    fail(stub, lease(stub, 1).lease.key, ("p0", 0))
+    create_job(stub, 1, name="again")
+    assert units_of(lease(stub, 1, job="again").lease) == [("p0", 0)]
+    assert failures(stub, "again") == []
+
+
+def test_only_the_holder_of_a_lease_gives_its_units_up(stub: TraceServiceStub) -> None:
+    create_job(stub, 2)
+    first = lease(stub, 2).lease
+    release(stub, first.key)
+    with pytest.raises(grpc.RpcError) as caught:
+        fail(stub, first.key, ("p0", 0))
+    assert error_name(caught.value) == "LeaseSupersededError"
+    second = lease(stub, 2, worker="other").lease
+    with pytest.raises(grpc.RpcError) as caught:
+        fail(stub, first.key, ("p0", 0))
+    assert error_name(caught.value) == "LeaseSupersededError"
+    with pytest.raises(grpc.RpcError) as caught:
+        fail(stub, second.key, ("p0", 0), ("p7", 0))
+    assert code(caught.value) == "INVALID_ARGUMENT"
+    assert (get_job(stub).failed_count, failures(stub)) == (0, [])
+
+
+@pytest.mark.parametrize("reason", ["", "x" * 1001, "a\0b"])
+def test_a_reason_that_no_database_keeps_is_refused(stub: TraceServiceStub, reason: str) -> None:
+    create_job(stub, 1)
+    with pytest.raises(grpc.RpcError) as caught:
+        fail(stub, lease(stub, 1).lease.key, ("p0", 0), reason=reason)
+    assert code(caught.value) == "INVALID_ARGUMENT"
+
+
+def test_a_successor_takes_over_every_lease_and_nothing_else(stub: TraceServiceStub) -> None:
+    create_job(stub, 10)
+    mine = [lease(stub, 2, worker="dead").lease for _ in range(3)]
+    others = lease(stub, 2, worker="alive").lease
+    taken = [lease(stub, 100, worker="heir", predecessor="dead").lease for _ in range(3)]
+    assert [units_of(one) for one in taken] == [units_of(one) for one in mine]
+    assert not lease(stub, 100, worker="heir", predecessor="dead").HasField("lease")
+    assert renew(stub, *(one.key for one in mine)) == [one.key for one in mine]
+    assert renew(stub, others.key, *(one.key for one in taken)) == []
+    assert units_of(lease(stub, 100).lease) == [("p8", 0), ("p9", 0)]
+
+
+def test_while_a_successor_takes_over_nobody_else_gets_the_rest(stub: TraceServiceStub) -> None:
+    create_job(stub, 4)
+    for _ in range(2):
+        lease(stub, 2, worker="dead")
+    first = lease(stub, 100, worker="heir", predecessor="dead").lease
+    assert not lease(stub, 100, worker="alive").HasField("lease")
+    second = lease(stub, 100, worker="heir", predecessor="dead").lease
+    assert units_of(first) + units_of(second) == [(f"p{number}", 0) for number in range(4)]

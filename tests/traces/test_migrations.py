@@ -18,11 +18,11 @@ from lynearm.wire.errors import ConfigError
 
 pytestmark = on_local_disk  # where catalogs of the earlier versions are
 
-OLD_CATALOGS = tuple(Path(__file__).parent / "data" / f"catalog_v{version}.sql" for version in (1, 2, 3))
+OLD_CATALOGS = tuple(Path(__file__).parent / "data" / f"catalog_v{version}.sql" for version in (1, 2, 3, 4))
 """Stream "old" with two blocks of producer "teacher", each of which finishes a prompt; stream "sealed". From
 version 2 on, "old" has a dictionary; from version 3 on, consumer "trainer" has read its first block."""
 
-ALTERED = ("blocks", "streams", "objects")
+ALTERED = ("blocks", "streams", "objects", "jobs")
 """Tables that some step has added columns to."""
 
 OLD_OBJECT = "da4e69c21cb5dd56e03b545a9f730a9d"

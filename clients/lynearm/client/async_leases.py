@@ -14,10 +14,11 @@ from typing import Self
 from lynearm.client import job_calls
 from lynearm.client.calls import Call
 from lynearm.client.job_calls import Grant, JobInfo
-from lynearm.client.leases import POLL_SECONDS, RENEWALS, HeldLeases, Lease
+from lynearm.client.leases import FAILED_PER_CALL, POLL_SECONDS, RENEWALS, HeldLeases, Lease
 from lynearm.client.sending import AsyncSendCall
 from lynearm.wire.errors import DeadlineError, LynearmError, ServiceUnavailableError
 from lynearm.wire.specs import check_name
+from lynearm.wire.work import FailedSamples
 
 logger = logging.getLogger(__name__)
 
@@ -34,6 +35,7 @@ class AsyncPromptWorker:
         worker: Name of this worker.
         max_units: Most units of one lease.
         patience_seconds: How long `take` waits for a service that went away.
+        predecessor: A worker that has ended, of which this one takes over what it held, and nothing else.
     """
 
     def __init__(
@@ -45,6 +47,7 @@ class AsyncPromptWorker:
         worker: str,
         max_units: int,
         patience_seconds: float,
+        predecessor: str = "",
     ) -> None:
         self.stream = check_name(stream)
         self.job_name = check_name(job, what="job")
@@ -54,7 +57,8 @@ class AsyncPromptWorker:
         self._send = send
         self._max_units = max_units
         self._patience_seconds = patience_seconds
-        self._restarted = True
+        self._predecessor = predecessor
+        self._restarted = not predecessor
         self._silence_seconds = math.inf
         self._held = HeldLeases()
         self._has_leased = asyncio.Event()
@@ -98,6 +102,7 @@ class AsyncPromptWorker:
             worker=self.worker,
             max_units=self._max_units,
             restarted=self._restarted,
+            predecessor=self._predecessor,
         )
         grant = await self._send_patiently(call)
         self._restarted = False
@@ -115,6 +120,14 @@ class AsyncPromptWorker:
         keys = self._held.remove(leases)
         if keys:
             await self._send(job_calls.release_leases(self.stream, keys))
+
+    async def fail(self, lease: Lease, samples: Iterable[FailedSamples]) -> None:
+        """As `PromptWorker.fail`."""
+        failed = list(samples)
+        for first in range(0, len(failed), FAILED_PER_CALL):
+            part = failed[first : first + FAILED_PER_CALL]
+            await self._send(job_calls.fail_prompts(self.stream, lease.key, part))
+            lease.give_up(part)
 
     async def _renew(self) -> None:
         await self._has_leased.wait()

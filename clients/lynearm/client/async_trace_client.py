@@ -197,7 +197,13 @@ class AsyncTraceClient(ClientSettings):
         )
 
     def prompt_worker(
-        self, stream: str, job: str, *, worker: str, max_units: int = DEFAULT_UNITS
+        self,
+        stream: str,
+        job: str,
+        *,
+        worker: str,
+        max_units: int = DEFAULT_UNITS,
+        predecessor: str = "",
     ) -> AsyncPromptWorker:
         """As `TraceClient.prompt_worker`."""
         return AsyncPromptWorker(
@@ -207,6 +213,7 @@ class AsyncTraceClient(ClientSettings):
             worker=worker,
             max_units=max_units,
             patience_seconds=self._patience_seconds,
+            predecessor=predecessor,
         )
 
     def subscribe(

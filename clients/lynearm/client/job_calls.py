@@ -12,10 +12,12 @@ from lynearm.wire.errors import InvalidInputError, JobIncompleteError
 from lynearm.wire.specs import check_name
 from lynearm.wire.work import (
     DIGEST_OF_NOTHING,
+    FailedSamples,
     JobPrompt,
     LeasedPrompt,
     LeaseKey,
     check_prompt_id,
+    check_reason,
     extend_digest,
 )
 
@@ -50,6 +52,8 @@ class JobInfo:
     leased_units: int
     """In the hands of workers, and not done."""
     created_unix_nano: int
+    failed_units: int = 0
+    """Given up, without a trace; done, too."""
 
     @property
     def unit_count(self) -> int:
@@ -146,10 +150,17 @@ def cancel_job(stream: str, name: str) -> Call[JobInfo]:
     return Call("CancelJob", request, pb.CancelJobResponse, _read_job)
 
 
-def lease_prompts(stream: str, job: str, *, worker: str, max_units: int, restarted: bool) -> Call[Grant]:
+def lease_prompts(
+    stream: str, job: str, *, worker: str, max_units: int, restarted: bool, predecessor: str = ""
+) -> Call[Grant]:
     """LeasePrompts. Where its answer is lost, the units come back once their holder was silent for long."""
     request = pb.LeasePromptsRequest(
-        stream=stream, job=job, worker=worker, max_units=max_units, restarted=restarted
+        stream=stream,
+        job=job,
+        worker=worker,
+        max_units=max_units,
+        restarted=restarted,
+        predecessor=predecessor,
     )
     return Call("LeasePrompts", request, pb.LeasePromptsResponse, _read_grant)
 
@@ -164,6 +175,27 @@ def release_leases(stream: str, keys: Sequence[LeaseKey]) -> Call[None]:
     """ReleaseLeases."""
     request = pb.ReleaseLeasesRequest(stream=stream, leases=map(_key_to_proto, keys))
     return Call("ReleaseLeases", request, pb.ReleaseLeasesResponse, _read_nothing)
+
+
+def fail_prompts(stream: str, key: LeaseKey, failed: Sequence[FailedSamples]) -> Call[None]:
+    """FailPrompts."""
+    messages = [
+        pb.FailedPrompt(
+            lease=_key_to_proto(key),
+            prompt_id=one.prompt_id,
+            sample_indices=one.sample_indices,
+            reason=check_reason(one.reason),
+        )
+        for one in failed
+    ]
+    request = pb.FailPromptsRequest(stream=stream, failed=messages)
+    return Call("FailPrompts", request, pb.FailPromptsResponse, _read_nothing)
+
+
+def list_failed_prompts(stream: str, name: str) -> Call[tuple[FailedSamples, ...]]:
+    """ListFailedPrompts."""
+    request = pb.ListFailedPromptsRequest(stream=check_name(stream), job=check_name(name, what="job"))
+    return Call("ListFailedPrompts", request, pb.ListFailedPromptsResponse, _read_failed, streamed=True)
 
 
 def incomplete(job: JobInfo) -> JobIncompleteError:
@@ -198,6 +230,7 @@ def _job(job: pb.Job) -> JobInfo:
         done_units=job.done_count,
         leased_units=job.leased_count,
         created_unix_nano=job.created_unix_nano,
+        failed_units=job.failed_count,
     )
 
 
@@ -227,7 +260,15 @@ def _read_lost(answer: pb.RenewLeasesResponse) -> list[LeaseKey]:
     return [LeaseKey(key.lease_id, key.generation) for key in answer.lost]
 
 
-def _read_nothing(_answer: pb.ReleaseLeasesResponse) -> None:
+def _read_failed(answers: Sequence[pb.ListFailedPromptsResponse]) -> tuple[FailedSamples, ...]:
+    return tuple(
+        FailedSamples(one.prompt_id, tuple(one.sample_indices), one.reason)
+        for answer in answers
+        for one in answer.failed
+    )
+
+
+def _read_nothing(_answer: pb.ReleaseLeasesResponse | pb.FailPromptsResponse) -> None:
     return None
 
 

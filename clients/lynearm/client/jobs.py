@@ -12,7 +12,7 @@ from itertools import islice
 from lynearm.client import job_calls
 from lynearm.client.job_calls import JobInfo, NewJob
 from lynearm.client.sending import SendCall
-from lynearm.wire.work import JobPrompt
+from lynearm.wire.work import FailedSamples, JobPrompt
 
 
 class JobClient:
@@ -42,14 +42,25 @@ class JobClient:
             JobExistsError: a job of that name has other prompts, or another number of samples.
             InvalidInputError: there is no prompt, `prompts` is an iterator, or it changed between.
         """
-        new = NewJob.of(stream, name, prompts, samples_per_prompt)
+        return self.submit(NewJob.of(stream, name, prompts, samples_per_prompt), prompts)
+
+    def submit(self, new: NewJob, prompts: Iterable[JobPrompt]) -> JobInfo:
+        """As `create`, for prompts that were read through before; iterated once, if at all.
+
+        Args:
+            new: What `NewJob.of` said of the prompts.
+            prompts: The same prompts.
+
+        Raises:
+            LynearmError: as for `create`.
+        """
         job = self._send(job_calls.create_job(new))
         if job.state != "adding":
             return job
         stored = job.stored_prompt_count
         for call in job_calls.add_prompts(new, stored, islice(prompts, stored, None)):
             self._send(call)
-        job = self.get(stream, name)
+        job = self.get(new.stream, new.name)
         if job.state == "adding":
             raise job_calls.incomplete(job)
         return job
@@ -77,3 +88,11 @@ class JobClient:
             StreamNotFoundError, JobNotFoundError: there is no such stream or job.
         """
         return self._send(job_calls.cancel_job(stream, name))
+
+    def failures(self, stream: str, name: str) -> tuple[FailedSamples, ...]:
+        """Samples of a job that were given up and why, in the order in which that happened.
+
+        Raises:
+            StreamNotFoundError, JobNotFoundError: there is no such stream or job.
+        """
+        return self._send(job_calls.list_failed_prompts(stream, name))

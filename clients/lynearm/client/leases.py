@@ -23,7 +23,7 @@ from lynearm.client.job_calls import Grant, JobInfo
 from lynearm.client.sending import SendCall
 from lynearm.wire.errors import DeadlineError, InvalidInputError, LynearmError, ServiceUnavailableError
 from lynearm.wire.specs import check_name
-from lynearm.wire.work import FinishedSamples, FinishedWork, LeasedPrompt, LeaseKey
+from lynearm.wire.work import FailedSamples, FinishedSamples, FinishedWork, LeasedPrompt, LeaseKey
 
 logger = logging.getLogger(__name__)
 
@@ -32,6 +32,9 @@ DEFAULT_UNITS = 64
 
 POLL_SECONDS = 1.0
 """Between tries while others hold all that is left, or the service is away."""
+
+FAILED_PER_CALL = 1000
+"""Prompts that one call may give up."""
 
 RENEWALS = 3
 """Renewals in the time that a holder may be silent: two of them may be lost."""
@@ -58,6 +61,10 @@ class Lease:
     def open_count(self) -> int:
         """Units that `finish` was not told of."""
         return len(self._open)
+
+    def give_up(self, samples: Iterable[FailedSamples]) -> None:
+        """Take note that samples were given up; `PromptWorker.fail` calls it."""
+        self._open -= {(one.prompt_id, index) for one in samples for index in one.sample_indices}
 
     def finish(self, samples: Iterable[tuple[str, int]]) -> FinishedWork:
         """What `Publisher.publish` takes as `finished_work`, with the block that holds these samples' traces.
@@ -135,10 +142,19 @@ class PromptWorker:
         worker: Name of this worker: of two that use the same one, each takes the other's leases at its start.
         max_units: Most units of one lease.
         patience_seconds: How long `take` waits for a service that went away.
+        predecessor: A worker that has ended, of which this one takes over what it held, and nothing else.
     """
 
     def __init__(
-        self, send: SendCall, stream: str, job: str, *, worker: str, max_units: int, patience_seconds: float
+        self,
+        send: SendCall,
+        stream: str,
+        job: str,
+        *,
+        worker: str,
+        max_units: int,
+        patience_seconds: float,
+        predecessor: str = "",
     ) -> None:
         self.stream = check_name(stream)
         self.job_name = check_name(job, what="job")
@@ -148,7 +164,8 @@ class PromptWorker:
         self._send = send
         self._max_units = max_units
         self._patience_seconds = patience_seconds
-        self._restarted = True
+        self._predecessor = predecessor
+        self._restarted = not predecessor
         self._silence_seconds = math.inf
         self._changed = threading.Condition()
         # Both guarded by _changed.
@@ -205,6 +222,7 @@ class PromptWorker:
             worker=self.worker,
             max_units=self._max_units,
             restarted=self._restarted,
+            predecessor=self._predecessor,
         )
         grant = self._send_patiently(call)
         self._restarted = False
@@ -228,6 +246,23 @@ class PromptWorker:
             keys = self._held.remove(leases)
         if keys:
             self._send(job_calls.release_leases(self.stream, keys))
+
+    def fail(self, lease: Lease, samples: Iterable[FailedSamples]) -> None:
+        """Give samples of a lease up for good: they get no trace, and the job calls them done. Idempotent.
+
+        Args:
+            lease: Covers the samples.
+            samples: What to give up, and why; those that are finished already are passed over.
+
+        Raises:
+            LeaseSupersededError: the lease was given to others.
+            LynearmError: the service did not hear of it; they come back once this worker was silent for long.
+        """
+        failed = list(samples)
+        for first in range(0, len(failed), FAILED_PER_CALL):
+            part = failed[first : first + FAILED_PER_CALL]
+            self._send(job_calls.fail_prompts(self.stream, lease.key, part))
+            lease.give_up(part)
 
     def _renew(self) -> None:
         while True:

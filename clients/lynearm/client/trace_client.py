@@ -287,7 +287,13 @@ class TraceClient(ClientSettings):
         )
 
     def prompt_worker(
-        self, stream: str, job: str, *, worker: str, max_units: int = DEFAULT_UNITS
+        self,
+        stream: str,
+        job: str,
+        *,
+        worker: str,
+        max_units: int = DEFAULT_UNITS,
+        predecessor: str = "",
     ) -> PromptWorker:
         """Work of a job, lease by lease.
 
@@ -296,6 +302,7 @@ class TraceClient(ClientSettings):
             job: Name of the job.
             worker: Stable name of whoever asks: after a crash, its leases come back to it at once.
             max_units: Most units (samples of prompts) of one lease.
+            predecessor: A worker that has ended: `take` takes over what it held, and nothing else.
         """
         return PromptWorker(
             self.send,
@@ -304,6 +311,7 @@ class TraceClient(ClientSettings):
             worker=worker,
             max_units=max_units,
             patience_seconds=self._patience_seconds,
+            predecessor=predecessor,
         )
 
     def subscribe(

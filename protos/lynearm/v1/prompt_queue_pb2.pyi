@@ -69,6 +69,7 @@ class Job(google.protobuf.message.Message):
     DONE_COUNT_FIELD_NUMBER: builtins.int
     LEASED_COUNT_FIELD_NUMBER: builtins.int
     STATE_FIELD_NUMBER: builtins.int
+    FAILED_COUNT_FIELD_NUMBER: builtins.int
     stream: builtins.str
     """Stream that takes the traces."""
     name: builtins.str
@@ -84,11 +85,13 @@ class Job(google.protobuf.message.Message):
     created_unix_nano: builtins.int
     """When it was created, nanoseconds since the Unix epoch."""
     done_count: builtins.int
-    """Units whose traces are committed, or whose prompts the stream had already."""
+    """Units whose traces are committed, whose prompts the stream had already, or that were given up."""
     leased_count: builtins.int
     """Units that workers hold now and that are not done. The rest of prompt_count * samples_per_prompt waits."""
     state: Global___JobState.ValueType
     """Where it stands."""
+    failed_count: builtins.int
+    """Units that were given up, without a trace; they count as done."""
     def __init__(
         self,
         *,
@@ -102,8 +105,9 @@ class Job(google.protobuf.message.Message):
         done_count: builtins.int = ...,
         leased_count: builtins.int = ...,
         state: Global___JobState.ValueType = ...,
+        failed_count: builtins.int = ...,
     ) -> None: ...
-    def ClearField(self, field_name: typing.Literal["content_sha256", b"content_sha256", "created_unix_nano", b"created_unix_nano", "done_count", b"done_count", "leased_count", b"leased_count", "name", b"name", "prompt_count", b"prompt_count", "samples_per_prompt", b"samples_per_prompt", "state", b"state", "stored_prompt_count", b"stored_prompt_count", "stream", b"stream"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["content_sha256", b"content_sha256", "created_unix_nano", b"created_unix_nano", "done_count", b"done_count", "failed_count", b"failed_count", "leased_count", b"leased_count", "name", b"name", "prompt_count", b"prompt_count", "samples_per_prompt", b"samples_per_prompt", "state", b"state", "stored_prompt_count", b"stored_prompt_count", "stream", b"stream"]) -> None: ...
 
 Global___Job: typing_extensions.TypeAlias = Job
 
@@ -399,6 +403,7 @@ class LeasePromptsRequest(google.protobuf.message.Message):
     WORKER_FIELD_NUMBER: builtins.int
     MAX_UNITS_FIELD_NUMBER: builtins.int
     RESTARTED_FIELD_NUMBER: builtins.int
+    PREDECESSOR_FIELD_NUMBER: builtins.int
     stream: builtins.str
     """Stream of the job."""
     job: builtins.str
@@ -409,6 +414,10 @@ class LeasePromptsRequest(google.protobuf.message.Message):
     """Most units to lease, 1 to 16,384. Fewer come where their prompts would not fit into a message."""
     restarted: builtins.bool
     """The worker has just started: whatever it held before, under this name and in this job, comes back first."""
+    predecessor: builtins.str
+    """A worker that has ended. Only what it holds is handed out, a lease at a time, and to nobody else meanwhile.
+    Absent: what nobody holds is handed out.
+    """
     def __init__(
         self,
         *,
@@ -417,8 +426,9 @@ class LeasePromptsRequest(google.protobuf.message.Message):
         worker: builtins.str = ...,
         max_units: builtins.int = ...,
         restarted: builtins.bool = ...,
+        predecessor: builtins.str = ...,
     ) -> None: ...
-    def ClearField(self, field_name: typing.Literal["job", b"job", "max_units", b"max_units", "restarted", b"restarted", "stream", b"stream", "worker", b"worker"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["job", b"job", "max_units", b"max_units", "predecessor", b"predecessor", "restarted", b"restarted", "stream", b"stream", "worker", b"worker"]) -> None: ...
 
 Global___LeasePromptsRequest: typing_extensions.TypeAlias = LeasePromptsRequest
 
@@ -595,6 +605,119 @@ class ReleaseLeasesResponse(google.protobuf.message.Message):
     ) -> None: ...
 
 Global___ReleaseLeasesResponse: typing_extensions.TypeAlias = ReleaseLeasesResponse
+
+@typing.final
+class FailedPrompt(google.protobuf.message.Message):
+    """Units that get no trace: the prompt cannot be answered, or no answer is wanted."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    LEASE_FIELD_NUMBER: builtins.int
+    PROMPT_ID_FIELD_NUMBER: builtins.int
+    SAMPLE_INDICES_FIELD_NUMBER: builtins.int
+    REASON_FIELD_NUMBER: builtins.int
+    prompt_id: builtins.str
+    """A prompt of the lease."""
+    reason: builtins.str
+    """Why, for people; 1 to 1,000 bytes of UTF-8, without NUL."""
+    @property
+    def lease(self) -> Global___LeaseKey:
+        """The lease that covers them."""
+
+    @property
+    def sample_indices(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.int]:
+        """At least one, ascending."""
+
+    def __init__(
+        self,
+        *,
+        lease: Global___LeaseKey | None = ...,
+        prompt_id: builtins.str = ...,
+        sample_indices: collections.abc.Iterable[builtins.int] | None = ...,
+        reason: builtins.str = ...,
+    ) -> None: ...
+    def HasField(self, field_name: typing.Literal["lease", b"lease"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["lease", b"lease", "prompt_id", b"prompt_id", "reason", b"reason", "sample_indices", b"sample_indices"]) -> None: ...
+
+Global___FailedPrompt: typing_extensions.TypeAlias = FailedPrompt
+
+@typing.final
+class FailPromptsRequest(google.protobuf.message.Message):
+    """Gives units up for good: in this job they count as done. A job of another name hands them out again."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    STREAM_FIELD_NUMBER: builtins.int
+    FAILED_FIELD_NUMBER: builtins.int
+    stream: builtins.str
+    """Stream of their job."""
+    @property
+    def failed(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[Global___FailedPrompt]:
+        """At most 1,000. Units that are done already are passed over."""
+
+    def __init__(
+        self,
+        *,
+        stream: builtins.str = ...,
+        failed: collections.abc.Iterable[Global___FailedPrompt] | None = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["failed", b"failed", "stream", b"stream"]) -> None: ...
+
+Global___FailPromptsRequest: typing_extensions.TypeAlias = FailPromptsRequest
+
+@typing.final
+class FailPromptsResponse(google.protobuf.message.Message):
+    """The units are done."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    def __init__(
+        self,
+    ) -> None: ...
+
+Global___FailPromptsResponse: typing_extensions.TypeAlias = FailPromptsResponse
+
+@typing.final
+class ListFailedPromptsRequest(google.protobuf.message.Message):
+    """Asks which units of a job were given up."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    STREAM_FIELD_NUMBER: builtins.int
+    JOB_FIELD_NUMBER: builtins.int
+    stream: builtins.str
+    """Stream of the job."""
+    job: builtins.str
+    """Name of the job."""
+    def __init__(
+        self,
+        *,
+        stream: builtins.str = ...,
+        job: builtins.str = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["job", b"job", "stream", b"stream"]) -> None: ...
+
+Global___ListFailedPromptsRequest: typing_extensions.TypeAlias = ListFailedPromptsRequest
+
+@typing.final
+class ListFailedPromptsResponse(google.protobuf.message.Message):
+    """A part of the answer."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    FAILED_FIELD_NUMBER: builtins.int
+    @property
+    def failed(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[Global___FailedPrompt]:
+        """In the order in which they were given up; their leases are over and left out."""
+
+    def __init__(
+        self,
+        *,
+        failed: collections.abc.Iterable[Global___FailedPrompt] | None = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["failed", b"failed"]) -> None: ...
+
+Global___ListFailedPromptsResponse: typing_extensions.TypeAlias = ListFailedPromptsResponse
 
 @typing.final
 class FinishedWork(google.protobuf.message.Message):

@@ -150,6 +150,16 @@ class TraceServiceStub(object):
                 request_serializer=lynearm_dot_v1_dot_prompt__queue__pb2.ReleaseLeasesRequest.SerializeToString,
                 response_deserializer=lynearm_dot_v1_dot_prompt__queue__pb2.ReleaseLeasesResponse.FromString,
                 _registered_method=True)
+        self.FailPrompts = channel.unary_unary(
+                '/lynearm.v1.TraceService/FailPrompts',
+                request_serializer=lynearm_dot_v1_dot_prompt__queue__pb2.FailPromptsRequest.SerializeToString,
+                response_deserializer=lynearm_dot_v1_dot_prompt__queue__pb2.FailPromptsResponse.FromString,
+                _registered_method=True)
+        self.ListFailedPrompts = channel.unary_stream(
+                '/lynearm.v1.TraceService/ListFailedPrompts',
+                request_serializer=lynearm_dot_v1_dot_prompt__queue__pb2.ListFailedPromptsRequest.SerializeToString,
+                response_deserializer=lynearm_dot_v1_dot_prompt__queue__pb2.ListFailedPromptsResponse.FromString,
+                _registered_method=True)
         self.LocatePrompts = channel.unary_unary(
                 '/lynearm.v1.TraceService/LocatePrompts',
                 request_serializer=lynearm_dot_v1_dot_prompt__queue__pb2.LocatePromptsRequest.SerializeToString,
@@ -359,6 +369,20 @@ class TraceServiceServicer(object):
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def FailPrompts(self, request, context):
+        """Gives leased units up, without a trace. NOT_FOUND: no such stream. FAILED_PRECONDITION: a lease is another's.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def ListFailedPrompts(self, request, context):
+        """Says which units of a job were given up, and why. NOT_FOUND: no such stream or job.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def LocatePrompts(self, request, context):
         """Says which blocks hold the traces of some prompts. NOT_FOUND: no such stream.
         """
@@ -507,6 +531,16 @@ def add_TraceServiceServicer_to_server(servicer, server):
                     servicer.ReleaseLeases,
                     request_deserializer=lynearm_dot_v1_dot_prompt__queue__pb2.ReleaseLeasesRequest.FromString,
                     response_serializer=lynearm_dot_v1_dot_prompt__queue__pb2.ReleaseLeasesResponse.SerializeToString,
+            ),
+            'FailPrompts': grpc.unary_unary_rpc_method_handler(
+                    servicer.FailPrompts,
+                    request_deserializer=lynearm_dot_v1_dot_prompt__queue__pb2.FailPromptsRequest.FromString,
+                    response_serializer=lynearm_dot_v1_dot_prompt__queue__pb2.FailPromptsResponse.SerializeToString,
+            ),
+            'ListFailedPrompts': grpc.unary_stream_rpc_method_handler(
+                    servicer.ListFailedPrompts,
+                    request_deserializer=lynearm_dot_v1_dot_prompt__queue__pb2.ListFailedPromptsRequest.FromString,
+                    response_serializer=lynearm_dot_v1_dot_prompt__queue__pb2.ListFailedPromptsResponse.SerializeToString,
             ),
             'LocatePrompts': grpc.unary_unary_rpc_method_handler(
                     servicer.LocatePrompts,
@@ -1132,6 +1166,60 @@ class TraceService(object):
             '/lynearm.v1.TraceService/ReleaseLeases',
             lynearm_dot_v1_dot_prompt__queue__pb2.ReleaseLeasesRequest.SerializeToString,
             lynearm_dot_v1_dot_prompt__queue__pb2.ReleaseLeasesResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def FailPrompts(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/lynearm.v1.TraceService/FailPrompts',
+            lynearm_dot_v1_dot_prompt__queue__pb2.FailPromptsRequest.SerializeToString,
+            lynearm_dot_v1_dot_prompt__queue__pb2.FailPromptsResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ListFailedPrompts(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_stream(
+            request,
+            target,
+            '/lynearm.v1.TraceService/ListFailedPrompts',
+            lynearm_dot_v1_dot_prompt__queue__pb2.ListFailedPromptsRequest.SerializeToString,
+            lynearm_dot_v1_dot_prompt__queue__pb2.ListFailedPromptsResponse.FromString,
             options,
             channel_credentials,
             insecure,

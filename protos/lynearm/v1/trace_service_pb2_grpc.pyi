@@ -379,6 +379,38 @@ _TraceServiceReleaseLeasesType = typing_extensions.TypeVar(
     ],
 )
 
+_TraceServiceFailPromptsType = typing_extensions.TypeVar(
+    '_TraceServiceFailPromptsType',
+    grpc.UnaryUnaryMultiCallable[
+        lynearm.v1.prompt_queue_pb2.FailPromptsRequest,
+        lynearm.v1.prompt_queue_pb2.FailPromptsResponse,
+    ],
+    grpc.aio.UnaryUnaryMultiCallable[
+        lynearm.v1.prompt_queue_pb2.FailPromptsRequest,
+        lynearm.v1.prompt_queue_pb2.FailPromptsResponse,
+    ],
+    default=grpc.UnaryUnaryMultiCallable[
+        lynearm.v1.prompt_queue_pb2.FailPromptsRequest,
+        lynearm.v1.prompt_queue_pb2.FailPromptsResponse,
+    ],
+)
+
+_TraceServiceListFailedPromptsType = typing_extensions.TypeVar(
+    '_TraceServiceListFailedPromptsType',
+    grpc.UnaryStreamMultiCallable[
+        lynearm.v1.prompt_queue_pb2.ListFailedPromptsRequest,
+        lynearm.v1.prompt_queue_pb2.ListFailedPromptsResponse,
+    ],
+    grpc.aio.UnaryStreamMultiCallable[
+        lynearm.v1.prompt_queue_pb2.ListFailedPromptsRequest,
+        lynearm.v1.prompt_queue_pb2.ListFailedPromptsResponse,
+    ],
+    default=grpc.UnaryStreamMultiCallable[
+        lynearm.v1.prompt_queue_pb2.ListFailedPromptsRequest,
+        lynearm.v1.prompt_queue_pb2.ListFailedPromptsResponse,
+    ],
+)
+
 _TraceServiceLocatePromptsType = typing_extensions.TypeVar(
     '_TraceServiceLocatePromptsType',
     grpc.UnaryUnaryMultiCallable[
@@ -459,7 +491,7 @@ _TraceServiceDeleteConsumerType = typing_extensions.TypeVar(
     ],
 )
 
-class TraceServiceStub(typing.Generic[_TraceServiceCreateStreamType, _TraceServiceGetStreamType, _TraceServiceListStreamsType, _TraceServiceDeleteStreamType, _TraceServiceSealStreamType, _TraceServiceUpdateRetentionType, _TraceServiceCollectGarbageType, _TraceServicePublishType, _TraceServiceSubscribeType, _TraceServiceFetchBlocksType, _TraceServiceListFinishedPromptsType, _TraceServicePutDictionaryType, _TraceServiceGetDictionaryType, _TraceServiceConfigureStreamType, _TraceServiceCreateJobType, _TraceServiceAddPromptsType, _TraceServiceGetJobType, _TraceServiceListJobsType, _TraceServiceCancelJobType, _TraceServiceLeasePromptsType, _TraceServiceRenewLeasesType, _TraceServiceReleaseLeasesType, _TraceServiceLocatePromptsType, _TraceServiceCommitCursorType, _TraceServiceGetConsumerType, _TraceServiceListConsumersType, _TraceServiceDeleteConsumerType]):
+class TraceServiceStub(typing.Generic[_TraceServiceCreateStreamType, _TraceServiceGetStreamType, _TraceServiceListStreamsType, _TraceServiceDeleteStreamType, _TraceServiceSealStreamType, _TraceServiceUpdateRetentionType, _TraceServiceCollectGarbageType, _TraceServicePublishType, _TraceServiceSubscribeType, _TraceServiceFetchBlocksType, _TraceServiceListFinishedPromptsType, _TraceServicePutDictionaryType, _TraceServiceGetDictionaryType, _TraceServiceConfigureStreamType, _TraceServiceCreateJobType, _TraceServiceAddPromptsType, _TraceServiceGetJobType, _TraceServiceListJobsType, _TraceServiceCancelJobType, _TraceServiceLeasePromptsType, _TraceServiceRenewLeasesType, _TraceServiceReleaseLeasesType, _TraceServiceFailPromptsType, _TraceServiceListFailedPromptsType, _TraceServiceLocatePromptsType, _TraceServiceCommitCursorType, _TraceServiceGetConsumerType, _TraceServiceListConsumersType, _TraceServiceDeleteConsumerType]):
     """Accepts, keeps and replays streams of blocks. Blocks are opaque to it.
 
     Invariants: an acknowledged block is durable, has one offset for ever, and is delivered to every
@@ -555,6 +587,14 @@ class TraceServiceStub(typing.Generic[_TraceServiceCreateStreamType, _TraceServi
         grpc.UnaryUnaryMultiCallable[
             lynearm.v1.prompt_queue_pb2.ReleaseLeasesRequest,
             lynearm.v1.prompt_queue_pb2.ReleaseLeasesResponse,
+        ],
+        grpc.UnaryUnaryMultiCallable[
+            lynearm.v1.prompt_queue_pb2.FailPromptsRequest,
+            lynearm.v1.prompt_queue_pb2.FailPromptsResponse,
+        ],
+        grpc.UnaryStreamMultiCallable[
+            lynearm.v1.prompt_queue_pb2.ListFailedPromptsRequest,
+            lynearm.v1.prompt_queue_pb2.ListFailedPromptsResponse,
         ],
         grpc.UnaryUnaryMultiCallable[
             lynearm.v1.prompt_queue_pb2.LocatePromptsRequest,
@@ -667,6 +707,14 @@ class TraceServiceStub(typing.Generic[_TraceServiceCreateStreamType, _TraceServi
         grpc.aio.UnaryUnaryMultiCallable[
             lynearm.v1.prompt_queue_pb2.ReleaseLeasesRequest,
             lynearm.v1.prompt_queue_pb2.ReleaseLeasesResponse,
+        ],
+        grpc.aio.UnaryUnaryMultiCallable[
+            lynearm.v1.prompt_queue_pb2.FailPromptsRequest,
+            lynearm.v1.prompt_queue_pb2.FailPromptsResponse,
+        ],
+        grpc.aio.UnaryStreamMultiCallable[
+            lynearm.v1.prompt_queue_pb2.ListFailedPromptsRequest,
+            lynearm.v1.prompt_queue_pb2.ListFailedPromptsResponse,
         ],
         grpc.aio.UnaryUnaryMultiCallable[
             lynearm.v1.prompt_queue_pb2.LocatePromptsRequest,
@@ -789,6 +837,12 @@ class TraceServiceStub(typing.Generic[_TraceServiceCreateStreamType, _TraceServi
     ReleaseLeases: _TraceServiceReleaseLeasesType
     """Lets others have what is not done of some leases. Idempotent. NOT_FOUND: no such stream."""
 
+    FailPrompts: _TraceServiceFailPromptsType
+    """Gives leased units up, without a trace. NOT_FOUND: no such stream. FAILED_PRECONDITION: a lease is another's."""
+
+    ListFailedPrompts: _TraceServiceListFailedPromptsType
+    """Says which units of a job were given up, and why. NOT_FOUND: no such stream or job."""
+
     LocatePrompts: _TraceServiceLocatePromptsType
     """Says which blocks hold the traces of some prompts. NOT_FOUND: no such stream."""
 
@@ -894,6 +948,14 @@ TraceServiceAsyncStub: typing_extensions.TypeAlias = TraceServiceStub[
     grpc.aio.UnaryUnaryMultiCallable[
         lynearm.v1.prompt_queue_pb2.ReleaseLeasesRequest,
         lynearm.v1.prompt_queue_pb2.ReleaseLeasesResponse,
+    ],
+    grpc.aio.UnaryUnaryMultiCallable[
+        lynearm.v1.prompt_queue_pb2.FailPromptsRequest,
+        lynearm.v1.prompt_queue_pb2.FailPromptsResponse,
+    ],
+    grpc.aio.UnaryStreamMultiCallable[
+        lynearm.v1.prompt_queue_pb2.ListFailedPromptsRequest,
+        lynearm.v1.prompt_queue_pb2.ListFailedPromptsResponse,
     ],
     grpc.aio.UnaryUnaryMultiCallable[
         lynearm.v1.prompt_queue_pb2.LocatePromptsRequest,
@@ -1132,6 +1194,22 @@ class TraceServiceServicer(metaclass=abc.ABCMeta):
         context: _ServicerContext,
     ) -> typing.Union[lynearm.v1.prompt_queue_pb2.ReleaseLeasesResponse, collections.abc.Awaitable[lynearm.v1.prompt_queue_pb2.ReleaseLeasesResponse]]:
         """Lets others have what is not done of some leases. Idempotent. NOT_FOUND: no such stream."""
+
+    @abc.abstractmethod
+    def FailPrompts(
+        self,
+        request: lynearm.v1.prompt_queue_pb2.FailPromptsRequest,
+        context: _ServicerContext,
+    ) -> typing.Union[lynearm.v1.prompt_queue_pb2.FailPromptsResponse, collections.abc.Awaitable[lynearm.v1.prompt_queue_pb2.FailPromptsResponse]]:
+        """Gives leased units up, without a trace. NOT_FOUND: no such stream. FAILED_PRECONDITION: a lease is another's."""
+
+    @abc.abstractmethod
+    def ListFailedPrompts(
+        self,
+        request: lynearm.v1.prompt_queue_pb2.ListFailedPromptsRequest,
+        context: _ServicerContext,
+    ) -> typing.Union[collections.abc.Iterator[lynearm.v1.prompt_queue_pb2.ListFailedPromptsResponse], collections.abc.AsyncIterator[lynearm.v1.prompt_queue_pb2.ListFailedPromptsResponse]]:
+        """Says which units of a job were given up, and why. NOT_FOUND: no such stream or job."""
 
     @abc.abstractmethod
     def LocatePrompts(

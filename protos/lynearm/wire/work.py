@@ -21,6 +21,9 @@ MAX_PROMPT_ID_BYTES = 256
 MAX_SAMPLES = 1 << 16
 """Completions of one prompt."""
 
+MAX_REASON_BYTES = 1000
+"""Of a prompt that is given up."""
+
 DIGEST_OF_NOTHING = bytes(32)
 """What `extend_digest` begins with."""
 
@@ -71,6 +74,17 @@ class FinishedWork:
 
     lease: LeaseKey
     prompts: tuple[FinishedSamples, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class FailedSamples:
+    """Samples of a prompt that get no trace."""
+
+    prompt_id: str
+    sample_indices: tuple[int, ...]
+    """Ascending, at least one."""
+    reason: str
+    """Why, for people; 1 to `MAX_REASON_BYTES` bytes of UTF-8."""
 
 
 def extend_digest(digest: bytes, prompt_id: str, content: bytes) -> bytes:
@@ -131,6 +145,29 @@ def check_prompt_id(prompt_id: str) -> str:
     if "\0" in prompt_id:
         raise InvalidInputError(f"prompt id {prompt_id!r} holds the character NUL")
     return prompt_id
+
+
+def check_reason(reason: str) -> str:
+    """The reason, unchanged.
+
+    Raises:
+        InvalidInputError: if it is empty, too long, or nothing that every database stores.
+    """
+    size_bytes = len(reason.encode(errors="replace"))
+    if not 0 < size_bytes <= MAX_REASON_BYTES or "\0" in reason:
+        raise InvalidInputError(
+            f"a reason of {size_bytes} bytes, expected 1 to {MAX_REASON_BYTES} without NUL", "shorten it"
+        )
+    return reason
+
+
+def check_sample_indices(indices: Iterable[int]) -> tuple[int, ...]:
+    """The indices, which have to ascend.
+
+    Raises:
+        InvalidInputError: if they do not, or there is none.
+    """
+    return _ascending(indices)
 
 
 def _ascending(indices: Iterable[int]) -> tuple[int, ...]:

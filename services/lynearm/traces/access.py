@@ -89,6 +89,8 @@ _TRACE_RULES: Mapping[str, Rule] = {
     "LeasePrompts": Rule(("publish",), _stream),
     "RenewLeases": Rule(("publish",), _stream),
     "ReleaseLeases": Rule(("publish",), _stream),
+    "FailPrompts": Rule(("publish",), _stream),
+    "ListFailedPrompts": Rule(("publish", "consume"), _stream),
     "LocatePrompts": Rule(("publish", "consume"), _stream),
     "CommitCursor": Rule(("consume",), _stream),
     "GetConsumer": Rule(("consume", "publish"), _stream),

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from typing import Protocol, TypeAlias
 
 from lynearm.wire.errors import JobNotFoundError
-from lynearm.wire.work import JobPrompt, LeasedPrompt, LeaseKey
+from lynearm.wire.work import FailedSamples, JobPrompt, LeasedPrompt, LeaseKey
 
 MAX_UNITS = 1 << 14
 """Of one lease. Its row has a byte for each, and is written with every block that finishes some."""
@@ -60,6 +60,8 @@ class JobRecord:
     leased_count: int
     """Units that somebody holds and that are not done."""
     is_cancelled: bool
+    failed_count: int
+    """Units that were given up; done, too."""
 
     @property
     def is_done(self) -> bool:
@@ -89,6 +91,8 @@ class WorkRequest:
     max_units: int
     restarted: bool
     """What the worker held before comes back first."""
+    predecessor: str = ""
+    """Only what this worker holds is handed out; empty: what nobody holds."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,6 +105,23 @@ class Grant:
     prompts: tuple[LeasedPrompt, ...] = ()
     passed_over: bool = False
     """Units were found done by others, and that was noted: it is worth asking again at once."""
+
+
+@dataclass(frozen=True, slots=True)
+class GivenUp:
+    """Units of a lease that get no trace."""
+
+    lease: LeaseKey
+    samples: FailedSamples
+
+
+@dataclass(frozen=True, slots=True)
+class FailureRecord:
+    """Units that were given up."""
+
+    position: int
+    """Ascends with time."""
+    samples: FailedSamples
 
 
 @dataclass(frozen=True, slots=True)
@@ -193,6 +214,26 @@ class QueueCatalog(Protocol):
 
         Raises:
             StreamNotFoundError: there is no such stream.
+        """
+        ...
+
+    async def fail_prompts(self, stream_name: str, given_up: Sequence[GivenUp]) -> None:
+        """Give units up, all or none; passes over those that are done. Durable on return.
+
+        Raises:
+            StreamNotFoundError: there is no such stream.
+            LeaseSupersededError: a lease is not its holder's any more.
+            InvalidInputError: a lease does not cover a unit, or is of another stream.
+        """
+        ...
+
+    async def list_failures(
+        self, stream_name: str, job_name: str, after: int, count: int
+    ) -> list[FailureRecord]:
+        """Up to `count` failures of a job with positions above `after`, ascending.
+
+        Raises:
+            StreamNotFoundError, JobNotFoundError: there is no such stream or job.
         """
         ...
 

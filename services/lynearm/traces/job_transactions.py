@@ -58,6 +58,7 @@ _NOTHING_STORED = {
     "next_unit": 0,
     "done_count": 0,
     "cancelled": False,
+    "failed_count": 0,
 }
 
 
@@ -194,6 +195,7 @@ def _record(stream_name: str, row: RowMapping) -> JobRecord:
         done_count=row["done_count"],
         leased_count=int(row["leased_count"]),  # PostgreSQL gives sums as decimals
         is_cancelled=bool(row["cancelled"]),
+        failed_count=row["failed_count"],
     )
 
 

@@ -55,12 +55,13 @@ def lease_prompts(connection: Connection, request: WorkRequest, find_silent: Fin
             "wait until whoever creates it has added them",
         )
     free = _lock_free(connection, job["id"], request, find_silent)
+    nothing_else = bool(request.predecessor)
     key: LeaseKey | None = None
     prompts: tuple[LeasedPrompt, ...] = ()
     max_units = request.max_units
     piece: _Piece | None = None
     for _ in range(_MAX_PASSES):
-        piece = _next_piece(connection, job, free, max_units)
+        piece = None if nothing_else and not free else _next_piece(connection, job, free, max_units)
         if piece is None:
             break
         key, prompts = _hand_out(connection, job, piece, request)
@@ -110,6 +111,12 @@ def _lock_free(
     columns = (leases.c.id, leases.c.first_unit, leases.c.holder, leases.c.generation, leases.c.news)
     query = select(*columns).where(leases.c.job_id == job_id).order_by(leases.c.id).with_for_update()
     rows = connection.execute(query).all()
+    if request.predecessor:
+        return [
+            row.id
+            for row in sorted(rows, key=lambda row: row.first_unit)
+            if row.holder == request.predecessor
+        ]
     held = {row.id: (row.generation, row.news) for row in rows if row.holder}
     free = {row.id for row in rows if not row.holder} | find_silent(job_id, held)
     if request.restarted:

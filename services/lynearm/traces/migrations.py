@@ -19,6 +19,7 @@ from lynearm.traces.schema import (
     consumers,
     dictionaries,
     expired_blocks,
+    failed_prompts,
     finished_samples,
     job_prompts,
     jobs,
@@ -85,6 +86,13 @@ def _add_retention(connection: Connection) -> None:
     connection.execute(update(objects).values(created_unix_nano=time.time_ns()))
 
 
+def _add_failures(connection: Connection) -> None:
+    failed_prompts.create(connection)
+    # A step before has made the table as it is now, where it was missing.
+    if all(column["name"] != "failed_count" for column in inspect(connection).get_columns("jobs")):
+        _add_counters(connection, "jobs", "failed_count")
+
+
 def _add_counters(connection: Connection, table: str, *columns: str) -> None:
     for column in columns:
         connection.execute(text(f"ALTER TABLE {table} ADD COLUMN {column} BIGINT DEFAULT 0 NOT NULL"))
@@ -94,5 +102,6 @@ _STEPS: Mapping[int, Callable[[Connection], None]] = {
     1: _add_dictionaries,
     2: _add_jobs_and_consumers,
     3: _add_retention,
+    4: _add_failures,
 }
 """By the version that a step starts from; it leads to the next."""

@@ -7,11 +7,19 @@ from collections.abc import Iterable, Sequence
 
 from lynearm.traces.backend import Backend
 from lynearm.traces.calls import Context
-from lynearm.traces.job_records import MAX_UNITS, JobRecord, NewJob, NewPrompts, WorkRequest
+from lynearm.traces.job_records import MAX_UNITS, GivenUp, JobRecord, NewJob, NewPrompts, WorkRequest
 from lynearm.v1 import prompt_queue_pb2 as pb
 from lynearm.wire.errors import InvalidInputError
 from lynearm.wire.specs import check_name
-from lynearm.wire.work import MAX_SAMPLES, JobPrompt, LeaseKey, check_prompt_id
+from lynearm.wire.work import (
+    MAX_SAMPLES,
+    FailedSamples,
+    JobPrompt,
+    LeaseKey,
+    check_prompt_id,
+    check_reason,
+    check_sample_indices,
+)
 
 MAX_PROMPTS = 1 << 32
 """Of a job."""
@@ -22,6 +30,7 @@ MAX_CONTENT_BYTES = 1 << 20
 MAX_PROMPTS_PER_MESSAGE = 1 << 16
 MAX_KEYS_PER_MESSAGE = 10_000
 MAX_LOCATED_PROMPTS = 1000
+MAX_FAILED_PROMPTS = 1000
 
 _DIGEST_BYTES = 32
 
@@ -92,6 +101,7 @@ class QueueCalls:
             check_name(request.worker, what="worker"),
             request.max_units,
             request.restarted,
+            check_name(request.predecessor, what="worker") if request.predecessor else "",
         )
         grant = await self._catalog.lease_prompts(wanted, self._silence.find_silent)
         while grant.passed_over:
@@ -121,6 +131,28 @@ class QueueCalls:
         await self._catalog.release_leases(request.stream, _read_keys(request.leases))
         return pb.ReleaseLeasesResponse()
 
+    async def fail_prompts(self, request: pb.FailPromptsRequest, _: Context) -> pb.FailPromptsResponse:
+        """FailPrompts."""
+        if len(request.failed) > MAX_FAILED_PROMPTS:
+            raise _too_many("failed prompts", len(request.failed), MAX_FAILED_PROMPTS)
+        await self._catalog.fail_prompts(request.stream, [_read_failed(one) for one in request.failed])
+        return pb.FailPromptsResponse()
+
+    async def list_failed_prompts(self, request: pb.ListFailedPromptsRequest, context: Context) -> None:
+        """ListFailedPrompts."""
+        job, position = check_name(request.job, what="job"), 0
+        while page := await self._catalog.list_failures(request.stream, job, position, MAX_FAILED_PROMPTS):
+            failed = [
+                pb.FailedPrompt(
+                    prompt_id=one.samples.prompt_id,
+                    sample_indices=one.samples.sample_indices,
+                    reason=one.samples.reason,
+                )
+                for one in page
+            ]
+            await context.write(pb.ListFailedPromptsResponse(failed=failed))
+            position = page[-1].position
+
     async def locate_prompts(self, request: pb.LocatePromptsRequest, _: Context) -> pb.LocatePromptsResponse:
         """LocatePrompts."""
         if len(request.prompt_ids) > MAX_LOCATED_PROMPTS:
@@ -147,6 +179,7 @@ def _job_to_proto(job: JobRecord) -> pb.Job:
         created_unix_nano=job.created_unix_nano,
         done_count=job.done_count,
         leased_count=job.leased_count,
+        failed_count=job.failed_count,
         state=_state(job),
     )
 
@@ -168,6 +201,17 @@ def _read_prompts(messages: Iterable[pb.JobPrompt]) -> list[JobPrompt]:
                 f"expected at most {MAX_CONTENT_BYTES}"
             )
     return prompts
+
+
+def _read_failed(message: pb.FailedPrompt) -> GivenUp:
+    return GivenUp(
+        LeaseKey(message.lease.lease_id, message.lease.generation),
+        FailedSamples(
+            check_prompt_id(message.prompt_id),
+            check_sample_indices(message.sample_indices),
+            check_reason(message.reason),
+        ),
+    )
 
 
 def _read_keys(messages: Sequence[pb.LeaseKey]) -> list[LeaseKey]:

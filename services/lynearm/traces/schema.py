@@ -17,7 +17,7 @@ from sqlalchemy import (
     text,
 )
 
-SCHEMA_VERSION = 4
+SCHEMA_VERSION = 5
 """A new number needs a step in `migrations`."""
 
 # SQLite makes rowid aliases, and so generated keys, of INTEGER columns only.
@@ -169,6 +169,7 @@ jobs = Table(
     Column("next_unit", BigInteger, nullable=False),  # units below it are done, or belong to a lease's row
     Column("done_count", BigInteger, nullable=False),
     Column("cancelled", Boolean, nullable=False),  # its prompts and leases are gone then
+    Column("failed_count", BigInteger, nullable=False, server_default=text("0")),  # counted in done_count
     UniqueConstraint("stream_id", "name"),
     sqlite_autoincrement=True,
 )
@@ -198,6 +199,19 @@ leases = Table(
     Column("news", BigInteger, nullable=False),  # how often its holder was heard of
     Index("leases_by_job", "job_id", "first_unit"),
     # Ids are never used again: what somebody once held must not match another lease.
+    sqlite_autoincrement=True,
+)
+
+# Units that were given up: done, and without a trace.
+failed_prompts = Table(
+    "failed_prompts",
+    metadata,
+    Column("position", _Key, primary_key=True),
+    Column("job_id", _Key, ForeignKey("jobs.id"), nullable=False),
+    Column("prompt_id", Text, nullable=False),
+    Column("sample_indices", LargeBinary, nullable=False),  # 4 bytes each, little endian, ascending
+    Column("reason", Text, nullable=False),
+    Index("failed_prompts_by_job", "job_id", "position"),
     sqlite_autoincrement=True,
 )
 

@@ -180,6 +180,12 @@ def service_handler(servicer: TraceServicer, gate: CallGate) -> grpc.GenericRpcH
         "LeasePrompts": unary(servicer.queue.lease_prompts, prompt_queue_pb2.LeasePromptsRequest),
         "RenewLeases": unary(servicer.queue.renew_leases, prompt_queue_pb2.RenewLeasesRequest),
         "ReleaseLeases": unary(servicer.queue.release_leases, prompt_queue_pb2.ReleaseLeasesRequest),
+        "FailPrompts": unary(servicer.queue.fail_prompts, prompt_queue_pb2.FailPromptsRequest),
+        "ListFailedPrompts": grpc.unary_stream_rpc_method_handler(
+            gate.guard(servicer.queue.list_failed_prompts),
+            prompt_queue_pb2.ListFailedPromptsRequest.FromString,
+            _serialize,
+        ),
         "LocatePrompts": unary(servicer.queue.locate_prompts, prompt_queue_pb2.LocatePromptsRequest),
         "CommitCursor": unary(servicer.consumers.commit_cursor, consumer_pb2.CommitCursorRequest),
         "GetConsumer": unary(servicer.consumers.get_consumer, consumer_pb2.GetConsumerRequest),

@@ -7,10 +7,17 @@ from typing import TypeVar
 
 from sqlalchemy import Connection
 
-from lynearm.traces import consumer_transactions, job_transactions, lease_transactions
+from lynearm.traces import (
+    consumer_transactions,
+    failure_transactions,
+    job_transactions,
+    lease_transactions,
+)
 from lynearm.traces.consumer_records import ConsumerRecord, LagState, MaxLag
 from lynearm.traces.job_records import (
+    FailureRecord,
     FindSilent,
+    GivenUp,
     Grant,
     JobRecord,
     NewJob,
@@ -78,6 +85,22 @@ class SqlQueue:
     async def release_leases(self, stream_name: str, keys: Sequence[LeaseKey]) -> None:
         """See `QueueCatalog.release_leases`."""
         await self._write(lambda connection: lease_transactions.release_leases(connection, stream_name, keys))
+
+    async def fail_prompts(self, stream_name: str, given_up: Sequence[GivenUp]) -> None:
+        """See `QueueCatalog.fail_prompts`."""
+        await self._write(
+            lambda connection: failure_transactions.fail_prompts(connection, stream_name, given_up)
+        )
+
+    async def list_failures(
+        self, stream_name: str, job_name: str, after: int, count: int
+    ) -> list[FailureRecord]:
+        """See `QueueCatalog.list_failures`."""
+        return await self._read(
+            lambda connection: failure_transactions.list_failures(
+                connection, stream_name, job_name, after, count
+            )
+        )
 
     async def locate_prompts(self, stream_name: str, prompt_ids: Sequence[str]) -> list[PromptLocation]:
         """See `QueueCatalog.locate_prompts`."""

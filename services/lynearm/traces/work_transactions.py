@@ -14,7 +14,14 @@ from sqlalchemy import ColumnElement, Connection, RowMapping, delete, insert, se
 
 from lynearm.traces.catalog import NewBlock
 from lynearm.traces.packing import BLOCK_PROMPTS, pack_indices, unpack, unpack_indices
-from lynearm.traces.schema import finished_prompts, finished_samples, job_prompts, jobs, leases
+from lynearm.traces.schema import (
+    failed_prompts,
+    finished_prompts,
+    finished_samples,
+    job_prompts,
+    jobs,
+    leases,
+)
 from lynearm.traces.statements import MAX_INTEGER, chunks
 from lynearm.traces.work_admission import LeaseState, WorkState
 
@@ -23,7 +30,7 @@ def load_work(connection: Connection, group: Sequence[NewBlock]) -> WorkState:
     """What is known of the leases and prompts that a group names; the leases are locked."""
     named = {work.lease.lease_id for block in group for work in block.finished_work}
     lease_ids = {lease_id for lease_id in named if lease_id <= MAX_INTEGER}
-    state = WorkState(leases=_lock_leases(connection, lease_ids) if lease_ids else {})
+    state = WorkState(leases=lock_leases(connection, lease_ids) if lease_ids else {})
     for stream_id, prompt_ids in _prompts_by_stream(group).items():
         for prompt_id, sample_indices in find_samples(connection, stream_id, prompt_ids).items():
             state.samples[stream_id, prompt_id] = sample_indices
@@ -105,13 +112,14 @@ def delete_jobs(connection: Connection, stream_id: int) -> None:
     """Remove all jobs of a stream that is deleted."""
     of_stream = select(jobs.c.id).where(jobs.c.stream_id == stream_id)
     connection.execute(of_stream.order_by(jobs.c.id).with_for_update()).all()
-    for table in (leases, job_prompts):
+    for table in (leases, job_prompts, failed_prompts):
         connection.execute(delete(table).where(table.c.job_id.in_(of_stream)))
     for table in (jobs, finished_samples):
         connection.execute(delete(table).where(table.c.stream_id == stream_id))
 
 
-def _lock_leases(connection: Connection, lease_ids: Iterable[int]) -> dict[int, LeaseState]:
+def lock_leases(connection: Connection, lease_ids: Iterable[int]) -> dict[int, LeaseState]:
+    """The leases that somebody holds, of those of some ids; locked."""
     found: dict[int, LeaseState] = {}
     wanted = sorted(lease_ids)
     job_ids = {
