@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Literal, Self, TypeVar
 import grpc
 
 from lynearm.client import calls
+from lynearm.client.async_attachments import AsyncAttachmentClient
 from lynearm.client.async_connection import AsyncConnection
 from lynearm.client.async_consumers import AsyncConsumerClient
 from lynearm.client.async_jobs import AsyncJobClient
@@ -259,6 +260,11 @@ class AsyncTraceClient(ClientSettings):
     def jobs(self) -> AsyncJobClient:
         """Prompts that the service hands out to workers."""
         return AsyncJobClient(self.send)
+
+    @property
+    def attachments(self) -> AsyncAttachmentClient:
+        """As `TraceClient.attachments`."""
+        return AsyncAttachmentClient(self.send)
 
     @property
     def consumers(self) -> AsyncConsumerClient:

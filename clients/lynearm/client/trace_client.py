@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Literal, Self, TypeVar
 import grpc
 
 from lynearm.client import calls
+from lynearm.client.attachments import AttachmentClient
 from lynearm.client.calls import Call
 from lynearm.client.client_settings import DEFAULT_TIMEOUT_SECONDS, ClientSettings
 from lynearm.client.connection import Connection
@@ -377,6 +378,11 @@ class TraceClient(ClientSettings):
     def jobs(self) -> JobClient:
         """Prompts that the service hands out to workers."""
         return JobClient(self.send)
+
+    @property
+    def attachments(self) -> AttachmentClient:
+        """What the service keeps about streams besides traces."""
+        return AttachmentClient(self.send)
 
     @property
     def consumers(self) -> ConsumerClient:

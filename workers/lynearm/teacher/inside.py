@@ -1,8 +1,8 @@
 """A look inside the engine's model: which states it captures, and of which request each row is.
 
-vLLM's workers keep rows under ids that vLLM made up; they are collected after every step, wait here until their
-request is finished, and go with it. A request that is dropped takes its rows along, and rows of requests that
-are not known are let go: those of an aborted one, or of a step that ran on after a request's end.
+vLLM's workers keep rows under ids that vLLM made up; they are collected after every step, wait here until
+their request is finished, and go with it. A request that is dropped takes its rows along, and rows of
+requests that are not known are let go: those of an aborted one, or of a step that ran on after an end.
 """
 
 from __future__ import annotations

@@ -97,7 +97,8 @@ class _LayerMeter:
         self._step["influence"] = (1 - cosine_similarity(before_BH.double(), after_BH.double(), dim=1)).sum()
 
     def see_heads(self, outputs_BND: Tensor) -> None:
-        outputs_NBD = outputs_BND.reshape(outputs_BND.shape[0], self.heads, -1).transpose(0, 1)
+        rows, width = outputs_BND.shape
+        outputs_NBD = outputs_BND.reshape(rows, self.heads, width // self.heads).transpose(0, 1)
         self._step["head_norms"] = outputs_NBD.square().sum(dim=2).sqrt().double().sum(dim=1)
         if self._grams_NDD is not None:
             squares_NB = ((outputs_NBD @ self._grams_NDD) * outputs_NBD).sum(dim=2)

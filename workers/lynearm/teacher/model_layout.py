@@ -1,8 +1,8 @@
 """Where in vLLM's copy of a model its layers are, and which rows of a step are of which request.
 
-Everything that a look inside takes for granted about vLLM stands here, and is checked before it is used: about
-its V1 model runner when the look begins, about the model's modules then too, and, once real states flow, that
-the final norm of what is taken for the residual stream is what the model computes (`check_stream`).
+Everything that a look inside takes for granted about vLLM stands here, and is checked before it is used: its
+V1 model runner and the model's modules when the look begins and, once real states flow, that the final norm
+of what is taken for the residual stream is what the model computes (`check_stream`).
 """
 
 from __future__ import annotations
@@ -141,7 +141,7 @@ def take_normed(output: Untyped, rows: Tensor) -> Tensor:
     """Some rows of what the final norm put out.
 
     Args:
-        output: What it returned: beside that, it may return the residual stream, which goes nowhere from there.
+        output: What it returned; beside that it may return the residual stream, which nobody reads.
         rows: Which rows, shape [B].
     """
     return take_rows(output[0] if _is_tuple(output) else output, rows)
