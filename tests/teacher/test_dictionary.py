@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ from models.teaching import teach_config
 from lynearm.client import TraceClient
 from lynearm.teacher import dictionary
 from lynearm.teacher.engine import TeacherEngine
+from lynearm.teacher.prompt_content import encode_prompt
 from lynearm.teacher.prompts import Prompt
 from lynearm.teacher.worker import TeacherWorker
 from lynearm.wire.blocks import split_block
@@ -26,11 +28,20 @@ pytestmark = [
 PROMPTS = [Prompt(f"p{n}", f"What is {n} plus {n}?") for n in range(48)]
 
 
-def make_worker(engine: TeacherEngine, model: Path, target: str, **settings: Any) -> TeacherWorker:
-    made = TeacherWorker(teach_config(model, service=target, block_bytes=2000, **settings))
+def answer(
+    engine: TeacherEngine, model: Path, target: str, prompts: Sequence[Prompt], **settings: Any
+) -> None:
+    """Let a worker answer prompts, as a job of their own."""
+    spec, job = make_spec(engine), f"job-{len(prompts)}"
+    with TraceClient(target) as client:
+        client.open_stream(spec)
+        client.jobs.create("lessons", job, list(map(encode_prompt, prompts)), samples_per_prompt=2)
+    worker = TeacherWorker(teach_config(model, service=target, block_bytes=2000, **settings))
     # One engine serves the whole session: loading another takes seconds.
-    made._engine = engine
-    return made
+    worker._engine = engine
+    worker.connect(spec, job)
+    assert worker.run() == "done"
+    worker.disconnect()
 
 
 def make_spec(engine: TeacherEngine) -> StreamSpec:
@@ -53,12 +64,12 @@ def test_a_stream_learns_a_dictionary_that_the_next_worker_takes_over(
     engine: TeacherEngine, tiny_model: Path, service: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(dictionary, "TRAINING_POSITIONS", (60,))
-    make_worker(engine, tiny_model, service.target).run(make_spec(engine), PROMPTS[:40])
+    answer(engine, tiny_model, service.target, PROMPTS[:40])
     digests, prompts = digests_and_prompts(service.target)
     assert prompts == {prompt.prompt_id for prompt in PROMPTS[:40]}
     assert digests[0] == b""
     assert digests[-1]
-    make_worker(engine, tiny_model, service.target).run(make_spec(engine), PROMPTS)
+    answer(engine, tiny_model, service.target, PROMPTS)
     later, prompts = digests_and_prompts(service.target)
     assert prompts == {prompt.prompt_id for prompt in PROMPTS}
     assert set(later[len(digests) :]) == {digests[-1]}
@@ -70,7 +81,7 @@ def test_a_better_dictionary_follows_when_there_is_more_to_learn_from(
     engine: TeacherEngine, tiny_model: Path, service: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(dictionary, "TRAINING_POSITIONS", (60, 300))
-    make_worker(engine, tiny_model, service.target).run(make_spec(engine), PROMPTS)
+    answer(engine, tiny_model, service.target, PROMPTS)
     digests, prompts = digests_and_prompts(service.target)
     assert prompts == {prompt.prompt_id for prompt in PROMPTS}
     first, second = (digest for digest in dict.fromkeys(digests) if digest)
@@ -87,7 +98,7 @@ def test_a_dictionary_that_is_not_taken_costs_nothing_but_bits(
 
     monkeypatch.setattr(dictionary, "TRAINING_POSITIONS", (60,))
     monkeypatch.setattr(TraceClient, "put_dictionary", refuse)
-    make_worker(engine, tiny_model, service.target).run(make_spec(engine), PROMPTS[:20])
+    answer(engine, tiny_model, service.target, PROMPTS[:20])
     digests, prompts = digests_and_prompts(service.target)
     assert prompts == {prompt.prompt_id for prompt in PROMPTS[:20]}
     assert set(digests) == {b""}
@@ -97,6 +108,5 @@ def test_without_the_setting_nothing_is_learnt(
     engine: TeacherEngine, tiny_model: Path, service: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(dictionary, "TRAINING_POSITIONS", (1,))
-    worker = make_worker(engine, tiny_model, service.target, dictionary=False)
-    worker.run(make_spec(engine), PROMPTS[:8])
+    answer(engine, tiny_model, service.target, PROMPTS[:8], dictionary=False)
     assert set(digests_and_prompts(service.target)[0]) == {b""}

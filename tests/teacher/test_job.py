@@ -97,12 +97,12 @@ def test_an_interrupted_job_goes_on_and_survives_the_death_of_service_and_teache
         if progress.acked_blocks < 2 or progress.stage != "generating":
             return
         if not killed:
-            killed.append(progress.worker_process_id)
+            killed.append(progress.workers[0].process_id)
             service.kill()
             threading.Timer(2.0, service.start).start()
         elif len(killed) == 1 and progress.acked_blocks >= 6:
-            killed.append(progress.worker_process_id)
-            os.kill(progress.worker_process_id, signal.SIGKILL)
+            killed.append(progress.workers[0].process_id)
+            os.kill(killed[-1], signal.SIGKILL)
 
     second = run_teach(config, kill_each_once)
     assert len(killed) == 2, "the job ended before everything was killed"

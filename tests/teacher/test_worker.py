@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -10,9 +12,11 @@ import pytest
 from models.teaching import teach_config
 
 from lynearm.client import TraceClient
+from lynearm.client.job_calls import JobInfo
 from lynearm.teacher.engine import TeacherEngine
+from lynearm.teacher.prompt_content import encode_prompt
 from lynearm.teacher.prompts import ChatMessage, Prompt
-from lynearm.teacher.worker import TeacherWorker
+from lynearm.teacher.worker import EngineFailedError, LeasedWork, TeacherWorker
 from lynearm.wire.codec import decode_block
 from lynearm.wire.errors import StreamExistsError
 from lynearm.wire.specs import CodecSpec, StreamSpec
@@ -35,61 +39,103 @@ def read_all(target: str) -> list[Trace]:
         return [trace for block in blocks for trace in decode_block(block.block, dictionaries=dictionaries)]
 
 
+MakeWorker = Callable[..., TeacherWorker]
+
+
 @pytest.fixture
-def worker(engine: TeacherEngine, tiny_model: Path, service: Any) -> TeacherWorker:
-    made = TeacherWorker(teach_config(tiny_model, service=service.target, block_bytes=4000))
-    # One engine serves the whole session: loading another takes half a minute.
-    made._engine = engine
-    return made
+def make_worker(engine: TeacherEngine, tiny_model: Path, service: Any) -> Iterator[MakeWorker]:
+    """Workers of a job of some prompts; they are called one after the other."""
+    made: list[TeacherWorker] = []
+
+    def make(prompts: Sequence[Prompt], job: str = "job", name: str = "teacher-0") -> TeacherWorker:
+        spec = make_spec(engine)
+        with TraceClient(service.target) as client:
+            client.open_stream(spec)
+            job_prompts = [encode_prompt(prompt) for prompt in prompts]
+            client.jobs.create("lessons", job, job_prompts, samples_per_prompt=2)
+        config = teach_config(tiny_model, service=service.target, block_bytes=4000, max_batch=8)
+        made.append(TeacherWorker(config, name))
+        # One engine serves the whole session: loading another takes half a minute.
+        made[-1]._engine = engine
+        made[-1].connect(spec, job)
+        return made[-1]
+
+    yield make
+    for worker in made:
+        worker.disconnect()
 
 
-def test_every_prompt_is_published_once_with_all_its_completions(
-    worker: TeacherWorker, engine: TeacherEngine, service: Any
-) -> None:
-    prompts = [Prompt(f"p{n}", f"What is {n} plus {n}?", tags={"n": str(n)}) for n in range(30)]
-    prompts.append(Prompt("chat", messages=(ChatMessage("user", "Write a function."),)))
-    prompts.append(Prompt("long", "number " * 200, file="f.jsonl", line=7))
-    progress = worker.run(make_spec(engine), prompts)
-    traces = read_all(service.target)
-    expected = {(prompt.prompt_id, sample) for prompt in prompts[:-1] for sample in (0, 1)}
-    assert len(traces) == len(expected)
-    assert {(trace.prompt_id, trace.sample_index) for trace in traces} == expected
-    assert [str(line).partition(" tokens")[0] for line in progress.skipped] == [
-        "f.jsonl:7: prompt 'long': the prompt is " + progress.skipped[0].reason.split()[5]
-    ]
-    assert progress.generated_prompts == 31
-    assert progress.acked_blocks > 1
+def job_of(service: Any, name: str = "job") -> JobInfo:
     with TraceClient(service.target) as client:
-        assert client.finished_prompts("lessons") == {prompt.prompt_id for prompt in prompts[:-1]}
+        return client.jobs.get("lessons", name)
 
 
-def test_an_empty_completion_is_recorded_and_counted(
-    worker: TeacherWorker, engine: TeacherEngine, service: Any
+def samples_of(prompts: Iterable[Prompt]) -> Counter[tuple[str, int]]:
+    return Counter((prompt.prompt_id, sample) for prompt in prompts for sample in (0, 1))
+
+
+def numbered(count: int) -> list[Prompt]:
+    return [Prompt(f"p{n}", f"What is {n} plus {n}?", tags={"n": str(n)}) for n in range(count)]
+
+
+def test_every_sample_is_published_once_and_what_cannot_be_answered_is_given_up(
+    make_worker: MakeWorker, service: Any
 ) -> None:
-    progress = worker.run(make_spec(engine), [Prompt(f"p{n}", f"Number {n}") for n in range(30)])
+    prompts = [*numbered(30), Prompt("chat", messages=(ChatMessage("user", "Write a function."),))]
+    worker = make_worker([*prompts, Prompt("long", "number " * 200)])
+    assert worker.run() == "done"
+    traces = read_all(service.target)
+    assert Counter((trace.prompt_id, trace.sample_index) for trace in traces) == samples_of(prompts)
+    progress = worker.progress()
+    assert (progress.generated_prompts, progress.failed_prompts) == (31, 1)
+    assert progress.acked_blocks > 1
+    job = job_of(service)
+    assert (job.state, job.done_units, job.failed_units) == ("done", 64, 2)
+    with TraceClient(service.target) as client:
+        assert client.finished_prompts("lessons") == {prompt.prompt_id for prompt in prompts}
+        ((failed,)) = client.jobs.failures("lessons", "job")
+        assert (failed.prompt_id, failed.sample_indices) == ("long", (0, 1))
+        assert "tokens, and the context of 128 must also hold a completion" in failed.reason
+
+
+def test_the_samples_of_a_prompt_share_a_block(make_worker: MakeWorker, service: Any) -> None:
+    make_worker(numbered(12)).run()
+    with TraceClient(service.target) as client, client.subscribe("lessons", follow=False) as blocks:
+        dictionaries = client.dictionaries("lessons")
+        block_of: dict[str, set[int]] = {}
+        for block in blocks:
+            for trace in decode_block(block.block, dictionaries=dictionaries):
+                block_of.setdefault(trace.prompt_id, set()).add(block.offset)
+    assert len(block_of) == 12
+    assert all(len(offsets) == 1 for offsets in block_of.values())
+
+
+def test_an_empty_completion_is_recorded_and_counted(make_worker: MakeWorker, service: Any) -> None:
+    worker = make_worker(numbered(30))
+    worker.run()
     traces = read_all(service.target)
     empty = [
         trace for trace in traces if trace.completion_token_ids.size == 1 and trace.finish_reason == "stop"
     ]
-    assert 0 < len(empty) <= progress.empty_completions < len(traces)
+    assert 0 < len(empty) <= worker.progress().empty_completions < len(traces)
     assert all(trace.completion_text == "" and trace.top_k.positions == 1 for trace in empty)
 
 
-def test_a_second_worker_leaves_out_what_is_finished(
-    worker: TeacherWorker, engine: TeacherEngine, service: Any
-) -> None:
-    prompts = [Prompt(f"p{n}", f"Number {n}") for n in range(6)]
-    worker.run(make_spec(engine), prompts[:4])
-    assert worker.progress().generated_prompts == 4
-    worker.run(make_spec(engine), prompts)
-    assert worker.progress().generated_prompts == 6
-    assert len(read_all(service.target)) == 12
+def test_a_job_leaves_out_what_another_has_finished(make_worker: MakeWorker, service: Any) -> None:
+    prompts = numbered(6)
+    make_worker(prompts[:4], "first").run()
+    later = make_worker(prompts, "second", "teacher-1")
+    assert later.run() == "done"
+    assert later.progress().generated_prompts == 2
+    assert Counter(trace.prompt_id for trace in read_all(service.target)) == dict.fromkeys(
+        [prompt.prompt_id for prompt in prompts], 2
+    )
 
 
 def test_the_traces_say_how_they_were_made(
-    worker: TeacherWorker, engine: TeacherEngine, service: Any
+    make_worker: MakeWorker, engine: TeacherEngine, service: Any
 ) -> None:
-    worker.run(make_spec(engine), [Prompt("a", "Hi", tags={"topic": "greeting"})])
+    make_worker([Prompt("a", "Hi", tags={"topic": "greeting"})]).run()
     for trace in read_all(service.target):
         prompt_ids = engine.tokenizer.encode(Prompt("a", "Hi"))
         assert trace.prompt_token_ids.tolist() == prompt_ids.tolist()
@@ -100,12 +146,88 @@ def test_the_traces_say_how_they_were_made(
         )
 
 
-def test_a_stopped_worker_publishes_nothing_more(worker: TeacherWorker, engine: TeacherEngine) -> None:
+def test_a_stopped_worker_publishes_nothing_more_and_gives_back_its_work(
+    make_worker: MakeWorker, engine: TeacherEngine, service: Any
+) -> None:
+    worker = make_worker(numbered(4))
     worker.stop()
-    progress = worker.run(make_spec(engine), [Prompt("a", "Hi")])
-    assert progress.stopped
-    assert progress.generated_prompts == 0
+    assert worker.run() == "stopped"
+    assert worker.progress().generated_prompts == 0
     assert engine.unfinished == 0
+    worker.disconnect()
+    assert (job_of(service).leased_units, job_of(service).done_units) == (0, 0)
+
+
+def test_a_worker_whose_node_is_to_go_finishes_what_it_began(
+    make_worker: MakeWorker, engine: TeacherEngine, service: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    worker = make_worker(numbered(60))
+    step = engine.step
+
+    def drain_when_full() -> Any:
+        if engine.unfinished >= 8:
+            worker.drain()
+        return step()
+
+    monkeypatch.setattr(engine, "step", drain_when_full)
+    assert worker.run() == "drained"
+    job = job_of(service)
+    assert 8 <= job.done_units < 120
+    assert job.leased_units == 0
+    assert len(read_all(service.target)) == job.done_units
+
+
+def test_what_was_in_a_failed_engine_stays_leased_and_what_was_finished_is_durable(
+    make_worker: MakeWorker, engine: TeacherEngine, service: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    worker = make_worker(numbered(40))
+    step = engine.step
+
+    def fail_later() -> Any:
+        if worker.progress().generated_prompts >= 5:
+            raise RuntimeError("CUDA error: an illegal memory access was encountered")
+        return step()
+
+    monkeypatch.setattr(engine, "step", fail_later)
+    with pytest.raises(EngineFailedError, match="RuntimeError: CUDA error"):
+        worker.run()
+    job = job_of(service)
+    assert job.done_units == len(read_all(service.target)) >= 10
+    assert job.leased_units > 0
+    monkeypatch.undo()
+    worker._abort_all()
+
+
+def test_suspects_are_answered_for_whoever_holds_them(make_worker: MakeWorker, service: Any) -> None:
+    worker = make_worker(numbered(4))
+    with TraceClient(service.target) as client, client.prompt_worker("lessons", "job", worker="boss") as boss:
+        lease = boss.take()
+        assert lease is not None
+        worker.attempt([LeasedWork(lease.key, lease.prompts[:1]), LeasedWork(lease.key, lease.prompts[1:3])])
+    assert Counter(trace.prompt_id for trace in read_all(service.target)) == {"p0": 2, "p1": 2, "p2": 2}
+    assert worker.run() == "done"
+    assert len(read_all(service.target)) == 8
+
+
+def test_a_worker_that_was_overtaken_goes_on_with_other_work(
+    make_worker: MakeWorker, engine: TeacherEngine, service: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    prompts = numbered(12)
+    worker = make_worker(prompts)
+    step, stolen = engine.step, []
+
+    def steal_first() -> Any:
+        if not stolen:
+            with TraceClient(service.target) as client:
+                thief = client.prompt_worker("lessons", "job", worker="thief", predecessor="teacher-0")
+                with thief:
+                    stolen.append(thief.take())
+        return step()
+
+    monkeypatch.setattr(engine, "step", steal_first)
+    assert worker.run() == "done"
+    assert stolen[0] is not None
+    assert Counter((t.prompt_id, t.sample_index) for t in read_all(service.target)) == samples_of(prompts)
 
 
 def test_a_stream_of_another_teacher_is_refused_with_the_difference(

@@ -59,7 +59,7 @@ def teach(
         int | None, typer.Option(help="CPU threads of the engine; 0 for all.", show_default="0")
     ] = None,
     producer_id: Annotated[
-        str | None, typer.Option(help="Stable name of this producer.", show_default="teacher-0")
+        str | None, typer.Option(help="Stable name of this producer.", show_default="teacher")
     ] = None,
     seal: Annotated[
         bool | None, typer.Option("--seal/--no-seal", help="Seal the stream at the end.", show_default="seal")

@@ -94,6 +94,11 @@ class AsyncPromptWorker:
             else:
                 await _pause()
 
+    @property
+    def held(self) -> list[Lease]:
+        """As `PromptWorker.held`."""
+        return self._held.leases
+
     async def take(self) -> Lease | None:
         """As `PromptWorker.take`."""
         call = job_calls.lease_prompts(

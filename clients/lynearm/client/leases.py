@@ -206,6 +206,12 @@ class PromptWorker:
             else:
                 self._pause()
 
+    @property
+    def held(self) -> list[Lease]:
+        """Leases that are neither over nor given back, as far as is known here."""
+        with self._changed:
+            return self._held.leases
+
     def take(self) -> Lease | None:
         """The next work; None when there is none now: `job` then says whether there may be later.
 

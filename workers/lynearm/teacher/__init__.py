@@ -1,12 +1,14 @@
 """The teacher: a vLLM engine in a Ray actor that answers prompts and publishes its traces."""
 
 from lynearm.teacher.config import TeachConfig
-from lynearm.teacher.job import TeachProgress, TeachReport, run_teach
+from lynearm.teacher.job import run_teach
+from lynearm.teacher.progress import FailedPrompt, TeachProgress, TeachReport, WorkerStatus
 from lynearm.teacher.prompts import BadLine, Prompt, PromptFile, load_prompts
 from lynearm.teacher.worker import TeacherWorker, WorkerProgress
 
 __all__ = [
     "BadLine",
+    "FailedPrompt",
     "Prompt",
     "PromptFile",
     "TeachConfig",
@@ -14,6 +16,7 @@ __all__ = [
     "TeachReport",
     "TeacherWorker",
     "WorkerProgress",
+    "WorkerStatus",
     "load_prompts",
     "run_teach",
 ]

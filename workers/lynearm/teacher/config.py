@@ -34,8 +34,8 @@ class TeachConfig:
     the user can know."""
     service: str = "127.0.0.1:7411"
     """host:port of the trace service; several servers of one catalog with commas between."""
-    producer_id: str = "teacher-0"
-    """Stable name of this producer. A second run under the same name fences off the first."""
+    producer_id: str = "teacher"
+    """Stable name of the producers; each worker adds a number. A second run under it fences off the first."""
     model_name: str = ""
     """Name of the teacher in the stream's spec; the last part of `model` when empty."""
     labels: Mapping[str, str] = field(default_factory=dict[str, str])
@@ -100,6 +100,14 @@ class TeachConfig:
     """Seal the stream when every prompt is finished, so that subscribers end."""
     strict: bool = False
     """Refuse a prompt file with a bad line before anything starts, instead of skipping the line."""
+    job: str = ""
+    """Name of the job in the service, so that a command that is repeated goes on with it. Empty: a digest of
+    the prompts, so that other prompts are another job."""
+    workers: int = 0
+    """Engines at the same time, each with a share of some node; 0 for as many as the cluster has room for,
+    more when nodes join and fewer when they leave. A Ray of our own has room for one."""
+    tensor_parallel: int = 1
+    """GPUs of one node over which each engine spreads the model."""
     ray_address: str = "local"
     """"local" starts a Ray of its own; "auto" joins the one that runs here, as under `ray job submit`."""
 
@@ -108,6 +116,7 @@ class TeachConfig:
         try:
             check_name(self.stream)
             check_name(self.producer_id, what="producer id")
+            check_name(self.job or "job", what="job")
         except InvalidInputError as error:
             raise ConfigError(error.message, error.remedy) from error
         checks = {
@@ -129,6 +138,10 @@ class TeachConfig:
             f"max_model_len {self.max_model_len} is below 2": self.max_model_len >= 2,
             f"max_batch {self.max_batch} is below 1": self.max_batch >= 1,
             f"threads {self.threads} is negative": self.threads >= 0,
+            f"producer id {self.producer_id!r} has {len(self.producer_id)} characters, expected at most 100: "
+            "workers add numbers": len(self.producer_id) <= 100,
+            f"workers {self.workers} is negative": self.workers >= 0,
+            f"tensor_parallel {self.tensor_parallel} is below 1": self.tensor_parallel >= 1,
             f"kv_cache_mib {self.kv_cache_mib} is negative": self.kv_cache_mib >= 0,
             f"block_bytes {self.block_bytes} is outside 1..{MAX_PAYLOAD_BYTES}": (
                 1 <= self.block_bytes <= MAX_PAYLOAD_BYTES

@@ -342,7 +342,8 @@ def _engine_arguments(config: TeachConfig) -> dict[str, object]:
         "max_logprobs": -1 if config.draws else max(config.top_k, 1),
         "logprobs_mode": "raw_logprobs",
         "dtype": config.dtype,
-        "distributed_executor_backend": "uni",
+        "tensor_parallel_size": config.tensor_parallel,
+        "distributed_executor_backend": "uni" if config.tensor_parallel == 1 else "mp",
         "disable_log_stats": True,
         "worker_extension_cls": EXTENSION,
     }

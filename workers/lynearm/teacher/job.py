@@ -1,106 +1,45 @@
 """One teaching job: prompts in, a stream of traces out, whatever dies on the way.
 
-Invariants: the stream alone says which prompts are finished. A worker that dies is replaced, under the same
-producer id, by one that asks the stream what is left; what the dead one had not published is generated again,
-what it had is not. A job that is stopped goes on when the same command runs again.
+Invariants: the service alone says which samples are done, and one is done in the transaction that commits
+its trace. Workers come and go; what a dead one had not published is generated again, what it had is not. A
+job that is stopped goes on when the same command runs again.
 """
 
 from __future__ import annotations
 
 import importlib.util
-import logging
 import os
 import time
-from collections import deque
-from collections.abc import Callable, Generator, Mapping
-from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
-from typing import Any, Literal, TypeAlias
+from collections.abc import Callable, Generator
+from contextlib import contextmanager
+from typing import TypeAlias
 
 from lynearm.client import StreamInfo, TraceClient
+from lynearm.client.job_calls import JobInfo
 from lynearm.teacher.config import TeachConfig
-from lynearm.teacher.prompts import BadLine, Prompt, load_prompts
-from lynearm.teacher.ray_actor import WorkerActor, WorkerLostError, ray_session
-from lynearm.teacher.worker import WorkerProgress
-from lynearm.wire.errors import MissingDependencyError, StreamNotFoundError, StreamSealedError, TeacherError
+from lynearm.teacher.progress import Stage, TeachProgress, TeachReport
+from lynearm.teacher.prompt_job import MAX_REPORTED_FAILURES, JobPrompts, PromptJob
+from lynearm.teacher.rates import RateMeter
+from lynearm.teacher.ray_actor import RayWorkers, ray_session
+from lynearm.teacher.ray_cluster import Untyped
+from lynearm.teacher.slot import Totals
+from lynearm.teacher.supervisor import Supervisor
+from lynearm.wire.errors import MissingDependencyError, StreamNotFoundError, StreamSealedError
 
-logger = logging.getLogger(__name__)
+__all__ = ["OnProgress", "TeachProgress", "TeachReport", "run_teach"]
 
-Stage: TypeAlias = Literal["waiting", "starting", "loading", "generating", "sealing", "done"]
+_POLL_SECONDS = 0.25
+_REPORT_SECONDS = 0.5
+_MESSAGE_SECONDS = 10.0
+"""How long it is said what happened: those who print a line now and then shall not miss it."""
 
-MAX_BARREN_RESTARTS = 3
-"""Workers that may die in a row without a prompt finished between them."""
-
-_POLL_SECONDS = 0.5
-_STOP_SECONDS = 30.0
-"""How long a worker may take to publish what it has when it is asked to stop."""
-_RATE_WINDOW_SECONDS = 15.0
-
-
-@dataclass(frozen=True, slots=True)
-class TeachProgress:
-    """How far a job is; given to `on_progress` about twice a second."""
-
-    stage: Stage
-    message: str = ""
-    """What a person should know now: what is waited for, what was restarted."""
-    prompts: int = 0
-    """Prompts of the file, bad lines not counted."""
-    done_prompts: int = 0
-    """Prompts whose completions are generated, those of earlier runs included."""
-    skipped_prompts: int = 0
-    """Bad lines, and prompts that the teacher cannot take."""
-    generated_tokens: int = 0
-    """Completion tokens generated in this run."""
-    tokens_per_second: float = 0.0
-    """Over the last 15 seconds."""
-    acked_blocks: int = 0
-    """Blocks that are durable."""
-    waiting_seconds: float = 0.0
-    """How long the teacher waited for the service to take blocks."""
-    restarts: int = 0
-    worker_process_id: int = 0
-    """Process that holds the engine, on whatever node it runs; 0 while there is none."""
-
-
-@dataclass(frozen=True, slots=True)
-class TeachReport:
-    """What a job did."""
-
-    stream: str
-    prompts: int
-    """Prompts of the file, bad lines not counted."""
-    finished_before: int
-    """Prompts of the file that the stream had already."""
-    completed: int
-    """Prompts that this run finished; durable."""
-    completions: int
-    """Traces that this run added to the stream."""
-    empty_completions: int
-    completion_tokens: int
-    """Tokens of those traces: what the stream holds more than before."""
-    prompt_tokens: int
-    generated_tokens: int
-    """Completion tokens that the engine made, those included that a dead worker lost."""
-    skipped: tuple[BadLine, ...]
-    blocks: int
-    """Blocks that this run added."""
-    size_bytes: int
-    """Bytes of those blocks."""
-    restarts: int
-    seconds: float
-    stage_seconds: Mapping[str, float] = field(default_factory=dict[str, float])
-    """Wall time of waiting, starting, loading, generating and sealing; encoding runs beside generating."""
-    interrupted: bool = False
-    """Stopped before the end; the same command goes on from here."""
-    sealed: bool = False
-
+_ETA_WINDOW_SECONDS = 120.0
 
 OnProgress: TypeAlias = Callable[[TeachProgress], None]
 
 
 def run_teach(config: TeachConfig, on_progress: OnProgress = lambda progress: None) -> TeachReport:
-    """Let the teacher answer every prompt of a file that the stream does not have yet.
+    """Let the teacher answer every prompt that the stream does not have yet.
 
     Waits for a service that is not there. Ctrl-C stops cleanly: what is finished is published, and the report
     says `interrupted`; a second Ctrl-C stops at once.
@@ -111,10 +50,11 @@ def run_teach(config: TeachConfig, on_progress: OnProgress = lambda progress: No
 
     Raises:
         MissingDependencyError: without Ray or vLLM. Nothing was started.
-        PromptFileError: if the file cannot be read or, with `strict`, has a bad line. Nothing was started.
+        PromptFileError: if the prompts cannot be read or, with `strict`, one is bad. Nothing was started.
         StreamExistsError: if the stream exists with another spec.
         StreamSealedError: if it is sealed, and prompts are not finished.
-        TeacherError: if the worker keeps dying.
+        JobExistsError: if the job that the config names has other prompts.
+        TeacherError: if workers keep dying.
         LynearmError: what else the engine or the service said.
     """
     with TraceClient(config.service) as client:
@@ -128,111 +68,79 @@ class _Job:
         self._on_progress = on_progress
         self._started = time.monotonic()
         self._stage: Stage = "waiting"
+        self._entered = self._started
         self._stage_seconds: dict[str, float] = {}
-        self._prompts: tuple[Prompt, ...] = ()
-        self._bad_lines: tuple[BadLine, ...] = ()
-        self._worker = WorkerProgress()
-        self._earlier = WorkerProgress()
-        self._finished_before_worker = 0
-        self._restarts = 0
+        self._prompt_count = 0
+        self._skipped_count = 0
+        self._finished_before = 0
+        self._supervisor: Supervisor | None = None
         self._interrupted = False
-        self._rates: deque[tuple[float, int]] = deque([(self._started, 0)])
+        self._tokens = RateMeter()
+        self._units = RateMeter(_ETA_WINDOW_SECONDS)
+        self._reported_at = float("-inf")
+        self._message = ("", float("-inf"))
 
     def run(self) -> TeachReport:
         _check_installed()
-        loaded = load_prompts(self._config.prompts, strict=self._config.strict)
-        self._prompts, self._bad_lines = loaded.prompts, loaded.bad_lines
-        with self._in_stage("waiting"):
-            self._wait_for_service()
+        prompts = JobPrompts(self._config)
+        self._prompt_count, self._skipped_count = prompts.count, len(prompts.bad_lines)
+        work = PromptJob(self._client, self._config, prompts)
+        self._wait_for_service()
         before = self._stream()
-        finished_before = self._finished_prompts()
-        remaining = len(self._prompts) - finished_before
+        job = work.find()
+        self._finished_before = work.count_finished(before, job)
+        is_done = job is not None and job.state == "done"
+        remaining = 0 if is_done else prompts.count - self._finished_before
         if remaining and before is not None and before.sealed:
             raise StreamSealedError(
                 f"stream {self._config.stream!r} is sealed, and {remaining} prompts are not in it",
                 "write them to a stream of another name",
             )
         if remaining:
-            self._teach()
+            self._teach(work)
         sealed = self._seal()
-        self._stage = "done"
+        self._wait_for_service()
+        self._enter("done")
         self._report_progress()
-        return self._report(before, finished_before, sealed)
+        return self._report(work, prompts, before, sealed=sealed)
 
-    def _teach(self) -> None:
-        cpus = self._config.threads or len(os.sched_getaffinity(0))
+    def _teach(self, work: PromptJob) -> None:
         # Ray forks its servers from this process, and while a channel is open gRPC's fork handlers abort such
         # a child now and then, for which Ray then waits half a minute. The next call opens a channel again.
         self._client.close()
+        self._enter("starting")
         try:
-            with ExitStack() as stack:
-                with self._in_stage("starting"):
-                    ray = stack.enter_context(ray_session(self._config.ray_address, cpus))
-                self._supervise(ray, cpus)
+            with ray_session(self._config.ray_address, _local_cpus(self._config)) as ray:
+                self._enter("loading")
+                self._supervise(ray, work)
         except KeyboardInterrupt:
             self._interrupted = True
 
-    def _supervise(self, ray: Any, cpus: int) -> None:  # Any: the module ray
-        """Run workers until one comes to its end."""
-        barren = 0
-        while True:
-            self._finished_before_worker = self._finished_prompts()
-            try:
-                self._one_worker(ray, cpus)
-                return
-            except WorkerLostError as error:
-                self._restarts += 1
-                self._retire_worker()
-                self._wait_for_service()
-                barren = 0 if self._finished_prompts() > self._finished_before_worker else barren + 1
-                if barren >= MAX_BARREN_RESTARTS:
-                    raise TeacherError(
-                        f"{error.message}; that was worker {barren} in a row without a finished prompt",
-                        "lower max_batch or max_model_len if memory is short, and see Ray's logs",
-                    ) from error
-                logger.warning("stream %s: %s; starting another", self._config.stream, error)
-                self._report_progress(f"{error.message}; starting another")
-
-    def _one_worker(self, ray: Any, cpus: int) -> None:
-        actor = WorkerActor(ray, self._config, cpus)
+    def _supervise(self, ray: Untyped, work: PromptJob) -> None:
+        supervisor = Supervisor(self._config, RayWorkers(ray, self._config), work)
+        self._supervisor = supervisor
         try:
-            with self._in_stage("loading"):
-                spec = self._result(actor, actor.load(), stoppable=False)
-            with self._in_stage("generating"):
-                self._worker = self._result(actor, actor.run(spec, self._prompts), stoppable=True)
+            while not supervisor.has_ended:
+                with self._stopping_once(supervisor):
+                    supervisor.tick()
+                    if self._stage == "loading" and supervisor.has_connected:
+                        self._enter("generating")
+                    self._report_now_and_then(supervisor)
+                    time.sleep(_POLL_SECONDS)
         finally:
-            actor.kill()
-        self._interrupted = self._interrupted or self._worker.stopped
+            supervisor.close()
+            work.close()
 
-    def _result(self, actor: WorkerActor, reference: Any, *, stoppable: bool) -> Any:
-        """What a call of the actor returns, with progress meanwhile; the first Ctrl-C stops the worker."""
-        give_up_at = float("inf")
-        while True:
-            try:
-                if actor.finished(reference, _POLL_SECONDS):
-                    return actor.result(reference)
-                self._worker = actor.progress(_POLL_SECONDS) or self._worker
-                self._report_progress("stopping" if self._interrupted else self._worker.waiting_reason)
-                if time.monotonic() > give_up_at:
-                    raise KeyboardInterrupt
-            except KeyboardInterrupt:
-                if self._interrupted or not stoppable:
-                    raise
-                self._interrupted = True
-                give_up_at = time.monotonic() + _STOP_SECONDS
-                actor.stop()
-
-    def _retire_worker(self) -> None:
-        """Add what a dead worker did to what was done earlier."""
-        dead, earlier = self._worker, self._earlier
-        self._earlier = WorkerProgress(
-            generated_tokens=earlier.generated_tokens + dead.generated_tokens,
-            empty_completions=earlier.empty_completions + dead.empty_completions,
-            acked_blocks=earlier.acked_blocks + dead.acked_blocks,
-            waiting_seconds=earlier.waiting_seconds + dead.waiting_seconds,
-            encode_seconds=earlier.encode_seconds + dead.encode_seconds,
-        )
-        self._worker = WorkerProgress()
+    @contextmanager
+    def _stopping_once(self, supervisor: Supervisor) -> Generator[None]:
+        """Let the first Ctrl-C end the work, and the second one everything."""
+        try:
+            yield
+        except KeyboardInterrupt:
+            if self._interrupted:
+                raise
+            self._interrupted = True
+            supervisor.stop()
 
     def _wait_for_service(self) -> None:
         message = f"waiting for the trace service at {self._config.service}"
@@ -244,90 +152,118 @@ class _Job:
         except StreamNotFoundError:
             return None
 
-    def _finished_prompts(self) -> int:
-        """Prompts of this file that the stream has."""
-        try:
-            finished = self._client.finished_prompts(self._config.stream)
-        except StreamNotFoundError:
-            return 0
-        return sum(prompt.prompt_id in finished for prompt in self._prompts)
-
     def _seal(self) -> bool:
         if self._interrupted or not self._config.seal:
             return False
-        with self._in_stage("sealing"):
-            self._wait_for_service()
-            return self._client.seal_stream(self._config.stream).sealed
+        self._enter("sealing")
+        self._wait_for_service()
+        return self._client.seal_stream(self._config.stream).sealed
 
-    @contextmanager
-    def _in_stage(self, stage: Stage) -> Generator[None]:
-        self._stage = stage
+    def _enter(self, stage: Stage) -> None:
+        now = time.monotonic()
+        spent = self._stage_seconds.get(self._stage, 0.0) + now - self._entered
+        self._stage_seconds[self._stage] = spent
+        self._stage, self._entered = stage, now
         self._report_progress()
-        entered = time.monotonic()
-        try:
-            yield
-        finally:
-            spent = self._stage_seconds.get(stage, 0.0) + time.monotonic() - entered
-            self._stage_seconds[stage] = spent
+
+    def _report_now_and_then(self, supervisor: Supervisor) -> None:
+        now = time.monotonic()
+        if supervisor.message:
+            self._message, supervisor.message = (supervisor.message, now + _MESSAGE_SECONDS), ""
+        if now - self._reported_at < _REPORT_SECONDS:
+            return
+        self._reported_at = now
+        message, until = self._message
+        if self._interrupted:
+            message = "stopping"
+        elif now > until:
+            message = next((slot.progress.waiting_reason for slot in supervisor.slots), "")
+            if self._stage == "loading" and supervisor.slots and not message:
+                message = supervisor.slots[0].reason
+        self._report_progress(message)
 
     def _report_progress(self, message: str = "") -> None:
-        generated = self._earlier.generated_tokens + self._worker.generated_tokens
+        supervisor = self._supervisor
+        totals = supervisor.totals() if supervisor else Totals()
+        max_batch = self._config.max_batch
+        done = self._done_prompts(totals)
         self._on_progress(
             TeachProgress(
                 stage=self._stage,
                 message=message,
-                prompts=len(self._prompts),
-                done_prompts=self._finished_before_worker + self._worker.generated_prompts,
-                skipped_prompts=len(self._bad_lines) + len(self._worker.skipped),
-                generated_tokens=generated,
-                tokens_per_second=self._tokens_per_second(generated),
-                acked_blocks=self._earlier.acked_blocks + self._worker.acked_blocks,
-                waiting_seconds=self._earlier.waiting_seconds + self._worker.waiting_seconds,
-                restarts=self._restarts,
-                worker_process_id=self._worker.process_id,
+                prompts=self._prompt_count,
+                done_prompts=done,
+                skipped_prompts=self._skipped_count,
+                failed_prompts=totals.failed_prompts + (supervisor.given_up if supervisor else 0),
+                generated_tokens=totals.generated_tokens,
+                tokens_per_second=self._tokens.update(totals.generated_tokens),
+                acked_blocks=totals.acked_blocks,
+                waiting_seconds=totals.waiting_seconds,
+                restarts=supervisor.restarts if supervisor else 0,
+                eta_seconds=self._eta_seconds(done),
+                workers=tuple(slot.status(max_batch) for slot in supervisor.slots) if supervisor else (),
             )
         )
 
-    def _tokens_per_second(self, generated_tokens: int) -> float:
-        now = time.monotonic()
-        self._rates.append((now, generated_tokens))
-        while len(self._rates) > 2 and now - self._rates[0][0] > _RATE_WINDOW_SECONDS:
-            self._rates.popleft()
-        since, tokens = self._rates[0]
-        return (generated_tokens - tokens) / (now - since) if now > since else 0.0
+    def _done_prompts(self, totals: Totals) -> int:
+        """By what workers generated, or by what the service said, which counts those of other commands."""
+        here = self._finished_before + totals.generated_prompts
+        heard = self._supervisor.done_units() // self._config.completions if self._supervisor else 0
+        return min(max(here, heard), self._prompt_count)
 
-    def _report(self, before: StreamInfo | None, finished_before: int, sealed: bool) -> TeachReport:
-        self._wait_for_service()
-        after = self._stream()
-        earlier, worker = self._earlier, self._worker
-        stages = self._stage_seconds | {"encoding": earlier.encode_seconds + worker.encode_seconds}
+    def _eta_seconds(self, done_prompts: int) -> float | None:
+        if self._stage != "generating":
+            return None
+        rate = self._units.update(done_prompts)
+        return (self._prompt_count - done_prompts) / rate if rate > 0 else None
+
+    def _report(
+        self, work: PromptJob, prompts: JobPrompts, before: StreamInfo | None, *, sealed: bool
+    ) -> TeachReport:
+        after, job = self._stream(), work.find()
+        supervisor = self._supervisor
+        totals = supervisor.totals() if supervisor else Totals()
+        failed = work.failures(job)
         return TeachReport(
             stream=self._config.stream,
-            prompts=len(self._prompts),
-            finished_before=finished_before,
-            completed=self._finished_prompts() - finished_before,
+            job=_name(job),
+            prompts=prompts.count,
+            finished_before=self._finished_before,
+            completed=work.count_finished(after, job) - self._finished_before,
             completions=_growth(before, after, "trace_count"),
-            empty_completions=earlier.empty_completions + worker.empty_completions,
+            empty_completions=totals.empty_completions,
             completion_tokens=_growth(before, after, "completion_token_count"),
             prompt_tokens=_growth(before, after, "prompt_token_count"),
-            generated_tokens=earlier.generated_tokens + worker.generated_tokens,
-            skipped=(*self._bad_lines, *worker.skipped),
+            generated_tokens=totals.generated_tokens,
+            skipped=prompts.bad_lines,
+            failed=failed[:MAX_REPORTED_FAILURES],
             blocks=_growth(before, after, "next_offset"),
             size_bytes=_growth(before, after, "size_bytes"),
-            restarts=self._restarts,
+            restarts=supervisor.restarts if supervisor else 0,
             seconds=time.monotonic() - self._started,
-            stage_seconds=stages,
+            workers=supervisor.most_workers if supervisor else 0,
+            failed_prompts=len(failed),
+            stage_seconds=self._stage_seconds | {"encoding": totals.encode_seconds},
             interrupted=self._interrupted,
             sealed=sealed,
         )
+
+
+def _name(job: JobInfo | None) -> str:
+    return "" if job is None else job.name
 
 
 def _growth(before: StreamInfo | None, after: StreamInfo | None, name: str) -> int:
     return int(getattr(after, name, 0)) - int(getattr(before, name, 0))
 
 
+def _local_cpus(config: TeachConfig) -> int:
+    """CPUs of a Ray that is started for this job."""
+    return config.threads * max(1, config.workers) or len(os.sched_getaffinity(0))
+
+
 def _check_installed() -> None:
-    # Found, not imported: that takes half a minute, and happens in the actor.
+    # Found, not imported: that takes half a minute, and happens in the actors.
     missing = [name for name in ("ray", "vllm") if importlib.util.find_spec(name) is None]
     if missing:
         raise MissingDependencyError(

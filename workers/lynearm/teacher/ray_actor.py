@@ -7,17 +7,16 @@ import logging
 import os
 import socket
 from collections.abc import Generator
-from typing import Any, TypeAlias
+from dataclasses import replace
 
 from lynearm.teacher.config import TeachConfig
-from lynearm.teacher.worker import TeacherWorker, WorkerProgress
-from lynearm.wire.errors import LynearmError, MissingDependencyError, PromptFinishedError, TeacherError
-from lynearm.wire.specs import StreamSpec
+from lynearm.teacher.placement import NodeView, WorkerShare, machine_memory_bytes
+from lynearm.teacher.ray_cluster import Reservation, Untyped, live_nodes
+from lynearm.teacher.slot import Place
+from lynearm.teacher.worker import EngineFailedError, TeacherWorker, WorkerProgress
+from lynearm.wire.errors import LynearmError, MissingDependencyError, TeacherError
 
 logger = logging.getLogger(__name__)
-
-Untyped: TypeAlias = Any
-"""An object of Ray, whose remote calls no checker can follow."""
 
 _OBJECT_STORE_BYTES = 100 << 20
 """Prompts go through it, traces never do; Ray's own default takes a third of the machine's memory."""
@@ -29,7 +28,7 @@ _PROBE_SECONDS = 5.0
 
 
 class WorkerLostError(TeacherError):
-    """The actor died, or was overtaken: a new one can go on."""
+    """The actor died, or its engine did: a new one can go on."""
 
 
 @contextlib.contextmanager
@@ -61,6 +60,7 @@ def ray_session(address: str, cpus: int) -> Generator[Untyped]:
         os.environ.setdefault("RAY_worker_niceness", "0")
         arguments |= {
             "num_cpus": cpus,
+            "_memory": machine_memory_bytes(),
             "include_dashboard": False,
             "object_store_memory": _OBJECT_STORE_BYTES,
         }
@@ -72,41 +72,50 @@ def ray_session(address: str, cpus: int) -> Generator[Untyped]:
 
 
 class WorkerActor:
-    """Handle of one actor that owns a `TeacherWorker`. Ray never restarts it: the job does.
+    """Handle of one actor that owns a `TeacherWorker`. Ray never restarts it: the supervisor does.
 
     Args:
         ray: The connected module.
         config: The worker's.
-        cpus: CPUs that the actor asks Ray for.
+        share: What it takes of its node.
+        place: Where it runs.
+        producer_id: Names its blocks.
+        holder: Names its leases.
     """
 
-    def __init__(self, ray: Untyped, config: TeachConfig, cpus: int) -> None:
+    def __init__(
+        self,
+        ray: Untyped,
+        config: TeachConfig,
+        share: WorkerShare,
+        place: Place,
+        *,
+        producer_id: str,
+        holder: str,
+    ) -> None:
         self._ray = ray
-        gpus = 1 if ray.cluster_resources().get("GPU", 0) else 0
-        # Three threads: one runs, one answers for progress, one takes the order to stop.
         remote_class = ray.remote(
-            num_cpus=cpus, num_gpus=gpus, max_restarts=0, max_task_retries=0, max_concurrency=3
+            num_cpus=share.cpus,
+            num_gpus=share.gpus,
+            memory=share.memory_bytes or None,
+            scheduling_strategy=place.strategy(),
+            max_restarts=0,
+            max_task_retries=0,
+            # One works, one answers for progress, one takes the order to end.
+            max_concurrency=3,
         )(TeacherWorker)
-        self._actor = remote_class.remote(config)
+        self._actor = remote_class.remote(config, producer_id, holder)
         self._asked: Untyped = None
 
-    def load(self) -> Untyped:
-        """Start loading; `wait` on what this returns."""
-        return self._actor.load.remote()
-
-    def run(self, spec: StreamSpec, prompts: Untyped) -> Untyped:
-        """Start running; `wait` on what this returns."""
-        return self._actor.run.remote(spec, prompts)
-
-    def stop(self) -> None:
-        """Ask it to stop; `run` returns soon after."""
-        self._actor.stop.remote()
+    def call(self, method: str, *arguments: object) -> Untyped:
+        """Start a method of `TeacherWorker`; `finished` and `result` take what this returns."""
+        return getattr(self._actor, method).remote(*arguments)
 
     def kill(self) -> None:
         """End it at once. Harmless for one that is dead."""
         self._ray.kill(self._actor)
 
-    def finished(self, reference: Untyped, timeout_seconds: float) -> bool:
+    def finished(self, reference: Untyped, timeout_seconds: float = 0.0) -> bool:
         """Whether a call came to its end, in whatever way, within the time."""
         ready, _ = self._ray.wait([reference], timeout=timeout_seconds)
         return bool(ready)
@@ -115,29 +124,28 @@ class WorkerActor:
         """What a call returned.
 
         Raises:
-            WorkerLostError: if the actor died on the way, or its stream finished a prompt behind its back.
+            WorkerLostError: if the actor died on the way, or its engine did.
             LynearmError: what the call raised; TeacherError for anything else.
         """
         try:
             return self._ray.get(reference)
-        except self._ray.exceptions.RayActorError as error:
-            raise WorkerLostError(f"the teacher's process died: {_last_line(error)}") from error
         except self._ray.exceptions.RayTaskError as error:
             cause = error.cause
-            if isinstance(cause, PromptFinishedError):
+            if isinstance(cause, EngineFailedError):
                 raise WorkerLostError(cause.message, cause.remedy) from error
             if isinstance(cause, LynearmError):
                 raise cause from error
             raise TeacherError(f"the teacher failed: {type(cause).__name__}: {cause}") from error
+        # Also what is no RayActorError: a node that went, or memory that ran out.
         except self._ray.exceptions.RayError as error:
-            raise TeacherError(f"Ray failed: {_last_line(error)}", "run the same command again") from error
+            raise WorkerLostError(f"the teacher's process died: {_last_line(error)}") from error
 
-    def progress(self, timeout_seconds: float) -> WorkerProgress | None:
-        """How far it is; None when it has not answered yet, as while it imports, or is dead."""
+    def progress(self) -> WorkerProgress | None:
+        """How far it is, if it has answered since it was asked last. Never waits."""
         # One question at a time: an actor that is slow to answer would else answer a queue of old ones first.
         if self._asked is None:
             self._asked = self._actor.progress.remote()
-        if not self.finished(self._asked, timeout_seconds):
+        if not self.finished(self._asked):
             return None
         asked, self._asked = self._asked, None
         try:
@@ -145,6 +153,34 @@ class WorkerActor:
         except self._ray.exceptions.RayError:
             return None
         return progress
+
+
+class RayWorkers:
+    """Places and starts workers on a connected Ray.
+
+    Args:
+        ray: The module.
+        config: Of each worker.
+    """
+
+    def __init__(self, ray: Untyped, config: TeachConfig) -> None:
+        self._ray = ray
+        self._config = config
+
+    def nodes(self) -> list[NodeView]:
+        """The nodes that are alive."""
+        return live_nodes(self._ray)
+
+    def reserve(self, share: WorkerShare) -> Reservation:
+        """Ask for a share of some node."""
+        return Reservation(self._ray, share)
+
+    def start(self, share: WorkerShare, place: Place, *, producer_id: str, holder: str) -> WorkerActor:
+        """Start a worker in a place that it has been given."""
+        # "All" threads are those of its share: another worker has the rest of the node.
+        threads = self._config.threads or (0 if share.gpus else int(share.cpus))
+        config = replace(self._config, threads=threads)
+        return WorkerActor(self._ray, config, share, place, producer_id=producer_id, holder=holder)
 
 
 def _connect(module: Untyped, address: str, arguments: dict[str, object]) -> None:

@@ -1,31 +1,64 @@
-"""The teacher's worker: a loaded engine that turns prompts into published traces.
+"""The teacher's worker: a loaded engine that turns leased prompts into published traces.
 
-It runs inside a Ray actor, but knows nothing of Ray: `load` and `run` block on one thread, while `progress`
-and `stop` may be called from others. A worker holds no state that matters: what is finished is what the
-stream says, so that a new worker under the same producer id goes on where a killed one was.
+It runs inside a Ray actor, but knows nothing of Ray: `load`, `connect`, `attempt` and `run` block, one after
+the other, while `progress`, `drain` and `stop` may be called from other threads. A worker holds no state that
+matters: a sample is done exactly if the stream has its trace, and what a dead worker held goes to others.
 """
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import threading
-from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from typing import Literal, TypeAlias
 
-from lynearm.client import Publisher, TraceClient
+from lynearm.client.leases import Lease
 from lynearm.teacher.config import TeachConfig
-from lynearm.teacher.dictionary import DictionaryKeeper
+from lynearm.teacher.connection import WorkerConnection
 from lynearm.teacher.engine import Completion, TeacherEngine
-from lynearm.teacher.prompts import BadLine, Prompt
-from lynearm.teacher.publishing import BlockWriter, FinishedPrompt
+from lynearm.teacher.leasing import Assignment, LeaseAhead
+from lynearm.teacher.prompt_content import decode_prompt
+from lynearm.teacher.prompts import Prompt
+from lynearm.teacher.publishing import FinishedPrompt
 from lynearm.teacher.spans import find_spans
-from lynearm.wire.errors import ConfigError, InternalError, PromptTooLongError
+from lynearm.wire.errors import (
+    InternalError,
+    InvalidInputError,
+    LeaseSupersededError,
+    LynearmError,
+    PromptFinishedError,
+    TeacherError,
+)
 from lynearm.wire.specs import CodecSpec, StreamSpec
 from lynearm.wire.traces import Int32Array, Trace
+from lynearm.wire.work import MAX_REASON_BYTES, FailedSamples, LeasedPrompt, LeaseKey
 
 logger = logging.getLogger(__name__)
+
+RunEnd: TypeAlias = Literal["done", "dry", "drained", "stopped"]
+"""Why `run` returned. done: the whole job is; dry: others hold what is left of it."""
+
+_WAIT_SECONDS = 0.1
+_LAST_WORDS_SECONDS = 10.0
+"""How long a worker whose engine is dead may take to save what it had finished."""
+
+_MAX_REOPENINGS = 5
+"""Refusals in a row, without a finished prompt between them."""
+
+
+class EngineFailedError(TeacherError):
+    """The engine raised an error that is not about one request: nothing more can be expected of it."""
+
+
+@dataclass(frozen=True, slots=True)
+class LeasedWork:
+    """Some prompts of a lease that somebody else holds, to be answered for them."""
+
+    key: LeaseKey
+    prompts: tuple[LeasedPrompt, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,31 +85,41 @@ class WorkerProgress:
     """Time spent on encoding blocks, beside the engine."""
     process_id: int = 0
     """Of the worker's process."""
-    skipped: tuple[BadLine, ...] = ()
+    failed_prompts: int = 0
     """Prompts that the teacher cannot take."""
-    stopped: bool = False
-    """It was asked to stop before all prompts were finished."""
+    job_done_units: int = 0
+    """Units of the whole job that were done when it leased last."""
 
 
 @dataclass(slots=True)
 class _Pending:
     """A prompt on its way through the engine."""
 
+    lease: Lease
     prompt: Prompt
+    sample_indices: tuple[int, ...]
     token_ids: Int32Array
     opened: bool
     traces: dict[int, Trace]
 
 
 class TeacherWorker:
-    """Owns an engine; generates, encodes and publishes."""
+    """Owns an engine; leases, generates, encodes and publishes.
 
-    def __init__(self, config: TeachConfig) -> None:
+    Args:
+        config: What to load, and how to sample.
+        producer_id: Names its blocks; that of the config when empty.
+        holder: Names its leases; the producer id when empty.
+    """
+
+    def __init__(self, config: TeachConfig, producer_id: str = "", holder: str = "") -> None:
         self._config = config
+        self._producer_id = producer_id or config.producer_id
+        self._holder = holder or self._producer_id
         self._engine: TeacherEngine | None = None
-        self._publisher: Publisher | None = None
-        self._writer: BlockWriter | None = None
+        self._connection: WorkerConnection | None = None
         self._stop = threading.Event()
+        self._drain = threading.Event()
         self._progress = WorkerProgress(process_id=os.getpid())
         self._pending: dict[str, _Pending] = {}
 
@@ -102,44 +145,92 @@ class TeacherWorker:
             labels=dict(self._config.labels),
         )
 
-    def run(self, spec: StreamSpec, prompts: Sequence[Prompt]) -> WorkerProgress:
-        """Finish every prompt that the stream does not have yet; returns when all is durable, or stopped.
+    def connect(self, spec: StreamSpec, job: str) -> None:
+        """Get ready to work on a job of the stream.
 
         Raises:
             StreamExistsError: if the stream exists with another spec.
+        """
+        self._connection = WorkerConnection(
+            self._config, spec, job, producer_id=self._producer_id, holder=self._holder
+        )
+
+    def run(self) -> RunEnd:
+        """Answer prompts until there is nothing to lease, or until told to end; what it made is durable then.
+
+        Raises:
+            EngineFailedError: if the engine died; the leases of what was in it are still held.
             LynearmError: what ended the publishing, for example that another producer took over.
         """
-        with TraceClient(self._config.service) as client:
-            client.wait_until_ready()
-            client.open_stream(spec)
-            with client.publisher(self._config.stream, self._config.producer_id) as publisher:
-                self._publisher = publisher
-                finished = client.finished_prompts(self._config.stream)
-                waiting = deque(prompt for prompt in prompts if prompt.prompt_id not in finished)
-                vocab_size = self._loaded.vocab_size
-                keeper = DictionaryKeeper(client, self._config.stream, spec.codec, vocab_size=vocab_size)
-                self._writer = BlockWriter(
-                    publisher,
-                    self._config,
-                    codec=spec.codec,
-                    dictionaries=keeper if self._config.dictionary else None,
-                    vocab_size=vocab_size,
-                )
-                self._generate(waiting, self._writer)
-                self._writer.close()
+        refusals, done_before = 0, -1
+        while True:
+            try:
+                return self._run_once()
+            except (LeaseSupersededError, PromptFinishedError) as error:
+                # It was silent for too long, and others went on with its work.
+                refusals = 1 if self._progress.generated_prompts > done_before else refusals + 1
+                if refusals > _MAX_REOPENINGS:
+                    raise
+                done_before = self._progress.generated_prompts
+                logger.warning("stream %s: %s; beginning anew", self._config.stream, error)
+                self._abort_all()
+                self._connected.reopen()
+
+    def attempt(self, work: Sequence[LeasedWork]) -> None:
+        """Answer some prompts with nothing else in the engine; durable on return.
+
+        Raises:
+            EngineFailedError: if the engine died of them.
+            LynearmError: what ended the publishing.
+        """
+        for one in work:
+            lease = Lease(one.key, one.prompts)
+            for prompt in one.prompts:
+                self._start(Assignment(lease, prompt))
+        try:
+            while self._loaded.unfinished and not self._stop.is_set():
+                self._step()
+            self._abort_all()
+            self._connected.writer.flush()
+        except (LeaseSupersededError, PromptFinishedError) as error:
+            logger.warning("stream %s: %s; others answered it", self._config.stream, error)
+            self._abort_all()
+            self._connected.reopen()
+
+    def disconnect(self) -> WorkerProgress:
+        """Give back what it leased and did not finish; how far it came. Idempotent.
+
+        Raises:
+            LynearmError: what ended the publishing.
+        """
+        connection = self._connection
+        if connection is not None:
+            try:
+                connection.close()
+            finally:
+                self._progress = self.progress()
+                self._connection = None
         return self.progress()
 
     def progress(self) -> WorkerProgress:
         """How far it is; from any thread, at any time."""
-        engine, publisher, writer = self._engine, self._publisher, self._writer
+        engine, connection = self._engine, self._connection
+        progress = replace(self._progress, generated_tokens=engine.generated_tokens if engine else 0)
+        if connection is None:
+            return progress
+        job = connection.prompt_worker.job
         return replace(
-            self._progress,
-            generated_tokens=engine.generated_tokens if engine else 0,
-            acked_blocks=publisher.acked_blocks if publisher else 0,
-            waiting_seconds=publisher.waiting_seconds if publisher else 0.0,
-            waiting_reason=publisher.waiting_reason if publisher else "",
-            encode_seconds=writer.encode_seconds if writer else 0.0,
+            progress,
+            acked_blocks=connection.acked_blocks,
+            waiting_seconds=connection.waiting_seconds,
+            waiting_reason=connection.waiting_reason,
+            encode_seconds=connection.encode_seconds,
+            job_done_units=job.done_units if job else 0,
         )
+
+    def drain(self) -> None:
+        """Make `run` return once what it began is finished."""
+        self._drain.set()
 
     def stop(self) -> None:
         """Make `run` return soon: unfinished completions are dropped, finished prompts published."""
@@ -151,50 +242,107 @@ class TeacherWorker:
             raise InternalError("the worker was asked to run before it loaded its engine")
         return self._engine
 
-    def _generate(self, waiting: deque[Prompt], writer: BlockWriter) -> None:
-        while not self._stop.is_set():
-            self._feed(waiting)
-            if not self._loaded.unfinished:
-                break
-            for completion in self._loaded.step():
-                self._collect(completion, writer)
-            writer.check()
-        unfinished = list(self._pending)
-        self._update(stopped=bool(unfinished or waiting), running=0)
-        self._abort(unfinished)
+    @property
+    def _connected(self) -> WorkerConnection:
+        if self._connection is None:
+            raise InternalError("the worker was asked to run before it knew its job")
+        return self._connection
 
-    def _feed(self, waiting: deque[Prompt]) -> None:
+    def _run_once(self) -> RunEnd:
+        source = self._connected.lease_ahead()
+        try:
+            end = self._generate(source)
+            self._connected.writer.flush()
+        finally:
+            # After a failure of the engine, what was in it stays leased until it is known what did it.
+            source.keep_begun()
+        return "done" if end == "dry" and self._connected.is_job_done() else end
+
+    def _generate(self, source: LeaseAhead) -> RunEnd:
+        while not self._stop.is_set():
+            if self._drain.is_set():
+                source.keep_begun()
+            self._feed(source)
+            if self._loaded.unfinished:
+                self._step()
+            elif source.is_dry:
+                return "drained" if self._drain.is_set() else "dry"
+            else:
+                source.wait(_WAIT_SECONDS)
+        self._abort_all()
+        return "stopped"
+
+    def _feed(self, source: LeaseAhead) -> None:
         """Keep the engine full, and little more: what waits in it is lost at a stop."""
-        while waiting and self._loaded.unfinished < self._config.max_batch + self._config.completions - 1:
-            prompt = waiting.popleft()
-            try:
-                self._start(prompt)
-            except (PromptTooLongError, ConfigError) as error:
-                bad_line = BadLine(prompt.file, prompt.line, f"prompt {prompt.prompt_id!r}: {error.message}")
-                self._update(skipped=(*self._progress.skipped, bad_line))
+        while self._loaded.unfinished < self._config.max_batch + self._config.completions - 1:
+            assignment = source.next()
+            if assignment is None:
+                break
+            self._start(assignment)
         self._update(running=self._loaded.unfinished)
 
-    def _start(self, prompt: Prompt) -> None:
-        engine = self._loaded
-        token_ids = engine.tokenizer.encode(prompt)
-        opened = engine.tokenizer.opens_reasoning(token_ids.tolist())
-        self._pending[prompt.prompt_id] = _Pending(prompt, token_ids, opened, {})
-        for sample_index in range(self._config.completions):
-            sampling = engine.sampling(prompt.prompt_id, sample_index, token_ids.size)
-            engine.add(f"{sample_index}:{prompt.prompt_id}", token_ids.tolist(), sampling)
+    def _step(self) -> None:
+        for completion in self._of_engine(self._loaded.step):
+            self._collect(completion)
+        self._drop_lost()
+        self._connected.writer.check()
+        self._update(running=self._loaded.unfinished)
+
+    def _of_engine(self, work: Callable[[], list[Completion]]) -> list[Completion]:
+        try:
+            return work()
+        # Whatever it raises, in whatever process of its own: what is in it cannot be trusted any more.
+        except Exception as error:
+            with contextlib.suppress(LynearmError):
+                self._connected.writer.flush(_LAST_WORDS_SECONDS)
+            text = str(error).strip().split("\n", 1)[0][:300]
+            raise EngineFailedError(f"the engine failed: {type(error).__name__}: {text}") from error
+
+    def _drop_lost(self) -> None:
+        lost = [prompt_id for prompt_id, pending in self._pending.items() if pending.lease.is_lost]
+        self._abort(lost)
+
+    def _start(self, assignment: Assignment) -> None:
+        """Put a prompt into the engine; what the engine cannot take is given up."""
+        leased, engine = assignment.prompt, self._loaded
+        if leased.prompt_id in self._pending:
+            # Its lease was lost and comes back before that was noticed: what it has so far is of no use.
+            self._abort([leased.prompt_id])
+        pending: _Pending | None = None
+        try:
+            prompt = decode_prompt(leased.prompt_id, leased.content)
+            token_ids = engine.tokenizer.encode(prompt)
+            opened = engine.tokenizer.opens_reasoning(token_ids.tolist())
+            pending = _Pending(assignment.lease, prompt, leased.sample_indices, token_ids, opened, {})
+            self._pending[leased.prompt_id] = pending
+            for sample_index in leased.sample_indices:
+                sampling = engine.sampling(leased.prompt_id, sample_index, token_ids.size)
+                engine.add(f"{sample_index}:{leased.prompt_id}", token_ids.tolist(), sampling)
+        except (InvalidInputError, TeacherError) as error:
+            if pending is not None:
+                self._abort([leased.prompt_id])
+            self._refuse(assignment, error)
+            return
         self._update(prompt_tokens=self._progress.prompt_tokens + token_ids.size)
 
-    def _collect(self, completion: Completion, writer: BlockWriter) -> None:
+    def _refuse(self, assignment: Assignment, error: LynearmError) -> None:
+        leased = assignment.prompt
+        reason = error.message.encode()[:MAX_REASON_BYTES].decode(errors="ignore").replace("\0", " ")
+        failed = FailedSamples(leased.prompt_id, leased.sample_indices, reason)
+        self._connected.writer.put(FinishedPrompt(assignment.lease, (), (failed,)))
+        self._update(failed_prompts=self._progress.failed_prompts + 1)
+
+    def _collect(self, completion: Completion) -> None:
         sample, _, prompt_id = completion.request_id.partition(":")
         pending = self._pending[prompt_id]
         trace = self._trace(pending, int(sample), completion)
         pending.traces[trace.sample_index] = trace
         if not trace.completion_text.strip():
             self._update(empty_completions=self._progress.empty_completions + 1)
-        if len(pending.traces) == self._config.completions:
+        if len(pending.traces) == len(pending.sample_indices):
             del self._pending[prompt_id]
             in_order = tuple(trace for _, trace in sorted(pending.traces.items()))
-            writer.put(FinishedPrompt(prompt_id, in_order))
+            self._connected.writer.put(FinishedPrompt(pending.lease, in_order))
             self._update(generated_prompts=self._progress.generated_prompts + 1)
 
     def _trace(self, pending: _Pending, sample_index: int, completion: Completion) -> Trace:
@@ -215,13 +363,18 @@ class TeacherWorker:
             completion_text=engine.tokenizer.decode(token_ids, engine.eos_token_ids),
         )
 
+    def _abort_all(self) -> None:
+        self._abort(list(self._pending))
+
     def _abort(self, prompt_ids: Sequence[str]) -> None:
         request_ids = [
-            f"{sample}:{prompt_id}" for prompt_id in prompt_ids for sample in range(self._config.completions)
+            f"{sample_index}:{prompt_id}"
+            for prompt_id in prompt_ids
+            for sample_index in self._pending.pop(prompt_id).sample_indices
         ]
         if request_ids:
             self._loaded.abort(request_ids)
-        self._pending.clear()
+        self._update(running=self._loaded.unfinished)
 
     def _update(self, **changes: object) -> None:
         # Replaced whole, so that other threads always see one consistent state.

@@ -1,0 +1,210 @@
+"""A job on three nodes while workers die, nodes leave, the service is away, and a prompt kills its engine."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, TypeVar
+
+import pytest
+from models.faulty_worker import POISON, FaultyWorker
+from models.service_process import ServiceProcess
+from models.teaching import teach_config
+from models.tiny_llama import build_tiny_llama
+
+from lynearm.client import TraceClient
+from lynearm.teacher import TeachProgress, WorkerStatus, ray_actor, run_teach
+from lynearm.wire.codec import decode_block
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.filterwarnings("ignore::FutureWarning"),
+    pytest.mark.filterwarnings("ignore::DeprecationWarning"),
+    # Ray leaves its child processes to the interpreter's end.
+    pytest.mark.filterwarnings("ignore::ResourceWarning"),
+    pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning"),
+]
+
+T = TypeVar("T")
+
+NODE = {"num_cpus": 1, "object_store_memory": 80 << 20, "memory": 8 << 30}
+
+PROMPT_COUNT = 800
+
+_PREEMPTION = 2
+"""A reason to drain a node, as Ray numbers them."""
+
+
+def patiently(start: Callable[[], T]) -> T:
+    """Ray gives a node 30 s to start, which a busy machine may exceed; the next try is warm."""
+    for _ in range(2):
+        try:
+            return start()
+        # A node that does not come up in time raises a bare Exception.
+        except Exception as error:
+            print(f"Ray did not start ({error}); trying again")
+    return start()
+
+
+@pytest.fixture(scope="module")
+def cluster() -> Iterator[Any]:
+    """A head and two more nodes, with room for one worker each."""
+    import ray
+    from ray.cluster_utils import Cluster
+
+    with pytest.MonkeyPatch.context() as patch:
+        # At nice 15, which is Ray's default, workers would starve on a busy machine.
+        patch.setenv("RAY_worker_niceness", "0")
+        patch.setenv("RAY_AUTH_MODE", "disabled")
+        head = {**NODE, "include_dashboard": False}
+        made = patiently(lambda: Cluster(initialize_head=True, head_node_args=head))
+        try:
+            for _ in range(2):
+                patiently(lambda: made.add_node(**NODE))
+            module: Any = ray
+            module.init(address=made.address, log_to_driver=False, logging_level="warning")
+            yield made
+        finally:
+            ray.shutdown()
+            made.shutdown()
+
+
+def node_of(cluster: Any, worker: WorkerStatus) -> Any:
+    """The simulated node whose raylet started a worker's process."""
+    status = Path(f"/proc/{worker.process_id}/status").read_text()
+    parent = int(status.partition("PPid:")[2].split()[0])
+    raylets = {node.all_processes["raylet"][0].process.pid: node for node in cluster.list_all_nodes()}
+    return raylets[parent]
+
+
+def drain(node: Any, seconds: float) -> None:
+    import ray
+
+    client: Any = ray._raylet.GcsClient(address=ray.get_runtime_context().gcs_address)
+    deadline = int((time.time() + seconds) * 1000)
+    accepted, why = client.drain_node(node.node_id, _PREEMPTION, "the test takes it", deadline)
+    assert accepted, why
+
+
+class Trouble:
+    """Disturbs a job step by step, each once the last one has shown its effect."""
+
+    def __init__(self, cluster: Any, service: ServiceProcess) -> None:
+        self.cluster = cluster
+        self.service = service
+        self.seen: list[TeachProgress] = []
+        self.pids: set[int] = set()
+        self.done: list[str] = []
+        self.kept: Any = None
+
+    def __call__(self, progress: TeachProgress) -> None:
+        self.seen.append(progress)
+        print(self.done, progress, flush=True)
+        self.pids |= {worker.process_id for worker in progress.workers if worker.process_id}
+        steps = (self.drain_a_node, self.kill_a_worker, self.kill_the_service, self.lose_a_node)
+        if len(self.done) < len(steps) and steps[len(self.done)](progress):
+            self.done.append(steps[len(self.done)].__name__)
+
+    def at_work(self, progress: TeachProgress) -> list[WorkerStatus]:
+        return [one for one in progress.workers if one.state == "generating" and one.done_prompts]
+
+    def elsewhere(self, workers: list[WorkerStatus]) -> list[WorkerStatus]:
+        """Those that are not on the head."""
+        return [one for one in workers if node_of(self.cluster, one) is not self.cluster.head_node]
+
+    def drain_a_node(self, progress: TeachProgress) -> bool:
+        workers = self.at_work(progress)
+        if len(workers) < 3:
+            return False
+        drain(node_of(self.cluster, self.elsewhere(workers)[0]), 120)
+        return True
+
+    def kill_a_worker(self, progress: TeachProgress) -> bool:
+        if len(progress.workers) > 2 or len(self.at_work(progress)) < 2:
+            return False
+        os.kill(self.elsewhere(self.at_work(progress))[0].process_id, signal.SIGKILL)
+        return True
+
+    def kill_the_service(self, progress: TeachProgress) -> bool:
+        if not progress.restarts:
+            return False
+        self.service.kill()
+        threading.Timer(5.0, self.service.start).start()
+        return True
+
+    def lose_a_node(self, progress: TeachProgress) -> bool:
+        if len(self.at_work(progress)) < 2:
+            return False
+        node = node_of(self.cluster, self.elsewhere(self.at_work(progress))[0])
+        self.cluster.remove_node(node, allow_graceful=False)
+        return True
+
+
+def count_samples(target: str) -> Counter[tuple[str, int]]:
+    with TraceClient(target) as client, client.subscribe("lessons", follow=False) as blocks:
+        dictionaries = client.dictionaries("lessons")
+        decoded = (decode_block(block.block, dictionaries=dictionaries) for block in blocks)
+        return Counter((trace.prompt_id, trace.sample_index) for traces in decoded for trace in traces)
+
+
+def is_alive(process_id: int) -> bool:
+    try:
+        return Path(f"/proc/{process_id}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
+
+
+def test_no_prompt_is_lost_or_doubled_whatever_dies(
+    cluster: Any, service: ServiceProcess, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import ray
+
+    model = build_tiny_llama(tmp_path / "tiny")
+    monkeypatch.setattr(ray_actor, "TeacherWorker", FaultyWorker)
+    ids = [f"p{number}" for number in range(PROMPT_COUNT)]
+    ids.insert(PROMPT_COUNT * 7 // 8, f"{POISON}-1")
+    path = tmp_path / "prompts.jsonl"
+    path.write_text("".join(json.dumps({"id": one, "prompt": f"Tell me of {one}."}) + "\n" for one in ids))
+    trouble = Trouble(cluster, service)
+    config = teach_config(
+        model,
+        service=service.target,
+        prompts=path,
+        ray_address=cluster.address,
+        completions=1,
+        max_tokens=24,
+        max_batch=8,
+        block_bytes=8000,
+        kv_cache_mib=64,
+    )
+    report = run_teach(config, trouble)
+
+    assert trouble.done == ["drain_a_node", "kill_a_worker", "kill_the_service", "lose_a_node"]
+    expected = Counter((one, 0) for one in ids if not one.startswith(POISON))
+    assert count_samples(service.target) == expected
+    assert (report.prompts, report.completed, report.sealed) == (PROMPT_COUNT + 1, PROMPT_COUNT, True)
+    (failed,) = report.failed
+    assert failed.prompt_id == f"{POISON}-1"
+    assert failed.reason.startswith(
+        "ended the engine again when it was alone in it: the teacher's process died"
+    )
+    assert report.workers == 3
+    # The worker that was killed, and those that the poison ended: among others, and alone.
+    assert report.restarts == 3
+    states = {worker.state for progress in trouble.seen for worker in progress.workers}
+    assert {"loading", "generating", "draining", "retrying", "replacing"} <= states
+    messages = {progress.message for progress in trouble.seen}
+    assert any("RuntimeError: CUDA error: device-side assert triggered" in one for one in messages)
+
+    deadline = time.monotonic() + 60
+    while any(map(is_alive, trouble.pids)) and time.monotonic() < deadline:
+        time.sleep(0.5)
+    assert not [process_id for process_id in trouble.pids if is_alive(process_id)]
+    table: Any = ray.util.placement_group_table()
+    assert {place["state"] for place in table.values()} == {"REMOVED"}

@@ -1,0 +1,554 @@
+"""Keeps the workers of a job running: places them, replaces the dead, follows the cluster, ends them.
+
+Invariants:
+
+- A loop looks at everything and waits for nothing: calls of actors are started, and looked at later; what
+  may wait for the service is a `Chore`. A worker that loads, hangs or is dead holds up no other.
+- What a dead worker held is taken over at once, or, from one that went with its node, given back: nothing
+  waits until the service finds it silent. Nothing that a dead worker may still publish counts: its leases
+  are superseded.
+- A process that ends on a live node makes its prompts suspect: see `quarantine`.
+- Whatever ends the loop, every actor is killed and every place is released.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+from lynearm.client.job_calls import JobInfo
+from lynearm.client.leases import Lease
+from lynearm.teacher.chores import Chore
+from lynearm.teacher.config import TeachConfig
+from lynearm.teacher.placement import (
+    NodeView,
+    WorkerShare,
+    fits_nowhere,
+    waiting_reason,
+    worker_share,
+    workers_to_add,
+)
+from lynearm.teacher.quarantine import Quarantine, Suspect, SuspectGroup, by_lease
+from lynearm.teacher.ray_actor import WorkerLostError
+from lynearm.teacher.slot import Actor, Place, Slot, Totals
+from lynearm.teacher.worker import LeasedWork
+from lynearm.wire.errors import ConfigError, LynearmError, TeacherError
+from lynearm.wire.specs import StreamSpec
+
+logger = logging.getLogger(__name__)
+
+MAX_BARREN_DEATHS = 3
+"""Processes of one worker that may end in a row without a prompt finished between them, those not counted
+that a prompt ended which was alone in the engine."""
+
+MAX_VERDICTS = 8
+"""Prompts that end engines, of all workers and in a row: then it is not the prompts."""
+
+_NODES_SECONDS = 1.0
+"""Between two looks at the cluster."""
+
+_INQUEST_SECONDS = 5.0
+"""After a process ended, until its node counts as alive: Ray says so about both, in any order."""
+
+_IDLE_SECONDS = 2.0
+"""Until a worker that had nothing to do asks again."""
+
+_SETTLE_SECONDS = 3.0
+"""After a worker was placed, until Ray's account of what is free counts it in."""
+
+_STALE_PLACE_SECONDS = 30.0
+"""How long a place may be outstanding that there seemed to be room for."""
+
+_STOP_SECONDS = 30.0
+"""How long workers may take to publish what they have when they are asked to stop."""
+
+_STALL_SECONDS = 900.0
+"""A worker with prompts in its engine that makes no token for so long is replaced. No step takes minutes."""
+
+
+class WorkerCluster(Protocol):
+    """Where workers run."""
+
+    def nodes(self) -> Sequence[NodeView]:
+        """The nodes that are alive."""
+        ...
+
+    def reserve(self, share: WorkerShare) -> Place:
+        """Ask for a share of some node."""
+        ...
+
+    def start(self, share: WorkerShare, place: Place, *, producer_id: str, holder: str) -> Actor:
+        """Start a worker in a place that it has been given."""
+        ...
+
+
+class JobQueue(Protocol):
+    """The job, as far as the supervisor deals with it. Every method may wait for the service."""
+
+    @property
+    def name(self) -> str:
+        """Of the job."""
+        ...
+
+    @property
+    def unit_count(self) -> int:
+        """Units of the whole job."""
+        ...
+
+    def prepare(self, spec: StreamSpec) -> JobInfo:
+        """Open the stream, and create or find the job."""
+        ...
+
+    def give_back(self, holder: str) -> None:
+        """Let others have what a dead worker held."""
+        ...
+
+    def keep(self, holder: str) -> list[Lease]:
+        """Hold what a dead worker held."""
+        ...
+
+    def finish(self, group: SuspectGroup) -> None:
+        """Take note that prompts were answered. Does not wait."""
+        ...
+
+    def fail(self, suspect: Suspect, reason: str) -> JobInfo:
+        """Give a prompt up for good."""
+        ...
+
+
+@dataclass(slots=True)
+class _Errand:
+    """A chore, and what is done with its result."""
+
+    chore: Chore[object]
+    then: Callable[[object], None]
+
+
+class Supervisor:
+    """The workers of one job.
+
+    Args:
+        config: How many, and what each is.
+        cluster: Where they run.
+        queue: The job.
+        clock: Seconds that only grow.
+    """
+
+    def __init__(
+        self,
+        config: TeachConfig,
+        cluster: WorkerCluster,
+        queue: JobQueue,
+        *,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._config = config
+        self._cluster = cluster
+        self._queue = queue
+        self._clock = clock
+        self._nodes: Sequence[NodeView] = ()
+        self._looked_at = float("-inf")
+        self._share = WorkerShare(1)
+        self._slots: dict[int, Slot] = {}
+        self._errands: list[_Errand] = []
+        self._quarantine = Quarantine(config.max_batch)
+        self._gone = Totals()
+        self._heard = 0
+        self._verdicts = 0
+        self._finished_at_verdict = 0
+        self._placed_at = float("-inf")
+        self._preparing = False
+        self._job: JobInfo | None = None
+        self._stopping_since: float | None = None
+        self._is_done = False
+        self.restarts = 0
+        """Processes that ended and were replaced."""
+        self.given_up = 0
+        """Prompts that ended engines."""
+        self.most_workers = 0
+        """That generated at the same time."""
+        self.message = ""
+        """What happened last that a person should know; for one progress report."""
+
+    @property
+    def slots(self) -> list[Slot]:
+        """The workers, by number."""
+        return [slot for _, slot in sorted(self._slots.items())]
+
+    @property
+    def job(self) -> JobInfo | None:
+        """The job as it was when it was created or found; None before that."""
+        return self._job
+
+    @property
+    def has_ended(self) -> bool:
+        """Whether there is nothing left to look at."""
+        return (self._is_done or self._stopping_since is not None) and not self._slots
+
+    @property
+    def has_connected(self) -> bool:
+        """Whether some worker is, or was, at work."""
+        return any(slot.is_connected for slot in self._slots.values()) or self.most_workers > 0
+
+    def totals(self) -> Totals:
+        """What all workers did, those that are gone too."""
+        total = Totals()
+        total.add(self._gone)
+        for slot in self._slots.values():
+            total.add(slot.all_totals())
+        return total
+
+    def done_units(self) -> int:
+        """Units of the job that are done, as far as workers have heard."""
+        return max(self._heard, self._job.done_units if self._job else 0)
+
+    def tick(self) -> None:
+        """Look at everything once, and start what is due.
+
+        Raises:
+            LynearmError: what makes the job impossible; TeacherError if workers keep dying.
+        """
+        self._run_errands()
+        self._look_at_nodes()
+        for number, slot in list(self._slots.items()):
+            slot.look()
+            self._heard = max(self._heard, slot.progress.job_done_units)
+            self._advance(number, slot)
+        working = sum(slot.state in ("generating", "retrying") for slot in self._slots.values())
+        self.most_workers = max(self.most_workers, working)
+        if self._is_done or self._is_overdue():
+            self._end_all()
+
+    def stop(self) -> None:
+        """End soon: unfinished completions are dropped, finished prompts are published."""
+        self._stopping_since = self._clock()
+        for number, slot in list(self._slots.items()):
+            if slot.method == "run" or slot.method == "attempt":
+                slot.state = "draining"
+                self._order(slot, "stop")
+            elif slot.method != "disconnect":
+                self._end(number, slot)
+
+    def close(self) -> None:
+        """End everything at once."""
+        for number, slot in list(self._slots.items()):
+            slot.is_connected = False
+            self._end(number, slot)
+
+    # The cluster.
+
+    def _look_at_nodes(self) -> None:
+        if self._clock() - self._looked_at < _NODES_SECONDS:
+            return
+        self._looked_at = self._clock()
+        self._nodes = self._cluster.nodes()
+        if not self._slots:
+            self._share = worker_share(self._config, self._nodes)
+            self._refuse_what_never_fits()
+        for number, slot in list(self._slots.items()):
+            if slot.state == "waiting":
+                slot.reason = waiting_reason(self._nodes, self._share)
+                self._give_up_stale_place(number, slot)
+            elif self._is_leaving(slot):
+                self._leave_node(number, slot)
+        self._grow()
+
+    def _refuse_what_never_fits(self) -> None:
+        if self._config.ray_address == "local" and fits_nowhere(self._nodes, self._share):
+            raise ConfigError(
+                f"a worker takes {self._share}, which this machine does not have",
+                "take a smaller model, lower kv_cache_mib or threads, or join a cluster with ray_address",
+            )
+
+    def _grow(self) -> None:
+        if self._stopping_since is not None or self._is_done:
+            return
+        is_waiting = any(slot.state == "waiting" for slot in self._slots.values())
+        is_settled = not is_waiting and self._clock() - self._placed_at > _SETTLE_SECONDS
+        if not self._config.workers and not is_settled:
+            return  # Ray has not said yet what the last one left
+        left = self._queue.unit_count - self.done_units()
+        count = workers_to_add(
+            self._nodes,
+            self._share,
+            wanted=self._config.workers,
+            present=len(self._slots),
+            useful=-(-left // self._config.max_batch),
+        )
+        for _ in range(count):
+            number = next(number for number in range(len(self._slots) + 1) if number not in self._slots)
+            name = f"{self._config.producer_id}-{number}"
+            self._slots[number] = Slot(name, self._cluster.reserve(self._share), self._clock)
+
+    def _give_up_stale_place(self, number: int, slot: Slot) -> None:
+        is_stale = self._clock() - slot.since > _STALE_PLACE_SECONDS
+        if is_stale and not self._config.workers and len(self._slots) > 1 and not slot.place.node_id():
+            self._remove(number, slot)
+
+    def _is_leaving(self, slot: Slot) -> bool:
+        node = next((node for node in self._nodes if node.node_id == slot.node_id), None)
+        return node is not None and node.is_draining
+
+    def _is_gone(self, slot: Slot) -> bool:
+        return all(node.node_id != slot.node_id for node in self._nodes) or self._is_leaving(slot)
+
+    def _leave_node(self, number: int, slot: Slot) -> None:
+        """Its node is to go: let it finish what it began, and no more."""
+        if slot.method == "run" and slot.state != "draining":
+            slot.state, slot.reason = "draining", "its node is to go"
+            self.message = f"{slot.name} leaves node {slot.node_host}, which is to go"
+            self._order(slot, "drain")
+        elif slot.method in ("load", "connect") or slot.state in ("idle", "given up"):
+            self._end(number, slot)
+
+    # One worker.
+
+    def _advance(self, number: int, slot: Slot) -> None:
+        if slot.state == "waiting":
+            self._start_if_placed(slot)
+        elif slot.state == "replacing":
+            self._replace(number, slot)
+        elif slot.reference is not None and slot.actor is not None:
+            if slot.actor.finished(slot.reference):
+                self._take_result(number, slot, slot.actor)
+            else:
+                self._watch(number, slot)
+        elif slot.state == "loading":
+            self._connect(slot)
+        elif slot.state == "idle" and self._is_due(slot):
+            self._assign(number, slot)
+
+    def _watch(self, number: int, slot: Slot) -> None:
+        """Look at one that is at work."""
+        if slot.method == "disconnect" and self._clock() - slot.since > _STOP_SECONDS:
+            self._remove(number, slot)
+        elif slot.method in ("run", "attempt") and slot.seconds_without_a_token > _STALL_SECONDS:
+            self._bury(slot, f"it made no token for {_STALL_SECONDS:g} s")
+        elif slot.state == "idle" and slot.progress.running:
+            slot.state = "generating"
+
+    def _start_if_placed(self, slot: Slot) -> None:
+        slot.node_id = slot.place.node_id()
+        if not slot.node_id:
+            return
+        slot.node_host = next((one.host for one in self._nodes if one.node_id == slot.node_id), "")
+        slot.reason = ""
+        self._placed_at = self._clock()
+        self._start(slot)
+
+    def _start(self, slot: Slot) -> None:
+        slot.lives += 1
+        slot.actor = self._cluster.start(self._share, slot.place, producer_id=slot.name, holder=slot.holder)
+        slot.state = "loading"
+        slot.call("load")
+
+    def _take_result(self, number: int, slot: Slot, actor: Actor) -> None:
+        method, reference = slot.method, slot.reference
+        try:
+            result = actor.result(reference)
+        except WorkerLostError as error:
+            if method == "disconnect":
+                self._remove(number, slot)
+            else:
+                self._bury(slot, error.message)
+            return
+        except LynearmError as error:
+            if method == "disconnect":  # what it made was durable before
+                logger.warning("stream %s: %s: %s", self._config.stream, slot.name, error)
+                self._remove(number, slot)
+            else:
+                self._refuse(slot, method, error)
+            return
+        slot.method, slot.reference = "", None
+        if method == "load":
+            slot.spec = result
+            self._prepare(result)
+        elif method == "connect":
+            slot.is_connected = True
+            self._assign(number, slot)
+        elif method == "disconnect":
+            slot.progress = result
+            self._remove(number, slot)
+        elif method == "attempt":
+            slot.barren_deaths = 0
+            if slot.group is not None:
+                self._queue.finish(slot.group)
+            slot.group = None
+            self._assign(number, slot)
+        else:
+            self._take_end(number, slot, result)
+
+    def _take_end(self, number: int, slot: Slot, end: str) -> None:
+        if end in ("drained", "stopped") or self._stopping_since is not None:
+            self._end(number, slot)
+            return
+        slot.state, slot.since = "idle", self._clock()
+        self._is_done = self._is_done or end == "done"
+
+    def _refuse(self, slot: Slot, method: str, error: LynearmError) -> None:
+        """An error that another process would meet again."""
+        others = [other for other in self._slots.values() if other is not slot and other.is_connected]
+        if method not in ("load", "connect") or not others:
+            raise error
+        logger.warning("stream %s: %s on node %s: %s", self._config.stream, slot.name, slot.node_host, error)
+        slot.forget_process()
+        # It keeps its place, so that no other is tried there.
+        slot.state, slot.reason = "given up", error.message
+
+    def _prepare(self, spec: StreamSpec) -> None:
+        if self._preparing:
+            return
+        self._preparing = True
+        self._errand(lambda: self._queue.prepare(spec), self._note_job, "prepare-job")
+
+    def _note_job(self, job: JobInfo) -> None:
+        self._job = job
+
+    def _connect(self, slot: Slot) -> None:
+        if self._job is not None and slot.spec is not None:
+            slot.call("connect", slot.spec, self._queue.name)
+
+    def _is_due(self, slot: Slot) -> bool:
+        waited = self._clock() - slot.since > _IDLE_SECONDS
+        return not self._is_done and (len(self._quarantine) > 0 or waited)
+
+    def _assign(self, number: int, slot: Slot) -> None:
+        """Give a worker that does nothing something to do."""
+        if self._stopping_since is not None or self._is_leaving(slot):
+            self._end(number, slot)
+            return
+        slot.group = self._quarantine.next()
+        if slot.group is None:
+            # An idle one asks now and then: it is at work once it has got something.
+            if slot.state != "idle":
+                slot.state = "generating"
+            slot.reason = ""
+            slot.call("run")
+            return
+        slot.state = "retrying"
+        count = len(slot.group.suspects)
+        slot.reason = f"trying {count} prompts that were in an engine which died"
+        work = [
+            LeasedWork(lease.key, tuple(prompts)) for lease, prompts in by_lease(slot.group.suspects).items()
+        ]
+        slot.call("attempt", work)
+
+    # Its death.
+
+    def _bury(self, slot: Slot, reason: str) -> None:
+        logger.warning("stream %s: %s: %s", self._config.stream, slot.name, reason)
+        slot.bury(reason)
+        self.message = f"{slot.name}: {reason}; starting another"
+        # The next look at the nodes says whether its node is there.
+        self._looked_at = float("-inf")
+
+    def _replace(self, number: int, slot: Slot) -> None:
+        is_gone = self._is_gone(slot)
+        if not is_gone and self._clock() - slot.since < _INQUEST_SECONDS:
+            return
+        self._settle_estate(slot, suspicious=not is_gone)
+        if self._stopping_since is not None or self._is_done or is_gone:
+            self._remove(number, slot)
+            return
+        self.restarts += 1
+        if slot.barren_deaths >= MAX_BARREN_DEATHS:
+            self._give_up(slot)
+        else:
+            self._start(slot)
+
+    def _settle_estate(self, slot: Slot, *, suspicious: bool) -> None:
+        group, holder, slot.group = slot.group, slot.holder, None
+        if slot.is_connected:
+            slot.is_connected = False
+            if suspicious:
+                self._errand(lambda: self._queue.keep(holder), self._admit, "take-over")
+            else:
+                self._errand(lambda: self._queue.give_back(holder), _nothing, "give-back")
+        if group is None:
+            return
+        if not suspicious:
+            self._quarantine.put_back(group)
+        elif group.is_alone:
+            reason = f"ended the engine again when it was alone in it: {slot.reason}"
+            slot.barren_deaths -= 1
+            self._count_verdict(slot)
+            self._errand(lambda: self._queue.fail(group.suspects[0], reason), self._note_failure, "give-up")
+        else:
+            self._quarantine.split(group)
+
+    def _admit(self, leases: list[Lease]) -> None:
+        self._quarantine.admit(leases)
+
+    def _note_failure(self, job: JobInfo) -> None:
+        self.message = "a prompt that ended the engine twice was given up"
+        self.given_up += 1
+        self._job = job
+        self._is_done = self._is_done or job.state == "done"
+
+    def _count_verdict(self, slot: Slot) -> None:
+        finished = self.totals().generated_prompts
+        self._verdicts = self._verdicts + 1 if finished == self._finished_at_verdict else 1
+        self._finished_at_verdict = finished
+        if self._verdicts >= MAX_VERDICTS:
+            raise TeacherError(
+                f"{self._verdicts} prompts in a row ended the engine, the last with: {slot.reason}",
+                "lower max_batch or max_model_len if memory is short, and see Ray's logs",
+            )
+
+    def _give_up(self, slot: Slot) -> None:
+        reason = (
+            f"{slot.reason}; {slot.name} died {slot.barren_deaths} times in a row without a finished prompt"
+        )
+        if not any(other.is_connected for other in self._slots.values()):
+            raise TeacherError(
+                reason, "lower max_batch or max_model_len if memory is short, and see Ray's logs"
+            )
+        slot.state, slot.reason = "given up", reason
+
+    # Ends.
+
+    def _end_all(self) -> None:
+        for number, slot in list(self._slots.items()):
+            if slot.method != "disconnect" or self._is_overdue():
+                self._end(number, slot)
+
+    def _is_overdue(self) -> bool:
+        return self._stopping_since is not None and self._clock() - self._stopping_since > _STOP_SECONDS
+
+    def _end(self, number: int, slot: Slot) -> None:
+        """End a worker: one that may hold leases gives them back first."""
+        is_idle = slot.actor is not None and slot.reference is None
+        if slot.is_connected and is_idle and not self._is_overdue():
+            slot.state = "draining"
+            slot.call("disconnect")
+            return
+        if slot.is_connected and slot.method == "run" and not self._is_overdue():
+            return  # it returns soon: the job is done
+        self._remove(number, slot)
+
+    def _remove(self, number: int, slot: Slot) -> None:
+        slot.forget_process()
+        self._gone.add(slot.totals)
+        slot.place.release()
+        del self._slots[number]
+
+    def _order(self, slot: Slot, method: str) -> None:
+        if slot.actor is not None:
+            slot.actor.call(method)
+
+    # What may take long.
+
+    def _errand(self, work: Callable[[], object], then: Callable[..., None], name: str) -> None:
+        self._errands.append(_Errand(Chore(work, name), then))
+
+    def _run_errands(self) -> None:
+        for errand in [errand for errand in self._errands if errand.chore.is_done]:
+            self._errands.remove(errand)
+            errand.then(errand.chore.result())
+
+
+def _nothing(_result: object) -> None:
+    return None
