@@ -12,12 +12,19 @@ import numpy as np
 import pytest
 from teacher.inside_reference import ReferenceModel, Seen, cosine_distances
 
+from lynearm.client import TraceClient
+from lynearm.client.profiles import read_profile
 from lynearm.teacher import model_layout
 from lynearm.teacher.engine import Completion, TeacherEngine
 from lynearm.teacher.inside_options import HiddenCapture, LayerStats
 from lynearm.teacher.model_layout import ModelLayout, SampledRows, check_stream, layout_problem, take_rows
+from lynearm.teacher.prompt_content import encode_prompt
+from lynearm.teacher.prompts import Prompt
+from lynearm.teacher.worker import TeacherWorker
+from lynearm.wire.codec import decode_block
 from lynearm.wire.errors import ConfigError, TeacherError
-from lynearm.wire.hidden import HiddenStates
+from lynearm.wire.hidden import HiddenStates, HiddenStatesSpec
+from lynearm.wire.specs import CodecSpec, StreamSpec
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore::FutureWarning"),
@@ -222,7 +229,7 @@ def test_what_layers_do_agrees_with_transformers(looking: TeacherEngine, referen
 
 def test_one_step_in_so_many_is_measured(engine: TeacherEngine) -> None:
     engine.look_inside(None, LayerStats(every=4))
-    done = finish(engine, ask(engine, [5, 9, 13], first=70))
+    done = finish(engine, ask(engine, [5, 9, 13, 2, 7, 21, 4, 11, 3, 6], first=70))
     found = engine.take_statistics()
     engine.look_inside(None, None)
     assert all(one.completion and one.completion.hidden is None for one in done)
@@ -267,6 +274,70 @@ def test_states_that_may_not_fit_into_a_block_are_refused_before_any_token(engin
     finally:
         engine._config = before
         engine.look_inside(None, None)
+
+
+@pytest.fixture
+def stream_spec(looking: TeacherEngine) -> StreamSpec:
+    teacher, tokenizer = looking.describe()
+    codec = CodecSpec("standard", 16, hidden=looking.hidden)
+    return StreamSpec("lessons", teacher, tokenizer, codec, "Apache-2.0")
+
+
+def run_worker(
+    engine: TeacherEngine, service: Any, spec: StreamSpec, job: str, *, producer: str = "teacher-0"
+) -> int:
+    """A worker that answers a job of four prompts; the tokens that it generated."""
+    with TraceClient(service.target) as client:
+        client.open_stream(spec)
+        prompts = [Prompt(f"{job}-{number}", f"What is {number}?") for number in range(4)]
+        job_prompts = [encode_prompt(prompt) for prompt in prompts]
+        client.jobs.create("lessons", job, job_prompts, samples_per_prompt=2)
+    config = replace(
+        engine._config, service=service.target, capture="hidden:layers=0,-1,norm", stats="layers"
+    )
+    worker = TeacherWorker(config, producer)
+    worker._engine = engine
+    worker.connect(spec, job)
+    assert worker.run() == "done"
+    worker.disconnect()
+    with TraceClient(service.target) as client:
+        traces = [
+            trace
+            for block in client.subscribe("lessons", follow=False)
+            for trace in decode_block(block.block, dictionaries=client.dictionaries("lessons"))
+        ]
+    return sum(trace.completion_token_ids.size for trace in traces if trace.prompt_id.startswith(f"{job}-"))
+
+
+def test_a_job_leaves_states_in_its_traces_and_a_profile_with_its_stream(
+    looking: TeacherEngine, service: Any, stream_spec: StreamSpec, reference: ReferenceModel
+) -> None:
+    looking.take_statistics()
+    tokens = run_worker(looking, service, stream_spec, "first")
+    with TraceClient(service.target) as client:
+        assert client.get_stream("lessons").spec.codec.hidden == HiddenStatesSpec((0, 1, "norm"), "bf16", 64)
+        profile = read_profile(client, "lessons")
+        blocks = list(client.subscribe("lessons", follow=False))
+        dictionaries = client.dictionaries("lessons")
+        traces = [trace for one in blocks for trace in decode_block(one.block, dictionaries=dictionaries)]
+    assert len(traces) == 8
+    for trace in traces:
+        seen = reference.look(trace.prompt_token_ids.tolist(), trace.completion_token_ids.tolist())
+        expected = np.stack([seen.streams[1], seen.streams[-1], seen.normed])
+        assert trace.hidden is not None
+        assert (np.abs(trace.hidden.to_float32() - expected) <= 2**-8 * np.abs(expected) + 2e-3).all()
+    assert profile is not None
+    assert (profile.model, profile.revision) == (stream_spec.teacher.model, stream_spec.teacher.revision)
+    assert profile.positions == tokens
+    # A successor of that name goes on with its sums; another worker has sums of its own, which add to them.
+    tokens += run_worker(looking, service, stream_spec, "second")
+    tokens += run_worker(looking, service, stream_spec, "third", producer="teacher-1")
+    with TraceClient(service.target) as client:
+        whole = read_profile(client, "lessons")
+        assert len(client.attachments.list("lessons")) == 2
+    assert whole is not None
+    assert whole.positions == tokens
+    assert all(layer.positions == tokens for layer in whole.layers.values())
 
 
 # What is taken for granted about vLLM, and refused where it does not hold -----------------------------------

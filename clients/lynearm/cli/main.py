@@ -10,6 +10,7 @@ from lynearm.cli.options import make_app
 from lynearm.cli.serve import serve
 from lynearm.cli.streams import streams_app
 from lynearm.cli.teach import teach
+from lynearm.cli.teacher import teacher_app
 from lynearm.cli.tokens import tokens_app
 from lynearm.cli.train import train
 from lynearm.cli.up import down, up
@@ -20,6 +21,7 @@ app.command()(serve)
 app.command()(up)
 app.command()(down)
 app.command()(teach)
+app.add_typer(teacher_app, name="teacher")
 app.command()(train)
 app.add_typer(export_app, name="export")
 app.add_typer(streams_app, name="streams")

@@ -55,6 +55,22 @@ def teach(
     temperature: Annotated[
         float | None, typer.Option(help="0 always takes the likeliest token.", show_default="1.0")
     ] = None,
+    capture: Annotated[
+        str | None,
+        typer.Option(
+            metavar="hidden:layers=…[,dtype=bf16|fp8]",
+            help="Hidden states that traces carry, such as hidden:layers=4,8,-1,norm.",
+            show_default=False,
+        ),
+    ] = None,
+    stats: Annotated[
+        str | None,
+        typer.Option(
+            metavar="layers[:every=8]",
+            help="Measure each layer, for `lynearm teacher profile`.",
+            show_default=False,
+        ),
+    ] = None,
     threads: Annotated[
         int | None, typer.Option(help="CPU threads of the engine; 0 for all.", show_default="0")
     ] = None,

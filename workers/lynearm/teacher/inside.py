@@ -63,8 +63,11 @@ class LookInside:
         if capture is not None:
             layers = capture.resolve(reports[0].layer_count)
             self.spec = HiddenStatesSpec(layers, capture.dtype, reports[0].hidden_size)
+        if engine.has_unfinished_requests():
+            raise TeacherError("cannot begin to look inside while requests are on their way")
         wanted = ((), "bf16") if self.spec is None else (self.spec.layers, self.spec.dtype)
         engine.collective_rpc("lynearm_look_inside", args=(*wanted, 0 if stats is None else stats.every))
+        self._try_out()
 
     @property
     def waiting_rows(self) -> int:
@@ -134,6 +137,21 @@ class LookInside:
         self._engine.collective_rpc("lynearm_look_away")
         self._rows.clear()
         self._internal_ids.clear()
+
+    def _try_out(self) -> None:
+        """Generate a token, so that a model that is laid out in another way is noticed now."""
+        from vllm import SamplingParams
+
+        parameters: Untyped = SamplingParams(max_tokens=1, temperature=0.0, detokenize=False)
+        self._engine.add_request("look-inside", {"prompt_token_ids": [3, 2, 1]}, parameters)
+        try:
+            while self._engine.has_unfinished_requests():
+                self._engine.step()
+        except TeacherError as error:
+            self.close()
+            raise ConfigError(f"cannot look inside the teacher: {error.message}", error.remedy) from error
+        self._engine.collective_rpc("lynearm_take_states")
+        self.take_statistics()
 
     def _forget(self, request_id: str) -> _Rows | None:
         return self._rows.pop(self._internal_ids.pop(request_id, ""), None)

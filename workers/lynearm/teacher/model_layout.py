@@ -166,10 +166,10 @@ def check_stream(layout: ModelLayout, last: Tensor, normed: Tensor) -> None:
     """
     # Not through the module's call, which would call our own hooks.
     expected: Tensor = layout.norm.forward(last.clone())
-    difference, size = (rows.float().square().sum().sqrt() for rows in (expected - normed, normed))
-    off = float(difference / size)
+    difference, size = (float(rows.float().square().sum().sqrt()) for rows in (expected - normed, normed))
     # NaN compares as false.
-    if not off <= _STREAM_TOLERANCE:
+    if not difference <= _STREAM_TOLERANCE * size:
+        off = difference / size if size else float("inf")
         raise TeacherError(
             f"the model is laid out in another way: its final norm is off by {off:.2g} from that of the "
             f"residual stream behind its last layer, expected {_STREAM_TOLERANCE:g} at most",

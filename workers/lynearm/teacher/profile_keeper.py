@@ -14,14 +14,12 @@ import time
 from collections.abc import Mapping
 
 from lynearm.client import TraceClient
+from lynearm.client.profiles import PROFILE_PREFIX, read_profile
 from lynearm.wire.errors import LynearmError, ServiceUnavailableError
-from lynearm.wire.profiles import LayerStatistics, TeacherProfile, decode_profile, encode_profile
+from lynearm.wire.profiles import LayerStatistics, TeacherProfile, encode_profile
 from lynearm.wire.specs import TeacherSpec
 
 logger = logging.getLogger(__name__)
-
-PROFILE_PREFIX = "profile."
-"""Begins the name of every attachment that is part of a stream's teacher profile."""
 
 STORE_SECONDS = 60.0
 """How often sums are stored: what a worker that is killed loses at most."""
@@ -43,34 +41,33 @@ class ProfileKeeper:
         # A producer id may be as long as a name: with the prefix it would be none.
         self._prefix = f"{PROFILE_PREFIX}{hashlib.sha256(producer_id.encode()).hexdigest()[:16]}."
         self._profile = TeacherProfile(teacher.model, teacher.revision)
-        self._found: TeacherProfile | None = None
+        self._earlier: TeacherProfile | None = None
         self._is_stored = True
         self._stored_at = time.monotonic()
 
-    def add(self, statistics: Mapping[int, LayerStatistics]) -> None:
-        """Add sums; stores them when it is time."""
-        if statistics:
-            self._profile = self._profile.plus(
-                TeacherProfile(self._profile.model, self._profile.revision, statistics)
-            )
-            self._is_stored = False
-        if time.monotonic() - self._stored_at >= STORE_SECONDS:
-            self.store()
-
     @property
     def is_due(self) -> bool:
-        """Whether sums should be taken out of the engine and added now."""
+        """Whether it is time to store."""
         return time.monotonic() - self._stored_at >= STORE_SECONDS
 
-    def store(self) -> None:
-        """Keep all sums with the stream, and those that its predecessor had stored."""
+    def store(self, statistics: Mapping[int, LayerStatistics]) -> None:
+        """Keep all sums with the stream, these and those that a predecessor had stored.
+
+        Args:
+            statistics: What was measured since the last call.
+        """
         self._stored_at = time.monotonic()
+        if statistics:
+            measured = TeacherProfile(self._profile.model, self._profile.revision, statistics)
+            self._profile = self._profile.plus(measured)
+            self._is_stored = False
         if self._is_stored:
             return
         try:
-            if self._found is None:
-                self._found = read_profile(self._client, self._stream, self._prefix)
-            whole = self._profile if self._found is None else self._found.plus(self._profile)
+            if self._earlier is None:
+                found = read_profile(self._client, self._stream, self._prefix)
+                self._earlier = found or TeacherProfile(self._profile.model, self._profile.revision)
+            whole = self._earlier.plus(self._profile)
             for number, part in enumerate(encode_profile(whole)):
                 self._client.attachments.put(self._stream, f"{self._prefix}{number}", part)
         except ServiceUnavailableError as error:
@@ -78,22 +75,4 @@ class ProfileKeeper:
         except LynearmError as error:
             logger.warning("stream %s: the teacher profile is not stored: %s", self._stream, error)
         else:
-            if self._found is None:
-                self._found = TeacherProfile(whole.model, whole.revision)
             self._is_stored = True
-
-
-def read_profile(client: TraceClient, stream: str, prefix: str = PROFILE_PREFIX) -> TeacherProfile | None:
-    """The sums of all parts of a stream's profile, or of one producer's; None where there are none.
-
-    Raises:
-        StreamNotFoundError: if there is no such stream.
-        CorruptBlockError: if an attachment under that prefix is no profile.
-        MisalignmentError: if the parts are of different teachers.
-    """
-    found: TeacherProfile | None = None
-    for attachment in client.attachments.list(stream):
-        if attachment.name.startswith(prefix):
-            part = decode_profile(client.attachments.get(stream, attachment.name))
-            found = part if found is None else found.plus(part)
-    return found
