@@ -127,7 +127,7 @@ def _series(label: str, points: Sequence[Point], *, dotted: bool = True) -> Seri
 
 
 def _draw_heads(heads: dict[int, Float64Array]) -> str:
-    """Layers to the right, heads downwards; darker adds more to the residual stream, by its layer's largest."""
+    """Layers to the right, heads downwards; the darker, the more of the most that a head of its layer adds."""
     rows = max(map(len, heads.values()))
     width = (WIDTH - _CELL_LEFT - 14) / len(heads)
     parts = [
