@@ -84,7 +84,7 @@ def test_a_drawing_is_a_picture_by_itself(service: ServiceProcess, tmp_path: Pat
     root = ElementTree.fromstring(drawing)
     panels = root.findall("{http://www.w3.org/2000/svg}svg")
     assert len(panels) == (3 if neurons else 2)
-    assert "&lt;tiny&gt; &amp; co, 40 completion positions" in drawing
+    assert ">&lt;tiny&gt; &amp; co</text>" in drawing
     assert len(root.findall(".//{http://www.w3.org/2000/svg}title")) >= 4 + 4 * 3
 
 

@@ -75,9 +75,7 @@ def draw_profile(profile: TeacherProfile) -> str:
     layers = profile.layers
     influence = [(float(number), layer.influence) for number, layer in layers.items()]
     panels = [
-        draw_chart(
-            Chart("Block influence", "layer", "1 − cos(before, after)", (_series("influence", influence),))
-        )
+        draw_chart(Chart("Block influence", "layer", "block influence", (_series("influence", influence),)))
     ]
     heights = [HEIGHT]
     heads = {
@@ -90,10 +88,10 @@ def draw_profile(profile: TeacherProfile) -> str:
     if measured:
         panels.append(draw_chart(_neuron_chart(measured)))
         heights.append(HEIGHT)
-    top = 34
+    top = 52
     parts = [
-        f'<text class="title" x="8" y="22">{escape(profile.model)}, {profile.positions:,} completion '
-        "positions</text>"
+        f'<text class="title" x="2" y="20">{escape(profile.model)}</text>',
+        f'<text class="label" x="2" y="37">{profile.positions:,} completion positions</text>',
     ]
     for panel, height in zip(panels, heights, strict=True):
         placed = f'<svg x="0" y="{top}" width="{WIDTH}" height="{height}"'
@@ -107,7 +105,7 @@ def draw_profile(profile: TeacherProfile) -> str:
 
 
 def _neuron_chart(layers: dict[int, LayerStatistics]) -> Chart:
-    quantiles = {"9 in 10 below": 0.9, "median": 0.5, "1 in 10 below": 0.1}
+    quantiles = {"p90": 0.9, "p50": 0.5, "p10": 0.1}
     series = [
         _series(
             label,
@@ -119,7 +117,7 @@ def _neuron_chart(layers: dict[int, LayerStatistics]) -> Chart:
         )
         for label, share in quantiles.items()
     ]
-    return Chart("Neurons", "layer", "mean |activation|", tuple(series))
+    return Chart("Neurons", "layer", "neurons' |activation|", tuple(series))
 
 
 def _series(label: str, points: Sequence[Point], *, dotted: bool = True) -> Series:
@@ -127,7 +125,7 @@ def _series(label: str, points: Sequence[Point], *, dotted: bool = True) -> Seri
 
 
 def _draw_heads(heads: dict[int, Float64Array]) -> str:
-    """Layers to the right, heads downwards; the darker, the more of the most that a head of its layer adds."""
+    """Layers to the right, heads downwards; the darker, the nearer to the most of its layer."""
     rows = max(map(len, heads.values()))
     width = (WIDTH - _CELL_LEFT - 14) / len(heads)
     parts = [
