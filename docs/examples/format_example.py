@@ -134,7 +134,7 @@ class _NotedRows(reference.RowsPart):
     def __init__(self, block: bytes) -> None:
         header, payload = reference.read_outer(block)
         reader = reference.ByteReader(payload)
-        (message,) = reference.read_metadata(header, reader.take(reader.varint()))
+        (message,) = reference.read_metadata(header, reader.take(reader.varint())).traces
         widths = [message.top_k] * (message.prompt_rows + message.completion_length)
         super().__init__(reader, header.codec_mode, None, widths, reference.tokens_before([message]))
         self.numbers = self._numbers = _NotedBits(self.numbers.data)

@@ -43,6 +43,8 @@ COMMANDS = (
     ("teach",),
     ("teacher",),
     ("teacher", "serve"),
+    ("teacher", "profile"),
+    ("teacher", "attention"),
     ("train",),
     ("export",),
     ("export", "mlx"),

@@ -55,6 +55,9 @@ REQUESTS: dict[str, Callable[[str], Any]] = {
     "ListFinishedPrompts": lambda name: pb.ListFinishedPromptsRequest(stream=name),
     "PutDictionary": lambda name: pb.PutDictionaryRequest(stream=name, dictionary=b"d"),
     "GetDictionary": lambda name: pb.GetDictionaryRequest(stream=name, digest=bytes(8)),
+    "PutAttachment": lambda name: pb.PutAttachmentRequest(stream=name, name="a", content=b"c"),
+    "GetAttachment": lambda name: pb.GetAttachmentRequest(stream=name, name="a"),
+    "ListAttachments": lambda name: pb.ListAttachmentsRequest(stream=name),
 }
 
 ALLOWED: dict[str, set[Permission]] = {
@@ -68,6 +71,9 @@ ALLOWED: dict[str, set[Permission]] = {
     "ListFinishedPrompts": {"publish", "consume"},
     "PutDictionary": {"publish"},
     "GetDictionary": {"publish", "consume"},
+    "PutAttachment": {"publish"},
+    "GetAttachment": {"publish", "consume"},
+    "ListAttachments": {"publish", "consume"},
 }
 
 

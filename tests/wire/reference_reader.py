@@ -27,6 +27,7 @@ TAIL_CODE, REST_CODE = 28, 36
 MAX_ENTRIES = 1 << 23
 MAX_VOCABULARY = 1 << 20
 MAX_DICTIONARY_CONTENT = 21_364_772
+LARGEST_SCALE = float.fromhex("0x1.249248p+119")
 
 
 class CorruptError(ValueError):
@@ -57,13 +58,20 @@ class Trace:
     completion_token_ids: list[int]
     prompt_rows: list[Row]
     completion_rows: list[Row]
+    hidden_states: list[list[list[float]]] | None
+    """Of each layer, of each completion position."""
 
 
 def read_block(data: bytes, find_dictionary: Callable[[bytes], bytes] | None = None) -> list[Trace]:
     """The traces of a block; `find_dictionary` returns a dictionary's bytes by its digest."""
     header, payload = read_outer(data)
     reader = ByteReader(payload)
-    messages = read_metadata(header, reader.take(reader.varint()))
+    metadata = read_metadata(header, reader.take(reader.varint()))
+    messages = list(metadata.traces)
+    hidden_states = None
+    if metadata.HasField("hidden_states"):
+        section = reader.take(reader.varint())
+        hidden_states = read_hidden_states(metadata.hidden_states, section, header.completion_token_count)
     dictionary = None
     if header.dictionary_digest:
         check(find_dictionary is not None, "the block needs a dictionary, and there is no way to find it")
@@ -76,7 +84,7 @@ def read_block(data: bytes, find_dictionary: Callable[[bytes], bytes] | None = N
     widths = [width for count, width in counts for _ in range(count)]
     part = RowsPart(reader, header.codec_mode, dictionary, widths, tokens_before(messages))
     rows = part.read()
-    return list(join_traces(messages, rows, part.vocabulary))
+    return list(join_traces(messages, rows, part.vocabulary, hidden_states))
 
 
 def tokens_before(messages: list[trace_pb2.TraceMetadata]) -> dict[int, int | None]:
@@ -185,8 +193,8 @@ def declared_size(frame: bytes) -> int:
     return int(parameters.content_size)
 
 
-def read_metadata(header: trace_pb2.BlockHeader, stored: bytes) -> list[trace_pb2.TraceMetadata]:
-    """The metadata of every trace, with sizes checked."""
+def read_metadata(header: trace_pb2.BlockHeader, stored: bytes) -> trace_pb2.BlockMetadata:
+    """The metadata of a block, with sizes checked."""
     if len(stored) != header.uncompressed_size_bytes:
         check(declared_size(stored) == header.uncompressed_size_bytes, "size of the metadata")
         stored = decompress(stored)
@@ -194,10 +202,15 @@ def read_metadata(header: trace_pb2.BlockHeader, stored: bytes) -> list[trace_pb
     check(len(parts) == header.trace_count, "number of traces in the metadata")
     fields = sum(1 for part in parts for _ in fields_of(part))
     check(fields <= (1 << 21) + 64 * len(parts), "fields of the metadata")
+    described = sum(
+        len(value) for number, value in fields_of(stored) if number == 10 and isinstance(value, bytes)
+    )
+    check(described <= 4096, "description of the hidden states")
     try:
-        traces = list(trace_pb2.BlockMetadata.FromString(stored).traces)
+        metadata = trace_pb2.BlockMetadata.FromString(stored)
     except DecodeError as error:
         raise CorruptError("the metadata do not parse") from error
+    traces = list(metadata.traces)
     check(sum(len(trace.spans) for trace in traces) <= 1 << 20, "spans")
     check(sum(len(trace.tags) for trace in traces) <= 1 << 20, "tags")
     for trace in traces:
@@ -209,13 +222,67 @@ def read_metadata(header: trace_pb2.BlockHeader, stored: bytes) -> list[trace_pb
     check(prompt_tokens == header.prompt_token_count <= MAX_ENTRIES, "prompt tokens")
     completion_tokens = sum(trace.completion_length for trace in traces)
     check(completion_tokens == header.completion_token_count, "completion tokens")
-    return traces
+    return metadata
 
 
-def join_traces(messages: list[trace_pb2.TraceMetadata], rows: list[Row], vocabulary: int) -> Iterator[Trace]:
-    """Metadata and rows of every trace."""
+def read_hidden_states(
+    spec: trace_pb2.HiddenStatesSpec, section: bytes, positions: int
+) -> list[list[list[float]]]:
+    """Of each layer, the state of each completion position of the block."""
+    count = len(spec.layers) + spec.final_norm
+    if spec.dtype not in (1, 2):
+        raise NewerError(f"hidden states of type {spec.dtype}; this reader knows 1 and 2")
+    check(1 <= count <= 256 and 1 <= spec.hidden_size <= 65_536, "layers or hidden size")
+    check(list(spec.layers) == sorted(set(spec.layers)), "layers that do not ascend")
+    check(all(layer < 65_536 for layer in spec.layers), "a layer")
+    row_bytes = 2 * spec.hidden_size if spec.dtype == 1 else spec.hidden_size + 4
+    check(count * row_bytes * positions <= 16 << 20, "bytes of hidden states")
+    reader = ByteReader(section)
+
+    def plane(size: int) -> bytes:
+        stored = reader.take(reader.varint())
+        if len(stored) != size:
+            check(declared_size(stored) == size, "size of a plane")
+            stored = decompress(stored)
+        return stored
+
+    states: list[list[list[float]]] = []
+    for _ in range(count):
+        if spec.dtype == 1:
+            upper, lower = plane(positions * spec.hidden_size), plane(positions * spec.hidden_size)
+            numbers = [float_of(high << 24 | low << 16) for high, low in zip(upper, lower, strict=True)]
+        else:
+            scales = struct.unpack(f"<{positions}f", plane(4 * positions))
+            check(all(0 < scale <= LARGEST_SCALE for scale in scales), "a scale")
+            codes = plane(positions * spec.hidden_size)
+            rows = [scale for scale in scales for _ in range(spec.hidden_size)]
+            numbers = [float32(scale * e4m3(code)) for scale, code in zip(rows, codes, strict=True)]
+        check(spec.dtype == 2 or all(map(math.isfinite, numbers)), "a state that is no number")
+        starts = range(0, len(numbers), spec.hidden_size)
+        states.append([numbers[start : start + spec.hidden_size] for start in starts])
+    check(reader.rest() == b"", "bytes behind the hidden states")
+    return states
+
+
+def e4m3(code: int) -> float:
+    """The number of an FP8 code."""
+    check(code & 0x7F != 0x7F, "a state that is no number")
+    sign, exponent, mantissa = (-1) ** (code >> 7), code >> 3 & 15, code & 7
+    if exponent == 0:
+        return sign * mantissa / 8 * 2.0**-6
+    return sign * (1 + mantissa / 8) * 2.0 ** (exponent - 7)
+
+
+def join_traces(
+    messages: list[trace_pb2.TraceMetadata],
+    rows: list[Row],
+    vocabulary: int,
+    hidden_states: list[list[list[float]]] | None,
+) -> Iterator[Trace]:
+    """Metadata, rows and hidden states of every trace."""
     sampling = trace_pb2.SamplingParams(temperature=1, top_p=1)
     start = 0
+    completed = 0
     for message in messages:
         if message.HasField("sampling"):
             sampling = message.sampling
@@ -233,8 +300,12 @@ def join_traces(messages: list[trace_pb2.TraceMetadata], rows: list[Row], vocabu
         check(last <= message.completion_length, "span")
         check(len({tag.key for tag in message.tags}) == len(message.tags), "a tag comes twice")
         completion = [row.sampled_id for row in rows[middle:end]]
-        yield Trace(message, prompt, completion, rows[start:middle], rows[middle:end])
+        states = None
+        if hidden_states is not None:
+            states = [layer[completed : completed + message.completion_length] for layer in hidden_states]
+        yield Trace(message, prompt, completion, rows[start:middle], rows[middle:end], states)
         start = end
+        completed += message.completion_length
 
 
 # Code tables ----------------------------------------------------------------------------------------------

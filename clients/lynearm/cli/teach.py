@@ -79,6 +79,22 @@ def teach(
     ] = None,
     stream: Annotated[str | None, typer.Option(help="Stream that receives the traces.")] = None,
     service: Service = None,
+    capture: Annotated[
+        str | None,
+        typer.Option(
+            metavar="hidden:layers=…[,dtype=bf16|fp8]",
+            help="Hidden states that traces carry, such as hidden:layers=4,8,-1,norm.",
+            show_default=False,
+        ),
+    ] = None,
+    stats: Annotated[
+        str | None,
+        typer.Option(
+            metavar="layers[:every=8]",
+            help="Measure each layer, for `lynearm teacher profile`.",
+            show_default=False,
+        ),
+    ] = None,
     job: Annotated[
         str | None,
         typer.Option(metavar="NAME", help="Name of the job; else a digest of its prompts."),

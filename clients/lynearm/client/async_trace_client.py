@@ -6,6 +6,7 @@ from collections.abc import AsyncIterator, Mapping
 from typing import TYPE_CHECKING, Literal, TypeVar
 
 from lynearm.client import calls
+from lynearm.client.async_attachments import AsyncAttachmentClient
 from lynearm.client.async_client import AsyncClient
 from lynearm.client.async_consumers import AsyncConsumerClient
 from lynearm.client.async_jobs import AsyncJobClient
@@ -197,6 +198,11 @@ class AsyncTraceClient(AsyncClient):
     def jobs(self) -> AsyncJobClient:
         """Prompts that the service hands out to workers."""
         return AsyncJobClient(self.send)
+
+    @property
+    def attachments(self) -> AsyncAttachmentClient:
+        """As `TraceClient.attachments`."""
+        return AsyncAttachmentClient(self.send)
 
     @property
     def consumers(self) -> AsyncConsumerClient:

@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Literal, TypeVar
 
 from lynearm.client import calls
+from lynearm.client.attachments import AttachmentClient
 from lynearm.client.consumers import ConsumerClient
 from lynearm.client.jobs import JobClient
 from lynearm.client.leases import DEFAULT_UNITS, PromptWorker
@@ -304,6 +305,11 @@ class TraceClient(SyncClient):
     def jobs(self) -> JobClient:
         """Prompts that the service hands out to workers."""
         return JobClient(self.send)
+
+    @property
+    def attachments(self) -> AttachmentClient:
+        """What the service keeps about streams besides traces."""
+        return AttachmentClient(self.send)
 
     @property
     def consumers(self) -> ConsumerClient:

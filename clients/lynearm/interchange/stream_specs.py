@@ -31,6 +31,7 @@ _DEFAULTS: Facts = {
     "codec.mode": "standard",
     "codec.min_probability": 0.0,
     "codec.draws": 0,
+    "codec.hidden": None,
     "labels": {},
 }
 
@@ -71,6 +72,8 @@ def resolve_spec(config: ImportConfig, known: SpecFacts) -> StreamSpec:
     facts |= _facts_of(known.existing) if known.existing is not None else {}
     facts |= known.tokenizer
     facts |= _facts_of(known.file) if known.file is not None else {}
+    # No file brings hidden states: what is imported has none, whatever the stream had that it comes from.
+    facts["codec.hidden"] = None
     facts |= _flag_facts(config)
     wanted = [
         "name",

@@ -43,6 +43,30 @@ LOGPROBS_MODE_PROCESSED: LogprobsMode.ValueType  # 2
 """After temperature, top-p and the like: what the sampler drew from."""
 Global___LogprobsMode: typing_extensions.TypeAlias = LogprobsMode
 
+class _HiddenStatesDtype:
+    ValueType = typing.NewType("ValueType", builtins.int)
+    V: typing_extensions.TypeAlias = ValueType
+
+class _HiddenStatesDtypeEnumTypeWrapper(google.protobuf.internal.enum_type_wrapper._EnumTypeWrapper[_HiddenStatesDtype.ValueType], builtins.type):
+    DESCRIPTOR: google.protobuf.descriptor.EnumDescriptor
+    HIDDEN_STATES_DTYPE_UNSPECIFIED: _HiddenStatesDtype.ValueType  # 0
+    """Not said; refused."""
+    HIDDEN_STATES_DTYPE_BF16: _HiddenStatesDtype.ValueType  # 1
+    """bfloat16: the upper half of a float32."""
+    HIDDEN_STATES_DTYPE_FP8_E4M3: _HiddenStatesDtype.ValueType  # 2
+    """FP8 E4M3 without infinities, with one float32 scale for each row."""
+
+class HiddenStatesDtype(_HiddenStatesDtype, metaclass=_HiddenStatesDtypeEnumTypeWrapper):
+    """Floating-point type in which hidden states travel."""
+
+HIDDEN_STATES_DTYPE_UNSPECIFIED: HiddenStatesDtype.ValueType  # 0
+"""Not said; refused."""
+HIDDEN_STATES_DTYPE_BF16: HiddenStatesDtype.ValueType  # 1
+"""bfloat16: the upper half of a float32."""
+HIDDEN_STATES_DTYPE_FP8_E4M3: HiddenStatesDtype.ValueType  # 2
+"""FP8 E4M3 without infinities, with one float32 scale for each row."""
+Global___HiddenStatesDtype: typing_extensions.TypeAlias = HiddenStatesDtype
+
 class _CodecMode:
     ValueType = typing.NewType("ValueType", builtins.int)
     V: typing_extensions.TypeAlias = ValueType
@@ -227,6 +251,7 @@ class CodecSpec(google.protobuf.message.Message):
     TOP_K_FIELD_NUMBER: builtins.int
     MIN_PROBABILITY_FIELD_NUMBER: builtins.int
     DRAWS_FIELD_NUMBER: builtins.int
+    HIDDEN_STATES_FIELD_NUMBER: builtins.int
     mode: Global___CodecMode.ValueType
     """Codec of every block in the stream."""
     top_k: builtins.int
@@ -237,6 +262,10 @@ class CodecSpec(google.protobuf.message.Message):
     """
     draws: builtins.int
     """Draws kept per position in CODEC_MODE_SAMPLED, at least 1; 0 in every other mode."""
+    @property
+    def hidden_states(self) -> Global___HiddenStatesSpec:
+        """Hidden states that every trace carries. Absent: none."""
+
     def __init__(
         self,
         *,
@@ -244,10 +273,46 @@ class CodecSpec(google.protobuf.message.Message):
         top_k: builtins.int = ...,
         min_probability: builtins.float = ...,
         draws: builtins.int = ...,
+        hidden_states: Global___HiddenStatesSpec | None = ...,
     ) -> None: ...
-    def ClearField(self, field_name: typing.Literal["draws", b"draws", "min_probability", b"min_probability", "mode", b"mode", "top_k", b"top_k"]) -> None: ...
+    def HasField(self, field_name: typing.Literal["hidden_states", b"hidden_states"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["draws", b"draws", "hidden_states", b"hidden_states", "min_probability", b"min_probability", "mode", b"mode", "top_k", b"top_k"]) -> None: ...
 
 Global___CodecSpec: typing_extensions.TypeAlias = CodecSpec
+
+@typing.final
+class HiddenStatesSpec(google.protobuf.message.Message):
+    """Which hidden states traces carry: one row for each layer and completion position, the state from which
+    the position's token was predicted.
+    """
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    LAYERS_FIELD_NUMBER: builtins.int
+    FINAL_NORM_FIELD_NUMBER: builtins.int
+    DTYPE_FIELD_NUMBER: builtins.int
+    HIDDEN_SIZE_FIELD_NUMBER: builtins.int
+    final_norm: builtins.bool
+    """Whether the output of the final norm is there too, behind those of the layers."""
+    dtype: Global___HiddenStatesDtype.ValueType
+    """Type of the numbers."""
+    hidden_size: builtins.int
+    """Numbers of a row; 1 to 65,536."""
+    @property
+    def layers(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.int]:
+        """Decoder layers, counted from 0, ascending: the residual stream after each. With final_norm, 1 to 256."""
+
+    def __init__(
+        self,
+        *,
+        layers: collections.abc.Iterable[builtins.int] | None = ...,
+        final_norm: builtins.bool = ...,
+        dtype: Global___HiddenStatesDtype.ValueType = ...,
+        hidden_size: builtins.int = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["dtype", b"dtype", "final_norm", b"final_norm", "hidden_size", b"hidden_size", "layers", b"layers"]) -> None: ...
+
+Global___HiddenStatesSpec: typing_extensions.TypeAlias = HiddenStatesSpec
 
 @typing.final
 class StreamSpec(google.protobuf.message.Message):
@@ -549,15 +614,22 @@ class BlockMetadata(google.protobuf.message.Message):
     DESCRIPTOR: google.protobuf.descriptor.Descriptor
 
     TRACES_FIELD_NUMBER: builtins.int
+    HIDDEN_STATES_FIELD_NUMBER: builtins.int
     @property
     def traces(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[Global___TraceMetadata]:
         """As many as the header's trace_count."""
+
+    @property
+    def hidden_states(self) -> Global___HiddenStatesSpec:
+        """Hidden states that every trace has, and a section of the payload holds. Absent: none."""
 
     def __init__(
         self,
         *,
         traces: collections.abc.Iterable[Global___TraceMetadata] | None = ...,
+        hidden_states: Global___HiddenStatesSpec | None = ...,
     ) -> None: ...
-    def ClearField(self, field_name: typing.Literal["traces", b"traces"]) -> None: ...
+    def HasField(self, field_name: typing.Literal["hidden_states", b"hidden_states"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["hidden_states", b"hidden_states", "traces", b"traces"]) -> None: ...
 
 Global___BlockMetadata: typing_extensions.TypeAlias = BlockMetadata

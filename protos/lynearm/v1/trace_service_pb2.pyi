@@ -1015,3 +1015,145 @@ class GetDictionaryResponse(google.protobuf.message.Message):
     def ClearField(self, field_name: typing.Literal["dictionary", b"dictionary"]) -> None: ...
 
 Global___GetDictionaryResponse: typing_extensions.TypeAlias = GetDictionaryResponse
+
+@typing.final
+class PutAttachmentRequest(google.protobuf.message.Message):
+    """Gives a stream an attachment."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    STREAM_FIELD_NUMBER: builtins.int
+    NAME_FIELD_NUMBER: builtins.int
+    CONTENT_FIELD_NUMBER: builtins.int
+    stream: builtins.str
+    """Name of the stream."""
+    name: builtins.str
+    """Name of the attachment; matches the pattern of stream names."""
+    content: builtins.bytes
+    """1 byte to 3 MiB, opaque to the service."""
+    def __init__(
+        self,
+        *,
+        stream: builtins.str = ...,
+        name: builtins.str = ...,
+        content: builtins.bytes = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["content", b"content", "name", b"name", "stream", b"stream"]) -> None: ...
+
+Global___PutAttachmentRequest: typing_extensions.TypeAlias = PutAttachmentRequest
+
+@typing.final
+class PutAttachmentResponse(google.protobuf.message.Message):
+    """The attachment is kept."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    def __init__(
+        self,
+    ) -> None: ...
+
+Global___PutAttachmentResponse: typing_extensions.TypeAlias = PutAttachmentResponse
+
+@typing.final
+class GetAttachmentRequest(google.protobuf.message.Message):
+    """Asks for an attachment."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    STREAM_FIELD_NUMBER: builtins.int
+    NAME_FIELD_NUMBER: builtins.int
+    stream: builtins.str
+    """Name of the stream."""
+    name: builtins.str
+    """Name of the attachment."""
+    def __init__(
+        self,
+        *,
+        stream: builtins.str = ...,
+        name: builtins.str = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["name", b"name", "stream", b"stream"]) -> None: ...
+
+Global___GetAttachmentRequest: typing_extensions.TypeAlias = GetAttachmentRequest
+
+@typing.final
+class GetAttachmentResponse(google.protobuf.message.Message):
+    """An attachment."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    CONTENT_FIELD_NUMBER: builtins.int
+    content: builtins.bytes
+    """As it was put last."""
+    def __init__(
+        self,
+        *,
+        content: builtins.bytes = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["content", b"content"]) -> None: ...
+
+Global___GetAttachmentResponse: typing_extensions.TypeAlias = GetAttachmentResponse
+
+@typing.final
+class ListAttachmentsRequest(google.protobuf.message.Message):
+    """Asks which attachments a stream holds."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    STREAM_FIELD_NUMBER: builtins.int
+    stream: builtins.str
+    """Name of the stream."""
+    def __init__(
+        self,
+        *,
+        stream: builtins.str = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["stream", b"stream"]) -> None: ...
+
+Global___ListAttachmentsRequest: typing_extensions.TypeAlias = ListAttachmentsRequest
+
+@typing.final
+class ListAttachmentsResponse(google.protobuf.message.Message):
+    """The attachments of a stream."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    ATTACHMENTS_FIELD_NUMBER: builtins.int
+    @property
+    def attachments(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[Global___Attachment]:
+        """Ascending by name; at most 256."""
+
+    def __init__(
+        self,
+        *,
+        attachments: collections.abc.Iterable[Global___Attachment] | None = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["attachments", b"attachments"]) -> None: ...
+
+Global___ListAttachmentsResponse: typing_extensions.TypeAlias = ListAttachmentsResponse
+
+@typing.final
+class Attachment(google.protobuf.message.Message):
+    """An attachment, without its content."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    NAME_FIELD_NUMBER: builtins.int
+    SIZE_BYTES_FIELD_NUMBER: builtins.int
+    UPDATED_UNIX_NANO_FIELD_NUMBER: builtins.int
+    name: builtins.str
+    """Name."""
+    size_bytes: builtins.int
+    """Size of the content, bytes."""
+    updated_unix_nano: builtins.int
+    """When it was put last, nanoseconds since the Unix epoch."""
+    def __init__(
+        self,
+        *,
+        name: builtins.str = ...,
+        size_bytes: builtins.int = ...,
+        updated_unix_nano: builtins.int = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["name", b"name", "size_bytes", b"size_bytes", "updated_unix_nano", b"updated_unix_nano"]) -> None: ...
+
+Global___Attachment: typing_extensions.TypeAlias = Attachment

@@ -105,6 +105,21 @@ class TraceServiceStub(object):
                 request_serializer=lynearm_dot_v1_dot_trace__service__pb2.GetDictionaryRequest.SerializeToString,
                 response_deserializer=lynearm_dot_v1_dot_trace__service__pb2.GetDictionaryResponse.FromString,
                 _registered_method=True)
+        self.PutAttachment = channel.unary_unary(
+                '/lynearm.v1.TraceService/PutAttachment',
+                request_serializer=lynearm_dot_v1_dot_trace__service__pb2.PutAttachmentRequest.SerializeToString,
+                response_deserializer=lynearm_dot_v1_dot_trace__service__pb2.PutAttachmentResponse.FromString,
+                _registered_method=True)
+        self.GetAttachment = channel.unary_unary(
+                '/lynearm.v1.TraceService/GetAttachment',
+                request_serializer=lynearm_dot_v1_dot_trace__service__pb2.GetAttachmentRequest.SerializeToString,
+                response_deserializer=lynearm_dot_v1_dot_trace__service__pb2.GetAttachmentResponse.FromString,
+                _registered_method=True)
+        self.ListAttachments = channel.unary_unary(
+                '/lynearm.v1.TraceService/ListAttachments',
+                request_serializer=lynearm_dot_v1_dot_trace__service__pb2.ListAttachmentsRequest.SerializeToString,
+                response_deserializer=lynearm_dot_v1_dot_trace__service__pb2.ListAttachmentsResponse.FromString,
+                _registered_method=True)
         self.ConfigureStream = channel.unary_unary(
                 '/lynearm.v1.TraceService/ConfigureStream',
                 request_serializer=lynearm_dot_v1_dot_trace__service__pb2.ConfigureStreamRequest.SerializeToString,
@@ -300,6 +315,30 @@ class TraceServiceServicer(object):
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def PutAttachment(self, request, context):
+        """Keeps something about a stream under a name, in place of what was there; durable when answered, and
+        kept for as long as the stream. NOT_FOUND: no such stream. INVALID_ARGUMENT: the name is not allowed, or
+        the content is empty or too large. FAILED_PRECONDITION: the stream is sealed. RESOURCE_EXHAUSTED: the
+        stream holds 256 others, or the disk is full.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def GetAttachment(self, request, context):
+        """Returns an attachment of a stream. NOT_FOUND: no such stream, or it holds none of that name.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def ListAttachments(self, request, context):
+        """Lists the attachments of a stream. NOT_FOUND: no such stream.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def ConfigureStream(self, request, context):
         """Changes how a stream is served; what it is stays. NOT_FOUND: no such stream.
         """
@@ -486,6 +525,21 @@ def add_TraceServiceServicer_to_server(servicer, server):
                     servicer.GetDictionary,
                     request_deserializer=lynearm_dot_v1_dot_trace__service__pb2.GetDictionaryRequest.FromString,
                     response_serializer=lynearm_dot_v1_dot_trace__service__pb2.GetDictionaryResponse.SerializeToString,
+            ),
+            'PutAttachment': grpc.unary_unary_rpc_method_handler(
+                    servicer.PutAttachment,
+                    request_deserializer=lynearm_dot_v1_dot_trace__service__pb2.PutAttachmentRequest.FromString,
+                    response_serializer=lynearm_dot_v1_dot_trace__service__pb2.PutAttachmentResponse.SerializeToString,
+            ),
+            'GetAttachment': grpc.unary_unary_rpc_method_handler(
+                    servicer.GetAttachment,
+                    request_deserializer=lynearm_dot_v1_dot_trace__service__pb2.GetAttachmentRequest.FromString,
+                    response_serializer=lynearm_dot_v1_dot_trace__service__pb2.GetAttachmentResponse.SerializeToString,
+            ),
+            'ListAttachments': grpc.unary_unary_rpc_method_handler(
+                    servicer.ListAttachments,
+                    request_deserializer=lynearm_dot_v1_dot_trace__service__pb2.ListAttachmentsRequest.FromString,
+                    response_serializer=lynearm_dot_v1_dot_trace__service__pb2.ListAttachmentsResponse.SerializeToString,
             ),
             'ConfigureStream': grpc.unary_unary_rpc_method_handler(
                     servicer.ConfigureStream,
@@ -923,6 +977,87 @@ class TraceService(object):
             '/lynearm.v1.TraceService/GetDictionary',
             lynearm_dot_v1_dot_trace__service__pb2.GetDictionaryRequest.SerializeToString,
             lynearm_dot_v1_dot_trace__service__pb2.GetDictionaryResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def PutAttachment(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/lynearm.v1.TraceService/PutAttachment',
+            lynearm_dot_v1_dot_trace__service__pb2.PutAttachmentRequest.SerializeToString,
+            lynearm_dot_v1_dot_trace__service__pb2.PutAttachmentResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def GetAttachment(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/lynearm.v1.TraceService/GetAttachment',
+            lynearm_dot_v1_dot_trace__service__pb2.GetAttachmentRequest.SerializeToString,
+            lynearm_dot_v1_dot_trace__service__pb2.GetAttachmentResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ListAttachments(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/lynearm.v1.TraceService/ListAttachments',
+            lynearm_dot_v1_dot_trace__service__pb2.ListAttachmentsRequest.SerializeToString,
+            lynearm_dot_v1_dot_trace__service__pb2.ListAttachmentsResponse.FromString,
             options,
             channel_credentials,
             insecure,

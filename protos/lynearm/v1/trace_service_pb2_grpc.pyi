@@ -235,6 +235,54 @@ _TraceServiceGetDictionaryType = typing_extensions.TypeVar(
     ],
 )
 
+_TraceServicePutAttachmentType = typing_extensions.TypeVar(
+    '_TraceServicePutAttachmentType',
+    grpc.UnaryUnaryMultiCallable[
+        lynearm.v1.trace_service_pb2.PutAttachmentRequest,
+        lynearm.v1.trace_service_pb2.PutAttachmentResponse,
+    ],
+    grpc.aio.UnaryUnaryMultiCallable[
+        lynearm.v1.trace_service_pb2.PutAttachmentRequest,
+        lynearm.v1.trace_service_pb2.PutAttachmentResponse,
+    ],
+    default=grpc.UnaryUnaryMultiCallable[
+        lynearm.v1.trace_service_pb2.PutAttachmentRequest,
+        lynearm.v1.trace_service_pb2.PutAttachmentResponse,
+    ],
+)
+
+_TraceServiceGetAttachmentType = typing_extensions.TypeVar(
+    '_TraceServiceGetAttachmentType',
+    grpc.UnaryUnaryMultiCallable[
+        lynearm.v1.trace_service_pb2.GetAttachmentRequest,
+        lynearm.v1.trace_service_pb2.GetAttachmentResponse,
+    ],
+    grpc.aio.UnaryUnaryMultiCallable[
+        lynearm.v1.trace_service_pb2.GetAttachmentRequest,
+        lynearm.v1.trace_service_pb2.GetAttachmentResponse,
+    ],
+    default=grpc.UnaryUnaryMultiCallable[
+        lynearm.v1.trace_service_pb2.GetAttachmentRequest,
+        lynearm.v1.trace_service_pb2.GetAttachmentResponse,
+    ],
+)
+
+_TraceServiceListAttachmentsType = typing_extensions.TypeVar(
+    '_TraceServiceListAttachmentsType',
+    grpc.UnaryUnaryMultiCallable[
+        lynearm.v1.trace_service_pb2.ListAttachmentsRequest,
+        lynearm.v1.trace_service_pb2.ListAttachmentsResponse,
+    ],
+    grpc.aio.UnaryUnaryMultiCallable[
+        lynearm.v1.trace_service_pb2.ListAttachmentsRequest,
+        lynearm.v1.trace_service_pb2.ListAttachmentsResponse,
+    ],
+    default=grpc.UnaryUnaryMultiCallable[
+        lynearm.v1.trace_service_pb2.ListAttachmentsRequest,
+        lynearm.v1.trace_service_pb2.ListAttachmentsResponse,
+    ],
+)
+
 _TraceServiceConfigureStreamType = typing_extensions.TypeVar(
     '_TraceServiceConfigureStreamType',
     grpc.UnaryUnaryMultiCallable[
@@ -491,7 +539,7 @@ _TraceServiceDeleteConsumerType = typing_extensions.TypeVar(
     ],
 )
 
-class TraceServiceStub(typing.Generic[_TraceServiceCreateStreamType, _TraceServiceGetStreamType, _TraceServiceListStreamsType, _TraceServiceDeleteStreamType, _TraceServiceSealStreamType, _TraceServiceUpdateRetentionType, _TraceServiceCollectGarbageType, _TraceServicePublishType, _TraceServiceSubscribeType, _TraceServiceFetchBlocksType, _TraceServiceListFinishedPromptsType, _TraceServicePutDictionaryType, _TraceServiceGetDictionaryType, _TraceServiceConfigureStreamType, _TraceServiceCreateJobType, _TraceServiceAddPromptsType, _TraceServiceGetJobType, _TraceServiceListJobsType, _TraceServiceCancelJobType, _TraceServiceLeasePromptsType, _TraceServiceRenewLeasesType, _TraceServiceReleaseLeasesType, _TraceServiceFailPromptsType, _TraceServiceListFailedPromptsType, _TraceServiceLocatePromptsType, _TraceServiceCommitCursorType, _TraceServiceGetConsumerType, _TraceServiceListConsumersType, _TraceServiceDeleteConsumerType]):
+class TraceServiceStub(typing.Generic[_TraceServiceCreateStreamType, _TraceServiceGetStreamType, _TraceServiceListStreamsType, _TraceServiceDeleteStreamType, _TraceServiceSealStreamType, _TraceServiceUpdateRetentionType, _TraceServiceCollectGarbageType, _TraceServicePublishType, _TraceServiceSubscribeType, _TraceServiceFetchBlocksType, _TraceServiceListFinishedPromptsType, _TraceServicePutDictionaryType, _TraceServiceGetDictionaryType, _TraceServicePutAttachmentType, _TraceServiceGetAttachmentType, _TraceServiceListAttachmentsType, _TraceServiceConfigureStreamType, _TraceServiceCreateJobType, _TraceServiceAddPromptsType, _TraceServiceGetJobType, _TraceServiceListJobsType, _TraceServiceCancelJobType, _TraceServiceLeasePromptsType, _TraceServiceRenewLeasesType, _TraceServiceReleaseLeasesType, _TraceServiceFailPromptsType, _TraceServiceListFailedPromptsType, _TraceServiceLocatePromptsType, _TraceServiceCommitCursorType, _TraceServiceGetConsumerType, _TraceServiceListConsumersType, _TraceServiceDeleteConsumerType]):
     """Accepts, keeps and replays streams of blocks. Blocks are opaque to it.
 
     Invariants: an acknowledged block is durable, has one offset for ever, and is delivered to every
@@ -551,6 +599,18 @@ class TraceServiceStub(typing.Generic[_TraceServiceCreateStreamType, _TraceServi
         grpc.UnaryUnaryMultiCallable[
             lynearm.v1.trace_service_pb2.GetDictionaryRequest,
             lynearm.v1.trace_service_pb2.GetDictionaryResponse,
+        ],
+        grpc.UnaryUnaryMultiCallable[
+            lynearm.v1.trace_service_pb2.PutAttachmentRequest,
+            lynearm.v1.trace_service_pb2.PutAttachmentResponse,
+        ],
+        grpc.UnaryUnaryMultiCallable[
+            lynearm.v1.trace_service_pb2.GetAttachmentRequest,
+            lynearm.v1.trace_service_pb2.GetAttachmentResponse,
+        ],
+        grpc.UnaryUnaryMultiCallable[
+            lynearm.v1.trace_service_pb2.ListAttachmentsRequest,
+            lynearm.v1.trace_service_pb2.ListAttachmentsResponse,
         ],
         grpc.UnaryUnaryMultiCallable[
             lynearm.v1.trace_service_pb2.ConfigureStreamRequest,
@@ -671,6 +731,18 @@ class TraceServiceStub(typing.Generic[_TraceServiceCreateStreamType, _TraceServi
         grpc.aio.UnaryUnaryMultiCallable[
             lynearm.v1.trace_service_pb2.GetDictionaryRequest,
             lynearm.v1.trace_service_pb2.GetDictionaryResponse,
+        ],
+        grpc.aio.UnaryUnaryMultiCallable[
+            lynearm.v1.trace_service_pb2.PutAttachmentRequest,
+            lynearm.v1.trace_service_pb2.PutAttachmentResponse,
+        ],
+        grpc.aio.UnaryUnaryMultiCallable[
+            lynearm.v1.trace_service_pb2.GetAttachmentRequest,
+            lynearm.v1.trace_service_pb2.GetAttachmentResponse,
+        ],
+        grpc.aio.UnaryUnaryMultiCallable[
+            lynearm.v1.trace_service_pb2.ListAttachmentsRequest,
+            lynearm.v1.trace_service_pb2.ListAttachmentsResponse,
         ],
         grpc.aio.UnaryUnaryMultiCallable[
             lynearm.v1.trace_service_pb2.ConfigureStreamRequest,
@@ -800,6 +872,19 @@ class TraceServiceStub(typing.Generic[_TraceServiceCreateStreamType, _TraceServi
     INVALID_ARGUMENT: the digest is not 8 bytes.
     """
 
+    PutAttachment: _TraceServicePutAttachmentType
+    """Keeps something about a stream under a name, in place of what was there; durable when answered, and
+    kept for as long as the stream. NOT_FOUND: no such stream. INVALID_ARGUMENT: the name is not allowed, or
+    the content is empty or too large. FAILED_PRECONDITION: the stream is sealed. RESOURCE_EXHAUSTED: the
+    stream holds 256 others, or the disk is full.
+    """
+
+    GetAttachment: _TraceServiceGetAttachmentType
+    """Returns an attachment of a stream. NOT_FOUND: no such stream, or it holds none of that name."""
+
+    ListAttachments: _TraceServiceListAttachmentsType
+    """Lists the attachments of a stream. NOT_FOUND: no such stream."""
+
     ConfigureStream: _TraceServiceConfigureStreamType
     """Changes how a stream is served; what it is stays. NOT_FOUND: no such stream."""
 
@@ -912,6 +997,18 @@ TraceServiceAsyncStub: typing_extensions.TypeAlias = TraceServiceStub[
     grpc.aio.UnaryUnaryMultiCallable[
         lynearm.v1.trace_service_pb2.GetDictionaryRequest,
         lynearm.v1.trace_service_pb2.GetDictionaryResponse,
+    ],
+    grpc.aio.UnaryUnaryMultiCallable[
+        lynearm.v1.trace_service_pb2.PutAttachmentRequest,
+        lynearm.v1.trace_service_pb2.PutAttachmentResponse,
+    ],
+    grpc.aio.UnaryUnaryMultiCallable[
+        lynearm.v1.trace_service_pb2.GetAttachmentRequest,
+        lynearm.v1.trace_service_pb2.GetAttachmentResponse,
+    ],
+    grpc.aio.UnaryUnaryMultiCallable[
+        lynearm.v1.trace_service_pb2.ListAttachmentsRequest,
+        lynearm.v1.trace_service_pb2.ListAttachmentsResponse,
     ],
     grpc.aio.UnaryUnaryMultiCallable[
         lynearm.v1.trace_service_pb2.ConfigureStreamRequest,
@@ -1112,6 +1209,34 @@ class TraceServiceServicer(metaclass=abc.ABCMeta):
         """Returns a dictionary of a stream. NOT_FOUND: no such stream, or it holds no such dictionary.
         INVALID_ARGUMENT: the digest is not 8 bytes.
         """
+
+    @abc.abstractmethod
+    def PutAttachment(
+        self,
+        request: lynearm.v1.trace_service_pb2.PutAttachmentRequest,
+        context: _ServicerContext,
+    ) -> typing.Union[lynearm.v1.trace_service_pb2.PutAttachmentResponse, collections.abc.Awaitable[lynearm.v1.trace_service_pb2.PutAttachmentResponse]]:
+        """Keeps something about a stream under a name, in place of what was there; durable when answered, and
+        kept for as long as the stream. NOT_FOUND: no such stream. INVALID_ARGUMENT: the name is not allowed, or
+        the content is empty or too large. FAILED_PRECONDITION: the stream is sealed. RESOURCE_EXHAUSTED: the
+        stream holds 256 others, or the disk is full.
+        """
+
+    @abc.abstractmethod
+    def GetAttachment(
+        self,
+        request: lynearm.v1.trace_service_pb2.GetAttachmentRequest,
+        context: _ServicerContext,
+    ) -> typing.Union[lynearm.v1.trace_service_pb2.GetAttachmentResponse, collections.abc.Awaitable[lynearm.v1.trace_service_pb2.GetAttachmentResponse]]:
+        """Returns an attachment of a stream. NOT_FOUND: no such stream, or it holds none of that name."""
+
+    @abc.abstractmethod
+    def ListAttachments(
+        self,
+        request: lynearm.v1.trace_service_pb2.ListAttachmentsRequest,
+        context: _ServicerContext,
+    ) -> typing.Union[lynearm.v1.trace_service_pb2.ListAttachmentsResponse, collections.abc.Awaitable[lynearm.v1.trace_service_pb2.ListAttachmentsResponse]]:
+        """Lists the attachments of a stream. NOT_FOUND: no such stream."""
 
     @abc.abstractmethod
     def ConfigureStream(

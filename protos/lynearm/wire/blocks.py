@@ -37,6 +37,9 @@ DIGEST_BYTES = 8
 MAX_DICTIONARY_BYTES = MAX_PAYLOAD_BYTES
 """For the same reason as a payload."""
 
+MAX_ATTACHMENT_BYTES = MAX_PAYLOAD_BYTES
+"""Of what is kept about a stream under a name; for the same reason."""
+
 _HEADER_FIELD = 1
 _PAYLOAD_FIELD = 2
 

@@ -45,6 +45,14 @@ from lynearm.wire.dictionaries import (
 from lynearm.wire.errors import CodecError, CorruptBlockError
 from lynearm.wire.fields import ByteReader, varint
 from lynearm.wire.grids import Grid, choose_grid
+from lynearm.wire.hidden import HiddenStates
+from lynearm.wire.hidden_section import (
+    read_description,
+    read_hidden,
+    slice_hidden,
+    spec_of_traces,
+    write_hidden,
+)
 from lynearm.wire.kernels import AS_SAMPLED
 from lynearm.wire.metadata import TraceMetadata, parse_metadata, read_metadata, write_metadata
 from lynearm.wire.positions import (
@@ -91,8 +99,14 @@ def encode_block(
     spec = codec if isinstance(codec, CodecSpec) else CodecSpec(codec)
     _check_arguments(traces, spec, vocab_size, dictionary)
     traces = [keep_likely(trace, spec.min_probability) for trace in traces]
+    hidden = spec_of_traces(traces)
+    if isinstance(codec, CodecSpec) and codec.hidden != hidden:
+        raise CodecError(
+            f"trace of prompt {traces[0].prompt_id!r} does not have the hidden states of the stream's codec",
+            "capture them as the stream says, or publish to another stream",
+        )
     rows = _name_rows(traces, spec, _order_of(dictionary, vocab_size), dictionary)
-    metadata = write_metadata(traces)
+    metadata = write_metadata(traces, hidden)
     if len(metadata) > MAX_UNCOMPRESSED_BYTES:
         raise _too_large(f"{len(metadata)} bytes of metadata", MAX_UNCOMPRESSED_BYTES)
     stored = metadata
@@ -101,7 +115,7 @@ def encode_block(
         # Of equal size, the metadata itself: that size is how a reader tells them apart.
         stored = min(metadata, compressor.compress(metadata), key=len)
     body = write_positions(rows, vocab_size=vocab_size, dictionary=dictionary)
-    payload = b"".join((varint(len(stored)), stored, body))
+    payload = b"".join((varint(len(stored)), stored, write_hidden(traces, hidden), body))
     if len(payload) > MAX_PAYLOAD_BYTES:
         raise _too_large(f"a payload of {len(payload)} bytes", MAX_PAYLOAD_BYTES)
     header = BlockHeader(
@@ -139,8 +153,8 @@ def decode_block(
     _, payload = split_block(data)
     if header.format_version == 1:
         return read_version_1(header, payload)
-    message, positions = _read_payload(header, payload, dictionaries)
-    return tuple(_join_traces(read_metadata(message), positions))
+    message, positions, hidden = _read_payload(header, payload, dictionaries)
+    return tuple(_join_traces(read_metadata(message), positions, hidden))
 
 
 @dataclass(frozen=True, slots=True)
@@ -152,6 +166,8 @@ class BlockRows:
     """Rows of each trace: those of its prompt, where it has any, and those of its completion."""
     prompt_row_counts: tuple[int, ...]
     """How many of them are the prompt's."""
+    hidden: HiddenStates | None = None
+    """Hidden states at the completion's rows, those of the prompts left out; None: not captured."""
 
 
 def decode_rows(data: bytes | memoryview, *, dictionaries: DictionaryReader | None = None) -> BlockRows:
@@ -168,11 +184,12 @@ def decode_rows(data: bytes | memoryview, *, dictionaries: DictionaryReader | No
     _, payload = split_block(data)
     if header.format_version == 1:
         raise CodecError("blocks of version 1 are read by decode_block only")
-    message, positions = _read_payload(header, payload, dictionaries)
+    message, positions, hidden = _read_payload(header, payload, dictionaries)
     return BlockRows(
         positions,
         tuple(trace.prompt_rows + trace.completion_length for trace in message.traces),
         tuple(trace.prompt_rows for trace in message.traces),
+        hidden,
     )
 
 
@@ -377,7 +394,7 @@ def _gather_positions(traces: Sequence[Trace]) -> Positions:
 
 def _read_payload(
     header: BlockHeader, payload: memoryview, dictionaries: DictionaryReader | None
-) -> tuple[trace_pb2.BlockMetadata, Positions]:
+) -> tuple[trace_pb2.BlockMetadata, Positions, HiddenStates | None]:
     reader = ByteReader(payload)
     message = _read_metadata_message(header, reader.take(reader.varint()))
     lengths = [trace.prompt_rows + trace.completion_length for trace in message.traces]
@@ -393,6 +410,10 @@ def _read_payload(
             f"{prompt_tokens} prompt and {completion_tokens} completion tokens, "
             f"the header says {header.prompt_token_count} and {header.completion_token_count}"
         )
+    hidden: HiddenStates | None = None
+    if message.HasField("hidden_states"):
+        described = read_description(message.hidden_states)
+        hidden = read_hidden(described, reader.take(reader.varint()), completion_tokens)
     dictionary: Dictionary | None = None
     if header.dictionary_digest:
         dictionary = (dictionaries or DictionaryReader()).get(header.dictionary_digest)
@@ -410,7 +431,7 @@ def _read_payload(
     highest = max((max(trace.prompt_token_ids, default=0) for trace in message.traces), default=0)
     if highest >= vocab_size:
         raise CorruptBlockError(f"prompt token {highest} in a vocabulary of {vocab_size}")
-    return message, positions
+    return message, positions, hidden
 
 
 def _read_metadata_message(header: BlockHeader, stored: memoryview) -> trace_pb2.BlockMetadata:
@@ -423,16 +444,27 @@ def _read_metadata_message(header: BlockHeader, stored: memoryview) -> trace_pb2
     return parse_metadata(metadata, trace_count=header.trace_count)
 
 
-def _join_traces(described: Sequence[TraceMetadata], positions: Positions) -> Iterable[Trace]:
+def _join_traces(
+    described: Sequence[TraceMetadata], positions: Positions, hidden: HiddenStates | None
+) -> Iterable[Trace]:
     start = 0
+    completed = 0
     for metadata in described:
         middle = start + metadata.prompt_rows
         end = middle + metadata.completion_length
-        yield _join_trace(metadata, positions, slice(start, middle), slice(middle, end))
-        start = end
+        rows = slice(completed, completed + metadata.completion_length)
+        states = None if hidden is None else slice_hidden(hidden, rows)
+        yield _join_trace(metadata, positions, slice(start, middle), slice(middle, end), states)
+        start, completed = end, rows.stop
 
 
-def _join_trace(metadata: TraceMetadata, positions: Positions, prompt: slice, completion: slice) -> Trace:
+def _join_trace(
+    metadata: TraceMetadata,
+    positions: Positions,
+    prompt: slice,
+    completion: slice,
+    hidden: HiddenStates | None,
+) -> Trace:
     prompt_token_ids = metadata.prompt_token_ids
     prompt_top_k: TopK | None = None
     prompt_logprobs: Float32Array | None = None
@@ -455,6 +487,7 @@ def _join_trace(metadata: TraceMetadata, positions: Positions, prompt: slice, co
             completion_text=metadata.completion_text,
             prompt_top_k=prompt_top_k,
             prompt_logprobs=prompt_logprobs,
+            hidden=hidden,
         )
     except CodecError as error:
         raise CorruptBlockError(f"the block holds a trace that cannot be: {error}") from error

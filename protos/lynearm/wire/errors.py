@@ -10,6 +10,7 @@
     │   └── UnsupportedFormatError          UNIMPLEMENTED
     ├── StreamNotFoundError (LookupError)   NOT_FOUND
     ├── DictionaryNotFoundError (LookupError)  NOT_FOUND
+    ├── AttachmentNotFoundError (LookupError)  NOT_FOUND
     ├── JobNotFoundError (LookupError)      NOT_FOUND
     ├── ConsumerNotFoundError (LookupError)  NOT_FOUND
     ├── OffsetNotFoundError (LookupError)   OUT_OF_RANGE
@@ -135,6 +136,12 @@ class StreamNotFoundError(LynearmError, LookupError):
 
 class DictionaryNotFoundError(LynearmError, LookupError):
     """The stream holds no codec dictionary of that digest."""
+
+    status_code = "NOT_FOUND"
+
+
+class AttachmentNotFoundError(LynearmError, LookupError):
+    """The stream has no attachment of that name."""
 
     status_code = "NOT_FOUND"
 

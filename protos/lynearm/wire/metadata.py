@@ -12,6 +12,8 @@ from google.protobuf.message import DecodeError
 
 from lynearm.v1 import trace_pb2
 from lynearm.wire.errors import CodecError, CorruptBlockError
+from lynearm.wire.hidden import HiddenStatesSpec
+from lynearm.wire.hidden_section import MAX_DESCRIPTION_BYTES, hidden_spec_to_proto
 from lynearm.wire.jit import Scalar, compiled
 from lynearm.wire.specs import MAX_TOP_K
 from lynearm.wire.traces import FinishReason, Int32Array, SamplingParams, SpanKind, TokenSpan, Trace
@@ -26,6 +28,9 @@ _MAX_SINGLE_FIELDS = 64
 
 _TRACES_KEY = 1 << 3 | 2
 """Key of `BlockMetadata.traces` on the wire."""
+
+_HIDDEN_KEY = 10 << 3 | 2
+"""Key of `BlockMetadata.hidden_states`."""
 
 _Name = TypeVar("_Name")
 
@@ -62,8 +67,12 @@ class TraceMetadata:
     completion_text: str
 
 
-def write_metadata(traces: Sequence[Trace]) -> bytes:
+def write_metadata(traces: Sequence[Trace], hidden: HiddenStatesSpec | None = None) -> bytes:
     """The metadata of some traces, as a `lynearm.v1.BlockMetadata`.
+
+    Args:
+        traces: Of one block.
+        hidden: Hidden states that they all have.
 
     Raises:
         CodecError: if a value has no place in it; the message names the prompt.
@@ -85,6 +94,8 @@ def write_metadata(traces: Sequence[Trace]) -> bytes:
                 f"{count} {what} exceed a block's limit of {MAX_BLOCK_ITEMS}",
                 "put fewer traces into one block",
             )
+    if hidden is not None:
+        message.hidden_states.CopyFrom(hidden_spec_to_proto(hidden))
     return message.SerializeToString(deterministic=True)
 
 
@@ -99,13 +110,15 @@ def parse_metadata(data: bytes | memoryview, *, trace_count: int) -> trace_pb2.B
         CorruptBlockError: if it is not that, or a size is out of bounds.
     """
     # First, since an empty message of two bytes becomes an object of a hundred.
-    traces, fields = _count_messages(np.frombuffer(data, np.uint8))
+    traces, fields, hidden = _count_messages(np.frombuffer(data, np.uint8))
     if traces < 0:
         raise CorruptBlockError("the metadata is no lynearm.v1.BlockMetadata")
     if traces != trace_count:
         raise CorruptBlockError(f"metadata of {traces} traces, the header says {trace_count}")
     if fields > 2 * MAX_BLOCK_ITEMS + _MAX_SINGLE_FIELDS * trace_count:
         raise CorruptBlockError(f"{fields} fields of metadata are beyond any block")
+    if hidden > MAX_DESCRIPTION_BYTES:
+        raise CorruptBlockError(f"{hidden} bytes to describe hidden states are beyond any block")
     try:
         message = trace_pb2.BlockMetadata.FromString(bytes(data))
     except DecodeError as error:
@@ -226,25 +239,27 @@ def _look_up(names: dict[int, _Name], code: int, what: str) -> _Name:
 
 
 @compiled
-def _count_messages(data: npt.NDArray[np.uint8]) -> tuple[int, int]:
-    """Traces of a serialised `BlockMetadata`, and fields of all of them; −1 where it is not one."""
+def _count_messages(data: npt.NDArray[np.uint8]) -> tuple[int, int, int]:
+    """Traces of a `BlockMetadata`, −1 where it is not one; fields of all; bytes of `hidden_states`."""
     traces = 0
     fields = 0
+    hidden = 0
     at = 0
     while at < data.size:
         key, inner, end = _field_at(data, at, data.size)
         if end < 0:
-            return -1, 0
+            return -1, 0, 0
         at = end
         if key != _TRACES_KEY:
+            hidden += end - inner if key == _HIDDEN_KEY else 0
             continue
         traces += 1
         while inner < end:
             _, _, inner = _field_at(data, inner, end)
             if inner < 0:
-                return -1, 0
+                return -1, 0, 0
             fields += 1
-    return traces, fields
+    return traces, fields, hidden
 
 
 @compiled

@@ -8,6 +8,7 @@ from typing import TypeVar
 from lynearm.v1 import consumer_pb2, trace_pb2, trace_service_pb2
 from lynearm.wire.blocks import MODE_FROM_PROTO, MODE_TO_PROTO
 from lynearm.wire.errors import InvalidInputError, UnsupportedFormatError
+from lynearm.wire.hidden_section import hidden_spec_from_proto, hidden_spec_to_proto
 from lynearm.wire.retention import Retention
 from lynearm.wire.specs import CodecSpec, LogprobsMode, StreamSpec, TeacherSpec, TokenizerSpec
 
@@ -110,6 +111,7 @@ def spec_to_proto(spec: StreamSpec) -> trace_pb2.StreamSpec:
             top_k=spec.codec.top_k,
             min_probability=spec.codec.min_probability,
             draws=spec.codec.draws,
+            hidden_states=None if spec.codec.hidden is None else hidden_spec_to_proto(spec.codec.hidden),
         ),
         license=spec.license,
         labels=dict(spec.labels),
@@ -132,6 +134,11 @@ def spec_from_proto(message: trace_pb2.StreamSpec) -> StreamSpec:
             top_k=message.codec.top_k,
             min_probability=message.codec.min_probability,
             draws=message.codec.draws,
+            hidden=(
+                hidden_spec_from_proto(message.codec.hidden_states)
+                if message.codec.HasField("hidden_states")
+                else None
+            ),
         ),
         license=message.license,
         labels=dict(message.labels),

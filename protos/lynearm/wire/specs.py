@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from typing import Literal, TypeAlias, get_args
 
 from lynearm.wire.errors import InvalidInputError
+from lynearm.wire.hidden import HiddenStatesSpec
 
 LogprobsMode: TypeAlias = Literal["raw", "processed"]
 CodecMode: TypeAlias = Literal["exact", "fine", "standard", "compact", "sampled"]
@@ -89,6 +90,8 @@ class CodecSpec:
     """Adaptive k: of those, the entries with at least this probability, and at least one; 0 keeps all."""
     draws: int = 0
     """Draws per position in mode "sampled"; 0 in every other mode."""
+    hidden: HiddenStatesSpec | None = None
+    """Hidden states that every trace carries; None: none."""
 
 
 @dataclass(frozen=True, slots=True)

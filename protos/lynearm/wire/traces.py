@@ -13,6 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from lynearm.wire.errors import CodecError
+from lynearm.wire.hidden import HiddenStates
 
 Int32Array: TypeAlias = npt.NDArray[np.int32]
 Float32Array: TypeAlias = npt.NDArray[np.float32]
@@ -104,6 +105,8 @@ class Trace:
     distribution of prompt token i + 1."""
     prompt_logprobs: Float32Array | None = None
     """Logprob of prompt tokens 1 to P − 1 under those, shape [P − 1]; present with `prompt_top_k`."""
+    hidden: HiddenStates | None = None
+    """The teacher's hidden states at the T completion positions, where they were captured."""
 
     def __post_init__(self) -> None:
         """Refuse shapes that contradict each other, NaN, and spans out of place.
@@ -137,6 +140,8 @@ class Trace:
                 raise self._error(f"{name} has dtype {array.dtype}")
             if array.dtype == np.float32 and np.isnan(array).any():
                 raise self._error(f"{name} holds NaN")
+        if self.hidden is not None and self.hidden.positions != positions:
+            raise self._error(f"hidden has {self.hidden.positions} positions, expected {positions}")
         if self.finish_reason not in FINISH_REASONS:
             raise self._error(f"finish_reason {self.finish_reason!r} is none of {FINISH_REASONS}")
         last = 0

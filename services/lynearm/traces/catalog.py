@@ -150,6 +150,15 @@ class LabelledOffset:
     labels: bytes
 
 
+@dataclass(frozen=True, slots=True)
+class AttachmentRecord:
+    """An attachment, without its content."""
+
+    name: str
+    size_bytes: int
+    updated_unix_nano: int
+
+
 class Catalog(QueueCatalog, ConsumerCatalog, Protocol):
     """Streams, block index, producers, finished prompts and dictionaries, in a transactional database.
 
@@ -269,6 +278,33 @@ class Catalog(QueueCatalog, ConsumerCatalog, Protocol):
         Raises:
             StreamNotFoundError: there is no such stream.
             DictionaryNotFoundError: the stream does not hold it.
+        """
+        ...
+
+    async def put_attachment(self, stream_name: str, name: str, content: bytes) -> None:
+        """Keep something about a stream under a name, in place of what was there; durable on return.
+
+        Raises:
+            StreamNotFoundError: there is no such stream.
+            StreamSealedError: the stream is sealed.
+            LimitError: the stream holds as many others as it may.
+        """
+        ...
+
+    async def get_attachment(self, stream_name: str, name: str) -> bytes:
+        """An attachment of a stream.
+
+        Raises:
+            StreamNotFoundError: there is no such stream.
+            AttachmentNotFoundError: the stream has none of that name.
+        """
+        ...
+
+    async def list_attachments(self, stream_name: str) -> list[AttachmentRecord]:
+        """The attachments of a stream, ascending by name.
+
+        Raises:
+            StreamNotFoundError: there is no such stream.
         """
         ...
 

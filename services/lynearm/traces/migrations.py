@@ -14,6 +14,7 @@ from sqlalchemy import Connection, insert, inspect, select, text, update
 
 from lynearm.traces.schema import (
     SCHEMA_VERSION,
+    attachments,
     block_store,
     blocks,
     consumers,
@@ -86,8 +87,9 @@ def _add_retention(connection: Connection) -> None:
     connection.execute(update(objects).values(created_unix_nano=time.time_ns()))
 
 
-def _add_failures(connection: Connection) -> None:
-    failed_prompts.create(connection)
+def _add_failures_and_attachments(connection: Connection) -> None:
+    for table in (failed_prompts, attachments):
+        table.create(connection)
     # A step before has made the table as it is now, where it was missing.
     if all(column["name"] != "failed_count" for column in inspect(connection).get_columns("jobs")):
         _add_counters(connection, "jobs", "failed_count")
@@ -102,6 +104,6 @@ _STEPS: Mapping[int, Callable[[Connection], None]] = {
     1: _add_dictionaries,
     2: _add_jobs_and_consumers,
     3: _add_retention,
-    4: _add_failures,
+    4: _add_failures_and_attachments,
 }
 """By the version that a step starts from; it leads to the next."""

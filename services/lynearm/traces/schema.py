@@ -134,6 +134,17 @@ dictionaries = Table(
     Column("content", LargeBinary, nullable=False),
 )
 
+# Small things about a stream that are no traces; with rowid, as dictionaries.
+attachments = Table(
+    "attachments",
+    metadata,
+    Column("stream_id", _Key, ForeignKey("streams.id"), primary_key=True),
+    Column("name", Text, primary_key=True),
+    Column("size_bytes", BigInteger, nullable=False),
+    Column("updated_unix_nano", BigInteger, nullable=False),
+    Column("content", LargeBinary, nullable=False),
+)
+
 # One row: the store that holds the objects.
 block_store = Table(
     "block_store",

@@ -9,6 +9,7 @@ from typing import Any
 import grpc
 from google.protobuf.message import Message
 
+from lynearm.traces.attachments import attachment_to_proto, check_attachment
 from lynearm.traces.backend import Backend
 from lynearm.traces.calls import CallGate, Context
 from lynearm.traces.consumer_calls import ConsumerCalls, read_max_lag
@@ -21,6 +22,7 @@ from lynearm.v1 import consumer_pb2, prompt_queue_pb2
 from lynearm.v1 import trace_service_pb2 as pb
 from lynearm.wire.errors import InvalidInputError, StreamLimitError
 from lynearm.wire.protobuf import retention_from_proto, spec_from_proto, stream_to_proto
+from lynearm.wire.specs import check_name
 
 SERVICE_NAME = pb.DESCRIPTOR.services_by_name["TraceService"].full_name
 
@@ -141,6 +143,27 @@ class TraceServicer:
         content = await self._backend.catalog.get_dictionary(request.stream, digest)
         return pb.GetDictionaryResponse(dictionary=content)
 
+    async def put_attachment(self, request: pb.PutAttachmentRequest, _: Context) -> pb.PutAttachmentResponse:
+        """PutAttachment."""
+        check_attachment(request.name, request.content)
+        self._backend.space.check(len(request.content))
+        await self._backend.catalog.put_attachment(request.stream, request.name, request.content)
+        return pb.PutAttachmentResponse()
+
+    async def get_attachment(self, request: pb.GetAttachmentRequest, _: Context) -> pb.GetAttachmentResponse:
+        """GetAttachment."""
+        name = check_name(request.name, what="attachment")
+        return pb.GetAttachmentResponse(
+            content=await self._backend.catalog.get_attachment(request.stream, name)
+        )
+
+    async def list_attachments(
+        self, request: pb.ListAttachmentsRequest, _: Context
+    ) -> pb.ListAttachmentsResponse:
+        """ListAttachments."""
+        found = await self._backend.catalog.list_attachments(request.stream)
+        return pb.ListAttachmentsResponse(attachments=map(attachment_to_proto, found))
+
 
 def service_handler(servicer: TraceServicer, gate: CallGate) -> grpc.GenericRpcHandler:
     """What a server registers. Blocks pass through as bytes; everything else is parsed by generated code."""
@@ -171,6 +194,9 @@ def service_handler(servicer: TraceServicer, gate: CallGate) -> grpc.GenericRpcH
         ),
         "PutDictionary": unary(servicer.put_dictionary, pb.PutDictionaryRequest),
         "GetDictionary": unary(servicer.get_dictionary, pb.GetDictionaryRequest),
+        "PutAttachment": unary(servicer.put_attachment, pb.PutAttachmentRequest),
+        "GetAttachment": unary(servicer.get_attachment, pb.GetAttachmentRequest),
+        "ListAttachments": unary(servicer.list_attachments, pb.ListAttachmentsRequest),
         "ConfigureStream": unary(servicer.consumers.configure_stream, pb.ConfigureStreamRequest),
         "CreateJob": unary(servicer.queue.create_job, prompt_queue_pb2.CreateJobRequest),
         "AddPrompts": unary(servicer.queue.add_prompts, prompt_queue_pb2.AddPromptsRequest),

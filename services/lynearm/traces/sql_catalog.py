@@ -7,8 +7,9 @@ from typing import Self, TypeVar
 
 from sqlalchemy import Connection
 
-from lynearm.traces import expiry, migrations, transactions
+from lynearm.traces import attachments, expiry, migrations, transactions
 from lynearm.traces.catalog import (
+    AttachmentRecord,
     BlockLocation,
     CommitOutcome,
     CommittedBlock,
@@ -129,6 +130,20 @@ class SqlCatalog(SqlQueue):
         return await self._read(
             lambda connection: transactions.get_dictionary(connection, stream_name, digest)
         )
+
+    async def put_attachment(self, stream_name: str, name: str, content: bytes) -> None:
+        """See `Catalog.put_attachment`."""
+        await self._write(
+            lambda connection: attachments.put_attachment(connection, stream_name, name, content)
+        )
+
+    async def get_attachment(self, stream_name: str, name: str) -> bytes:
+        """See `Catalog.get_attachment`."""
+        return await self._read(lambda connection: attachments.get_attachment(connection, stream_name, name))
+
+    async def list_attachments(self, stream_name: str) -> list[AttachmentRecord]:
+        """See `Catalog.list_attachments`."""
+        return await self._read(lambda connection: attachments.list_attachments(connection, stream_name))
 
     async def has_dictionary(self, stream_id: int, digest: bytes) -> bool:
         """See `Catalog.has_dictionary`."""

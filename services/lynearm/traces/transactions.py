@@ -56,6 +56,7 @@ from lynearm.traces.consumer_records import NO_BOUND, MaxLag
 from lynearm.traces.dictionaries import MAX_DICTIONARIES, short_digest
 from lynearm.traces.expiry import release_objects
 from lynearm.traces.schema import (
+    attachments,
     block_store,
     blocks,
     consumers,
@@ -184,11 +185,11 @@ def create_stream(
 
 def delete_stream(connection: Connection, name: str) -> DeletedStream:
     """See `Catalog.delete_stream`."""
-    stream_id = _lock_stream(connection, name).stream_id
+    stream_id = lock_stream(connection, name).stream_id
     of_stream = select(blocks.c.object_id).where(blocks.c.stream_id == stream_id).distinct()
     touched = list(connection.scalars(of_stream))
     delete_jobs(connection, stream_id)
-    for table in (finished_prompts, blocks, expired_blocks, producers, dictionaries, consumers):
+    for table in (finished_prompts, blocks, expired_blocks, producers, dictionaries, attachments, consumers):
         connection.execute(delete(table).where(table.c.stream_id == stream_id))
     connection.execute(delete(streams).where(streams.c.id == stream_id))
     return DeletedStream(stream_id, tuple(release_objects(connection, touched)))
@@ -196,7 +197,7 @@ def delete_stream(connection: Connection, name: str) -> DeletedStream:
 
 def open_producer(connection: Connection, stream_name: str, producer_id: str, epoch: int) -> Producer:
     """See `Catalog.open_producer`."""
-    stream = _lock_stream(connection, stream_name)
+    stream = lock_stream(connection, stream_name)
     identity = (producers.c.stream_id == stream.stream_id) & (producers.c.producer_id == producer_id)
     row = connection.execute(select(producers).where(identity)).mappings().one_or_none()
     if epoch:
@@ -272,7 +273,7 @@ def list_finished_prompts(
 
 def put_dictionary(connection: Connection, stream_name: str, digest: bytes, content: bytes) -> None:
     """See `Catalog.put_dictionary`."""
-    stream = _lock_stream(connection, stream_name)
+    stream = lock_stream(connection, stream_name)
     if has_dictionary(connection, stream.stream_id, digest):
         return
     if stream.info.sealed:
@@ -332,7 +333,8 @@ def _stream_row(connection: Connection, query: Select[Any], name: str) -> RowMap
     return row
 
 
-def _lock_stream(connection: Connection, name: str) -> StreamRecord:
+def lock_stream(connection: Connection, name: str) -> StreamRecord:
+    """A stream, whose row stays locked until the transaction ends."""
     query = select(streams).where(_is_named(name)).with_for_update()
     return _record(_stream_row(connection, query, name))
 

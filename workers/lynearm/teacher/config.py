@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Literal, TypeAlias, get_args
 
+from lynearm.teacher.inside_options import parse_capture, parse_stats
 from lynearm.teacher.routing import PromptRoute
 from lynearm.wire.blocks import MAX_PAYLOAD_BYTES
 from lynearm.wire.errors import ConfigError, InvalidInputError
@@ -82,6 +83,13 @@ class TeachConfig:
     """Draws per position with codec "sampled", for example 50; 0 with every other."""
     dictionary: bool = True
     """Train a codec dictionary on the stream's first blocks: small blocks shrink by a few per cent."""
+
+    capture: str = ""
+    """Hidden states that traces carry: "hidden:layers=4,8,-1,dtype=bf16", with "norm" for the final norm;
+    empty: none. The engine then runs without compiled graphs."""
+    stats: str = ""
+    """Statistics of layers that are stored with the stream: "layers", or "layers:every=1" for every step of
+    the engine in place of one in eight; empty: none. The engine then runs without compiled graphs."""
 
     temperature: float = 1.0
     """Of sampling; 0 is greedy. The recorded logprobs are those of the model itself, whatever it is."""
@@ -224,6 +232,8 @@ class TeachConfig:
         for problem, holds in checks.items():
             if not holds:
                 raise ConfigError(problem)
+        parse_capture(self.capture)
+        parse_stats(self.stats)
 
     def bytes_per_token(self) -> float:
         """Upper estimate of an encoded position, bytes."""

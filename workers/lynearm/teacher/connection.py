@@ -11,6 +11,7 @@ from lynearm.client.leases import Lease, PromptWorker
 from lynearm.teacher.config import TeachConfig
 from lynearm.teacher.dictionary import DictionaryKeeper
 from lynearm.teacher.leasing import LeaseAhead
+from lynearm.teacher.profile_keeper import ProfileKeeper
 from lynearm.teacher.publishing import BlockWriter
 from lynearm.teacher.selection import TraceSelection
 from lynearm.teacher.service_calls import patiently
@@ -63,6 +64,10 @@ class WorkerConnection:
         )
         self.prompt_worker: PromptWorker = prompt_worker.__enter__()
         self._publisher, self.writer = self._open()
+        self.profile: ProfileKeeper | None = None
+        """Keeps what is measured of layers; None: nothing is."""
+        if config.stats:
+            self.profile = ProfileKeeper(self._client, config.stream, producer_id, spec.teacher)
 
     @property
     def acked_blocks(self) -> int:

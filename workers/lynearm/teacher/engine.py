@@ -9,7 +9,7 @@ import hashlib
 import logging
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -21,6 +21,8 @@ from lynearm.teacher.capture import CaptureReport, CaptureWish
 from lynearm.teacher.config import TeachConfig
 from lynearm.teacher.draws import draw_rows
 from lynearm.teacher.extension import EXTENSION
+from lynearm.teacher.inside import LookInside, check_block_room
+from lynearm.teacher.inside_options import HiddenCapture, LayerStats, parse_capture, parse_stats
 from lynearm.teacher.logprob_arrays import (
     LogprobRows,
     RowArrays,
@@ -34,6 +36,8 @@ from lynearm.teacher.scoring import EngineScoring
 from lynearm.teacher.tokenizer import PromptTokenizer, describe_tokenizer, end_tokens
 from lynearm.teacher.vllm_internals import say_slower
 from lynearm.wire.errors import ConfigError, MissingDependencyError, TeacherError
+from lynearm.wire.hidden import HiddenStates, HiddenStatesSpec
+from lynearm.wire.profiles import LayerStatistics
 from lynearm.wire.specs import TeacherSpec, TokenizerSpec
 from lynearm.wire.traces import (
     FINISH_REASONS,
@@ -70,6 +74,8 @@ class Completion:
     """Shape [T]."""
     top_k: TopK
     finish_reason: FinishReason
+    hidden: HiddenStates | None = None
+    """At the T positions; None unless they are captured."""
 
 
 class TeacherEngine:
@@ -124,6 +130,8 @@ class TeacherEngine:
         """Entries of a row of requests that do not want the engine's `top_k`."""
         self._finished_tokens = 0
         self._rows_before = LogprobRows.rows_seen
+        self._inside: LookInside | None = None
+        self.look_inside(parse_capture(config.capture), parse_stats(config.stats))
 
     @property
     def unfinished(self) -> int:
@@ -134,6 +142,30 @@ class TeacherEngine:
     def generated_tokens(self) -> int:
         """Tokens generated so far; without arrays, those of finished requests."""
         return max(self._finished_tokens, LogprobRows.rows_seen - self._rows_before)
+
+    @property
+    def hidden(self) -> HiddenStatesSpec | None:
+        """The hidden states that completions come with; None: none."""
+        return None if self._inside is None else self._inside.spec
+
+    def look_inside(self, capture: HiddenCapture | None, stats: LayerStats | None) -> None:
+        """Capture and measure this from now on, in place of what was asked for before; only between requests.
+
+        Raises:
+            ConfigError: if this vLLM or this model cannot be looked into, or completions with their hidden
+                states may not fit into a block.
+        """
+        if self._inside is not None:
+            self._inside.close()
+            self._inside = None
+        if capture is not None or stats is not None:
+            self._inside = LookInside(self._engine, capture, stats)
+        if self.hidden is not None:
+            check_block_room(self._config, self.hidden)
+
+    def take_statistics(self) -> Mapping[int, LayerStatistics]:
+        """What was measured of each layer since the last call."""
+        return {} if self._inside is None else self._inside.take_statistics()
 
     def describe(self) -> tuple[TeacherSpec, TokenizerSpec]:
         """Who the teacher is, and whose tokenizer it uses. Reads the weight files once, for their digest."""
@@ -200,15 +232,19 @@ class TeacherEngine:
         )
         prompt = {"prompt_token_ids": [int(token_id) for token_id in prompt_token_ids]}
         try:
-            self._engine.add_request(request_id, prompt, parameters)
+            internal_id = self._engine.add_request(request_id, prompt, parameters)
         except ValueError as error:
             raise TeacherError(f"vLLM refuses request {request_id!r}: {_first_line(error)}") from error
         if top_k is not None:
             self._own_top_k[request_id] = top_k
+        if self._inside is not None:
+            self._inside.begin(request_id, str(internal_id))
 
     def step(self) -> list[Completion]:
         """Generate one token for each running request, and return those that finished."""
         outputs = self.scoring.take(self._engine.step())
+        if self._inside is not None:
+            self._inside.collect()
         self.streamed_token_ids = {
             str(output.request_id): list(output.outputs[0].token_ids)
             for output in outputs
@@ -222,6 +258,8 @@ class TeacherEngine:
         self.scoring.drop(request_ids)
         for request_id in request_ids:
             self._own_top_k.pop(request_id, None)
+            if self._inside is not None:
+                self._inside.drop(request_id)
 
     def close(self) -> None:
         """Undo the changes to vLLM's logprob collection."""
@@ -264,12 +302,14 @@ class TeacherEngine:
         else:
             sampled_logprobs, top_k = top_k_from_rows(made.logprobs, token_ids, own_top_k)
         reason = made.finish_reason
+        request_id = str(output.request_id)
         return Completion(
-            request_id=str(output.request_id),
+            request_id=request_id,
             token_ids=np.asarray(token_ids, np.int32),
             sampled_logprobs=sampled_logprobs,
             top_k=top_k,
             finish_reason=reason if reason in FINISH_REASONS else "abort",
+            hidden=None if self._inside is None else self._inside.finish(request_id, len(token_ids)),
         )
 
     def _rows_of(self, container: Untyped, token_ids: Sequence[int]) -> tuple[Float32Array, TopK]:
@@ -304,6 +344,9 @@ def set_engine_environment(config: TeachConfig) -> None:
         os.environ["OMP_NUM_THREADS"] = str(len(os.sched_getaffinity(0)))
     os.environ["VLLM_CPU_OMP_THREADS_BIND"] = "nobind"
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
+    if config.capture or config.stats:
+        # The newer model runner has no place to look from.
+        os.environ["VLLM_USE_V2_MODEL_RUNNER"] = "0"
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
     os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
 
@@ -390,6 +433,10 @@ def _engine_arguments(config: TeachConfig) -> dict[str, object]:
     }
     if config.kv_cache_mib:
         arguments["kv_cache_memory_bytes"] = config.kv_cache_mib << 20
+    if config.capture or config.stats:
+        # Compiled models call no hooks; and a step that is scheduled ahead runs on behind a completion's end.
+        arguments["enforce_eager"] = True
+        arguments["async_scheduling"] = False
     on_cpu = bool(current_platform.is_cpu())
     need = estimate_memory(Path(config.model), config, on_cpu=on_cpu)
     gpu_bytes = 0 if on_cpu else int(_GPU_SHARE * current_platform.get_device_total_memory())

@@ -200,7 +200,9 @@ class BlockWriter:
         return replace(finished, traces=published, left_out=tuple(left_out))
 
     def _estimate(self, batch: Sequence[FinishedPrompt]) -> float:
-        return self._bytes_per_token * _completion_tokens(batch)
+        states = (trace.hidden for finished in batch for trace in finished.traces)
+        hidden_bytes = sum(one.size_bytes for one in states if one is not None)
+        return self._bytes_per_token * _completion_tokens(batch) + hidden_bytes
 
     def _publish(self, batch: Sequence[FinishedPrompt]) -> None:
         traces = [trace for finished in batch for trace in finished.traces]

@@ -146,6 +146,7 @@ class TeacherWorker:
                 self._engine.top_k,
                 min_probability=self._config.min_probability,
                 draws=self._config.draws,
+                hidden=self._engine.hidden,
             ),
             license=self._config.license,
             labels=dict(self._config.labels),
@@ -284,6 +285,8 @@ class TeacherWorker:
         try:
             end = self._generate(source)
             self._connected.writer.flush()
+            if self._connected.profile is not None:
+                self._connected.profile.store(self._loaded.take_statistics())
         finally:
             # After a failure of the engine, what was in it stays leased until it is known what did it.
             source.keep_begun()
@@ -316,6 +319,9 @@ class TeacherWorker:
         for completion in self._of_engine(self._loaded.step):
             self._collect(completion)
         self._drop_lost()
+        profile = self._connected.profile
+        if profile is not None and profile.is_due:
+            profile.store(self._loaded.take_statistics())
         self._connected.writer.check()
         self._update(running=self._loaded.unfinished)
 
@@ -393,6 +399,7 @@ class TeacherWorker:
             sampling=engine.sampling(prompt.prompt_id, sample_index, pending.token_ids.size),
             tags=prompt.tags,
             completion_text=engine.tokenizer.decode(token_ids, engine.eos_token_ids),
+            hidden=completion.hidden,
         )
 
     def _abort_all(self) -> None:
