@@ -26,6 +26,8 @@ VERBS = [
     ("down",),
     ("teach",),
     ("teacher", "serve"),
+    ("teacher", "profile"),
+    ("teacher", "attention"),
     ("train",),
     ("export", "mlx"),
     ("export", "coreml"),
