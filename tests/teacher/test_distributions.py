@@ -24,6 +24,7 @@ def test_normalisers_are_those_of_float64(vocab_size: int, scale: float) -> None
     found = log_normalisers(logits)
     expected = torch.logsumexp(logits.double(), dim=-1, keepdim=True)
     assert found.shape == (5, 1)
+    assert torch.equal(log_normalisers(logits, logits.argmax(-1, keepdim=True)), found)
     # Within two steps of float32 at values of that size.
     assert (found.double() - expected).abs().max() <= 2 * 2**-23 * max(1.0, float(expected.abs().max()))
 

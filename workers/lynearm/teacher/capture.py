@@ -144,12 +144,13 @@ class _Rows:
         import torch
         from vllm.v1.outputs import LogprobsTensors
 
-        normalisers_N1 = log_normalisers(logprobs)
         given_N1 = token_ids.unsqueeze(-1)
         if self._wish.draws and self._is_sampling:
             ids_NK, kept_NK = draw_from_logits(logprobs, num_logprobs, self._chance(logprobs))
+            normalisers_N1 = log_normalisers(logprobs)
         else:
             kept_NK, ids_NK = top_entries(logprobs, num_logprobs)
+            normalisers_N1 = log_normalisers(logprobs, ids_NK[:, :1] if num_logprobs else None)
             kept_NK = kept_NK - normalisers_N1
         return LogprobsTensors(
             torch.cat((given_N1, ids_NK), dim=1).to(torch.int32),

@@ -3,7 +3,7 @@
 Torch's log-softmax writes a copy of the whole vocabulary to keep a few entries of it, and adds its normaliser
 up in float32 lane by lane, so that kept mass and tail are off 1 by 1e-5 and more. Here the copy is a small
 buffer that is used again and again, the sum is corrected, and the top k are sought among the best blocks of
-the vocabulary alone. For 64 rows of 49,152 logits and k = 64 that takes 3.5 ms of one CPU core in place of 9.
+the vocabulary alone. For 64 rows of 49,152 logits and k = 64 that takes 4 ms of a CPU core in place of 6.5.
 
 Shape legend: N = rows, V = vocabulary, K = kept entries, B = entries of a block.
 """
@@ -45,10 +45,14 @@ def temper(logits_NV: Tensor, temperature: float, out: Tensor | None = None) -> 
     return out if temperature == 1 else out.div_(temperature)
 
 
-def log_normalisers(logits_NV: Tensor) -> Tensor:
+def log_normalisers(logits_NV: Tensor, best_N1: Tensor | None = None) -> Tensor:
     """Log of each row's sum of exponentials, shape [N, 1], so that logprobs are logits less this.
 
-    Of float32 logits, to about 1e-6: the exponentials are float32, their sum is taken pairwise.
+    To about 1e-6: the exponentials are float32, their sum is taken pairwise.
+
+    Args:
+        logits_NV: Float32.
+        best_N1: Where a largest entry of each row is, if that is known: it saves two looks at all of them.
     """
     import torch
 
@@ -61,13 +65,18 @@ def log_normalisers(logits_NV: Tensor) -> Tensor:
         # softmax = exp(logit - largest) / sum, of which the sum alone is inexact: by what the softmax adds up
         # to. Its largest entry is 1 / sum.
         probabilities = torch.softmax(part, dim=-1, out=scratch[: part.shape[0]])
-        correction = probabilities.sum(-1, keepdim=True) / probabilities.amax(-1, keepdim=True)
-        normalisers_N1[start : start + chunk] = part.amax(-1, keepdim=True) + correction.log()
+        if best_N1 is None:
+            largest, of_largest = part.amax(-1, keepdim=True), probabilities.amax(-1, keepdim=True)
+        else:
+            best = best_N1[start : start + chunk]
+            largest, of_largest = part.gather(1, best), probabilities.gather(1, best)
+        total = probabilities.sum(-1, keepdim=True)
+        normalisers_N1[start : start + chunk] = largest + (total / of_largest).log()
     return normalisers_N1
 
 
 def top_entries(logits_NV: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """The k largest of each row, descending, and where they are: as torch.topk, in a quarter of its time.
+    """The k largest of each row, descending, and where they are: as torch.topk, in a third of its time.
 
     The k largest lie within the k blocks of the vocabulary whose largest entries are largest. Which of equal
     entries are taken, and in what order, is not said.
