@@ -1,4 +1,4 @@
-"""`lynearm teacher serve`: a teacher that is asked directly, beside what it writes into streams."""
+"""`lynearm teacher serve`: a teacher that scores and answers, without a stream."""
 
 from __future__ import annotations
 

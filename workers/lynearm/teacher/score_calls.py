@@ -164,6 +164,8 @@ class ScoreCall:
         waiting = asyncio.create_task(self._wait(shared, task, reserved_bytes), name="wait-score")
         self._waiting.add(waiting)
         waiting.add_done_callback(self._waiting.discard)
+        # Not in the task: one that is cancelled before it begins would never leave.
+        waiting.add_done_callback(lambda _: self._table.leave(shared))
 
     def _checked_task(self, completion: StudentCompletion, settings: ScoreSettings) -> ScoreTask:
         task = ScoreTask(
@@ -204,8 +206,6 @@ class ScoreCall:
             return
         except LynearmError as error:
             outcome = _Outcome(task.request_id, reserved_bytes, None, error)
-        finally:
-            self._table.leave(shared)
         self._outcomes.put_nowait(outcome)
 
     def _scored(self, task: ScoreTask, score: Score) -> ScoredCompletion:
