@@ -10,7 +10,7 @@ import torch
 from student.teaching_material import make_blocks
 
 from lynearm.client import ReceivedBlock
-from lynearm.student.batches import Batch, Batcher, SplitRule, collate
+from lynearm.student.batches import Batch, Batcher, PieceSizes, SplitRule, collate
 from lynearm.student.model import StudentModel
 from lynearm.student.reader import TraceReader
 from lynearm.wire.errors import CorruptBlockError, MisalignmentError
@@ -97,7 +97,7 @@ def test_traces_without_anything_to_learn_are_skipped_and_counted(
 
 def test_tensors_hold_what_the_traces_say(traces: list[Trace]) -> None:
     chosen = traces[10:16]
-    pieces = collate(chosen, micro_batch_tokens=32, max_sequence_tokens=64, vocab_size=384)
+    pieces = collate(chosen, PieceSizes(32, 64), vocab_size=384)
     assert len(pieces) > 1
     assert sum(len(piece.targets) for piece in pieces) == sum(len(t.completion_token_ids) for t in chosen)
     by_tokens = {tuple(trace.completion_token_ids.tolist()): trace for trace in chosen}
@@ -119,7 +119,7 @@ def test_tensors_hold_what_the_traces_say(traces: list[Trace]) -> None:
 def test_long_completions_are_cut(traces: list[Trace]) -> None:
     trace = max(traces, key=lambda one: len(one.completion_token_ids))
     length = len(trace.prompt_token_ids) + 2
-    (piece,) = collate([trace], micro_batch_tokens=8, max_sequence_tokens=length, vocab_size=384)
+    (piece,) = collate([trace], PieceSizes(8, length), vocab_size=384)
     assert piece.targets.sampled_ids_N.tolist() == trace.completion_token_ids[:2].tolist()
     assert piece.input_ids_BL.shape == (1, length - 1)
 
@@ -133,7 +133,7 @@ def test_rows_that_keep_fewer_entries_are_padded(traces: list[Trace]) -> None:
             logprobs=traces[0].top_k.logprobs[:, :3],
         ),
     )
-    (piece,) = collate([short, traces[1]], micro_batch_tokens=512, max_sequence_tokens=64, vocab_size=384)
+    (piece,) = collate([short, traces[1]], PieceSizes(512, 64), vocab_size=384)
     padded = torch.isinf(piece.targets.logprobs_NK).sum(1)
     assert sorted(set(padded.tolist())) == [0, 5]
     assert int(piece.targets.token_ids_NK[padded == 5][:, 3:].max()) == 0
@@ -141,7 +141,7 @@ def test_rows_that_keep_fewer_entries_are_padded(traces: list[Trace]) -> None:
 
 def test_a_token_beyond_the_vocabulary_is_refused(traces: list[Trace]) -> None:
     with pytest.raises(MisalignmentError, match="vocabulary ends at 9"):
-        collate(traces[:1], micro_batch_tokens=64, max_sequence_tokens=64, vocab_size=10)
+        collate(traces[:1], PieceSizes(64, 64), vocab_size=10)
 
 
 def test_a_corrupt_block_is_named_after_the_traces_before_it(

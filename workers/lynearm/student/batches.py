@@ -66,15 +66,21 @@ class Batcher:
 
     Args:
         batch_sequences: Traces of a batch; the last of a pass may hold fewer.
+        batch_tokens: Completion tokens from which on a batch is complete, however many traces those are; 0
+            goes by `batch_sequences`.
         max_sequence_tokens: Traces whose prompt leaves no room for a completion token are skipped.
         rule: Traces that it holds out are skipped.
     """
 
-    def __init__(self, *, batch_sequences: int, max_sequence_tokens: int, rule: SplitRule) -> None:
+    def __init__(
+        self, *, batch_sequences: int, batch_tokens: int = 0, max_sequence_tokens: int, rule: SplitRule
+    ) -> None:
         self._batch_sequences = batch_sequences
+        self._batch_tokens = batch_tokens
         self._max_sequence_tokens = max_sequence_tokens
         self._rule = rule
         self._traces: list[Trace] = []
+        self._tokens = 0
         self._after = Cursor()
         self.skipped_traces = 0
 
@@ -87,7 +93,10 @@ class Batcher:
             self.skipped_traces += 1
             return None
         self._traces.append(trace)
+        self._tokens += completion_positions(trace, self._max_sequence_tokens)
         self._after = positioned.after
+        if self._batch_tokens:
+            return self.rest() if self._tokens >= self._batch_tokens else None
         return self.rest() if len(self._traces) == self._batch_sequences else None
 
     def rest(self) -> Batch | None:
@@ -95,7 +104,7 @@ class Batcher:
         if not self._traces:
             return None
         batch = Batch(tuple(self._traces), self._after)
-        self._traces = []
+        self._traces, self._tokens = [], 0
         return batch
 
 
@@ -103,6 +112,11 @@ def is_usable(trace: Trace, max_sequence_tokens: int) -> bool:
     """Whether there is a completion token to learn from, with a token before it, within the length."""
     prompt_tokens = len(trace.prompt_token_ids)
     return len(trace.completion_token_ids) > 0 and 0 < prompt_tokens < max_sequence_tokens
+
+
+def completion_positions(trace: Trace, max_sequence_tokens: int) -> int:
+    """Completion tokens of a usable trace that are trained on."""
+    return _length(trace, max_sequence_tokens) - len(trace.prompt_token_ids) + 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,29 +128,70 @@ class MicroBatch:
     positions_N: Tensor
     """int64: where the rows of `targets` are in [B, L] laid flat."""
     targets: Targets
+    position_ids_BL: Tensor | None = None
+    """int64; begins again at 0 with each trace of a packed row. None where every row is one trace."""
 
     def to(self, device: torch.device) -> MicroBatch:
         """The same on another device."""
-        return MicroBatch(self.input_ids_BL.to(device), self.positions_N.to(device), self.targets.to(device))
+        position_ids_BL = None if self.position_ids_BL is None else self.position_ids_BL.to(device)
+        return MicroBatch(
+            self.input_ids_BL.to(device),
+            self.positions_N.to(device),
+            self.targets.to(device),
+            position_ids_BL,
+        )
 
 
-def collate(
-    traces: Sequence[Trace], *, micro_batch_tokens: int, max_sequence_tokens: int, vocab_size: int
-) -> list[MicroBatch]:
-    """The traces as tensors, cut into pieces of similar lengths.
+@dataclass(frozen=True, slots=True)
+class PieceSizes:
+    """How a batch is cut into what is computed at once. It changes memory and speed, not the result."""
+
+    micro_batch_tokens: int
+    """Bound on B × L of a piece, unless one trace alone exceeds it."""
+    max_sequence_tokens: int
+    """Completions are cut there."""
+    packed: bool = False
+    """Lay traces end to end in one row; False lays each in a row of its own, with others of its length."""
+
+
+def collate(traces: Sequence[Trace], sizes: PieceSizes, *, vocab_size: int) -> list[MicroBatch]:
+    """The traces as tensors, in pieces.
 
     Args:
         traces: All usable by `is_usable`.
-        micro_batch_tokens: Bound on B × L of a piece, unless one trace alone exceeds it.
-        max_sequence_tokens: Completions are cut there.
+        sizes: Of the pieces.
         vocab_size: Of the student.
 
     Raises:
         MisalignmentError: if a token id is not in the student's vocabulary.
     """
-    ordered = sorted(traces, key=lambda trace: _length(trace, max_sequence_tokens), reverse=True)
+    longest_first = sorted(traces, key=lambda trace: _length(trace, sizes.max_sequence_tokens), reverse=True)
+    pieces = _fill_rows(longest_first, sizes) if sizes.packed else _group_by_length(longest_first, sizes)
+    return [_collate_piece(piece, sizes, vocab_size) for piece in pieces]
+
+
+def _fill_rows(longest_first: Sequence[Trace], sizes: PieceSizes) -> list[list[Trace]]:
+    """Rows of at most `micro_batch_tokens`: each trace goes into the first row that has room for it.
+
+    First fit decreasing: at most 11/9 of the fewest rows there could be, and a few more (Johnson, 1973).
+    """
+    rows: list[list[Trace]] = []
+    room: list[int] = []
+    for trace in longest_first:
+        length = _length(trace, sizes.max_sequence_tokens)
+        row = next((number for number, free in enumerate(room) if free >= length), len(rows))
+        if row == len(rows):
+            rows.append([])
+            room.append(sizes.micro_batch_tokens)
+        rows[row].append(trace)
+        room[row] -= length
+    return rows
+
+
+def _group_by_length(longest_first: Sequence[Trace], sizes: PieceSizes) -> list[list[Trace]]:
+    micro_batch_tokens, max_sequence_tokens = sizes.micro_batch_tokens, sizes.max_sequence_tokens
     pieces: list[list[Trace]] = []
-    for trace in ordered:
+    for trace in longest_first:
         length = _length(trace, max_sequence_tokens)
         longest = _length(pieces[-1][0], max_sequence_tokens) if pieces else 0
         padded_tokens = longest * len(pieces[-1]) if pieces else 0
@@ -145,25 +200,37 @@ def collate(
             pieces[-1].append(trace)
         else:
             pieces.append([trace])
-    return [_collate_piece(piece, max_sequence_tokens, vocab_size) for piece in pieces]
+    return pieces
 
 
 def _length(trace: Trace, max_sequence_tokens: int) -> int:
     return min(len(trace.prompt_token_ids) + len(trace.completion_token_ids), max_sequence_tokens) - 1
 
 
-def _collate_piece(traces: Sequence[Trace], max_sequence_tokens: int, vocab_size: int) -> MicroBatch:
-    lengths = [_length(trace, max_sequence_tokens) for trace in traces]
-    longest = max(lengths)
-    input_ids_BL = np.zeros((len(traces), longest), np.int64)
+def _collate_piece(traces: Sequence[Trace], sizes: PieceSizes, vocab_size: int) -> MicroBatch:
+    lengths = [_length(trace, sizes.max_sequence_tokens) for trace in traces]
+    if sizes.packed:
+        shape = (1, sum(lengths))
+        starts = np.cumsum([0, *lengths[:-1]])
+    else:
+        shape = (len(traces), max(lengths))
+        starts = np.arange(len(traces)) * max(lengths)
+    input_ids = np.zeros(shape[0] * shape[1], np.int64)
+    position_ids = np.zeros_like(input_ids)
     positions: list[np.ndarray] = []
-    for row, (trace, length) in enumerate(zip(traces, lengths, strict=True)):
+    for start, trace, length in zip(starts.tolist(), traces, lengths, strict=True):
         token_ids = np.concatenate((trace.prompt_token_ids, trace.completion_token_ids))[: length + 1]
-        input_ids_BL[row, :length] = token_ids[:-1]
-        positions.append(row * longest + np.arange(len(trace.prompt_token_ids) - 1, length))
+        input_ids[start : start + length] = token_ids[:-1]
+        position_ids[start : start + length] = np.arange(length)
+        positions.append(start + np.arange(len(trace.prompt_token_ids) - 1, length))
     targets = _targets(traces, [len(rows) for rows in positions])
-    _check_ids(input_ids_BL, targets, vocab_size)
-    return MicroBatch(torch.as_tensor(input_ids_BL), torch.as_tensor(np.concatenate(positions)), targets)
+    _check_ids(input_ids, targets, vocab_size)
+    return MicroBatch(
+        torch.as_tensor(input_ids.reshape(shape)),
+        torch.as_tensor(np.concatenate(positions)),
+        targets,
+        torch.as_tensor(position_ids.reshape(shape)) if sizes.packed else None,
+    )
 
 
 def _targets(traces: Sequence[Trace], counts: Sequence[int]) -> Targets:
@@ -187,10 +254,10 @@ def _targets(traces: Sequence[Trace], counts: Sequence[int]) -> Targets:
     )
 
 
-def _check_ids(input_ids_BL: np.ndarray, targets: Targets, vocab_size: int) -> None:
+def _check_ids(input_ids: np.ndarray, targets: Targets, vocab_size: int) -> None:
     kept_top = int(targets.token_ids_NK.max()) if targets.token_ids_NK.numel() else 0
-    top = max(int(input_ids_BL.max()), kept_top, int(targets.sampled_ids_N.max()))
-    if top >= vocab_size or int(input_ids_BL.min()) < 0:
+    top = max(int(input_ids.max()), kept_top, int(targets.sampled_ids_N.max()))
+    if top >= vocab_size or int(input_ids.min()) < 0:
         raise MisalignmentError(
             f"the stream has token id {top}, the student's vocabulary ends at {vocab_size - 1}",
             "start from a student with the teacher's vocabulary",

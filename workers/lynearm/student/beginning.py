@@ -20,7 +20,7 @@ from lynearm.wire.traces import Trace
 
 logger = logging.getLogger(__name__)
 
-_FIXED_FIELDS = ("batch_sequences", "max_sequence_tokens", "held_out_fraction", "seed")
+_FIXED_FIELDS = ("batch_sequences", "batch_tokens", "max_sequence_tokens", "held_out_fraction", "seed")
 """What decides which traces a step trains on: a resumed run must go on with it."""
 
 
@@ -73,10 +73,12 @@ def _resume(config: TrainConfig, stream: StreamInfo, directory: Path | None) -> 
             f"not on {stream.spec.name!r} made at {stream.created_unix_nano}",
             "its cursor means nothing there: begin a new run with this checkpoint as its student",
         )
+    # A checkpoint from before a field existed was written with what is now its default.
+    before = {name: checkpoint.written_by.get(name, getattr(TrainConfig(), name)) for name in _FIXED_FIELDS}
     changed = [
-        f"{name} was {checkpoint.written_by.get(name)} and is {getattr(config, name)}"
-        for name in _FIXED_FIELDS
-        if checkpoint.written_by.get(name) != getattr(config, name)
+        f"{name} was {value} and is {getattr(config, name)}"
+        for name, value in before.items()
+        if value != getattr(config, name)
     ]
     if changed:
         raise ConfigError(

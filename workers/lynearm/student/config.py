@@ -13,6 +13,7 @@ from lynearm.wire.errors import ConfigError, InvalidInputError
 from lynearm.wire.specs import check_name
 
 SCHEDULES = ("constant", "cosine")
+PACKINGS = ("auto", "on", "off")
 DTYPES = ("auto", "float32", "bfloat16")
 
 
@@ -89,6 +90,15 @@ class TrainConfig:
 
     batch_sequences: int = 8
     """Traces per optimizer step."""
+
+    batch_tokens: int = 0
+    """Completion tokens per optimizer step, at least, instead of `batch_sequences`: steps of even weight
+    where completions differ much in length. 0 counts traces."""
+
+    packing: str = "auto"
+    """"on" lays traces end to end in rows of `micro_batch_tokens`, kept apart by the attention mask; "off"
+    lays each in a row of its own, beside others of its length. "auto" packs on CUDA where the model allows
+    it: on a CPU attention computes what the mask then hides. The result does not depend on it."""
 
     micro_batch_tokens: int = 1024
     """Padded tokens computed at once; a batch is cut by length into such pieces. Bounds memory;
@@ -171,7 +181,7 @@ class TrainConfig:
     def _checks(self) -> dict[str, bool]:
         counts_from_zero = (
             "warmup_steps max_steps held_out_traces held_out_window eval_every_steps checkpoint_every_steps "
-            "threads replay_threads seed"
+            "threads replay_threads seed batch_tokens"
         )
         counts_from_one = "batch_sequences micro_batch_tokens epochs keep_checkpoints prefetch_blocks"
         not_negative = "weight_decay grad_clip max_seconds wait_seconds"
@@ -197,5 +207,6 @@ class TrainConfig:
             f"patience_seconds is {self.patience_seconds}, expected 0 or more": self.patience_seconds >= 0,
             f"schedule is {self.schedule!r}, expected one of {SCHEDULES}": self.schedule in SCHEDULES,
             f"dtype is {self.dtype!r}, expected one of {DTYPES}": self.dtype in DTYPES,
+            f"packing is {self.packing!r}, expected one of {PACKINGS}": self.packing in PACKINGS,
             "schedule 'cosine' needs max_steps": self.schedule != "cosine" or self.max_steps > 0,
         }

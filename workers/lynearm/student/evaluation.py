@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-from lynearm.student.batches import collate
+from lynearm.student.batches import PieceSizes, collate
 from lynearm.student.losses import measure_loss
 from lynearm.student.model import StudentModel
 from lynearm.wire.blocks import MAX_PAYLOAD_BYTES
@@ -42,17 +42,13 @@ def evaluate(
     Args:
         student: The student; it is in training mode afterwards.
         traces: At least one, all usable by `batches.is_usable`.
-        micro_batch_tokens: As for `batches.collate`, like the next.
+        micro_batch_tokens: As for `batches.PieceSizes`, like the next.
         max_sequence_tokens: Completions are cut there.
     """
     kl, cross_entropy, positions = 0.0, 0.0, 0
     student.train(False)
-    for piece in collate(
-        traces,
-        micro_batch_tokens=micro_batch_tokens,
-        max_sequence_tokens=max_sequence_tokens,
-        vocab_size=student.vocab_size,
-    ):
+    sizes = PieceSizes(micro_batch_tokens, max_sequence_tokens)
+    for piece in collate(traces, sizes, vocab_size=student.vocab_size):
         on_device = piece.to(student.device)
         with torch.no_grad():
             hidden_NH = student.hidden_states(on_device.input_ids_BL).flatten(0, 1)[on_device.positions_N]

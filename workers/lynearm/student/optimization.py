@@ -9,11 +9,11 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
-from lynearm.student.batches import Batch, MicroBatch, collate
+from lynearm.student.batches import Batch, MicroBatch, PieceSizes, collate
 from lynearm.student.config import TrainConfig
 from lynearm.student.losses import LossWeights, distillation_loss
-from lynearm.student.model import StudentModel
-from lynearm.wire.errors import CheckpointError, InvalidInputError
+from lynearm.student.model import StudentModel, packs_without_leaks
+from lynearm.wire.errors import CheckpointError, ConfigError, InvalidInputError
 
 FINAL_RATE = 0.1
 """Where a falling schedule ends, as a part of the peak rate."""
@@ -46,6 +46,9 @@ class Optimization:
     def __init__(self, student: StudentModel, config: TrainConfig) -> None:
         self._student = student
         self._config = config
+        self._sizes = PieceSizes(
+            config.micro_batch_tokens, config.max_sequence_tokens, packed=_packs(student, config.packing)
+        )
         self._parameters = student.trainable_parameters()
         matrices = [parameter for parameter in self._parameters.values() if parameter.ndim > 1]
         vectors = [parameter for parameter in self._parameters.values() if parameter.ndim <= 1]
@@ -67,12 +70,7 @@ class Optimization:
             InvalidInputError: if the gradient is not finite; no weight was changed.
         """
         config = self._config
-        pieces = collate(
-            batch.traces,
-            micro_batch_tokens=config.micro_batch_tokens,
-            max_sequence_tokens=config.max_sequence_tokens,
-            vocab_size=self._student.vocab_size,
-        )
+        pieces = collate(batch.traces, self._sizes, vocab_size=self._student.vocab_size)
         tokens = sum(len(piece.targets) for piece in pieces)
         rate = learning_rate(config, step)
         for group in self._optimizer.param_groups:
@@ -132,7 +130,9 @@ class Optimization:
 
     def _backward(self, piece: MicroBatch, tokens: int) -> tuple[float, float]:
         student, config = self._student, self._config
-        hidden_NH = student.hidden_states(piece.input_ids_BL).flatten(0, 1)[piece.positions_N]
+        hidden_NH = student.hidden_states(piece.input_ids_BL, piece.position_ids_BL).flatten(0, 1)[
+            piece.positions_N
+        ]
         result = distillation_loss(
             hidden_NH,
             student.head_weight,
@@ -155,6 +155,18 @@ class Optimization:
         if any(moment.shape != parameter.shape for moment in moments.values()):
             raise CheckpointError(f"the optimizer state of {name} has another shape than the parameter")
         return {"step": torch.tensor(float(step), device=parameter.device), **moments}
+
+
+def _packs(student: StudentModel, packing: str) -> bool:
+    if packing == "off" or (packing == "auto" and student.device.type != "cuda"):
+        return False
+    possible = packs_without_leaks(student)
+    if packing == "on" and not possible:
+        raise ConfigError(
+            f"{student.directory.name} mixes sequences that are packed into one row",
+            'train with packing = "off", which groups traces by length',
+        )
+    return possible
 
 
 def learning_rate(config: TrainConfig, step: int) -> float:

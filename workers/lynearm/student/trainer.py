@@ -193,6 +193,7 @@ class _Run:
     def _batches(self, source: WatchedSource) -> Iterator[Batch]:
         batcher = Batcher(
             batch_sequences=self._config.batch_sequences,
+            batch_tokens=self._config.batch_tokens,
             max_sequence_tokens=self._config.max_sequence_tokens,
             rule=self._rule,
         )
