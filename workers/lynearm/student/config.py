@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from lynearm.student.objective import Objective, parse_term
+from lynearm.student.objective import Objective, parse_terms
 from lynearm.student.weighting import PositionWeighting
 from lynearm.wire.errors import ConfigError, InvalidInputError
 from lynearm.wire.specs import check_name
@@ -158,9 +158,9 @@ class TrainConfig:
     dtype: str = "auto"
     """Type to compute in; weights stay float32. "auto" is bfloat16 on CUDA, float32 on a CPU."""
 
-    check_rows: bool = True
-    """Compare rows and tokens of the first traces, and refuse to train when they are shifted. Costs
-    milliseconds."""
+    check_alignment: bool = True
+    """Before the first step, look whether the teacher's rows stand at the positions of their tokens, and
+    refuse to train when they are shifted. Costs one forward pass over four short traces."""
 
     allow_misaligned: bool = False
     """Train although tokenizer, template, vocabulary or logprobs differ. The loss compares token ids: only
@@ -175,7 +175,7 @@ class TrainConfig:
         for problem, holds in self._checks().items():
             if not holds:
                 raise ConfigError(problem)
-        Objective(tuple(parse_term(text) for text in self.loss))
+        Objective(parse_terms(self.loss))
         PositionWeighting(self.span_weights, self.tag_weights)
 
     def _checks(self) -> dict[str, bool]:

@@ -51,7 +51,8 @@ class LossTerm:
             raise ConfigError(f"loss {self.name!r} is not known, expected one of {', '.join(LOSS_NAMES)}")
         if not 0 < self.weight < math.inf:
             raise ConfigError(
-                f"loss {self.name}: weight is {self.weight:g}, expected above 0", "leave out what counts nothing"
+                f"loss {self.name}: weight is {self.weight:g}, expected above 0",
+                "leave out what counts nothing",
             )
         if self.name in DEFAULT_MIX and not 0 < self.mix < 1:
             raise ConfigError(
@@ -81,6 +82,15 @@ def parse_term(text: str) -> LossTerm:
         _number(found["weight"], text) if found["weight"] else 1.0,
         _number(found["mix"], text) if found["mix"] else DEFAULT_MIX.get(name, 0.0),
     )
+
+
+def parse_terms(texts: Sequence[str]) -> tuple[LossTerm, ...]:
+    """Terms as they are written in a configuration.
+
+    Raises:
+        ConfigError: if one cannot be read.
+    """
+    return tuple(parse_term(text) for text in texts)
 
 
 @dataclass(frozen=True, slots=True)
@@ -125,7 +135,12 @@ class Objective:
 
 
 def make_objective(
-    spec: StreamSpec, losses: Sequence[str], *, temperature: float = 1.0, retemper: bool = False, vocab_size: int = 0
+    spec: StreamSpec,
+    losses: Sequence[str],
+    *,
+    temperature: float = 1.0,
+    retemper: bool = False,
+    vocab_size: int = 0,
 ) -> Objective:
     """The objective of training on a stream.
 
@@ -135,7 +150,7 @@ def make_objective(
         temperature: At which to compare.
         retemper: Bring a stream of another temperature to this one: see `losses.teacher.retemper` for what
             that gets wrong.
-        vocab_size: Width of the student's logits; 0 if it is the teacher's.
+        vocab_size: Width of the student's logits; 0: the teacher's.
 
     Raises:
         ConfigError: if the terms cannot be read.
@@ -143,7 +158,7 @@ def make_objective(
             mode does not suit a loss.
     """
     objective = Objective(
-        tuple(parse_term(text) for text in losses),
+        parse_terms(losses),
         temperature,
         spec.teacher.logprobs_temperature,
         min(spec.teacher.vocab_size, vocab_size or spec.teacher.vocab_size),

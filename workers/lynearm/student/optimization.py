@@ -11,8 +11,10 @@ from torch import Tensor, nn
 
 from lynearm.student.batches import Batch, MicroBatch, PieceSizes, collate
 from lynearm.student.config import TrainConfig
-from lynearm.student.losses import LossWeights, distillation_loss
+from lynearm.student.losses import distillation_loss
 from lynearm.student.model import StudentModel, packs_without_leaks
+from lynearm.student.objective import Objective, parse_terms
+from lynearm.student.weighting import PositionWeighting
 from lynearm.wire.errors import CheckpointError, ConfigError, InvalidInputError
 
 FINAL_RATE = 0.1
@@ -26,6 +28,7 @@ class StepResult:
     """Means over the batch's completion positions, before the step."""
 
     loss: float
+    """By weight, where positions count differently."""
     kl: float
     cross_entropy: float
     tokens: int
@@ -41,11 +44,16 @@ class Optimization:
     Args:
         student: Its parameters that require a gradient are trained.
         config: Rates, weights and sizes.
+        objective: What is brought down; the terms of `config` if not given.
     """
 
-    def __init__(self, student: StudentModel, config: TrainConfig) -> None:
+    def __init__(
+        self, student: StudentModel, config: TrainConfig, *, objective: Objective | None = None
+    ) -> None:
         self._student = student
         self._config = config
+        self._objective = objective or Objective(parse_terms(config.loss))
+        self._weighting = PositionWeighting(config.span_weights, config.tag_weights)
         self._sizes = PieceSizes(
             config.micro_batch_tokens, config.max_sequence_tokens, packed=_packs(student, config.packing)
         )
@@ -70,15 +78,18 @@ class Optimization:
             InvalidInputError: if the gradient is not finite; no weight was changed.
         """
         config = self._config
-        pieces = collate(batch.traces, self._sizes, vocab_size=self._student.vocab_size)
+        pieces = collate(
+            batch.traces, self._sizes, vocab_size=self._student.vocab_size, weighting=self._weighting
+        )
+        weight = self._weighting.total(batch.traces, config.max_sequence_tokens)
         tokens = sum(len(piece.targets) for piece in pieces)
         rate = learning_rate(config, step)
         for group in self._optimizer.param_groups:
             group["lr"] = rate
-        kl, cross_entropy = 0.0, 0.0
+        loss, kl, cross_entropy = 0.0, 0.0, 0.0
         for piece in pieces:
-            piece_kl, piece_cross_entropy = self._backward(piece.to(self._student.device), tokens)
-            kl, cross_entropy = kl + piece_kl, cross_entropy + piece_cross_entropy
+            part = self._backward(piece.to(self._student.device), weight or 1.0)
+            loss, kl, cross_entropy = loss + part[0], kl + part[1], cross_entropy + part[2]
         norm = self._clip()
         if not math.isfinite(norm):
             self._optimizer.zero_grad(set_to_none=True)
@@ -89,7 +100,6 @@ class Optimization:
         self._optimizer.step()  # pyright: ignore[reportUnknownMemberType]  # torch leaves it half typed
         self._optimizer.zero_grad(set_to_none=True)
         kl, cross_entropy = kl / tokens, cross_entropy / tokens
-        loss = config.kd_weight * kl + config.ce_weight * cross_entropy
         return StepResult(loss, kl, cross_entropy, tokens, rate, norm)
 
     def state(self) -> dict[str, Tensor]:
@@ -128,8 +138,8 @@ class Optimization:
         if self._student.device.type == "cuda" and "rng.cuda" in tensors:
             torch.cuda.set_rng_state(tensors["rng.cuda"].cpu(), self._student.device)
 
-    def _backward(self, piece: MicroBatch, tokens: int) -> tuple[float, float]:
-        student, config = self._student, self._config
+    def _backward(self, piece: MicroBatch, weight: float) -> tuple[float, float, float]:
+        student = self._student
         hidden_NH = student.hidden_states(piece.input_ids_BL, piece.position_ids_BL).flatten(0, 1)[
             piece.positions_N
         ]
@@ -138,11 +148,12 @@ class Optimization:
             student.head_weight,
             piece.targets,
             bias_V=student.head_bias,
-            weights=LossWeights(config.kd_weight, config.ce_weight),
-            divisor=float(tokens),
+            objective=self._objective,
+            divisor=weight,
         )
         torch.autograd.backward(result.loss)
-        return float(result.kl_N.double().sum()), float(result.cross_entropy_N.double().sum())
+        kl, cross_entropy = (float(part_N.double().sum()) for part_N in (result.kl_N, result.cross_entropy_N))
+        return float(result.loss.detach()), kl, cross_entropy
 
     def _clip(self) -> float:
         limit = self._config.grad_clip or math.inf

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -34,10 +34,14 @@ class PositionWeighting:
         """Check every entry."""
         for kind in self.spans:
             if kind not in _PLACES:
-                raise ConfigError(f"span_weights: {kind!r} is not known, expected one of {', '.join(_PLACES)}")
+                raise ConfigError(
+                    f"span_weights: {kind!r} is not known, expected one of {', '.join(_PLACES)}"
+                )
         for tag in self.tags:
             if not tag.partition("=")[1]:
-                raise ConfigError(f"tag_weights: {tag!r} is no tag", "write KEY=VALUE, for example domain=code")
+                raise ConfigError(
+                    f"tag_weights: {tag!r} is no tag", "write KEY=VALUE, for example domain=code"
+                )
         for name, weight in {**self.spans, **self.tags}.items():
             if not 0 <= weight < math.inf:
                 raise ConfigError(f"weight of {name} is {weight:g}, expected 0 or more")
@@ -46,6 +50,14 @@ class PositionWeighting:
     def is_even(self) -> bool:
         """Whether all positions count alike."""
         return not self.spans and not self.tags
+
+    def total(self, traces: Iterable[Trace], max_sequence_tokens: int) -> float:
+        """Weight of all positions of the traces that fit into the length."""
+        total = 0.0
+        for trace in traces:
+            weights_T = self.weigh(trace)[: max(0, max_sequence_tokens - len(trace.prompt_token_ids))]
+            total += float(weights_T.sum(dtype=np.float64))
+        return total
 
     def weigh(self, trace: Trace) -> Float32Array:
         """Weight of each completion position, shape [T]."""

@@ -39,7 +39,9 @@ class RowLosses:
     """At temperature 1, likewise."""
 
 
-def row_losses(logits_RV: Tensor, targets: Targets, objective: Objective, scale_R: Tensor | None) -> RowLosses:
+def row_losses(
+    logits_RV: Tensor, targets: Targets, objective: Objective, scale_R: Tensor | None
+) -> RowLosses:
     """Losses of each row; overwrites the logits by the gradient of Σ scale · loss.
 
     Args:

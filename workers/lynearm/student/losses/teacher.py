@@ -66,7 +66,11 @@ def retemper(
     count_R = (log_kept_RK > -torch.inf).sum(1)
     others_R = (vocab_size - count_R).clamp_min(1).to(log_tail_R.dtype)
     even_R = (1.0 - exponent) * others_R.log() + exponent * log_tail_R
-    least_R = torch.where(log_kept_RK > -torch.inf, log_kept_RK, torch.inf).amin(1) if log_kept_RK.shape[1] else log_tail_R
+    least_R = (
+        torch.where(log_kept_RK > -torch.inf, log_kept_RK, torch.inf).amin(1)
+        if log_kept_RK.shape[1]
+        else log_tail_R
+    )
     # No token outside is more probable than the least kept one, nor than all of them together.
     least_R = torch.minimum(least_R, log_tail_R)
     few_R = log_tail_R + (exponent - 1.0) * least_R
