@@ -72,7 +72,7 @@ def dense_loss(case: Case, objective: Objective, divisor: float) -> Tensor:
     """The weighted sum of all rows."""
     logits_NV = case.hidden_NH @ case.head_VH.T + case.bias_V
     logits_NV = logits_NV[:, : objective.vocab_size or None]
-    total = logits_NV.new_zeros(())
+    total = 0.0 * sum((leaf.sum() for leaf in case.leaves), logits_NV.new_zeros(()))
     for row, logits_V in enumerate(logits_NV):
         weight = 1.0 if case.targets.weights_N is None else float(case.targets.weights_N[row])
         for term in objective.terms:

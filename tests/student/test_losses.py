@@ -368,6 +368,8 @@ def test_probability_moved_within_the_tail_costs_nothing() -> None:
     assert abs(float(kl_N)) < 1e-12
 
 
+# torch silences this warning of its own, unless warnings are errors.
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor:UserWarning")
 def test_a_compiled_step_breaks_its_graph_at_the_loss_and_goes_on() -> None:
     case = as_float32(make_case())
 

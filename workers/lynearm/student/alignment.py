@@ -173,8 +173,8 @@ def _shift_of_tokens(traces: Sequence[Trace]) -> str:
     if not best or positions < _LEAST_POSITIONS or part < agreement[0][0] + _BETTER_AGREEMENT:
         return ""
     return (
-        f"rows are shifted by {-best:+d}: of {positions} tokens {part:.0%} are in the row {_where(best)} "
-        f"theirs, {agreement[0][0]:.0%} in their own"
+        f"rows stand a position {_where(best)}: of {positions} tokens {part:.0%} are in the row "
+        f"{_beside(best)} theirs, {agreement[0][0]:.0%} in their own"
     )
 
 
@@ -184,13 +184,18 @@ def _shift_of_student(student: StudentModel, traces: Sequence[Trace], objective:
     student.train(True)
     best = min(kls, key=lambda shift: kls[shift][0])
     kl, positions = kls[best]
-    if not best or positions < _LEAST_POSITIONS or kl > _BETTER_KL * kls[0][0]:
+    # Not `kl > …`: a student that is broken has a KL of NaN, and says nothing.
+    if not best or positions < _LEAST_POSITIONS or not kl <= _BETTER_KL * kls[0][0]:
         return ""
     return (
-        f"rows are shifted by {-best:+d}: over {positions} positions the student's KL is {kl:.3g} to the row "
-        f"{_where(best)} its own, and {kls[0][0]:.3g} to its own"
+        f"rows stand a position {_where(best)}: over {positions} positions the student's KL is {kl:.3g} to "
+        f"the row {_beside(best)} its own, and {kls[0][0]:.3g} to its own"
     )
 
 
 def _where(shift: int) -> str:
+    return "late" if shift > 0 else "early"
+
+
+def _beside(shift: int) -> str:
     return "after" if shift > 0 else "before"

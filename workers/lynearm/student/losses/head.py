@@ -116,7 +116,7 @@ def backpropagate_loss(
         losses = _run(_Head(hidden_NH, head_VH, bias_V), targets, objective or Objective(), scale, gradients)
         loss = _weighted_sum(losses.loss_R, targets) * scale
     if hidden_grad_NH is not None:
-        hidden_NH.backward(hidden_grad_NH)  # pyright: ignore[reportUnknownMemberType]  # untyped in torch
+        torch.autograd.backward(hidden_NH, hidden_grad_NH)
     return DistillationLoss(loss, losses.loss_R, losses.kl_R, losses.cross_entropy_R)
 
 
@@ -140,14 +140,6 @@ _Apply: TypeAlias = Callable[
 ]
 
 
-# A loop over chunks that writes in place: torch.compile would unroll it, and gain nothing. The decorator
-# imports the compiler, a second and 100 MB, which any of torch's optimizers does too.
-@torch.compiler.disable  # pyright: ignore[reportUnknownMemberType, reportUntypedFunctionDecorator]  # untyped in torch
-def _apply_eagerly(*inputs: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    apply = cast(_Apply, _HeadLoss.apply)  # pyright: ignore[reportUnknownMemberType]  # likewise
-    return apply(*inputs)
-
-
 class _HeadLoss(torch.autograd.Function):
     """Loss with the gradient of the logits formed in the forward pass; see `distillation_loss`."""
 
@@ -167,7 +159,13 @@ class _HeadLoss(torch.autograd.Function):
             for tensor, needed in zip(inputs, ctx.needs_input_grad, strict=False)
         ]
         wanted = any(grad is not None for grad in grads)
-        losses = _run(_Head(*inputs), targets, objective, scale, _Gradients(*grads) if wanted else None)
+        losses = _run(
+            _Head(*inputs),
+            targets,
+            objective,
+            scale,
+            _Gradients(grads[0], grads[1], grads[2]) if wanted else None,
+        )
         # Not save_for_backward: the gradients are handed over as they are, not copied, and so only once.
         ctx.grads = grads
         parts = (losses.loss_R, losses.kl_R, losses.cross_entropy_R)
@@ -193,6 +191,14 @@ class _HeadLoss(torch.autograd.Function):
                 if grad is not None:
                     grad *= grad_loss.to(grad.dtype)
         return grads[0], grads[1], grads[2], None, None, None
+
+
+# A loop over chunks that writes in place: torch.compile would unroll it, and gain nothing. Disabling
+# imports the compiler, a second and 100 MB, which any of torch's optimizers does too.
+_apply_eagerly = cast(
+    _Apply,
+    torch.compiler.disable(_HeadLoss.apply),  # type: ignore[no-untyped-call]  # pyright: ignore[reportUnknownMemberType]
+)
 
 
 @dataclass(frozen=True, slots=True)
