@@ -6,6 +6,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).resolve().parents[2]
 
 FIGURES = {
@@ -68,3 +70,15 @@ def test_transport_benchmark_ends_with_its_figures_as_json() -> None:
     certain = {name: value for name, value in figures.items() if not name.startswith("tail_")}
     assert all(value > 0 for value in certain.values())
     assert figures["lynearm_bytes_per_token"] < figures["pickle_zeromq_bytes_per_token"]
+
+
+@pytest.mark.slow
+def test_loss_benchmark_ends_with_its_figures_as_json() -> None:
+    figures = json.loads(run_benchmark("loss.py", "--quick").splitlines()[-1])
+    assert set(figures) == {
+        f"{prefix}{cost}_vs_ce_{shape}"
+        for prefix in ("", "adding_")
+        for cost in ("memory", "time")
+        for shape in ("49k", "152k")
+    }
+    assert all(value > 0 for value in figures.values())

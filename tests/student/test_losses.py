@@ -21,6 +21,7 @@ from student.dense_reference import (
 from torch import Tensor
 
 from lynearm.student.losses import Targets, backpropagate_loss, distillation_loss, head, measure_loss
+from lynearm.student.losses.teacher import retemper
 from lynearm.student.objective import LossTerm, Objective
 from lynearm.wire.errors import InvalidInputError
 
@@ -389,3 +390,44 @@ def test_a_head_of_other_width_than_the_states_is_an_error_of_torch() -> None:
     case = make_case()
     with pytest.raises(RuntimeError):
         distillation_loss(case.hidden_NH, torch.zeros(VOCAB, HIDDEN + 1).double(), case.targets)
+
+
+@pytest.mark.parametrize("exponent", [0.5, 2.0])
+def test_retempering_is_exact_over_what_is_kept_and_bounded_in_the_tail(exponent: float) -> None:
+    generator = torch.Generator().manual_seed(0)
+    full_NV = torch.log_softmax(2 * torch.randn(50, 40, generator=generator, dtype=torch.float64), 1)
+    full_NV = full_NV.sort(1, descending=True).values
+    wanted_NV = torch.log_softmax(exponent * full_NV, 1)
+    for k in (0, 1, 8, 39, 40):
+        tail_N = full_NV[:, k:].logsumexp(1) if k < 40 else torch.full((50,), -torch.inf).double()
+        log_kept_NK, log_tail_N = retemper(full_NV[:, :k], tail_N, exponent, vocab_size=40)
+        torch.testing.assert_close(
+            log_kept_NK - log_kept_NK[:, :1], wanted_NV[:, :k] - wanted_NV[:, :1] if k else wanted_NV[:, :0]
+        )
+        true_N = (exponent * full_NV[:, k:]).logsumexp(1)
+        even_N = (1 - exponent) * torch.tensor(max(40.0 - k, 1.0)).log() + exponent * tail_N
+        few_N = tail_N + (exponent - 1) * torch.minimum(full_NV[:, max(k, 1) - 1], tail_N)
+        if k == 40:
+            assert bool((log_tail_N == -torch.inf).all())
+        elif k:
+            ends_N2 = torch.stack([even_N, few_N], 1).sort(1).values
+            assert bool((true_N >= ends_N2[:, 0] - 1e-9).all())
+            assert bool((true_N <= ends_N2[:, 1] + 1e-9).all())
+            torch.testing.assert_close(log_tail_N, (even_N + few_N) / 2)
+        if k == 39:
+            # One token in the tail: nothing is left to guess.
+            torch.testing.assert_close(log_tail_N, true_N)
+
+
+def test_a_loss_of_retempered_rows_is_that_of_rows_captured_so_where_everything_is_kept() -> None:
+    case = make_case(k=VOCAB, padded=False)
+    log_p_NK = torch.log_softmax(0.5 * case.targets.logprobs_NK, 1)
+    captured = replace(case.targets, logprobs_NK=log_p_NK, tail_mass_N=torch.zeros(9).double())
+    rows = replace(case.targets, tail_mass_N=torch.zeros(9).double())
+    found = distillation_loss(
+        case.hidden_NH, case.head_VH, rows, objective=Objective(temperature=2.0, teacher_temperature=1.0)
+    )
+    expected = distillation_loss(
+        case.hidden_NH, case.head_VH, captured, objective=Objective(temperature=2.0, teacher_temperature=2.0)
+    )
+    torch.testing.assert_close(found.loss_N, expected.loss_N)
