@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from lynearm.student.batches import Batch, MicroBatch, PieceSizes, collate
 from lynearm.student.config import TrainConfig
-from lynearm.student.losses import distillation_loss
+from lynearm.student.losses import backpropagate_loss
 from lynearm.student.model import StudentModel, packs_without_leaks
 from lynearm.student.objective import Objective, parse_terms
 from lynearm.student.weighting import PositionWeighting
@@ -143,7 +143,7 @@ class Optimization:
         hidden_NH = student.hidden_states(piece.input_ids_BL, piece.position_ids_BL).flatten(0, 1)[
             piece.positions_N
         ]
-        result = distillation_loss(
+        result = backpropagate_loss(
             hidden_NH,
             student.head_weight,
             piece.targets,
@@ -151,9 +151,8 @@ class Optimization:
             objective=self._objective,
             divisor=weight,
         )
-        torch.autograd.backward(result.loss)
         kl, cross_entropy = (float(part_N.double().sum()) for part_N in (result.kl_N, result.cross_entropy_N))
-        return float(result.loss.detach()), kl, cross_entropy
+        return float(result.loss), kl, cross_entropy
 
     def _clip(self) -> float:
         limit = self._config.grad_clip or math.inf

@@ -85,10 +85,11 @@ def backpropagate_loss(
     objective: Objective | None = None,
     divisor: float | None = None,
 ) -> DistillationLoss:
-    """`distillation_loss` and its backward pass in one, for the second micro-batch of a step and later ones.
+    """`distillation_loss` and its backward pass in one.
 
     Gradients of head and bias are added to their `.grad` as they are made, where autograd would first make
-    another [V, H] and then add it. Hooks of a head that is not tied do not run, so that DDP cannot use this.
+    another [V, H] in every micro-batch and then add it. Hooks of a head that is not tied do not run, so that
+    DDP cannot use this.
 
     Args:
         hidden_NH: As there.
@@ -109,10 +110,15 @@ def backpropagate_loss(
             )
     scale = 1.0 / (divisor if divisor is not None else _total_weight(targets))
     with torch.no_grad():
-        head_grad_VH = _leaf_grad(head_VH)
-        bias_grad_V = None if bias_V is None else _leaf_grad(bias_V)
+        leaves = [leaf for leaf in (head_VH, bias_V) if leaf is not None and leaf.requires_grad]
+        is_first = all(leaf.grad is None for leaf in leaves)
+        for leaf in leaves:
+            if leaf.grad is None:
+                leaf.grad = torch.empty_like(leaf) if is_first else torch.zeros_like(leaf)
         hidden_grad_NH = torch.empty_like(hidden_NH) if hidden_NH.requires_grad else None
-        gradients = _Gradients(hidden_grad_NH, head_grad_VH, bias_grad_V, is_empty=False)
+        bias_grad_V = bias_V.grad if bias_V is not None and bias_V.requires_grad else None
+        head_grad_VH = head_VH.grad if head_VH.requires_grad else None
+        gradients = _Gradients(hidden_grad_NH, head_grad_VH, bias_grad_V, is_empty=is_first)
         losses = _run(_Head(hidden_NH, head_VH, bias_V), targets, objective or Objective(), scale, gradients)
         loss = _weighted_sum(losses.loss_R, targets) * scale
     if hidden_grad_NH is not None:
@@ -340,11 +346,3 @@ def _weighted_sum(loss_N: Tensor, targets: Targets) -> Tensor:
 def _total_weight(targets: Targets) -> float:
     total = float(len(targets)) if targets.weights_N is None else float(targets.weights_N.sum())
     return total or 1.0
-
-
-def _leaf_grad(leaf: Tensor) -> Tensor | None:
-    if not leaf.requires_grad:
-        return None
-    if leaf.grad is None:
-        leaf.grad = torch.zeros_like(leaf)
-    return leaf.grad
