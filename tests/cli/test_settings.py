@@ -7,6 +7,7 @@ from typing import Any, Literal
 
 import pytest
 
+from lynearm.cli.options import weights
 from lynearm.cli.settings import TABLES, load_settings, read_table
 from lynearm.demo.config import DemoConfig
 from lynearm.export.config import CoreMlExportConfig, MlxExportConfig
@@ -215,3 +216,31 @@ def test_missing_values_are_named_as_flags() -> None:
 def test_a_value_out_of_range_is_refused_by_the_role() -> None:
     with pytest.raises(ConfigError, match="port is 70000"):
         load_settings(ServeConfig, "serve", flags={"port": 70_000})
+
+
+def test_losses_and_weights_come_from_flags_or_a_file(tmp_path: Path) -> None:
+    file = tmp_path / "lynearm.toml"
+    file.write_text(
+        '[train]\nloss = ["jsd@0.3:0.9", "cross-entropy:0.1"]\n'
+        "span_weights = { reasoning = 0.5 }\n"
+        'tag_weights = { "domain=code" = 2 }\n'
+    )
+    settings = load_settings(TrainConfig, "train", file=file)
+    assert settings.loss == ("jsd@0.3:0.9", "cross-entropy:0.1")
+    assert settings.span_weights == {"reasoning": 0.5}
+    assert settings.tag_weights == {"domain=code": 2.0}
+    given = {
+        "loss": ["reverse-kl"],
+        "span_weights": weights(["answer:2", "other:0"], "--span-weight"),
+        "tag_weights": weights(None, "--tag-weight"),
+    }
+    settings = load_settings(TrainConfig, "train", file=file, flags=given)
+    assert settings.loss == ("reverse-kl",)
+    assert settings.span_weights == {"answer": 2.0, "other": 0.0}
+    assert settings.tag_weights == {"domain=code": 2.0}
+
+
+@pytest.mark.parametrize("wrong", ["reasoning", "reasoning:", "reasoning:half"])
+def test_a_weight_that_is_no_number_is_named(wrong: str) -> None:
+    with pytest.raises(ConfigError, match="--span-weight"):
+        weights([wrong], "--span-weight")

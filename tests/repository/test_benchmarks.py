@@ -101,3 +101,15 @@ def test_teacher_overhead_benchmark_ends_with_its_figures_as_json() -> None:
     assert figures["max_abs_logprob_error"] < 1e-3
     assert figures["tiny_b8_plain_us"] > 0
     assert figures["tiny_b8_k16_bytes_per_token"] > 10
+
+
+@pytest.mark.slow
+def test_loss_benchmark_ends_with_its_figures_as_json() -> None:
+    figures = json.loads(run_benchmark("loss.py", "--quick").splitlines()[-1])
+    assert set(figures) == {
+        f"{prefix}{cost}_vs_ce_{shape}"
+        for prefix in ("", "adding_")
+        for cost in ("memory", "time")
+        for shape in ("49k", "152k")
+    }
+    assert all(value > 0 for value in figures.values())

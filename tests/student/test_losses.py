@@ -1,118 +1,360 @@
-"""The distillation loss and its gradient against a dense reference in float64."""
+"""Every loss and its gradient against a dense reference in float64, and where losses usually break."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import replace
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from student.dense_reference import (
+    EVERY_LOSS,
+    HIDDEN,
+    VOCAB,
+    Case,
+    dense_loss,
+    gradients,
+    is_finite,
+    make_case,
+)
 from torch import Tensor
 
-from lynearm.student import losses
-from lynearm.student.losses import LossWeights, Targets, distillation_loss, measure_loss
+from lynearm.student.losses import Targets, backpropagate_loss, distillation_loss, head, measure_loss
+from lynearm.student.losses.teacher import retemper
+from lynearm.student.objective import LossTerm, Objective
+from lynearm.wire.errors import InvalidInputError
 
-# N = positions, H = width, V = vocabulary, K = kept entries
-HIDDEN, VOCAB = 6, 23
-
-
-@dataclass
-class Case:
-    hidden_NH: Tensor
-    head_VH: Tensor
-    bias_V: Tensor
-    targets: Targets
+every_loss = pytest.mark.parametrize("term", EVERY_LOSS, ids=str)
 
 
-def make_case(positions: int = 9, k: int = 4, *, padded: bool = True, seed: int = 0) -> Case:
-    generator = torch.Generator().manual_seed(seed)
-
-    def random(*shape: int) -> Tensor:
-        return torch.randn(*shape, generator=generator, dtype=torch.float64)
-
-    teacher_NV = torch.log_softmax(2 * random(positions, VOCAB), -1)
-    logprobs_NK, token_ids_NK = teacher_NV.topk(k, -1)
-    if padded and k > 1:
-        logprobs_NK[::2, -1] = -torch.inf
-        token_ids_NK[::2, -1] = 0
-    tail_N = (1 - logprobs_NK.exp().sum(-1)).clamp(0, 1)
-    if k == VOCAB:
-        tail_N[1::2] = 0.0
-    sampled_N = torch.randint(0, VOCAB, (positions,), generator=generator)
-    if k:
-        sampled_N[0] = token_ids_NK[0, 0]
-    targets = Targets(token_ids_NK, logprobs_NK, tail_N, sampled_N)
-    return Case(
-        random(positions, HIDDEN).requires_grad_(),
-        random(VOCAB, HIDDEN).requires_grad_(),
-        random(VOCAB).requires_grad_(),
-        targets,
-    )
-
-
-def dense_losses(case: Case) -> tuple[Tensor, Tensor]:
-    """KL over kept entries and one tail bucket, and cross-entropy, row by row, by plain autograd."""
-    student_NV = torch.log_softmax(case.hidden_NH @ case.head_VH.T + case.bias_V, -1)
-    kls: list[Tensor] = []
-    for row, student_V in enumerate(student_NV):
-        kept = case.targets.logprobs_NK[row] > -torch.inf
-        ids = case.targets.token_ids_NK[row][kept]
-        teacher = torch.cat([case.targets.logprobs_NK[row][kept].exp(), case.targets.tail_mass_N[row][None]])
-        teacher = teacher / teacher.sum()
-        outside = torch.ones(VOCAB, dtype=torch.bool)
-        outside[ids] = False
-        student = torch.cat([student_V[ids], student_V[outside].logsumexp(0)[None]])
-        counted = teacher > 0
-        kls.append((teacher[counted] * (teacher[counted].log() - student[counted])).sum())
-    cross_entropy_N = -student_NV.gather(1, case.targets.sampled_ids_N[:, None])[:, 0]
-    return torch.stack(kls), cross_entropy_N
-
-
-def gradients(loss: Tensor, case: Case) -> list[Tensor]:
-    return list(torch.autograd.grad(loss, [case.hidden_NH, case.head_VH, case.bias_V]))
-
-
-@pytest.mark.parametrize("weights", [(1.0, 0.0), (0.0, 1.0), (0.7, 0.3)])
-@pytest.mark.parametrize("k", [0, 1, 4, VOCAB])
-def test_loss_and_gradient_equal_the_dense_reference(k: int, weights: tuple[float, float]) -> None:
-    case = make_case(k=k)
-    kl_N, cross_entropy_N = dense_losses(case)
-    expected = (weights[0] * kl_N + weights[1] * cross_entropy_N).sum() / 5.0
+def check_against_dense(case: Case, objective: Objective) -> None:
+    expected = dense_loss(case, objective, divisor=5.0)
     result = distillation_loss(
-        case.hidden_NH,
-        case.head_VH,
-        case.targets,
-        bias_V=case.bias_V,
-        weights=LossWeights(*weights),
-        divisor=5.0,
+        case.hidden_NH, case.head_VH, case.targets, bias_V=case.bias_V, objective=objective, divisor=5.0
     )
-    torch.testing.assert_close(result.loss, expected)
-    torch.testing.assert_close(result.kl_N, kl_N.detach(), atol=1e-10, rtol=1e-7)
-    torch.testing.assert_close(result.cross_entropy_N, cross_entropy_N.detach())
-    for ours, reference in zip(gradients(result.loss, case), gradients(expected, case), strict=True):
+    torch.testing.assert_close(result.loss, expected, atol=1e-9, rtol=1e-7)
+    for ours, reference in zip(
+        gradients(result.loss, case.leaves), gradients(expected, case.leaves), strict=True
+    ):
         torch.testing.assert_close(ours, reference, atol=1e-9, rtol=1e-7)
 
 
-def test_chunks_change_neither_loss_nor_gradient(monkeypatch: pytest.MonkeyPatch) -> None:
-    case = make_case(positions=11)
-    whole = distillation_loss(case.hidden_NH, case.head_VH, case.targets, weights=LossWeights(1.0, 0.1))
-    expected = torch.autograd.grad(whole.loss, [case.hidden_NH, case.head_VH])
-    monkeypatch.setattr(losses, "CHUNK_POSITIONS", 4)
-    pieces = distillation_loss(case.hidden_NH, case.head_VH, case.targets, weights=LossWeights(1.0, 0.1))
-    found = torch.autograd.grad(pieces.loss, [case.hidden_NH, case.head_VH])
-    torch.testing.assert_close(pieces.loss, whole.loss)
-    torch.testing.assert_close(found, expected)
-    kl_N, _ = measure_loss(case.hidden_NH, case.head_VH, case.targets)
-    torch.testing.assert_close(kl_N, whole.kl_N)
+def as_float32(case: Case, *, factor: float = 1.0) -> Case:
+    targets = case.targets
+    return Case(
+        (case.hidden_NH.detach() * factor).float().requires_grad_(),
+        case.head_VH.detach().float().requires_grad_(),
+        case.bias_V.detach().float().requires_grad_(),
+        replace(targets, logprobs_NK=targets.logprobs_NK.float(), tail_mass_N=targets.tail_mass_N.float()),
+    )
 
 
-def test_a_student_that_equals_its_teacher_has_no_loss_and_no_gradient() -> None:
+@every_loss
+@pytest.mark.parametrize("k", [0, 1, 4, VOCAB - 1, VOCAB])
+def test_loss_and_gradient_equal_the_dense_reference(term: LossTerm, k: int) -> None:
+    check_against_dense(make_case(k=k), Objective((term,)))
+
+
+def test_a_sum_of_all_losses_equals_the_dense_reference() -> None:
+    terms = tuple(replace(term, weight=0.1 * (number + 1)) for number, term in enumerate(EVERY_LOSS))
+    check_against_dense(make_case(), Objective(terms))
+
+
+@pytest.mark.parametrize("temperature", [0.3, 2.0])
+@every_loss
+def test_a_temperature_divides_the_logits_of_all_but_cross_entropy(
+    term: LossTerm, temperature: float
+) -> None:
+    terms = (term,) if term.name == "cross-entropy" else (term, LossTerm("cross-entropy", 0.3))
+    check_against_dense(
+        make_case(), Objective(terms, temperature=temperature, teacher_temperature=temperature)
+    )
+
+
+@every_loss
+def test_positions_count_by_their_weights(term: LossTerm) -> None:
+    case = make_case()
+    weights_N = torch.linspace(0.0, 2.0, 9, dtype=torch.float64)
+    case.targets = replace(case.targets, weights_N=weights_N)
+    check_against_dense(case, Objective((term,)))
+    mean = distillation_loss(case.hidden_NH, case.head_VH, case.targets, objective=Objective((term,)))
+    torch.testing.assert_close(mean.loss, (mean.loss_N * weights_N).sum() / weights_N.sum())
+
+
+@every_loss
+@pytest.mark.parametrize("vocab_size", [VOCAB - 4, VOCAB])
+def test_rows_of_the_head_beyond_the_vocabulary_have_no_part(term: LossTerm, vocab_size: int) -> None:
+    case = make_case(k=6)
+    ids_NK = case.targets.token_ids_NK.clone()
+    # A teacher whose head is wider than the student's: an entry in its padding.
+    ids_NK[1, 2] = VOCAB + 5
+    case.targets = replace(
+        case.targets, token_ids_NK=ids_NK, sampled_ids_N=case.targets.sampled_ids_N % vocab_size
+    )
+    objective = Objective((term,), vocab_size=vocab_size)
+    check_against_dense(case, objective)
+    result = distillation_loss(
+        case.hidden_NH, case.head_VH, case.targets, bias_V=case.bias_V, objective=objective
+    )
+    _, head_grad_VH, bias_grad_V = gradients(result.loss, case.leaves)
+    assert not head_grad_VH[vocab_size:].any()
+    assert not bias_grad_V[vocab_size:].any()
+
+
+@every_loss
+def test_a_row_that_says_nothing_costs_nothing(term: LossTerm) -> None:
+    case = make_case()
+    if term.name == "cross-entropy":
+        return
+    silent = replace(
+        case.targets,
+        logprobs_NK=torch.full_like(case.targets.logprobs_NK, -torch.inf),
+        tail_mass_N=torch.zeros_like(case.targets.tail_mass_N),
+    )
+    result = distillation_loss(case.hidden_NH, case.head_VH, silent, objective=Objective((term,)))
+    assert float(result.loss.detach().abs()) < 1e-12
+    grads = torch.autograd.grad(result.loss, [case.hidden_NH, case.head_VH])
+    assert max(float(grad.abs().max()) for grad in grads) < 1e-12
+
+
+@pytest.mark.parametrize("name", ["forward-kl", "reverse-kl", "jsd", "skew-kl", "skew-reverse-kl"])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_a_student_that_equals_its_teacher_has_no_loss_and_no_gradient(name: str, dtype: torch.dtype) -> None:
     case = make_case(k=4, padded=False)
-    own_NV = torch.log_softmax(case.hidden_NH @ case.head_VH.T, -1).detach()
+    hidden_NH, head_VH = case.hidden_NH.detach().to(dtype).requires_grad_(), case.head_VH.detach().to(dtype)
+    own_NV = torch.log_softmax(hidden_NH.detach() @ head_VH.T, -1)
     logprobs_NK, token_ids_NK = own_NV.topk(4, -1)
     targets = Targets(token_ids_NK, logprobs_NK, 1 - logprobs_NK.exp().sum(-1), case.targets.sampled_ids_N)
-    result = distillation_loss(case.hidden_NH, case.head_VH, targets)
-    assert float(result.kl_N.abs().max()) < 1e-12
-    assert float(torch.autograd.grad(result.loss, case.hidden_NH)[0].abs().max()) < 1e-12
+    mix = {"jsd": 0.5, "skew-kl": 0.1, "skew-reverse-kl": 0.1}.get(name, 0.0)
+    objective = Objective((LossTerm(name, mix=mix),))  # type: ignore[arg-type]  # parametrised
+    result = distillation_loss(hidden_NH, head_VH, targets, objective=objective)
+    tolerance = 1e-12 if dtype == torch.float64 else 1e-6
+    assert float(result.loss_N.abs().max()) < tolerance
+    assert float(torch.autograd.grad(result.loss, hidden_NH)[0].abs().max()) < tolerance
+
+
+def test_reverse_kl_does_not_let_the_student_empty_the_support() -> None:
+    """Σ q log(q/p) over the kept entries alone falls without bound of reason as their q goes to 0."""
+    identity_VH = torch.eye(6, dtype=torch.float64)
+    targets = Targets(
+        torch.tensor([[0, 1]]),
+        torch.tensor([[0.6, 0.3]], dtype=torch.float64).log(),
+        torch.tensor([0.1], dtype=torch.float64),
+        torch.tensor([0]),
+    )
+    objective = Objective((LossTerm("reverse-kl"),))
+    leaning = [
+        float(
+            distillation_loss(
+                torch.tensor([[0.7 - away, -away, 0, 0, 0, 0]], dtype=torch.float64),
+                identity_VH,
+                targets,
+                objective=objective,
+            ).loss_N
+        )
+        for away in (-2.5, 0.0, 5.0, 20.0)
+    ]
+    assert leaning == sorted(leaning)
+    assert leaning[-1] == pytest.approx(-torch.tensor(0.1).log().item(), rel=1e-3)
+
+
+def test_a_teacher_without_any_tail_leaves_reverse_losses_finite() -> None:
+    case = make_case()
+    logprobs_NK = torch.log_softmax(torch.randn(9, 4, dtype=torch.float64), -1)
+    targets = replace(case.targets, logprobs_NK=logprobs_NK, tail_mass_N=torch.zeros(9).double())
+    for term in EVERY_LOSS:
+        case.targets = targets
+        check_against_dense(case, Objective((term,)))
+
+
+def test_draws_teach_in_the_mean_what_the_whole_distribution_teaches() -> None:
+    """The mean of the gradients over draws, enumerated with their probabilities, is forward KL's."""
+    generator = torch.Generator().manual_seed(3)
+    p_V = torch.softmax(torch.randn(3, generator=generator, dtype=torch.float64), 0)
+    logits_1V = torch.randn(1, 3, generator=generator, dtype=torch.float64).requires_grad_()
+    identity_VV, nothing = torch.eye(3, dtype=torch.float64), torch.zeros(1, dtype=torch.float64)
+    sampled_1 = torch.tensor([0])
+
+    def gradient(ids: list[int], probabilities: Tensor, name: str) -> Tensor:
+        targets = Targets(torch.tensor([ids]), probabilities.log()[None], nothing, sampled_1)
+        objective = Objective((LossTerm(name),))  # type: ignore[arg-type]  # one of two
+        result = distillation_loss(logits_1V, identity_VV, targets, objective=objective)
+        return gradients(result.loss, [logits_1V])[0]
+
+    whole = gradient([0, 1, 2], p_V, "forward-kl")
+    mean = torch.zeros_like(whole)
+    for first in range(3):
+        for second in range(3):
+            counts_V = torch.zeros(3, dtype=torch.float64)
+            counts_V[first] += 1
+            counts_V[second] += 1
+            ids = counts_V.nonzero()[:, 0].tolist()
+            mean += p_V[first] * p_V[second] * gradient(ids, counts_V[ids] / 2, "sampled-kd")
+    torch.testing.assert_close(mean, whole)
+
+
+@every_loss
+@pytest.mark.parametrize("factor", [1.0, 30.0, 1e4])
+@pytest.mark.parametrize("temperature", [0.05, 1.0])
+def test_a_sure_student_has_finite_losses_and_gradients(
+    term: LossTerm, factor: float, temperature: float
+) -> None:
+    objective = Objective((term,), temperature=temperature, teacher_temperature=temperature)
+    for k in (0, 1, 4, VOCAB):
+        case = as_float32(make_case(k=k), factor=factor)
+        for dtype in (torch.float32, torch.bfloat16):
+            hidden_NH = case.hidden_NH.detach().to(dtype).requires_grad_()
+            result = distillation_loss(hidden_NH, case.head_VH, case.targets, objective=objective)
+            grads = torch.autograd.grad(result.loss, [hidden_NH, case.head_VH])
+            assert is_finite(result.loss.detach(), result.loss_N, result.kl_N, *grads)
+
+
+def test_a_student_that_has_nothing_outside_the_support_is_still_drawn_there() -> None:
+    """1 − Σ q_k is 0 in float32 here, and the tail of a softmax underflows: the gradient must not be lost."""
+    logits_1V = torch.tensor([[200.0, 0.0, -1.0, -2.0]], requires_grad=True)
+    targets = Targets(
+        torch.tensor([[0]]), torch.tensor([[0.5]]).log(), torch.tensor([0.5]), torch.tensor([0])
+    )
+    result = distillation_loss(logits_1V, torch.eye(4), targets)
+    (gradient_1V,) = gradients(result.loss, [logits_1V])
+    tail_V = torch.softmax(torch.tensor([0.0, -1.0, -2.0]), 0)
+    torch.testing.assert_close(gradient_1V, torch.cat([torch.tensor([0.5]), -0.5 * tail_V])[None])
+    assert float(result.kl_N) == pytest.approx(0.5 * (200 - 0.4076) - 0.6931, rel=1e-5)
+
+
+@every_loss
+def test_float32_agrees_with_float64_to_rounding(term: LossTerm) -> None:
+    case = make_case(positions=64)
+    objective = Objective((term,))
+    expected = dense_loss(case, objective, 64.0)
+    rounded = as_float32(case)
+    found = distillation_loss(
+        rounded.hidden_NH, rounded.head_VH, rounded.targets, bias_V=rounded.bias_V, objective=objective
+    ).loss
+    torch.testing.assert_close(found.double(), expected, atol=2e-6, rtol=2e-6)
+    for ours, reference in zip(
+        gradients(found, rounded.leaves), gradients(expected, case.leaves), strict=True
+    ):
+        torch.testing.assert_close(ours.double(), reference, atol=2e-6, rtol=1e-4)
+
+
+@every_loss
+def test_autocast_agrees_to_the_rounding_of_bfloat16(term: LossTerm) -> None:
+    case = as_float32(make_case(positions=64))
+    objective = Objective((term, LossTerm("cross-entropy", 0.1))[: 1 + (term.name != "cross-entropy")])
+    found: list[list[Tensor]] = []
+    for enabled in (False, True):
+        with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+            result = distillation_loss(case.hidden_NH, case.head_VH, case.targets, objective=objective)
+        grads = torch.autograd.grad(result.loss, [case.hidden_NH, case.head_VH])
+        assert all(grad.dtype == torch.float32 for grad in grads)
+        found.append([result.loss.detach(), *grads])
+    for exact, rounded in zip(*found, strict=True):
+        assert float((exact - rounded).norm() / exact.norm()) < 0.02
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    positions=st.integers(0, 12),
+    k=st.integers(0, VOCAB),
+    seed=st.integers(0, 99),
+    sure=st.floats(0.0, 8.0),
+    terms=st.lists(st.sampled_from(EVERY_LOSS), min_size=1, max_size=3, unique=True),
+)
+def test_any_rows_equal_the_dense_reference(
+    positions: int, k: int, seed: int, sure: float, terms: list[LossTerm]
+) -> None:
+    check_against_dense(make_case(positions, k, seed=seed, sure=sure), Objective(tuple(terms)))
+
+
+@pytest.mark.parametrize("temperature", [1.0, 1.5])
+def test_chunks_and_blocks_change_neither_loss_nor_gradient(
+    monkeypatch: pytest.MonkeyPatch, temperature: float
+) -> None:
+    case = make_case(positions=11)
+    objective = Objective(
+        (LossTerm("jsd", mix=0.5), LossTerm("cross-entropy", 0.1)),
+        temperature=temperature,
+        teacher_temperature=temperature,
+    )
+
+    def run() -> list[Tensor]:
+        result = distillation_loss(case.hidden_NH, case.head_VH, case.targets, objective=objective)
+        kl_N, _ = measure_loss(case.hidden_NH, case.head_VH, case.targets, objective=objective)
+        grads = torch.autograd.grad(result.loss, [case.hidden_NH, case.head_VH])
+        return [result.loss.detach(), result.kl_N, kl_N, *grads]
+
+    whole = run()
+    monkeypatch.setattr(head, "CHUNK_BYTES", 4 * VOCAB * 8)
+    monkeypatch.setattr(head, "BLOCK_BYTES", 3 * VOCAB * 8)
+    torch.testing.assert_close(run(), whole)
+    monkeypatch.setattr(head, "_HEAD_ROWS", 5)
+    hidden_NH = case.hidden_NH.detach().bfloat16().requires_grad_()
+    result = distillation_loss(hidden_NH, case.head_VH, case.targets, objective=objective)
+    (grad_VH,) = torch.autograd.grad(result.loss, [case.head_VH])
+    assert float((grad_VH - whole[-1]).norm() / whole[-1].norm()) < 0.03
+
+
+def test_only_what_requires_a_gradient_gets_one() -> None:
+    case = make_case()
+    frozen_VH = case.head_VH.detach()
+    loss = distillation_loss(case.hidden_NH, frozen_VH, case.targets).loss
+    expected = gradients(distillation_loss(case.hidden_NH, case.head_VH, case.targets).loss, case.leaves[:1])
+    torch.testing.assert_close(gradients(loss, case.leaves[:1]), expected)
+    assert not distillation_loss(case.hidden_NH.detach(), frozen_VH, case.targets).loss.requires_grad
+
+
+def test_a_second_backward_pass_is_refused() -> None:
+    case = make_case()
+    loss = distillation_loss(case.hidden_NH, case.head_VH, case.targets).loss
+    torch.autograd.backward(loss, retain_graph=True)
+    with pytest.raises(InvalidInputError, match="ran already"):
+        torch.autograd.backward(loss)
+
+
+def test_a_tied_head_gets_the_gradients_of_both_its_uses() -> None:
+    case = make_case()
+    ids_N = torch.arange(9) % VOCAB
+    expected = gradients(
+        dense_loss(
+            Case(torch.tanh(case.head_VH[ids_N]), case.head_VH, torch.zeros(VOCAB).double(), case.targets),
+            Objective(),
+            9.0,
+        ),
+        [case.head_VH],
+    )
+    loss = distillation_loss(torch.tanh(case.head_VH[ids_N]), case.head_VH, case.targets).loss
+    torch.testing.assert_close(gradients(loss, [case.head_VH]), expected, atol=1e-9, rtol=1e-7)
+    case.head_VH.grad = torch.ones_like(case.head_VH)
+    backpropagate_loss(torch.tanh(case.head_VH[ids_N]), case.head_VH, case.targets)
+    torch.testing.assert_close(case.head_VH.grad - 1.0, expected[0], atol=1e-9, rtol=1e-7)
+
+
+@pytest.mark.parametrize("positions", [0, 9])
+def test_backpropagating_in_one_adds_the_same_gradients(positions: int) -> None:
+    case = make_case(positions)
+    loss = 0.0
+    for number in range(2):
+        case.hidden_NH.grad = None
+        result = backpropagate_loss(
+            case.hidden_NH, case.head_VH, case.targets, bias_V=case.bias_V, divisor=4.0
+        )
+        loss = float(result.loss)
+        expected = distillation_loss(
+            case.hidden_NH, case.head_VH, case.targets, bias_V=case.bias_V, divisor=4.0
+        )
+        assert loss == pytest.approx(float(expected.loss.detach()))
+        wanted = gradients(expected.loss, case.leaves)
+        for leaf, grad in zip(case.leaves, wanted, strict=True):
+            assert leaf.grad is not None
+            torch.testing.assert_close(leaf.grad, grad * (1 if leaf is case.hidden_NH else number + 1))
+
+
+def test_a_head_without_a_grad_of_its_own_is_refused() -> None:
+    case = make_case()
+    with pytest.raises(InvalidInputError, match=r"no \.grad to add to"):
+        backpropagate_loss(case.hidden_NH, case.head_VH * 2, case.targets)
 
 
 def test_probability_moved_within_the_tail_costs_nothing() -> None:
@@ -123,40 +365,69 @@ def test_probability_moved_within_the_tail_costs_nothing() -> None:
     targets = Targets(
         torch.tensor([[0, 1]]), logprobs_NV[:, :2], logprobs_NV[:, 2:].exp().sum(-1), torch.tensor([0])
     )
-    identity_VH = torch.eye(4, dtype=torch.float64)
-    kl_N, _ = measure_loss(moved_NV, identity_VH, targets)
+    kl_N, _ = measure_loss(moved_NV, torch.eye(4, dtype=torch.float64), targets)
     assert abs(float(kl_N)) < 1e-12
 
 
-def test_a_certain_student_has_finite_loss_and_gradient_in_float32() -> None:
+# torch silences this warning of its own, unless warnings are errors.
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor:UserWarning")
+def test_a_compiled_step_breaks_its_graph_at_the_loss_and_goes_on() -> None:
+    case = as_float32(make_case())
+
+    def step(hidden_NH: Tensor, head_VH: Tensor) -> Tensor:
+        return 2.0 * distillation_loss(torch.tanh(hidden_NH), head_VH, case.targets).loss
+
+    # aot_eager: what compiling does to autograd, without a C++ compiler.
+    compiled = torch.compile(step, backend="aot_eager")
+    found = compiled(case.hidden_NH, case.head_VH)
+    expected = step(case.hidden_NH, case.head_VH)
+    torch.testing.assert_close(found, expected)
+    leaves = [case.hidden_NH, case.head_VH]
+    torch.testing.assert_close(gradients(found, leaves), gradients(expected, leaves))
+
+
+def test_a_head_of_other_width_than_the_states_is_an_error_of_torch() -> None:
     case = make_case()
-    hidden_NH = (case.hidden_NH.detach() * 1e3).float().requires_grad_()
-    head_VH = case.head_VH.detach().float()
-    targets = Targets(
-        case.targets.token_ids_NK,
-        case.targets.logprobs_NK.float(),
-        case.targets.tail_mass_N.float(),
-        case.targets.sampled_ids_N,
-    )
-    result = distillation_loss(hidden_NH, head_VH, targets, weights=LossWeights(1.0, 1.0))
-    (gradient_NH,) = torch.autograd.grad(result.loss, hidden_NH)
-    assert bool(torch.isfinite(result.loss))
-    assert bool(torch.isfinite(gradient_NH).all())
+    with pytest.raises(RuntimeError):
+        distillation_loss(case.hidden_NH, torch.zeros(VOCAB, HIDDEN + 1).double(), case.targets)
 
 
-def test_float32_agrees_with_float64_to_rounding() -> None:
-    case = make_case(positions=64)
-    expected, _ = dense_losses(case)
-    targets = Targets(
-        case.targets.token_ids_NK,
-        case.targets.logprobs_NK.float(),
-        case.targets.tail_mass_N.float(),
-        case.targets.sampled_ids_N,
+@pytest.mark.parametrize("exponent", [0.5, 2.0])
+def test_retempering_is_exact_over_what_is_kept_and_bounded_in_the_tail(exponent: float) -> None:
+    generator = torch.Generator().manual_seed(0)
+    full_NV = torch.log_softmax(2 * torch.randn(50, 40, generator=generator, dtype=torch.float64), 1)
+    full_NV = full_NV.sort(1, descending=True).values
+    wanted_NV = torch.log_softmax(exponent * full_NV, 1)
+    for k in (0, 1, 8, 39, 40):
+        tail_N = full_NV[:, k:].logsumexp(1) if k < 40 else torch.full((50,), -torch.inf).double()
+        log_kept_NK, log_tail_N = retemper(full_NV[:, :k], tail_N, exponent, vocab_size=40)
+        torch.testing.assert_close(
+            log_kept_NK - log_kept_NK[:, :1], wanted_NV[:, :k] - wanted_NV[:, :1] if k else wanted_NV[:, :0]
+        )
+        true_N = (exponent * full_NV[:, k:]).logsumexp(1)
+        even_N = (1 - exponent) * torch.tensor(max(40.0 - k, 1.0)).log() + exponent * tail_N
+        few_N = tail_N + (exponent - 1) * torch.minimum(full_NV[:, max(k, 1) - 1], tail_N)
+        if k == 40:
+            assert bool((log_tail_N == -torch.inf).all())
+        elif k:
+            ends_N2 = torch.stack([even_N, few_N], 1).sort(1).values
+            assert bool((true_N >= ends_N2[:, 0] - 1e-9).all())
+            assert bool((true_N <= ends_N2[:, 1] + 1e-9).all())
+            torch.testing.assert_close(log_tail_N, (even_N + few_N) / 2)
+        if k == 39:
+            # One token in the tail: nothing is left to guess.
+            torch.testing.assert_close(log_tail_N, true_N)
+
+
+def test_a_loss_of_retempered_rows_is_that_of_rows_captured_so_where_everything_is_kept() -> None:
+    case = make_case(k=VOCAB, padded=False)
+    log_p_NK = torch.log_softmax(0.5 * case.targets.logprobs_NK, 1)
+    captured = replace(case.targets, logprobs_NK=log_p_NK, tail_mass_N=torch.zeros(9).double())
+    rows = replace(case.targets, tail_mass_N=torch.zeros(9).double())
+    found = distillation_loss(
+        case.hidden_NH, case.head_VH, rows, objective=Objective(temperature=2.0, teacher_temperature=1.0)
     )
-    kl_N, _ = measure_loss(
-        case.hidden_NH.detach().float(),
-        case.head_VH.detach().float(),
-        targets,
-        bias_V=case.bias_V.detach().float(),
+    expected = distillation_loss(
+        case.hidden_NH, case.head_VH, captured, objective=Objective(temperature=2.0, teacher_temperature=2.0)
     )
-    torch.testing.assert_close(kl_N.double(), expected.detach(), atol=2e-5, rtol=1e-5)
+    torch.testing.assert_close(found.loss_N, expected.loss_N)

@@ -22,7 +22,7 @@ from student.teaching_material import make_blocks, make_spec, offer
 from lynearm.client import TraceClient
 from lynearm.student.checkpoint import latest_checkpoint, load_checkpoint
 from lynearm.student.config import TrainConfig
-from lynearm.student.model import StudentModel, load_student
+from lynearm.student.model import StudentModel, load_causal_lm, load_student
 from lynearm.student.progress import TrainProgress, TrainReport, ignore_progress
 from lynearm.student.trainer import run_train
 from lynearm.wire.errors import (
@@ -303,9 +303,41 @@ def test_a_student_with_another_tokenizer_is_refused_with_the_difference(
 def test_a_student_with_another_vocabulary_width_is_refused(
     stream: str, configure: Callable[..., TrainConfig], tmp_path: Path
 ) -> None:
-    wider = build_tiny_llama(tmp_path / "wider", seed=2, vocab_size=512)
-    with pytest.raises(MisalignmentError, match="width of the logits: teacher 384, student 512"):
-        run_train(configure(stream, student=wider))
+    narrower = build_tiny_llama(tmp_path / "narrower", seed=2, vocab_size=320)
+    with pytest.raises(MisalignmentError, match="width of the logits: teacher 384, student 320"):
+        run_train(configure(stream, student=narrower))
+
+
+def test_a_student_with_padded_logits_learns_like_one_without(
+    stream: str, configure: Callable[..., TrainConfig], student_dir: Path, tmp_path: Path
+) -> None:
+    wider = tmp_path / "wider"
+    shutil.copytree(student_dir, wider)
+    model = load_causal_lm(student_dir)
+    model.resize_token_embeddings(512, mean_resizing=False)
+    model.save_pretrained(wider)
+    padded = run_train(configure(stream, out="padded", student=wider, max_steps=3))
+    plain = run_train(configure(stream, out="plain", max_steps=3))
+    assert losses(padded) == pytest.approx(losses(plain), rel=1e-4)
+
+
+def test_a_run_of_other_losses_with_weights_brings_them_down(
+    stream: str, configure: Callable[..., TrainConfig]
+) -> None:
+    report = run_train(
+        configure(
+            stream,
+            epochs=3,
+            loss=("jsd@0.5:0.8", "reverse-kl:0.2"),
+            span_weights={"other": 0.5},
+            tag_weights={"split=train": 2.0},
+        )
+    )
+    # Bounded by log 2, a JSD falls slowly.
+    assert losses(report)[-1] < 0.95 * losses(report)[0]
+    assert report.held_out_before is not None
+    assert report.held_out_after is not None
+    assert report.held_out_after < report.held_out_before
 
 
 def test_an_unknown_stream_is_named(configure: Callable[..., TrainConfig]) -> None:

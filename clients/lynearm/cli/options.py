@@ -10,6 +10,8 @@ from typing import Annotated
 
 import typer
 
+from lynearm.wire.errors import ConfigError
+
 
 class ProgressMode(StrEnum):
     """How a command shows where it is."""
@@ -92,6 +94,22 @@ def flags(context: typer.Context) -> Mapping[str, object]:
     `settings.load_settings` instead of repeating the names.
     """
     return context.params
+
+
+def weights(given: list[str] | None, flag: str) -> dict[str, float] | None:
+    """What a repeated flag NAME:WEIGHT says, by name; None where it was not given.
+
+    Raises:
+        ConfigError: if one is not of this form.
+    """
+    found: dict[str, float] = {}
+    for one in given or ():
+        name, _, weight = one.rpartition(":")
+        try:
+            found[name] = float(weight)
+        except ValueError as error:
+            raise ConfigError(f"{flag} {one!r}: {weight!r} is not a number", "write NAME:WEIGHT") from error
+    return found or None
 
 
 def service_address(flag: str | None) -> str:

@@ -9,7 +9,16 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from lynearm.cli.failures import Interrupted, reported, this_command
-from lynearm.cli.options import Assignments, ConfigFile, Debug, Progress, ProgressMode, Service, flags
+from lynearm.cli.options import (
+    Assignments,
+    ConfigFile,
+    Debug,
+    Progress,
+    ProgressMode,
+    Service,
+    flags,
+    weights,
+)
 
 if TYPE_CHECKING:
     from lynearm.cli.progress import Reporter, Status
@@ -36,6 +45,36 @@ def train(
         bool | None, typer.Option("--resume", help="Go on from the latest checkpoint in --out.")
     ] = None,
     service: Service = None,
+    loss: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="NAME[@MIX][:WEIGHT]",
+            help="A term of the loss, for example forward-kl:0.9, reverse-kl, jsd@0.5, cross-entropy:0.1. "
+            "May be repeated: they are summed.",
+            show_default="forward-kl:1 and cross-entropy:0.1",
+        ),
+    ] = None,
+    temperature: Annotated[
+        float | None,
+        typer.Option(help="At which student and teacher are compared: the stream's.", show_default="1"),
+    ] = None,
+    retemper: Annotated[
+        bool | None,
+        typer.Option("--retemper", help="Estimate rows of another temperature than the stream's."),
+    ] = None,
+    span_weight: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="KIND:WEIGHT",
+            help="How much reasoning, answer, truncated_reasoning or other positions count. May be repeated.",
+        ),
+    ] = None,
+    tag_weight: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="KEY=VALUE:WEIGHT", help="How much traces with this tag count. May be repeated."
+        ),
+    ] = None,
     learning_rate: Annotated[float | None, typer.Option(help="Peak rate.", show_default="5e-4")] = None,
     batch_sequences: Annotated[
         int | None, typer.Option(help="Traces for each step.", show_default="8")
@@ -68,6 +107,14 @@ def train(
     ray_address: Annotated[
         str | None, typer.Option(help='Which Ray; "local" starts one.', show_default="auto")
     ] = None,
+    check_alignment: Annotated[
+        bool | None,
+        typer.Option(
+            "--check-alignment/--no-check-alignment",
+            help="Look at the first traces whether rows and tokens are shifted.",
+            show_default="check",
+        ),
+    ] = None,
     allow_misaligned: Annotated[
         bool | None, typer.Option("--allow-misaligned", help="Train although the tokenizers differ.")
     ] = None,
@@ -86,9 +133,13 @@ def train(
     from lynearm.student.config import TrainConfig
     from lynearm.student.launch import launched_rank
 
-    settings = load_settings(
-        TrainConfig, "train", file=config, flags=flags(context), assignments=assignments or ()
-    )
+    given = {
+        **flags(context),
+        "loss": loss or None,
+        "span_weights": weights(span_weight, "--span-weight"),
+        "tag_weights": weights(tag_weight, "--tag-weight"),
+    }
+    settings = load_settings(TrainConfig, "train", file=config, flags=given, assignments=assignments or ())
     # Of several ranks, one speaks.
     progress = progress if launched_rank() == 0 else ProgressMode.none
     with Reporter("train", progress, partial(describe, max_steps=settings.max_steps)) as report:

@@ -172,7 +172,10 @@ class _Demo:
             "wait_seconds": _STREAM_SECONDS,
             "out": str(self._out / "student"),
             "learning_rate": self._config.learning_rate,
-            "ce_weight": self._config.ce_weight,
+            "loss": [
+                "forward-kl:1",
+                *([f"cross-entropy:{self._config.ce_weight}"] if self._config.ce_weight else []),
+            ],
             "epochs": self._config.epochs,
             "schedule": "cosine",
             "max_steps": self._config.train_steps,

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from lynearm.student.losses import Targets
 from lynearm.student.reader import PositionedTrace
+from lynearm.student.weighting import PositionWeighting
 from lynearm.wire.errors import MisalignmentError
 from lynearm.wire.traces import Cursor, Trace
 
@@ -154,20 +155,28 @@ class PieceSizes:
     """Lay traces end to end in one row; False lays each in a row of its own, with others of its length."""
 
 
-def collate(traces: Sequence[Trace], sizes: PieceSizes, *, vocab_size: int) -> list[MicroBatch]:
+def collate(
+    traces: Sequence[Trace],
+    sizes: PieceSizes,
+    *,
+    vocab_size: int,
+    weighting: PositionWeighting = PositionWeighting(),  # noqa: B008  # frozen
+) -> list[MicroBatch]:
     """The traces as tensors, in pieces.
 
     Args:
         traces: All usable by `is_usable`.
         sizes: Of the pieces.
         vocab_size: Of the student.
+        weighting: How much each position counts.
 
     Raises:
-        MisalignmentError: if a token id is not in the student's vocabulary.
+        MisalignmentError: if a token of a prompt or completion is not in the student's vocabulary. Kept
+            entries may be, in the padding of a teacher's wider head: the loss leaves them out.
     """
     longest_first = sorted(traces, key=lambda trace: _length(trace, sizes.max_sequence_tokens), reverse=True)
     pieces = _fill_rows(longest_first, sizes) if sizes.packed else _group_by_length(longest_first, sizes)
-    return [_collate_piece(piece, sizes, vocab_size) for piece in pieces]
+    return [_collate_piece(piece, sizes, vocab_size, weighting) for piece in pieces]
 
 
 def _fill_rows(longest_first: Sequence[Trace], sizes: PieceSizes) -> list[list[Trace]]:
@@ -207,7 +216,9 @@ def _length(trace: Trace, max_sequence_tokens: int) -> int:
     return min(len(trace.prompt_token_ids) + len(trace.completion_token_ids), max_sequence_tokens) - 1
 
 
-def _collate_piece(traces: Sequence[Trace], sizes: PieceSizes, vocab_size: int) -> MicroBatch:
+def _collate_piece(
+    traces: Sequence[Trace], sizes: PieceSizes, vocab_size: int, weighting: PositionWeighting
+) -> MicroBatch:
     lengths = [_length(trace, sizes.max_sequence_tokens) for trace in traces]
     if sizes.packed:
         shape = (1, sum(lengths))
@@ -223,8 +234,8 @@ def _collate_piece(traces: Sequence[Trace], sizes: PieceSizes, vocab_size: int) 
         input_ids[start : start + length] = token_ids[:-1]
         position_ids[start : start + length] = np.arange(length)
         positions.append(start + np.arange(len(trace.prompt_token_ids) - 1, length))
-    targets = _targets(traces, [len(rows) for rows in positions])
-    _check_ids(input_ids, targets, vocab_size)
+    targets = _targets(traces, [len(rows) for rows in positions], weighting)
+    _check_ids(input_ids, targets.sampled_ids_N, vocab_size)
     return MicroBatch(
         torch.as_tensor(input_ids.reshape(shape)),
         torch.as_tensor(np.concatenate(positions)),
@@ -233,7 +244,7 @@ def _collate_piece(traces: Sequence[Trace], sizes: PieceSizes, vocab_size: int) 
     )
 
 
-def _targets(traces: Sequence[Trace], counts: Sequence[int]) -> Targets:
+def _targets(traces: Sequence[Trace], counts: Sequence[int], weighting: PositionWeighting) -> Targets:
     k = max(trace.top_k.k for trace in traces)
     token_ids_NK = np.zeros((sum(counts), k), np.int64)
     logprobs_NK = np.full((sum(counts), k), -np.inf, np.float32)
@@ -246,17 +257,18 @@ def _targets(traces: Sequence[Trace], counts: Sequence[int]) -> Targets:
     pairs = list(zip(traces, counts, strict=True))
     tail_mass_N = np.concatenate([trace.top_k.tail_mass[:count] for trace, count in pairs])
     sampled_N = np.concatenate([trace.completion_token_ids[:count] for trace, count in pairs])
+    weights_N = np.concatenate([weighting.weigh(trace)[:count] for trace, count in pairs])
     return Targets(
         torch.as_tensor(token_ids_NK),
         torch.as_tensor(logprobs_NK),
         torch.as_tensor(tail_mass_N),
         torch.as_tensor(sampled_N.astype(np.int64)),
+        None if weighting.is_even else torch.as_tensor(weights_N),
     )
 
 
-def _check_ids(input_ids: np.ndarray, targets: Targets, vocab_size: int) -> None:
-    kept_top = int(targets.token_ids_NK.max()) if targets.token_ids_NK.numel() else 0
-    top = max(int(input_ids.max()), kept_top, int(targets.sampled_ids_N.max()))
+def _check_ids(input_ids: np.ndarray, sampled_ids_N: Tensor, vocab_size: int) -> None:
+    top = max(int(input_ids.max()), int(sampled_ids_N.max()))
     if top >= vocab_size or int(input_ids.min()) < 0:
         raise MisalignmentError(
             f"the stream has token id {top}, the student's vocabulary ends at {vocab_size - 1}",

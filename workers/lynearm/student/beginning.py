@@ -13,6 +13,7 @@ from lynearm.student.checkpoint import TrainState, latest_checkpoint, load_check
 from lynearm.student.config import TrainConfig
 from lynearm.student.lineage import JsonObject, read_lineage
 from lynearm.student.model import StudentModel, load_student
+from lynearm.student.objective import Objective, make_objective
 from lynearm.student.optimization import Optimization
 from lynearm.student.ranks import Ranks
 from lynearm.wire.errors import CheckpointError, ConfigError
@@ -30,6 +31,7 @@ class Beginning:
     """All that a run needs before its next step."""
 
     student: StudentModel
+    objective: Objective
     optimization: Optimization
     state: TrainState
     held_out: tuple[Trace, ...]
@@ -59,7 +61,9 @@ def begin(config: TrainConfig, stream: StreamInfo, ranks: Ranks) -> Beginning:
     torch.manual_seed(config.seed + ranks.rank)  # pyright: ignore[reportUnknownMemberType]  # torch leaves it half typed
     student = _load_aligned(config, stream, config.student)
     state = TrainState(stream.spec.name, stream.created_unix_nano)
-    return Beginning(student, Optimization(student, config, ranks), state, (), read_lineage(config.student))
+    objective = _choose_objective(config, stream, student)
+    optimization = Optimization(student, config, objective=objective, ranks=ranks)
+    return Beginning(student, objective, optimization, state, (), read_lineage(config.student))
 
 
 def _resume(config: TrainConfig, stream: StreamInfo, directory: Path | None, ranks: Ranks) -> Beginning:
@@ -88,13 +92,24 @@ def _resume(config: TrainConfig, stream: StreamInfo, directory: Path | None, ran
             f"the run in {config.out} cannot go on: {'; '.join(changed)}", "resume with the earlier values"
         )
     student = _load_aligned(config, stream, directory)
-    optimization = Optimization(student, config, ranks)
+    objective = _choose_objective(config, stream, student)
+    optimization = Optimization(student, config, objective=objective, ranks=ranks)
     optimization.restore(checkpoint.optimizer, state.step)
     if not ranks.writes:
         # The generator's state that was saved is rank 0's.
         torch.manual_seed(config.seed + ranks.rank + state.step)  # pyright: ignore[reportUnknownMemberType]
     logger.info("resumed from %s at %s of pass %d", directory, state.cursor, state.epoch + 1)
-    return Beginning(student, optimization, state, checkpoint.held_out, checkpoint.base_lineage)
+    return Beginning(student, objective, optimization, state, checkpoint.held_out, checkpoint.base_lineage)
+
+
+def _choose_objective(config: TrainConfig, stream: StreamInfo, student: StudentModel) -> Objective:
+    return make_objective(
+        stream.spec,
+        config.loss,
+        temperature=config.temperature,
+        retemper=config.retemper,
+        vocab_size=student.vocab_size,
+    )
 
 
 def _load_aligned(config: TrainConfig, stream: StreamInfo, directory: Path) -> StudentModel:

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 
+from lynearm.student.objective import Objective, parse_terms
+from lynearm.student.weighting import PositionWeighting
 from lynearm.wire.errors import ConfigError, InvalidInputError
 from lynearm.wire.specs import check_name
 
@@ -68,11 +71,22 @@ class TrainConfig:
     grad_clip: float = 1.0
     """Largest global norm of a step's gradient; 0 does not clip."""
 
-    kd_weight: float = 1.0
-    """Weight of the forward KL to the teacher's top-k and tail."""
+    loss: tuple[str, ...] = ("forward-kl:1", "cross-entropy:0.1")
+    """What is summed, each NAME[@MIX][:WEIGHT], as docs/losses.md explains. A little cross-entropy on the
+    tokens that the teacher drew steadies the forward KL."""
 
-    ce_weight: float = 0.1
-    """Weight of the cross-entropy on the tokens that the teacher drew."""
+    temperature: float = 1.0
+    """At which student and teacher are compared; the stream's, unless `retemper`."""
+
+    retemper: bool = False
+    """Bring a stream of another temperature to this one. The tail is then an estimate."""
+
+    span_weights: Mapping[str, float] = field(default_factory=dict[str, float])
+    """How much positions count by the kind of their span: reasoning, answer, truncated_reasoning, or other
+    for those outside any span; 1 where nothing is said, and 0 leaves them out."""
+
+    tag_weights: Mapping[str, float] = field(default_factory=dict[str, float])
+    """How much a trace's positions count by its tags, each written KEY=VALUE; several multiply."""
 
     batch_sequences: int = 8
     """Traces per optimizer step."""
@@ -159,6 +173,10 @@ class TrainConfig:
     ray_address: str = "auto"
     """Which Ray: "auto" joins the one that runs here, as under `ray job submit`; "local" starts one."""
 
+    check_alignment: bool = True
+    """Before the first step, look whether the teacher's rows stand at the positions of their tokens, and
+    refuse to train when they are shifted. Costs one forward pass over four short traces."""
+
     allow_misaligned: bool = False
     """Train although tokenizer, template, vocabulary or logprobs differ. The loss compares token ids: only
     for those who know that the differences do not touch them."""
@@ -172,6 +190,8 @@ class TrainConfig:
         for problem, holds in self._checks().items():
             if not holds:
                 raise ConfigError(problem)
+        Objective(parse_terms(self.loss))
+        PositionWeighting(self.span_weights, self.tag_weights)
 
     def _checks(self) -> dict[str, bool]:
         counts_from_zero = (
@@ -179,7 +199,7 @@ class TrainConfig:
             "threads replay_threads seed batch_tokens ranks"
         )
         counts_from_one = "batch_sequences micro_batch_tokens epochs keep_checkpoints prefetch_blocks"
-        not_negative = "weight_decay grad_clip kd_weight ce_weight max_seconds wait_seconds"
+        not_negative = "weight_decay grad_clip max_seconds wait_seconds"
         checks = {f"{name} is {getattr(self, name)}, expected 0 or more": getattr(self, name) >= 0
                   for name in f"{counts_from_zero} {not_negative}".split()}  # fmt: skip
         checks |= {f"{name} is {getattr(self, name)}, expected 1 or more": getattr(self, name) >= 1
@@ -190,7 +210,7 @@ class TrainConfig:
             <= 1,
             f"beta1 is {self.beta1}, expected 0 to below 1": 0 <= self.beta1 < 1,
             f"beta2 is {self.beta2}, expected 0 to below 1": 0 <= self.beta2 < 1,
-            "kd_weight and ce_weight are both 0": self.kd_weight + self.ce_weight > 0,
+            f"temperature is {self.temperature}, expected above 0": 0 < self.temperature < math.inf,
             f"max_sequence_tokens is {self.max_sequence_tokens}, expected 2 or more": self.max_sequence_tokens
             >= 2,
             f"held_out_fraction is {self.held_out_fraction}, expected 0 to 0.9": 0

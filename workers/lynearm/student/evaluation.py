@@ -14,6 +14,7 @@ import torch
 from lynearm.student.batches import PieceSizes, collate
 from lynearm.student.losses import measure_loss
 from lynearm.student.model import StudentModel
+from lynearm.student.objective import Objective
 from lynearm.wire.blocks import MAX_PAYLOAD_BYTES
 from lynearm.wire.codec import decode_block, encode_block
 from lynearm.wire.errors import CheckpointError, LynearmError
@@ -35,7 +36,12 @@ class HeldOutSums:
 
 
 def evaluate(
-    student: StudentModel, traces: Sequence[Trace], *, micro_batch_tokens: int, max_sequence_tokens: int
+    student: StudentModel,
+    traces: Sequence[Trace],
+    *,
+    micro_batch_tokens: int,
+    max_sequence_tokens: int,
+    objective: Objective | None = None,
 ) -> HeldOutSums:
     """Measure a student on traces, without dropout and without changing it.
 
@@ -44,6 +50,7 @@ def evaluate(
         traces: All usable by `batches.is_usable`.
         micro_batch_tokens: As for `batches.PieceSizes`, like the next.
         max_sequence_tokens: Completions are cut there.
+        objective: Says the temperature of the KL; 1 if not given.
     """
     kl, cross_entropy, positions = 0.0, 0.0, 0
     student.train(False)
@@ -53,7 +60,11 @@ def evaluate(
         with torch.no_grad():
             hidden_NH = student.hidden_states(on_device.input_ids_BL).flatten(0, 1)[on_device.positions_N]
         kl_N, cross_entropy_N = measure_loss(
-            hidden_NH, student.head_weight, on_device.targets, bias_V=student.head_bias
+            hidden_NH,
+            student.head_weight,
+            on_device.targets,
+            bias_V=student.head_bias,
+            objective=objective,
         )
         kl += float(kl_N.double().sum())
         cross_entropy += float(cross_entropy_N.double().sum())

@@ -12,9 +12,11 @@ from torch import Tensor, nn
 
 from lynearm.student.batches import Batch, MicroBatch, PieceSizes, collate, completion_positions
 from lynearm.student.config import TrainConfig
-from lynearm.student.losses import LossWeights, distillation_loss
+from lynearm.student.losses import backpropagate_loss
 from lynearm.student.model import StudentModel, packs_without_leaks
+from lynearm.student.objective import Objective, parse_terms
 from lynearm.student.ranks import Ranks
+from lynearm.student.weighting import PositionWeighting
 from lynearm.wire.errors import CheckpointError, ConfigError, InvalidInputError
 
 FINAL_RATE = 0.1
@@ -28,6 +30,7 @@ class StepResult:
     """Means over the batch's completion positions, before the step."""
 
     loss: float
+    """By weight, where positions count differently."""
     kl: float
     cross_entropy: float
     tokens: int
@@ -43,13 +46,23 @@ class Optimization:
     Args:
         student: Its parameters that require a gradient are trained.
         config: Rates, weights and sizes.
+        objective: What is brought down; the terms of `config` if not given.
         ranks: Who shares the work.
     """
 
-    def __init__(self, student: StudentModel, config: TrainConfig, ranks: Ranks | None = None) -> None:
+    def __init__(
+        self,
+        student: StudentModel,
+        config: TrainConfig,
+        *,
+        objective: Objective | None = None,
+        ranks: Ranks | None = None,
+    ) -> None:
         self._student = student
         self._ranks = ranks or Ranks()
         self._config = config
+        self._objective = objective or Objective(parse_terms(config.loss))
+        self._weighting = PositionWeighting(config.span_weights, config.tag_weights)
         self._sizes = PieceSizes(
             config.micro_batch_tokens, config.max_sequence_tokens, packed=_packs(student, config.packing)
         )
@@ -74,19 +87,21 @@ class Optimization:
             InvalidInputError: if the gradient is not finite; no weight was changed.
         """
         config = self._config
-        weights = [completion_positions(trace, config.max_sequence_tokens) for trace in batch.traces]
-        mine = self._ranks.share(batch.traces, weights)
-        pieces = collate(mine, self._sizes, vocab_size=self._student.vocab_size)
-        tokens = sum(weights)
+        positions = [completion_positions(trace, config.max_sequence_tokens) for trace in batch.traces]
+        mine = self._ranks.share(batch.traces, positions)
+        pieces = collate(mine, self._sizes, vocab_size=self._student.vocab_size, weighting=self._weighting)
+        # Of the whole batch, on every rank: the sum of their gradients is then the batch's mean.
+        weight = self._weighting.total(batch.traces, config.max_sequence_tokens)
+        tokens = sum(positions)
         rate = learning_rate(config, step)
         for group in self._optimizer.param_groups:
             group["lr"] = rate
-        kl, cross_entropy = 0.0, 0.0
+        loss, kl, cross_entropy = 0.0, 0.0, 0.0
         for piece in pieces:
-            piece_kl, piece_cross_entropy = self._backward(piece.to(self._student.device), tokens)
-            kl, cross_entropy = kl + piece_kl, cross_entropy + piece_cross_entropy
+            part = self._backward(piece.to(self._student.device), weight or 1.0)
+            loss, kl, cross_entropy = loss + part[0], kl + part[1], cross_entropy + part[2]
         self._ranks.sum_gradients(self._parameters.values())
-        kl, cross_entropy = self._ranks.sum(kl, cross_entropy)
+        loss, kl, cross_entropy = self._ranks.sum(loss, kl, cross_entropy)
         norm = self._clip()
         if not math.isfinite(norm):
             self._optimizer.zero_grad(set_to_none=True)
@@ -97,7 +112,6 @@ class Optimization:
         self._optimizer.step()  # pyright: ignore[reportUnknownMemberType]  # torch leaves it half typed
         self._optimizer.zero_grad(set_to_none=True)
         kl, cross_entropy = kl / tokens, cross_entropy / tokens
-        loss = config.kd_weight * kl + config.ce_weight * cross_entropy
         return StepResult(loss, kl, cross_entropy, tokens, rate, norm)
 
     def parameters(self) -> Iterable[nn.Parameter]:
@@ -140,21 +154,21 @@ class Optimization:
         if self._student.device.type == "cuda" and "rng.cuda" in tensors:
             torch.cuda.set_rng_state(tensors["rng.cuda"].cpu(), self._student.device)
 
-    def _backward(self, piece: MicroBatch, tokens: int) -> tuple[float, float]:
-        student, config = self._student, self._config
+    def _backward(self, piece: MicroBatch, weight: float) -> tuple[float, float, float]:
+        student = self._student
         hidden_NH = student.hidden_states(piece.input_ids_BL, piece.position_ids_BL).flatten(0, 1)[
             piece.positions_N
         ]
-        result = distillation_loss(
+        result = backpropagate_loss(
             hidden_NH,
             student.head_weight,
             piece.targets,
             bias_V=student.head_bias,
-            weights=LossWeights(config.kd_weight, config.ce_weight),
-            divisor=float(tokens),
+            objective=self._objective,
+            divisor=weight,
         )
-        torch.autograd.backward(result.loss)
-        return float(result.kl_N.double().sum()), float(result.cross_entropy_N.double().sum())
+        kl, cross_entropy = (float(part_N.double().sum()) for part_N in (result.kl_N, result.cross_entropy_N))
+        return float(result.loss), kl, cross_entropy
 
     def _clip(self) -> float:
         limit = self._config.grad_clip or math.inf

@@ -20,6 +20,7 @@ from pathlib import Path
 import torch
 
 from lynearm.client import TraceClient, stop_on_interrupt
+from lynearm.student.alignment import check_rows
 from lynearm.student.batches import Batch, Batcher, SplitRule, is_usable
 from lynearm.student.beginning import Beginning, begin
 from lynearm.student.checkpoint import Checkpoint, refresh_checkpoint, save_checkpoint, step_name
@@ -123,6 +124,8 @@ class _Run:
         self._ranks = ranks
         self._writer = CheckpointWriter()
         self._student = beginning.student
+        self._objective = beginning.objective
+        self._rows_checked = not config.check_alignment
         self._optimization = beginning.optimization
         self._state = beginning.state
         self._held_out: tuple[Trace, ...] = beginning.held_out
@@ -221,6 +224,11 @@ class _Run:
     def _step(self, batch: Batch, reader: TraceReader) -> None:
         started = time.monotonic()
         step = self._state.step + 1
+        if not self._rows_checked:
+            check_rows(
+                self._student, batch.traces, self._objective, allow_misaligned=self._config.allow_misaligned
+            )
+            self._rows_checked = True
         result = self._optimization.step(batch, step)
         record = StepRecord(
             step=step,
@@ -264,6 +272,7 @@ class _Run:
             self._ranks.share(self._held_out, lengths),
             micro_batch_tokens=self._config.micro_batch_tokens,
             max_sequence_tokens=self._config.max_sequence_tokens,
+            objective=self._objective,
         )
         kl, cross_entropy, positions = self._ranks.sum(sums.kl, sums.cross_entropy, sums.positions)
         record = EvaluationRecord(

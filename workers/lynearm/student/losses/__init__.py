@@ -1,0 +1,15 @@
+"""Losses between a teacher's rows and a student, from its hidden states and output head, in little memory.
+
+Public names: `Targets`, `distillation_loss`, `backpropagate_loss`, `measure_loss`, `DistillationLoss`. What
+is summed is an `objective.Objective`.
+"""
+
+from lynearm.student.losses.head import (
+    DistillationLoss,
+    backpropagate_loss,
+    distillation_loss,
+    measure_loss,
+)
+from lynearm.student.losses.targets import Targets
+
+__all__ = ["DistillationLoss", "Targets", "backpropagate_loss", "distillation_loss", "measure_loss"]

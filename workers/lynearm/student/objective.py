@@ -1,0 +1,198 @@
+"""What a student is trained to bring down: a sum of losses, and the temperature at which they compare.
+
+    TERM = NAME[@MIX][:WEIGHT]        forward-kl    reverse-kl:0.5    jsd@0.3:0.9    cross-entropy:0.1
+
+`docs/losses.md` has each loss's formula. Nothing here needs torch, so that a configuration is checked
+before anything slow is imported.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal, TypeAlias, cast, get_args
+
+from lynearm.wire.errors import ConfigError, MisalignmentError
+from lynearm.wire.specs import StreamSpec
+
+DivergenceName: TypeAlias = Literal[
+    "forward-kl", "reverse-kl", "jsd", "skew-kl", "skew-reverse-kl", "sampled-kd"
+]
+LossName: TypeAlias = DivergenceName | Literal["cross-entropy"]
+DIVERGENCE_NAMES: tuple[DivergenceName, ...] = get_args(DivergenceName)
+LOSS_NAMES: tuple[LossName, ...] = (*DIVERGENCE_NAMES, "cross-entropy")
+
+DEFAULT_MIX: dict[str, float] = {"jsd": 0.5, "skew-kl": 0.1, "skew-reverse-kl": 0.1}
+"""The losses that compare with a mixture, and its usual proportion: GKD's β and DistiLLM's α."""
+
+_TERM = re.compile(r"(?P<name>[a-z-]+)(@(?P<mix>[^:@]+))?(:(?P<weight>[^:@]+))?")
+_HOW = "write NAME[@MIX][:WEIGHT], for example forward-kl:0.9 or jsd@0.5:1"
+
+
+@dataclass(frozen=True, slots=True)
+class LossTerm:
+    """One loss of a sum.
+
+    Raises:
+        ConfigError: naming the value that is out of range.
+    """
+
+    name: LossName
+    weight: float = 1.0
+    """Above 0."""
+    mix: float = 0.0
+    """In (0, 1) for the losses of `DEFAULT_MIX`, β or α; 0 for all others."""
+
+    def __post_init__(self) -> None:
+        """Check every field."""
+        if self.name not in LOSS_NAMES:
+            raise ConfigError(f"loss {self.name!r} is not known, expected one of {', '.join(LOSS_NAMES)}")
+        if not 0 < self.weight < math.inf:
+            raise ConfigError(
+                f"loss {self.name}: weight is {self.weight:g}, expected above 0",
+                "leave out what counts nothing",
+            )
+        if self.name in DEFAULT_MIX and not 0 < self.mix < 1:
+            raise ConfigError(
+                f"loss {self.name}: mix is {self.mix:g}, expected between 0 and 1",
+                "at the ends it is nothing else than forward-kl or reverse-kl",
+            )
+        if self.name not in DEFAULT_MIX and self.mix:
+            raise ConfigError(f"loss {self.name} mixes nothing: @{self.mix:g} has no meaning", _HOW)
+
+    def __str__(self) -> str:
+        """As `parse_term` reads it."""
+        return f"{self.name}{f'@{self.mix:g}' if self.mix else ''}:{self.weight:g}"
+
+
+def parse_term(text: str) -> LossTerm:
+    """A term as it is written in a configuration.
+
+    Raises:
+        ConfigError: if it is not one.
+    """
+    found = _TERM.fullmatch(text.strip())
+    if found is None:
+        raise ConfigError(f"loss {text!r} cannot be read", _HOW)
+    name = cast(LossName, found["name"])
+    return LossTerm(
+        name,
+        _number(found["weight"], text) if found["weight"] else 1.0,
+        _number(found["mix"], text) if found["mix"] else DEFAULT_MIX.get(name, 0.0),
+    )
+
+
+def parse_terms(texts: Sequence[str]) -> tuple[LossTerm, ...]:
+    """Terms as they are written in a configuration.
+
+    Raises:
+        ConfigError: if one cannot be read.
+    """
+    return tuple(parse_term(text) for text in texts)
+
+
+@dataclass(frozen=True, slots=True)
+class Objective:
+    """A weighted sum of losses, and how the two distributions are brought to one temperature.
+
+    Raises:
+        ConfigError: if there is no term, a term stands there twice, or a temperature is not positive.
+    """
+
+    terms: tuple[LossTerm, ...] = (LossTerm("forward-kl"),)
+    temperature: float = 1.0
+    """At which the distributions are compared: the student's logits are divided by it. Cross-entropy is
+    always taken at 1."""
+    teacher_temperature: float = 1.0
+    """Of the logprobs that the teacher sent; where it is another one, its rows are re-tempered."""
+    vocab_size: int = 0
+    """Rows of the output head that are tokens of the teacher too; the others get no probability and no
+    gradient. 0: all."""
+
+    def __post_init__(self) -> None:
+        """Check every field."""
+        names = [(term.name, term.mix) for term in self.terms]
+        if not names or len(set(names)) < len(names):
+            raise ConfigError(
+                f"losses are {', '.join(map(str, self.terms)) or 'none'}, expected each one once",
+                "give at least one, and add up the weights of one that stands there twice",
+            )
+        for name in ("temperature", "teacher_temperature"):
+            if not 0 < getattr(self, name) < math.inf:
+                raise ConfigError(f"{name} is {getattr(self, name):g}, expected above 0")
+
+    @property
+    def divergences(self) -> tuple[LossTerm, ...]:
+        """The terms that compare with the teacher's distribution."""
+        return tuple(term for term in self.terms if term.name != "cross-entropy")
+
+    @property
+    def cross_entropy_weight(self) -> float:
+        """Weight of the cross-entropy; 0 without it."""
+        return sum(term.weight for term in self.terms if term.name == "cross-entropy")
+
+
+def make_objective(
+    spec: StreamSpec,
+    losses: Sequence[str],
+    *,
+    temperature: float = 1.0,
+    retemper: bool = False,
+    vocab_size: int = 0,
+) -> Objective:
+    """The objective of training on a stream.
+
+    Args:
+        spec: Of the stream.
+        losses: Terms as `parse_term` reads them.
+        temperature: At which to compare.
+        retemper: Bring a stream of another temperature to this one: see `losses.teacher.retemper` for what
+            that gets wrong.
+        vocab_size: Width of the student's logits; 0: the teacher's.
+
+    Raises:
+        ConfigError: if the terms cannot be read.
+        MisalignmentError: if the stream has another temperature and is not to be re-tempered, or its codec
+            mode does not suit a loss.
+    """
+    objective = Objective(
+        parse_terms(losses),
+        temperature,
+        spec.teacher.logprobs_temperature,
+        min(spec.teacher.vocab_size, vocab_size or spec.teacher.vocab_size),
+    )
+    differs = spec.teacher.logprobs_temperature != temperature
+    if objective.divergences and differs and not retemper:
+        raise MisalignmentError(
+            f"the logprobs of stream {spec.name!r} are at temperature {spec.teacher.logprobs_temperature:g}, "
+            f"the loss compares at {temperature:g}",
+            f"train with temperature={spec.teacher.logprobs_temperature:g}, capture the stream again at "
+            f"{temperature:g}, or set retemper, which has to guess the tail",
+        )
+    for term in objective.divergences:
+        _check_codec(spec, term, retempered=differs)
+    return objective
+
+
+def _check_codec(spec: StreamSpec, term: LossTerm, *, retempered: bool) -> None:
+    drawn = spec.codec.mode == "sampled"
+    if drawn and (retempered or term.name not in ("sampled-kd", "forward-kl")):
+        raise MisalignmentError(
+            f"stream {spec.name!r} holds draws: with them {term.name}"
+            f"{' at another temperature' if retempered else ''} is biased",
+            "train with sampled-kd at the stream's temperature, or capture with another codec mode",
+        )
+    if not drawn and term.name == "sampled-kd":
+        raise MisalignmentError(
+            f"stream {spec.name!r} is in codec mode {spec.codec.mode!r} and holds no draws",
+            "train with forward-kl, which also counts the tail",
+        )
+
+
+def _number(text: str, term: str) -> float:
+    try:
+        return float(text)
+    except ValueError as error:
+        raise ConfigError(f"loss {term!r}: {text!r} is not a number", _HOW) from error
