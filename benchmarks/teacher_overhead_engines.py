@@ -20,6 +20,7 @@ from transport_processes import cpu_seconds_of
 from lynearm.client import TraceClient
 from lynearm.teacher import Prompt, TeachConfig, TeacherWorker
 from lynearm.teacher.engine import TeacherEngine
+from lynearm.teacher.prompt_content import encode_prompt
 from lynearm.wire.specs import StreamSpec
 
 Untyped: TypeAlias = Any
@@ -89,7 +90,7 @@ def measure_engine(task: Task) -> tuple[list[Comparison], float]:
             worker_spec = replace(spec, codec=replace(spec.codec, top_k=cell.top_k))
             ways = {
                 PLAIN: plain(engine, cell.batch),
-                "worker": whole_worker(engine, worker_config, worker_spec, streams.__next__),
+                "worker": whole_worker(client, engine, worker_config, worker_spec, streams.__next__),
             }
             found += take_turns(ways, cell, task.prompts, meters, task.clock)
     _keep(engine, config.top_k)
@@ -106,16 +107,24 @@ def measure_engine(task: Task) -> tuple[list[Comparison], float]:
 
 
 def whole_worker(
-    engine: TeacherEngine, config: TeachConfig, spec: StreamSpec, next_stream: Callable[[], int]
+    client: TraceClient,
+    engine: TeacherEngine,
+    config: TeachConfig,
+    spec: StreamSpec,
+    next_stream: Callable[[], int],
 ) -> Way:
-    """Capture, encode, publish, and wait until all is durable: to a new stream each time."""
+    """Lease, capture, encode, publish, and wait until all is durable: to a new stream each time."""
 
     def answer(prompts: Sequence[Prompt]) -> int:
         stream = f"overhead-{next_stream()}"
+        client.create_stream(replace(spec, name=stream))
+        client.jobs.create(stream, "overhead", list(map(encode_prompt, prompts)))
         worker = TeacherWorker(replace(config, stream=stream))
         worker._engine = engine
         before = engine.generated_tokens
-        worker.run(replace(spec, name=stream), prompts)
+        worker.connect(replace(spec, name=stream), "overhead")
+        worker.run()
+        worker.disconnect()
         return engine.generated_tokens - before
 
     return answer
