@@ -288,6 +288,32 @@ def test_what_went_with_its_node_is_given_back_and_makes_nobody_suspect() -> Non
     assert scene.attempted() == []
 
 
+def test_a_successor_of_one_that_is_gone_has_leases_of_its_own() -> None:
+    scene = Scene(nodes=2)
+    scene.play()
+    scene.cluster.lose("node-0")
+    scene.play()
+    scene.cluster.names.append("node-9")
+    scene.play()
+    again = scene.cluster.alive[-1]
+    assert (again.producer_id, again.holder) == ("teacher-0", "teacher-0.2")
+    assert scene.supervisor.slots[0].status(8).restarts == 0
+
+
+def test_a_worker_that_was_given_up_is_forgotten_with_its_node() -> None:
+    scene = Scene(nodes=1)
+    scene.play()
+    scene.cluster.names.append("node-9")
+    while len(scene.cluster.actors) == 1:
+        scene.play(0.5)
+    scene.cluster.actors[1].finish(ConfigError("no such model on this node"))
+    scene.play()
+    scene.cluster.names.remove("node-9")
+    scene.play()
+    assert scene.states() == ["generating"]
+    assert scene.cluster.places[1].released
+
+
 def test_a_node_that_ray_calls_dead_late_makes_nobody_suspect() -> None:
     scene = Scene(nodes=2, held=["a", "b"])
     scene.play()

@@ -86,6 +86,8 @@ def test_an_old_stream_takes_dictionaries_and_more_blocks(migrated: RunningServe
     assert found == b"learned"
 
 
+# From version 4 on, their age is known.
+@pytest.mark.parametrize("old_data_dir", OLD_CATALOGS[:3], indirect=True, ids=lambda path: path.stem)
 def test_blocks_of_unknown_age_are_kept_as_if_they_were_new(migrated: RunningServer) -> None:
     stub = migrated.stub
     retention = pb.Retention(max_age_seconds=3600)

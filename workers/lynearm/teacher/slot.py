@@ -92,7 +92,9 @@ class Slot:
         self.node_host = ""
         self.actor: Actor | None = None
         self.lives = 0
-        """Processes that it has had."""
+        """Processes that have had its name."""
+        self.earlier_lives = 0
+        """Those of workers of that name which are gone."""
         self.method = ""
         """What its process does; empty: nothing."""
         self.reference: Any = None  # of Ray, to what the method will return
@@ -189,6 +191,6 @@ class Slot:
             max_batch=max_batch,
             done_prompts=total.generated_prompts,
             generated_tokens=total.generated_tokens,
-            restarts=max(0, self.lives - 1),
+            restarts=max(0, self.lives - self.earlier_lives - 1),
             process_id=self.progress.process_id,
         )

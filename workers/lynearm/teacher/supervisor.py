@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import logging
 import time
+from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import Protocol
 
@@ -127,6 +128,8 @@ class Supervisor:
         self._looked_at = float("-inf")
         self._share = WorkerShare(1)
         self._slots: dict[int, Slot] = {}
+        # By number, of those that are gone too: what is inherited of one must not be taken for another's.
+        self._lives: Counter[int] = Counter()
         self._errands = Errands()
         self._recovery = Recovery(queue, self._errands, config.max_batch)
         self._gone = Totals()
@@ -237,7 +240,7 @@ class Supervisor:
             if slot.state == "waiting":
                 slot.reason = waiting_reason(self._nodes, self._share)
                 self._give_up_stale_place(number, slot)
-            elif self._is_leaving(slot):
+            elif self._is_leaving(slot) or (slot.state == "given up" and self._is_gone(slot)):
                 self._leave_node(number, slot)
         self._grow()
 
@@ -266,7 +269,9 @@ class Supervisor:
         for _ in range(count):
             number = next(number for number in range(len(self._slots) + 1) if number not in self._slots)
             name = f"{self._config.producer_id}-{number}"
-            self._slots[number] = Slot(name, self._cluster.reserve(self._share), self._clock)
+            slot = Slot(name, self._cluster.reserve(self._share), self._clock)
+            slot.lives = slot.earlier_lives = self._lives[number]
+            self._slots[number] = slot
 
     def _give_up_stale_place(self, number: int, slot: Slot) -> None:
         is_stale = self._clock() - slot.since > _STALE_PLACE_SECONDS
@@ -489,6 +494,7 @@ class Supervisor:
 
     def _remove(self, number: int, slot: Slot) -> None:
         slot.forget_process()
+        self._lives[number] = slot.lives
         self._gone.add(slot.totals)
         slot.place.release()
         del self._slots[number]
