@@ -87,7 +87,7 @@ def test_a_switch_that_the_template_does_not_have_is_refused(tiny_model: Path, t
         ({"chat": False, "system": "Be brief."}, "exclude chat = false"),
         ({"chat": False, "thinking": True}, "exclude chat = false"),
         ({"template_args": {"tokenize": True}}, "template_args may not hold"),
-        ({"temperature": 0.0, "completions": 2}, "2 completions at temperature 0 would all be the same"),
+        ({"temperature": 0.0, "completions": 2}, "2 completions at temperature 0 are all the same"),
         ({"min_p": 1.5}, "min_p 1.5"),
         ({"sample_top_k": -1}, "sample_top_k -1"),
     ],
