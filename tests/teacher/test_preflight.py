@@ -87,7 +87,7 @@ def test_a_switch_that_the_template_does_not_have_is_refused(tiny_model: Path, t
         ({"chat": False, "system": "Be brief."}, "exclude chat = false"),
         ({"chat": False, "thinking": True}, "exclude chat = false"),
         ({"template_args": {"tokenize": True}}, "template_args may not hold"),
-        ({"temperature": 0.0, "completions": 2}, "2 completions at temperature 0 would all be the same"),
+        ({"temperature": 0.0, "completions": 2}, "2 completions at temperature 0 are all the same"),
         ({"min_p": 1.5}, "min_p 1.5"),
         ({"sample_top_k": -1}, "sample_top_k -1"),
     ],
@@ -233,7 +233,7 @@ def test_an_engine_is_refused_before_it_loads(tiny_model: Path, monkeypatch: pyt
     from lynearm.teacher import engine
 
     monkeypatch.setattr(engine, "free_memory", lambda: 1000)
-    with pytest.raises(ConfigError, match="of weights"):
+    with pytest.raises(ConfigError, match=r"^teacher '.*' needs 0\.00 GiB .*of weights"):
         TeacherEngine(teach_config(tiny_model))
 
 

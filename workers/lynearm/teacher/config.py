@@ -30,7 +30,7 @@ class TeachConfig:
     """
 
     model: str
-    """Directory in the transformers layout, or the name of a model that vLLM can fetch."""
+    """Directory in the transformers layout, name of a model of the hub, or GGUF file."""
     prompts: str
     """JSON lines, Parquet files or a Hugging Face dataset; see `lynearm.teacher.prompt_rows`."""
     stream: str
@@ -202,7 +202,7 @@ class TeachConfig:
             f"top_p {self.top_p} is outside (0, 1]": 0 < self.top_p <= 1,
             f"sample_top_k {self.sample_top_k} is negative": self.sample_top_k >= 0,
             f"min_p {self.min_p} is outside 0..1": 0 <= self.min_p <= 1,
-            f"{self.completions} completions at temperature 0 would all be the same": (
+            f"{self.completions} completions at temperature 0 are all the same; ask for one, or raise it": (
                 self.completions == 1 or self.temperature > 0
             ),
             f"max_tokens {self.max_tokens} is below 1": self.max_tokens >= 1,

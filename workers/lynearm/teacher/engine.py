@@ -35,7 +35,7 @@ from lynearm.teacher.model_source import prepare_model
 from lynearm.teacher.scoring import EngineScoring
 from lynearm.teacher.tokenizer import PromptTokenizer, describe_tokenizer, end_tokens
 from lynearm.teacher.vllm_internals import say_slower
-from lynearm.wire.errors import ConfigError, MissingDependencyError, TeacherError
+from lynearm.wire.errors import ConfigError, LynearmError, MissingDependencyError, TeacherError
 from lynearm.wire.hidden import HiddenStates, HiddenStatesSpec
 from lynearm.wire.profiles import LayerStatistics
 from lynearm.wire.specs import TeacherSpec, TokenizerSpec
@@ -103,6 +103,8 @@ class TeacherEngine:
         try:
             arguments = _engine_arguments(config)
             self._engine: Untyped = llm_engine.from_engine_args(engine_args(**arguments))
+        except LynearmError:
+            raise
         except (ValueError, OSError, RuntimeError) as error:
             raise ConfigError(f"cannot load teacher {config.model!r}: {_first_line(error)}") from error
         draws_inside = self._start_capture(fast=arrays)
@@ -119,7 +121,9 @@ class TeacherEngine:
         self.tokenizer = PromptTokenizer(
             self._raw_tokenizer, config, max_model_len=self.max_model_len, vocab_size=self.vocab_size
         )
-        self.eos_token_ids = end_tokens(prepared.directory, self._raw_tokenizer)
+        directory = Path(config.model) if Path(config.model).is_dir() else None
+        generation = None if directory is not None else model_config.try_get_generation_config()
+        self.eos_token_ids = end_tokens(directory, self._raw_tokenizer, generation)
         self.scoring = EngineScoring(
             self._engine, vocab_size=self.vocab_size, max_model_len=self.max_model_len
         )
@@ -172,7 +176,7 @@ class TeacherEngine:
         name = self._config.model_name or Path(self._config.model).name
         teacher = TeacherSpec(
             model=name,
-            revision=self._revision or weights_digest(Path(self._config.model)),
+            revision=self._revision or model_revision(self._config.model, self._engine.model_config),
             engine=f"vllm {self._vllm_version}",
             dtype=self._dtype,
             vocab_size=self.vocab_size,
@@ -365,8 +369,12 @@ def completion_seed(seed: int, prompt_id: str, sample_index: int) -> int:
     return int.from_bytes(digest[:4], "little") >> 1
 
 
-def weights_digest(directory: Path) -> str:
-    """Names the exact weights of a directory: "sha256:" and a digest over its weight files."""
+def model_revision(model: str, model_config: Untyped) -> str:
+    """Names the exact weights: "sha256:" over a directory's weight files, or the hub's commit."""
+    directory = Path(model)
+    if not directory.is_dir():
+        commit = getattr(model_config.hf_config, "_commit_hash", None)
+        return str(commit or model_config.revision or "unknown")
     digest = hashlib.sha256()
     weights = sorted([*directory.glob("*.safetensors"), *directory.glob("*.bin")])
     for path in weights:
@@ -439,8 +447,8 @@ def _engine_arguments(config: TeachConfig) -> dict[str, object]:
         arguments["async_scheduling"] = False
     on_cpu = bool(current_platform.is_cpu())
     need = estimate_memory(Path(config.model), config, on_cpu=on_cpu)
-    gpu_bytes = 0 if on_cpu else int(_GPU_SHARE * current_platform.get_device_total_memory())
-    check_fits(need, free_memory() if on_cpu else gpu_bytes, config)
+    free_bytes = free_memory() if on_cpu else _gpu_bytes(current_platform, config)
+    check_fits(need, free_bytes, config)
     if on_cpu:
         cache_bytes = (config.kv_cache_mib << 20) or _cpu_cache_bytes(config, text_config)
         arguments["kv_cache_memory_bytes"] = cache_bytes
@@ -453,6 +461,11 @@ def _engine_arguments(config: TeachConfig) -> dict[str, object]:
         arguments["max_num_batched_tokens"] = max(_CPU_BATCHED_TOKENS, config.max_batch, max_model_len)
         arguments["gpu_memory_utilization"] = 0.4
     return arguments
+
+
+def _gpu_bytes(platform: Untyped, config: TeachConfig) -> int:
+    """Memory of the GPUs of one engine that vLLM may use. Asked of the driver: CUDA is not started yet."""
+    return int(_GPU_SHARE * config.tensor_parallel * platform.get_device_total_memory())
 
 
 def _cpu_cache_bytes(config: TeachConfig, text_config: Untyped) -> int:

@@ -203,5 +203,8 @@ def _refusal(first: BadLine | None, others: int, source: str, *, usable: bool) -
             f"{source} holds no prompts", 'write lines such as {"prompt": "What is 3 + 4?"}'
         )
     more = f" (and {others} more bad lines)" if others else ""
-    remedy = "correct the line, or leave out --strict to skip it" if usable else "correct the lines"
-    return PromptFileError(f"{first}{more}", remedy)
+    if usable:
+        return PromptFileError(f"{first}{more}", "correct the line, or leave out --strict to skip it")
+    return PromptFileError(
+        f"{first}{more}", "correct the lines, or name their fields with --prompt-column or --messages-column"
+    )

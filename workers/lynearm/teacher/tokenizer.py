@@ -121,19 +121,21 @@ def describe_tokenizer(tokenizer: Untyped, name: str, eos_token_ids: Sequence[in
     )
 
 
-def end_tokens(model_dir: Path, tokenizer: Untyped) -> tuple[int, ...]:
+def end_tokens(model_dir: Path | None, tokenizer: Untyped, generation: Untyped = None) -> tuple[int, ...]:
     """Ids that end a completion, ascending: the tokenizer's own and those of the generation config.
 
     Args:
-        model_dir: Directory that may hold a `generation_config.json`.
+        model_dir: Directory with a `generation_config.json`; None for a model that has none at hand.
         tokenizer: The model's tokenizer.
+        generation: The generation config as a mapping, where it was loaded elsewhere.
     """
     found: set[int] = set()
     if tokenizer.eos_token_id is not None:
         found.add(int(tokenizer.eos_token_id))
-    path = model_dir / "generation_config.json"
-    generation: dict[str, object] = json.loads(path.read_text()) if path.is_file() else {}
-    listed = generation.get("eos_token_id")
+    path = model_dir / "generation_config.json" if model_dir is not None else None
+    if generation is None and path is not None and path.is_file():
+        generation = json.loads(path.read_text())
+    listed: object = generation["eos_token_id"] if generation and "eos_token_id" in generation else None
     if isinstance(listed, int):
         found.add(listed)
     elif isinstance(listed, list):
