@@ -228,7 +228,7 @@ def test_what_layers_do_agrees_with_transformers(looking: TeacherEngine, referen
 
 
 def test_one_step_in_so_many_is_measured(engine: TeacherEngine) -> None:
-    engine.look_inside(None, LayerStats(every=4))
+    engine.look_inside(None, LayerStats(every=2))
     done = finish(engine, ask(engine, [5, 9, 13, 2, 7, 21, 4, 11, 3, 6], first=70))
     found = engine.take_statistics()
     engine.look_inside(None, None)
