@@ -1,7 +1,7 @@
-"""What we add to vLLM's own worker, wherever that runs: in this process, or in one of a tensor-parallel group.
+"""What we add to vLLM's own worker, in this process or in one of a tensor-parallel group.
 
-vLLM mixes this class into its worker by name. Its methods are called with `collective_rpc`; each feature brings
-a base class of its own, whose names begin with `lynearm_`, so that none hides one of vLLM's.
+vLLM mixes this class into its worker by name. Its methods are called with `collective_rpc`; each feature
+brings a base class of its own, whose names begin with `lynearm_`, so that none hides one of vLLM's.
 """
 
 from __future__ import annotations
