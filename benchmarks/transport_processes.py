@@ -98,10 +98,15 @@ class ServerProcess:
         self._process.terminate()
         self._process.join(_START_SECONDS)
 
+    @property
+    def process_id(self) -> int:
+        """Of the server."""
+        assert self._process.pid is not None
+        return self._process.pid
+
     def cpu_seconds(self) -> float:
         """What its threads have used so far."""
-        assert self._process.pid is not None
-        return cpu_seconds_of(self._process.pid)
+        return cpu_seconds_of(self.process_id)
 
 
 def cpu_seconds_of(pid: int) -> float:

@@ -6,6 +6,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).resolve().parents[2]
 
 FIGURES = {
@@ -39,6 +41,16 @@ TRANSPORT_FIGURES = {
     *(f"{way}_bytes_per_token" for way in ("lynearm", "lynearm_exact", "json_http", "pickle_zeromq")),
 }
 
+TEACHER_FIGURES = {
+    "tiny_b8_k16_overhead",
+    "tiny_b8_k16_flat_lists_overhead",
+    "tiny_b8_k16_dictionaries_overhead",
+    "tiny_b8_k16_service_us",
+    "tiny_b8_k16_bytes_per_token",
+    "tiny_b8_plain_us",
+    "max_abs_logprob_error",
+}
+
 
 def run_benchmark(name: str, *arguments: str) -> str:
     return subprocess.run(
@@ -68,3 +80,13 @@ def test_transport_benchmark_ends_with_its_figures_as_json() -> None:
     certain = {name: value for name, value in figures.items() if not name.startswith("tail_")}
     assert all(value > 0 for value in certain.values())
     assert figures["lynearm_bytes_per_token"] < figures["pickle_zeromq_bytes_per_token"]
+
+
+@pytest.mark.slow
+def test_teacher_overhead_benchmark_ends_with_its_figures_as_json() -> None:
+    output = run_benchmark("teacher_overhead.py", "--quick", "--device", "cpu")
+    figures = json.loads(output.splitlines()[-1])
+    assert set(figures) == TEACHER_FIGURES
+    assert figures["max_abs_logprob_error"] < 1e-3
+    assert figures["tiny_b8_plain_us"] > 0
+    assert figures["tiny_b8_k16_bytes_per_token"] > 10

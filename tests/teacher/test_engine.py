@@ -87,18 +87,16 @@ def test_completions_end_with_an_end_token_or_at_their_bound(
 def test_arrays_hold_exactly_what_vllms_lists_hold(
     engine: TeacherEngine, completions: list[Completion]
 ) -> None:
-    engine.close()
+    assert engine._restore is not None, "this vLLM does not take the arrays"
+    engine._restore()
     seen = LogprobRows.rows_seen
     try:
         from_lists = generate(engine)
         assert LogprobRows.rows_seen == seen, "the arrays were collected although the change was undone"
     finally:
-        restore = collect_as_arrays()
-    assert restore is not None, "this vLLM does not take the arrays"
+        engine._restore = collect_as_arrays()
     from_arrays = generate(engine)
     assert LogprobRows.rows_seen - seen == sum(completion.token_ids.size for completion in from_arrays)
-    restore()
-    collect_as_arrays()
     for first, second, third in zip(completions, from_lists, from_arrays, strict=True):
         for other in (second, third):
             np.testing.assert_array_equal(first.token_ids, other.token_ids)

@@ -349,7 +349,7 @@ def test_another_version_of_vllm_is_not_looked_into(
     import vllm
 
     monkeypatch.setattr(vllm, "__version__", "0.33.0")
-    with pytest.raises(ConfigError, match=r"the model runner of vllm 0\.33\.0 is not known"):
+    with pytest.raises(ConfigError, match=r"vllm 0\.33\.0: its internals are known in 0\.32 only"):
         engine.look_inside(CAPTURE, None)
 
 

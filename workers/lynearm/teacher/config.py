@@ -63,7 +63,10 @@ class TeachConfig:
     the engine in place of one in eight; empty: none. The engine then runs without compiled graphs."""
 
     temperature: float = 1.0
-    """0 is greedy. The recorded logprobs are those of the model itself, whatever the temperature."""
+    """Of sampling; 0 is greedy. The recorded logprobs are those of the model itself, whatever it is."""
+    logprobs_temperature: float = 1.0
+    """Of the recorded distributions, tail and sampled tokens included: the logits of the whole vocabulary are
+    divided by it before anything is kept. Part of the stream's spec, and no matter of sampling."""
     top_p: float = 1.0
     max_tokens: int = 256
     """Bound on a completion, tokens; less where the context ends before."""
@@ -132,6 +135,9 @@ class TeachConfig:
             ),
             f"top_k {self.top_k} is outside 0..{MAX_TOP_K}": 0 <= self.top_k <= MAX_TOP_K,
             f"temperature {self.temperature} is negative": self.temperature >= 0,
+            f"logprobs_temperature {self.logprobs_temperature} is outside (0, 100]": (
+                0 < self.logprobs_temperature <= 100
+            ),
             f"top_p {self.top_p} is outside (0, 1]": 0 < self.top_p <= 1,
             f"max_tokens {self.max_tokens} is below 1": self.max_tokens >= 1,
             f"completions {self.completions} is below 1": self.completions >= 1,

@@ -9,7 +9,7 @@ import hashlib
 import logging
 import os
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -17,6 +17,7 @@ from typing import Any, TypeAlias
 import numpy as np
 import numpy.typing as npt
 
+from lynearm.teacher.capture import CaptureReport, CaptureWish
 from lynearm.teacher.config import TeachConfig
 from lynearm.teacher.draws import draw_rows
 from lynearm.teacher.extension import EXTENSION
@@ -30,6 +31,7 @@ from lynearm.teacher.logprob_arrays import (
     top_k_from_rows,
 )
 from lynearm.teacher.tokenizer import PromptTokenizer, describe_tokenizer, end_tokens
+from lynearm.teacher.vllm_internals import say_slower
 from lynearm.wire.errors import ConfigError, MissingDependencyError, TeacherError
 from lynearm.wire.hidden import HiddenStates, HiddenStatesSpec
 from lynearm.wire.profiles import LayerStatistics
@@ -86,20 +88,22 @@ class TeacherEngine:
         engine_args, llm_engine, self._vllm_version = _import_vllm()
         self._config = config
         self._generator = np.random.default_rng(config.seed)
-        self._restore = collect_as_arrays(self._draw if config.draws else None) if arrays else None
+        self._restore: Callable[[], None] | None = None
         _shield_llvmlite()
         try:
             arguments = _engine_arguments(config)
             self._engine: Untyped = llm_engine.from_engine_args(engine_args(**arguments))
         except (ValueError, OSError, RuntimeError) as error:
-            self.close()
             raise ConfigError(f"cannot load teacher {config.model!r}: {_first_line(error)}") from error
+        draws_inside = self._start_capture(fast=arrays)
+        if arrays:
+            self._restore = collect_as_arrays(self._draw if config.draws and not draws_inside else None)
         model_config: Untyped = self._engine.model_config
         self.vocab_size = int(model_config.get_vocab_size())
         self.max_model_len = int(model_config.max_model_len)
         self.top_k = min(config.draws or config.top_k, self.vocab_size)
         """Entries of a row at most."""
-        self._logprob_count = self.vocab_size if config.draws else self.top_k
+        self._logprob_count = self.vocab_size if config.draws and not draws_inside else self.top_k
         self._dtype = str(model_config.dtype).removeprefix("torch.")
         self._raw_tokenizer: Untyped = self._engine.get_tokenizer()
         self.tokenizer = PromptTokenizer(self._raw_tokenizer, config, max_model_len=self.max_model_len)
@@ -155,6 +159,7 @@ class TeacherEngine:
             dtype=self._dtype,
             vocab_size=self.vocab_size,
             max_model_len=self.max_model_len,
+            logprobs_temperature=self._config.logprobs_temperature,
         )
         return teacher, describe_tokenizer(self._raw_tokenizer, name, self.eos_token_ids)
 
@@ -211,10 +216,35 @@ class TeacherEngine:
                 self._inside.drop(request_id)
 
     def close(self) -> None:
-        """Undo the change to vLLM's logprob collection."""
+        """Undo the changes to vLLM's logprob collection."""
         if self._restore is not None:
             self._restore()
             self._restore = None
+        self._engine.collective_rpc("lynearm_capture_as_vllm")
+
+    def _start_capture(self, *, fast: bool) -> bool:
+        """Have vLLM record distributions at the stream's temperature, cheaply where it allows.
+
+        Returns:
+            Whether it records draws; else they are taken from whole distributions.
+
+        Raises:
+            ConfigError: if this vLLM cannot record at that temperature.
+        """
+        temperature = self._config.logprobs_temperature
+        if not fast and temperature == 1:
+            return False
+        wish = CaptureWish(temperature, self._config.draws if fast else 0, self._config.seed or 0)
+        reports: list[CaptureReport] = self._engine.collective_rpc("lynearm_capture", args=(wish,))
+        problem = next((report.problem for report in reports if report.problem), "")
+        if not all(report.has_temperature for report in reports):
+            raise ConfigError(
+                f"vllm {self._vllm_version} cannot record logprobs at temperature {temperature:g}: {problem}",
+                "record at temperature 1, or install the version of vLLM that this package asks for",
+            )
+        if problem:
+            say_slower(problem)
+        return all(report.has_draws for report in reports)
 
     def _completion(self, output: Untyped) -> Completion:
         made: Untyped = output.outputs[0]

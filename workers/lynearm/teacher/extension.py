@@ -6,10 +6,11 @@ brings a base class of its own, whose names begin with `lynearm_`, so that none 
 
 from __future__ import annotations
 
+from lynearm.teacher.capture import CaptureWorker
 from lynearm.teacher.inside_worker import InsideWorker
 
 
-class WorkerExtension(InsideWorker):
+class WorkerExtension(CaptureWorker, InsideWorker):
     """All of our features of a vLLM worker, as one class."""
 
 

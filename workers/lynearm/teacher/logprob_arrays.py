@@ -12,17 +12,15 @@ top K, descending.
 from __future__ import annotations
 
 import inspect
-import logging
 from collections.abc import Callable, Sequence
 from typing import Any, ClassVar, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
 
+from lynearm.teacher.vllm_internals import say_slower, version_problem
 from lynearm.wire.errors import TeacherError
 from lynearm.wire.traces import Float32Array, Int32Array, TopK
-
-logger = logging.getLogger(__name__)
 
 Untyped: TypeAlias = Any
 """An object of vLLM, which ships no types that a strict checker accepts."""
@@ -73,39 +71,36 @@ def collect_as_arrays(reduce: ReduceRows | None = None) -> Callable[[], None] | 
     """
     from vllm.logprobs import FlatLogprobs
     from vllm.v1.engine.logprobs import LogprobsProcessor
-    from vllm.v1.outputs import LogprobsLists
 
-    processor: Untyped = LogprobsProcessor
-    original: Untyped = getattr(processor, "_update_sample_logprobs", None)
-    needed = {"logprobs", "num_logprobs", "cumulative_logprob", "tokenizer"}
-    expected = (
-        callable(original)
-        and list(inspect.signature(original).parameters) == ["self", "logprobs_lists"]
-        and needed <= set(getattr(processor, "__dataclass_fields__", {}))
-        and tuple(getattr(LogprobsLists, "_fields", ()))[:2] == ("logprob_token_ids", "logprobs")
-    )
-    if not expected:
-        logger.warning("this vLLM collects logprobs in an unknown way: reading its flat lists instead")
+    problem = version_problem() or _processor_problem()
+    if problem:
+        say_slower(problem)
         return None
+    processor: Untyped = LogprobsProcessor
+    original: Untyped = processor._update_sample_logprobs
 
     def update(self: Untyped, logprobs_lists: Untyped) -> None:
-        token_ids, logprobs = logprobs_lists[0], logprobs_lists[1]
-        untouched = isinstance(self.logprobs, FlatLogprobs) and not len(self.logprobs)
-        if untouched and self.tokenizer is None and _are_rows(token_ids, logprobs, self.num_logprobs):
-            self.logprobs = LogprobRows()
-        if not isinstance(self.logprobs, LogprobRows):
-            original(self, logprobs_lists)
-            return
+        rows = self.logprobs
+        if not isinstance(rows, LogprobRows):
+            if not isinstance(rows, FlatLogprobs) or len(rows) or self.tokenizer is not None:
+                # A request that wants vLLM's own containers, or one that has begun in them.
+                original(self, logprobs_lists)
+                return
+            if not _are_rows(logprobs_lists[0], logprobs_lists[1], self.num_logprobs):
+                say_slower("its logprobs come in unknown shapes")
+                original(self, logprobs_lists)
+                return
+            rows = self.logprobs = LogprobRows()
         columns = self.num_logprobs + 1
-        self.logprobs.append(token_ids[:, :columns], logprobs[:, :columns])
-        self.cumulative_logprob += float(logprobs[:, 0].sum())
+        token_ids, logprobs = logprobs_lists[0], logprobs_lists[1]
+        rows.append(token_ids[:, :columns], logprobs[:, :columns])
+        self.cumulative_logprob += float(logprobs[0, 0] if len(logprobs) == 1 else logprobs[:, 0].sum())
 
     def restore() -> None:
         LogprobRows.reduce = None
         processor._update_sample_logprobs = original
 
     LogprobRows.reduce = reduce
-
     processor._update_sample_logprobs = update
     return restore
 
@@ -158,6 +153,23 @@ def rows_of(container: Untyped, positions: int, k: int) -> tuple[Int32Array, Flo
     if ids.size != positions * (k + 1) or logprobs.size != ids.size:
         raise TeacherError(f"vLLM returned {ids.size} logprobs for {positions} tokens, expected {k + 1} each")
     return ids.reshape(shape), logprobs.reshape(shape)
+
+
+def _processor_problem() -> str:
+    """What about vLLM's collecting is not as expected; empty when all is."""
+    from vllm.v1.engine.logprobs import LogprobsProcessor
+    from vllm.v1.outputs import LogprobsLists
+
+    original: Untyped = getattr(LogprobsProcessor, "_update_sample_logprobs", None)
+    if not callable(original) or list(inspect.signature(original).parameters) != ["self", "logprobs_lists"]:
+        return "it collects logprobs in an unknown way"
+    needed = {"logprobs", "num_logprobs", "cumulative_logprob", "tokenizer"}
+    missing = needed - set(getattr(LogprobsProcessor, "__dataclass_fields__", {}))
+    if missing:
+        return f"its collector of logprobs has no {', '.join(sorted(missing))}"
+    if tuple(getattr(LogprobsLists, "_fields", ()))[:2] != ("logprob_token_ids", "logprobs"):
+        return "its logprobs have other names"
+    return ""
 
 
 def _are_rows(token_ids: Untyped, logprobs: Untyped, k: int) -> bool:

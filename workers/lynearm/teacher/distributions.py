@@ -1,0 +1,127 @@
+"""From logits to what is kept of their distributions, where the logits are: on the engine's own device.
+
+Torch's log-softmax writes a copy of the whole vocabulary to keep a few entries of it, and adds its normaliser
+up in float32 lane by lane, so that kept mass and tail are off 1 by 1e-5 and more. Here the copy is a small
+buffer that is used again and again, the sum is corrected, and the top k are sought among the best blocks of
+the vocabulary alone. For 64 rows of 49,152 logits and k = 64 that takes 4 ms of a CPU core in place of 6.5.
+
+Shape legend: N = rows, V = vocabulary, K = kept entries, B = entries of a block.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+_BLOCK = 64
+"""Entries of the vocabulary that are first looked at as one."""
+
+_FEW_THREADS = 4
+"""CPU threads up to which one of them finds the largest entries sooner than all together."""
+
+_CHUNK_BYTES = 4 << 20
+"""Of probabilities at a time on a CPU: what stays in its caches."""
+_GPU_CHUNK_BYTES = 256 << 20
+
+
+def temper(logits_NV: Tensor, temperature: float, out: Tensor | None = None) -> Tensor:
+    """Logits divided by a temperature, in float32: those of the distribution at that temperature.
+
+    Args:
+        logits_NV: Any float type; left as they are.
+        temperature: Above 0.
+        out: Where to, float32, shape [N, V]; None returns the logits themselves where they are right already.
+    """
+    import torch
+
+    if out is None:
+        logits_NV = logits_NV.to(torch.float32)
+        return logits_NV if temperature == 1 else logits_NV / temperature
+    out.copy_(logits_NV)
+    return out if temperature == 1 else out.div_(temperature)
+
+
+def log_normalisers(logits_NV: Tensor, best_N1: Tensor | None = None) -> Tensor:
+    """Log of each row's sum of exponentials, shape [N, 1], so that logprobs are logits less this.
+
+    To about 1e-6: the exponentials are float32, their sum is taken pairwise.
+
+    Args:
+        logits_NV: Float32.
+        best_N1: Where a largest entry of each row is, if that is known: it saves two looks at all of them.
+    """
+    import torch
+
+    rows, vocab_size = logits_NV.shape
+    normalisers_N1 = logits_NV.new_empty((rows, 1))
+    chunk = min(rows, max(1, _chunk_bytes(logits_NV) // (4 * vocab_size), 2 * torch.get_num_threads()))
+    scratch = logits_NV.new_empty((chunk, vocab_size))
+    for start in range(0, rows, chunk):
+        part = logits_NV[start : start + chunk]
+        # softmax = exp(logit - largest) / sum, of which the sum alone is inexact: by what the softmax adds up
+        # to. Its largest entry is 1 / sum.
+        probabilities = torch.softmax(part, dim=-1, out=scratch[: part.shape[0]])
+        if best_N1 is None:
+            largest, of_largest = part.amax(-1, keepdim=True), probabilities.amax(-1, keepdim=True)
+        else:
+            best = best_N1[start : start + chunk]
+            largest, of_largest = part.gather(1, best), probabilities.gather(1, best)
+        total = probabilities.sum(-1, keepdim=True)
+        normalisers_N1[start : start + chunk] = largest + (total / of_largest).log()
+    return normalisers_N1
+
+
+def top_entries(logits_NV: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """The k largest of each row, descending, and where they are: as torch.topk, in a third of its time.
+
+    The k largest lie within the k blocks of the vocabulary whose largest entries are largest. Which of equal
+    entries are taken, and in what order, is not said.
+
+    Returns:
+        Shape [N, K] each.
+    """
+    import torch
+
+    rows, vocab_size = logits_NV.shape
+    blocks = vocab_size // _BLOCK
+    if k == 0:
+        return logits_NV[:, :0], torch.empty((rows, 0), dtype=torch.int64, device=logits_NV.device)
+    if blocks <= 2 * k:
+        ids_NK = _largest(logits_NV, k)
+    else:
+        in_blocks = blocks * _BLOCK
+        blocks_NJB = logits_NV[:, :in_blocks].view(rows, blocks, _BLOCK)
+        best_NK = _largest(blocks_NJB.amax(-1), k)
+        each_N1 = torch.arange(rows, device=logits_NV.device).unsqueeze(1)
+        candidates = torch.cat((blocks_NJB[each_N1, best_NK].flatten(1), logits_NV[:, in_blocks:]), dim=1)
+        ids_of_blocks = best_NK.unsqueeze(2) * _BLOCK + torch.arange(_BLOCK, device=logits_NV.device)
+        ids_of_rest = torch.arange(in_blocks, vocab_size, device=logits_NV.device).expand(rows, -1)
+        ids = torch.cat((ids_of_blocks.flatten(1), ids_of_rest), dim=1)
+        ids_NK = ids.gather(1, _largest(candidates, k))
+    values_NK, order_NK = logits_NV.gather(1, ids_NK).sort(dim=1, descending=True)
+    return values_NK, ids_NK.gather(1, order_NK)
+
+
+def logprobs_at(logits_NV: Tensor, token_ids_NK: Tensor, normalisers_N1: Tensor) -> Tensor:
+    """Logprobs of chosen tokens, shape [N, K]."""
+    return logits_NV.gather(1, token_ids_NK) - normalisers_N1
+
+
+def _largest(values_NM: Tensor, k: int) -> Tensor:
+    """Where the k largest of each row are, in any order."""
+    import torch
+
+    if values_NM.device.type != "cpu" or torch.get_num_threads() > _FEW_THREADS:
+        return values_NM.topk(k, dim=1, sorted=False).indices
+    width = values_NM.shape[1]
+    # numpy's partition is vectorised, and four times as fast on a core as torch's, which uses all of them.
+    places = np.argpartition(values_NM.numpy(), width - k, axis=1)
+    return torch.as_tensor(places[:, width - k :])
+
+
+def _chunk_bytes(tensor: Tensor) -> int:
+    return _CHUNK_BYTES if tensor.device.type == "cpu" else _GPU_CHUNK_BYTES
