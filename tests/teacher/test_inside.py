@@ -356,8 +356,8 @@ def test_another_version_of_vllm_is_not_looked_into(
 @pytest.mark.parametrize(
     ("path", "value", "problem"),
     [
-        ("input_batch", SimpleNamespace(), "without input_batch.req_ids, input_batch.num_reqs"),
-        ("discard_request_mask", None, "without discard_request_mask.np"),
+        ("input_batch", SimpleNamespace(), "has no input_batch.req_ids, input_batch.num_reqs"),
+        ("discard_request_mask", None, "has no discard_request_mask.np"),
         ("vllm_config.parallel_config.pipeline_parallel_size", 2, "split into a pipeline"),
         ("vllm_config.parallel_config.data_parallel_size", 2, "runs several times"),
         ("vllm_config.speculative_config", object(), "speculatively"),

@@ -73,7 +73,7 @@ def layout_problem(runner: Untyped) -> str:
         return f"vllm {vllm.__version__}: {problem}"
     missing = [name for name in _RUNNER_PARTS if not _has(runner, name)]
     if missing:
-        return f"vllm {vllm.__version__} runs the model with {type(runner).__name__}, without {', '.join(missing)}"
+        return f"{type(runner).__name__} of vllm {vllm.__version__} has no {', '.join(missing)}"
     parallel: Untyped = runner.vllm_config.parallel_config
     if parallel.pipeline_parallel_size > 1 or parallel.data_parallel_size > 1:
         return "the model is split into a pipeline, or runs several times"
