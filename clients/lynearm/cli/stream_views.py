@@ -12,6 +12,7 @@ from rich.text import Text
 
 from lynearm.cli.progress import count, duration, plain_value, size
 from lynearm.cli.text import printable
+from lynearm.wire.hidden import HiddenStatesSpec
 from lynearm.wire.protobuf import StreamInfo
 from lynearm.wire.retention import Retention
 from lynearm.wire.specs import TokenizerSpec
@@ -109,6 +110,7 @@ def _details(info: StreamInfo) -> dict[str, str]:
         "retention": describe_retention(info.retention),
         "bits per token": f"{bits:.1f}" if bits is not None else "-",
         "codec": f"{info.spec.codec.mode}, top-k {info.spec.codec.top_k}",
+        **_hidden_details(info.spec.codec.hidden),
         "licence": info.spec.license,
         "teacher": teacher.model,
         "  revision": teacher.revision,
@@ -118,6 +120,13 @@ def _details(info: StreamInfo) -> dict[str, str]:
         **_tokenizer_details(info.spec.tokenizer),
     }
     return details | {f"label {key}": value for key, value in sorted(info.spec.labels.items())}
+
+
+def _hidden_details(hidden: HiddenStatesSpec | None) -> dict[str, str]:
+    if hidden is None:
+        return {}
+    layers = ", ".join(map(str, hidden.layers))
+    return {"hidden states": f"layers {layers}, {hidden.hidden_size} wide, {hidden.dtype}"}
 
 
 def _tokenizer_details(tokenizer: TokenizerSpec) -> dict[str, str]:

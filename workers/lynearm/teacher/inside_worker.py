@@ -176,14 +176,12 @@ class _Look:
     def _begin_step(self) -> None:
         self._in_step = True
         self._is_metering = self._every > 0 and self._steps % self._every == 0
+        self._steps += 1
 
     def _end_step(self) -> None:
         sampled = self._sampled
-        if sampled is None:
-            # No forward pass: nothing was scheduled.
-            return
-        self._steps += 1
-        if not sampled.request_ids:
+        if sampled is None or not sampled.request_ids:
+            # Nothing was scheduled, or nobody wanted to know of it; or only parts of prompts were computed.
             return
         if not self._is_checked:
             last: Layer = len(self._layout.layers) - 1

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 import numpy as np
 import numpy.typing as npt
 
+from lynearm.teacher.vllm_internals import version_problem
 from lynearm.wire.errors import TeacherError
 
 if TYPE_CHECKING:
@@ -22,9 +23,6 @@ if TYPE_CHECKING:
 
 Untyped: TypeAlias = Any
 """An object of vLLM, which ships no types that a strict checker accepts."""
-
-KNOWN_VERSIONS = ("0.32",)
-"""Minor versions of vLLM whose model runner is known."""
 
 _RUNNER_PARTS = (
     "model",
@@ -71,12 +69,11 @@ def layout_problem(runner: Untyped) -> str:
     """Why nothing can be seen inside with this model runner; empty when all is as expected."""
     import vllm
 
-    version = str(vllm.__version__)
-    if not any(version == known or version.startswith(f"{known}.") for known in KNOWN_VERSIONS):
-        return f"the model runner of vllm {version} is not known, that of {', '.join(KNOWN_VERSIONS)} is"
+    if problem := version_problem():
+        return f"vllm {vllm.__version__}: {problem}"
     missing = [name for name in _RUNNER_PARTS if not _has(runner, name)]
     if missing:
-        return f"vllm {version} runs the model with {type(runner).__name__}, without {', '.join(missing)}"
+        return f"{type(runner).__name__} of vllm {vllm.__version__} has no {', '.join(missing)}"
     parallel: Untyped = runner.vllm_config.parallel_config
     if parallel.pipeline_parallel_size > 1 or parallel.data_parallel_size > 1:
         return "the model is split into a pipeline, or runs several times"
