@@ -86,7 +86,7 @@ _CODE_MASK = U64((1 << MAX_CODE_LENGTH) - 1)
 _LATE_RANK = 16
 """From there on, a long step is rare enough to guess that there is none."""
 
-_SHORT_SORT = 24
+_SHORT_SORT = 64
 """Up to so many entries of one level are sorted by counting."""
 
 _NEVER = -1
@@ -144,6 +144,7 @@ def assign_token_codes(
     state_V4[:, 2] = rank_of_V
     keys = np.empty(token_ids_NK.shape[1], np.int64)
     ordered = np.empty(token_ids_NK.shape[1], np.int64)
+    codes = np.empty(token_ids_NK.shape[1], np.int32)
     # The list begins with the commonest tokens, the commonest nearest.
     head = min(rank_of_V.size, RECENT_WINDOW)
     for token in range(rank_of_V.size):
@@ -178,17 +179,21 @@ def assign_token_codes(
                 end += 1
             for i in range(start, end):
                 entry = np.int64(token_ids_NK[t, i])
-                keys[i] = _token_code(entry, t, head, state_V4) << 20 | entry
+                codes[i] = _token_code(entry, t, head, state_V4)
+                keys[i] = np.int64(codes[i]) << 20 | entry
+                # Where one token is named twice, the places below are too few: something must be there.
+                ordered[i] = keys[i]
             if end - start > _SHORT_SORT:
                 ordered[start:end] = np.sort(keys[start:end])
             else:
-                # Every entry counts the smaller ones: quadratic, but without a branch to guess.
+                # Every entry counts the smaller ones: quadratic, but without a branch to guess, and eight at
+                # a time.
                 for i in range(start, end):
-                    key = keys[i]
-                    place = start
+                    code = codes[i]
+                    place = np.int32(0)
                     for j in range(start, end):
-                        place += keys[j] < key
-                    ordered[place] = key
+                        place += np.int32(codes[j] < code)
+                    ordered[start + place] = keys[i]
             if start == 0:
                 # From here on, the row's first token is known.
                 first = ordered[0] & 0xFFFFF
