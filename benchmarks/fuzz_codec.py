@@ -234,7 +234,7 @@ def guard_kernels() -> None:
     module.read_numbers = guarded(positions.read_numbers, 0, 4)
     module.read_fixed = guarded(positions.read_fixed, 0)
     # Stream, starts, ends, kept, tables, plain elements, long steps, buckets, order, scratch.
-    module.read_rows = guarded(positions.read_rows, 0, 1, 2, 3, 4, 5, 8, 9, 11, 12, 13, 14, 15)
+    module.read_rows = guarded(positions.read_rows, 0, 1, 2, 3, 4, 5, 9, 10, 12, 13, 14, 15, 16)
 
 
 class _Guard:

@@ -365,8 +365,8 @@ class Tables:
         reader = ByteReader(data)
         head = struct.unpack("<BBIBhh", reader.take(11))
         self.merge, self.step_shift, self.origin, self.shift, self.base, self.slope = head
-        check(self.merge <= 2 and self.step_shift <= 31 and self.shift <= 31, "merge or shift")
-        self.entry_codes = self.read_codes(reader, (1, 8, 40)[self.merge], 311)
+        check(self.merge <= 3 and self.step_shift <= 31 and self.shift <= 31, "merge or shift")
+        self.entry_codes = self.read_codes(reader, (1, 8, 32, 128)[self.merge], 311)
         self.number_codes = self.read_codes(reader, 44, 125)
         check(reader.rest() == b"", "bytes behind the tables")
 
@@ -511,6 +511,7 @@ class RowsPart:
         self.followers: dict[int | None, list[int]] = {}
         self.companions: dict[int | None, list[int]] = {}
         self.known_companions: set[int | None] = set()
+        self.grown: set[tuple[str, int]] = set()
         self.flags = reader.take(1)[0]
         if self.flags > 63:
             raise NewerError(f"flags {self.flags:#x}; this reader knows 0x3f")
@@ -601,7 +602,9 @@ class RowsPart:
             entries = self.read_entries(self.lanes[row % len(self.lanes)], count, self.first_levels[row])
             token_before = self.before.get(row, sampled_id)
             self.name_tokens(entries, recent, self.followers.get(token_before, []))
-            if count:
+            if count and self.flags & 2:
+                self.grow_lists(token_before, entries.token_ids)
+            elif count:
                 if token_before is not None and token_before < self.vocabulary:
                     self.followers[token_before] = entries.token_ids[:64]
                 first = entries.token_ids[0]
@@ -614,6 +617,23 @@ class RowsPart:
             yield entries, sampled_id
         for lane in self.lanes:
             lane.expect_end()
+
+    def grow_lists(self, token_before: int | None, token_ids: list[int]) -> None:
+        """Put a row's tokens before the followers, and behind the companions."""
+        if token_before is not None and token_before < self.vocabulary and self.may_grow("f", token_before):
+            both = token_ids + self.followers.get(token_before, [])
+            self.followers[token_before] = list(dict.fromkeys(both))[:64]
+        first = token_ids[0]
+        companions = self.companions.get(first, [])
+        if len(companions) < 64 and self.may_grow("c", first):
+            self.companions[first] = list(dict.fromkeys(companions + token_ids[1:]))[:64]
+
+    def may_grow(self, kind: str, owner: int) -> bool:
+        """Whether a list was changed before, or is one of the first 16,384."""
+        if (kind, owner) not in self.grown and len(self.grown) == 16_384:
+            return False
+        self.grown.add((kind, owner))
+        return True
 
     def name_tokens(self, entries: Entries, recent: list[int], followers: list[int]) -> None:
         """The tokens of a row's token codes."""
@@ -639,12 +659,19 @@ class RowsPart:
     def read_entries(self, bits: BitReader, count: int, level: int) -> Entries:
         """Levels and token codes of a row whose first entry has this level."""
         entries = Entries([], [], [])
-        token_code = 0
+        token_code = octave = 0
+        used = [0, 0]
         for i in range(count):
             bucket = min(i.bit_length(), 7)
-            octave = sum(token_code >= bound for bound in (64, 128, 512, 4096)) if i else 0
+            if i:
+                octave = sum(token_code >= bound for bound in (64, 128, 512))
+                if octave < 2:
+                    used[octave] = 1
+            state = octave + 4 * used[0] + 8 * used[1]
             codes = self.tables.entry_codes
-            symbol = bits.word(codes[(0, bucket, 5 * bucket + octave)[self.tables.merge]])
+            symbol = bits.word(
+                codes[(0, bucket, 4 * bucket + octave, 16 * bucket + state)[self.tables.merge]]
+            )
             if symbol == 310:
                 symbol = bits.plain(9)
                 check(symbol < 310, "an escape to a symbol that is not there")

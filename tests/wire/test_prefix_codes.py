@@ -121,7 +121,7 @@ def test_tables_come_back_from_their_bytes(merge: int, density: float, with_esca
             CodeTables.from_bytes(spoilt)
 
 
-@pytest.mark.parametrize("head", [b"\3" + bytes(10), b"\0\x20" + bytes(9), bytes(6) + b"\x20" + bytes(4)])
+@pytest.mark.parametrize("head", [b"\4" + bytes(10), b"\0\x20" + bytes(9), bytes(6) + b"\x20" + bytes(4)])
 def test_tables_of_an_unknown_kind_are_refused(head: bytes) -> None:
     encoded = build_tables(random_counts(0, 0.1), merge=0, level_rule=LevelRule.none(), with_escapes=False)
     with pytest.raises(CorruptBlockError, match="kind"):

@@ -25,6 +25,12 @@ def repeat_first_id(trace: Trace) -> Trace:
     return replace_top_k(trace, token_ids=token_ids)
 
 
+def repeat_id_on_its_level(trace: Trace) -> Trace:
+    token_ids, logprobs = trace.top_k.token_ids.copy(), trace.top_k.logprobs.copy()
+    token_ids[3, 9], logprobs[3, 9] = token_ids[3, 8], logprobs[3, 8]
+    return replace_top_k(trace, token_ids=token_ids, logprobs=logprobs)
+
+
 def full(value: float) -> Any:
     return np.full(24, value, np.float32)
 
@@ -45,6 +51,7 @@ BAD_TRACES: dict[str, tuple[Callable[[Trace], Trace], str]] = {
         "sampled token ids",
     ),
     "one token twice in a row": (repeat_first_id, "position 27 of the block names one token twice"),
+    "one token twice on a level": (repeat_id_on_its_level, "position 27 of the block names one token twice"),
     "unsorted rows": (
         lambda t: replace_top_k(t, logprobs=np.ascontiguousarray(t.top_k.logprobs[:, ::-1])),
         "sorted",

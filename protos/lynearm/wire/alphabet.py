@@ -67,8 +67,14 @@ NUMBER_SYMBOLS: Final = 124
 NUMBER_ESCAPE: Final = NUMBER_SYMBOLS
 """Thirty-two bits follow: the number itself, whose class has no code in the table."""
 
-TOKEN_OCTAVES: Final = 5
+TOKEN_OCTAVES: Final = 4
 """How many kinds of preceding token code the tables tell apart; see `token_octave`."""
+
+ENTRY_STATES: Final = 4 * TOKEN_OCTAVES
+"""What the entries before one say about it; see `next_state`."""
+
+LISTS_USED: Final = ENTRY_STATES - TOKEN_OCTAVES
+"""The bits of a state that say which of the two lists the row has used."""
 
 RANK_BUCKETS: Final = 8
 """How many ranges of ranks in a row the tables tell apart: 0, 1, 2–3, 4–7, …, 32–63, and above."""
@@ -76,13 +82,28 @@ RANK_BUCKETS: Final = 8
 
 @inlined
 def token_octave(token_code: Scalar) -> Scalar:
-    """What the token code of the entry before says about the next one: 0 to 4."""
+    """What the token code of the entry before says about the next one: 0 to 3."""
     return (
         np.uint64(token_code >= np.uint64(COMPANION_START))
         + np.uint64(token_code >= np.uint64(RECENT_START))
         + np.uint64(token_code >= np.uint64(512))
-        + np.uint64(token_code >= np.uint64(4096))
     )
+
+
+@inlined
+def next_state(state: Scalar, token_code: Scalar, remembered: Scalar) -> Scalar:
+    """State behind an entry: its octave; 4 more once the row has named a follower, 8 a companion.
+
+    Whether the lists of a row are there, and good ones, shows in what it takes from them. A row begins in
+    state 0.
+
+    Args:
+        state: The one before.
+        token_code: The entry's.
+        remembered: `LISTS_USED`, or 0 to keep the octave alone.
+    """
+    octave = token_octave(token_code)
+    return (state & remembered) | octave | ((np.uint64(TOKEN_OCTAVES) << octave) & remembered)
 
 
 @inlined

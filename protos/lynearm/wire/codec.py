@@ -32,7 +32,7 @@ from lynearm.wire.blocks import (
     split_block,
     verify_block,
 )
-from lynearm.wire.code_tables import SymbolCounts, build_tables
+from lynearm.wire.code_tables import FEW_CODES, MANY_CODES, SymbolCounts, build_tables
 from lynearm.wire.compression import decompress
 from lynearm.wire.dictionaries import (
     Dictionary,
@@ -220,7 +220,8 @@ def train_dictionary(
     order = TokenOrder.common_first(common, vocab_size)
     # A draft fixes grid and level rule, by which the symbols of the final tables are counted.
     rows = _name_rows(everything, spec, order, None, grid=grid)
-    draft = build_tables(rows.counts, merge=2, level_rule=rows.level_rule, with_escapes=True)
+    merge = FEW_CODES if rows.fixed_width else MANY_CODES
+    draft = build_tables(rows.counts, merge=merge, level_rule=rows.level_rule, with_escapes=True)
     counts = SymbolCounts.zeros()
     halves = (groups[::2], groups[1::2])
     for counted, others in (halves, halves[::-1]):
@@ -231,7 +232,7 @@ def train_dictionary(
             rows = _name_rows(group, spec, known.order, known)
             np.add(counts.steps, rows.counts.steps, out=counts.steps)
             np.add(counts.numbers, rows.counts.numbers, out=counts.numbers)
-    tables = build_tables(counts, merge=2, level_rule=draft.level_rule, with_escapes=True)
+    tables = build_tables(counts, merge=merge, level_rule=draft.level_rule, with_escapes=True)
     return Dictionary(vocab_size, common, *_token_lists(everything), tables, grid)
 
 

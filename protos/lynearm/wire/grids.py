@@ -219,7 +219,7 @@ GRID_LAWS: Final[dict[CodecMode, GridLaw]] = {
 entries at p = 1e-5 off by a nat."""
 
 
-_CAUTION = 0.98
+_CAUTION = 0.985
 
 
 def choose_grid(mode: CodecMode, logprobs_NK: Float32Array, tail_mass_N: Float32Array) -> Grid:

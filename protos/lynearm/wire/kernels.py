@@ -15,7 +15,9 @@ import numpy.typing as npt
 
 from lynearm.wire.alphabet import (
     COMPANION_START,
+    ENTRY_STATES,
     LIST_PLACES,
+    LISTS_USED,
     LONG_STEP,
     NUMBER_ESCAPE,
     NUMBER_WIDTHS,
@@ -26,10 +28,9 @@ from lynearm.wire.alphabet import (
     STEP_ESCAPE,
     STEP_WIDTHS,
     SYMBOL_BITS,
-    TOKEN_OCTAVES,
     gap_symbol,
+    next_state,
     number_symbol,
-    token_octave,
     token_open_value,
     token_symbol,
 )
@@ -85,7 +86,7 @@ _CODE_MASK = U64((1 << MAX_CODE_LENGTH) - 1)
 _LATE_RANK = 16
 """From there on, a long step is rare enough to guess that there is none."""
 
-_SHORT_SORT = 24
+_SHORT_SORT = 64
 """Up to so many entries of one level are sorted by counting."""
 
 _NEVER = -1
@@ -95,6 +96,9 @@ _MARK_BITS = 7
 """Of a code in one of the two lists."""
 
 LONG_STEP_CONTEXTS = 8
+
+MAX_GROWN_LISTS = 1 << 14
+"""Grown lists of a block: 4 MiB of them."""
 
 
 @compiled
@@ -106,6 +110,8 @@ def assign_token_codes(
     list_rows_V2: Int32Array,
     lists: Int32Array,
     list_sizes: Int32Array,
+    grown: Int32Array,
+    grown_sizes: Int32Array,
     previous_N: Int32Array,
     sampled_ids_N: Int32Array,
     token_codes_NK: Uint32Array,
@@ -121,6 +127,9 @@ def assign_token_codes(
         list_rows_V2: Rows of `lists` that hold each token's followers and companions; 0: none. Used up.
         lists: Tokens, shape [rows, LIST_PLACES]; row 0 is empty.
         list_sizes: Tokens of each list, shape [rows].
+        grown: Room for the lists that the block grows, shape [n + 1, LIST_PLACES]; n = 0: a list is the last
+            row, and is looked up there.
+        grown_sizes: Their sizes, shape [n].
         previous_N: Token before each position; −1 for none.
         sampled_ids_N: Sampled tokens.
         token_codes_NK: Filled.
@@ -135,17 +144,32 @@ def assign_token_codes(
     state_V4[:, 2] = rank_of_V
     keys = np.empty(token_ids_NK.shape[1], np.int64)
     ordered = np.empty(token_ids_NK.shape[1], np.int64)
+    codes = np.empty(token_ids_NK.shape[1], np.int32)
     # The list begins with the commonest tokens, the commonest nearest.
     head = min(rank_of_V.size, RECENT_WINDOW)
     for token in range(rank_of_V.size):
         if rank_of_V[token] < head:
             state_V4[token, 0] = head - 1 - rank_of_V[token]
+    lists_grown = 0
+    stamps_V = np.full(rank_of_V.size if grown_sizes.size else 0, _NEVER, np.int32)
     for t in range(kept_N.size):
         kept = np.int64(kept_N[t])
         sampled_index_N[t] = 0
         if kept == 0:
             continue
-        _mark_list(previous_N[t], 0, t, token_ids_NK, kept_N, list_rows_V2, lists, list_sizes, state_V4)
+        _mark_list(
+            previous_N[t],
+            0,
+            t,
+            token_ids_NK,
+            kept_N,
+            list_rows_V2,
+            lists,
+            list_sizes,
+            grown,
+            grown_sizes,
+            state_V4,
+        )
         for i in range(1, kept):
             levels_NK[t, i] = max(levels_NK[t, i], levels_NK[t, i - 1])
         start = 0
@@ -155,21 +179,37 @@ def assign_token_codes(
                 end += 1
             for i in range(start, end):
                 entry = np.int64(token_ids_NK[t, i])
-                keys[i] = _token_code(entry, t, head, state_V4) << 20 | entry
+                codes[i] = _token_code(entry, t, head, state_V4)
+                keys[i] = np.int64(codes[i]) << 20 | entry
+                # Where one token is named twice, the places below are too few: something must be there.
+                ordered[i] = keys[i]
             if end - start > _SHORT_SORT:
                 ordered[start:end] = np.sort(keys[start:end])
             else:
-                # Every entry counts the smaller ones: quadratic, but without a branch to guess.
+                # Every entry counts the smaller ones: quadratic, but without a branch to guess, and eight at
+                # a time.
                 for i in range(start, end):
-                    key = keys[i]
-                    place = start
+                    code = codes[i]
+                    place = np.int32(0)
                     for j in range(start, end):
-                        place += keys[j] < key
-                    ordered[place] = key
+                        place += np.int32(codes[j] < code)
+                    ordered[start + place] = keys[i]
             if start == 0:
                 # From here on, the row's first token is known.
                 first = ordered[0] & 0xFFFFF
-                _mark_list(first, 1, t, token_ids_NK, kept_N, list_rows_V2, lists, list_sizes, state_V4)
+                _mark_list(
+                    first,
+                    1,
+                    t,
+                    token_ids_NK,
+                    kept_N,
+                    list_rows_V2,
+                    lists,
+                    list_sizes,
+                    grown,
+                    grown_sizes,
+                    state_V4,
+                )
             start = end
         # The likeliest enters the recent list last, so that it lies nearest.
         for i in range(kept - 1, -1, -1):
@@ -185,6 +225,21 @@ def assign_token_codes(
             if not RECENT_START <= code < RECENT_START + REFRESH_DISTANCE:
                 state_V4[token, 0] = head
                 head += 1
+        if grown_sizes.size:
+            lists_grown = grow_lists(
+                t,
+                previous_N[t],
+                token_ids_NK,
+                kept,
+                list_rows_V2,
+                lists,
+                list_sizes,
+                grown,
+                grown_sizes,
+                lists_grown,
+                stamps_V,
+            )
+            continue
         if 0 <= previous_N[t] < list_rows_V2.shape[0]:
             list_rows_V2[previous_N[t], 0] = -1 - t
         # A dictionary's companions are the better ones.
@@ -215,6 +270,8 @@ def _mark_list(
     list_rows_V2: Scalar,
     lists: Scalar,
     list_sizes: Scalar,
+    grown: Scalar,
+    grown_sizes: Scalar,
     state_V4: Scalar,
 ) -> None:
     """Note the places of a list's tokens for row t: a token's followers (kind 0) or companions (1)."""
@@ -222,9 +279,13 @@ def _mark_list(
         row = list_rows_V2[token, kind]
         if row < 0:
             row = -1 - row
-            size = min(np.int64(kept_N[row]) - kind, LIST_PLACES)
-            for place in range(size):
-                _mark(token_ids_NK[row, place + kind], kind, place, t, state_V4)
+            if grown_sizes.size:
+                for place in range(grown_sizes[row]):
+                    _mark(grown[row, place], kind, place, t, state_V4)
+            else:
+                size = min(np.int64(kept_N[row]) - kind, LIST_PLACES)
+                for place in range(size):
+                    _mark(token_ids_NK[row, place + kind], kind, place, t, state_V4)
         else:
             for place in range(list_sizes[row]):
                 _mark(lists[row, place], kind, place, t, state_V4)
@@ -239,6 +300,74 @@ def _mark(token: Scalar, kind: Scalar, place: Scalar, t: Scalar, state_V4: Scala
         stays = (old >> _MARK_BITS == t) & (old & (LIST_PLACES - 1) <= place)
         mark = old if stays else mark
     state_V4[token, 1] = mark
+
+
+@compiled
+def grow_lists(
+    t: int,
+    previous: int,
+    token_ids_NK: Int32Array,
+    kept: int,
+    list_rows_V2: Int32Array,
+    lists: Int32Array,
+    list_sizes: Int32Array,
+    grown: Int32Array,
+    grown_sizes: Int32Array,
+    count: int,
+    stamps_V: Int32Array,
+) -> int:
+    """Add a row's tokens to the followers of the token before it, and to the companions of its first token.
+
+    The row's tokens go before the followers that were there, and behind the companions; each token is there
+    once, and what lies behind `LIST_PLACES` is dropped.
+
+    Args:
+        t: Number of the row, which has entries.
+        previous: Token before it.
+        token_ids_NK: Its tokens; those outside 0..V − 1 are left out.
+        kept: Its entries.
+        list_rows_V2: As for `assign_token_codes`; −1 − i: grown list i.
+        lists: As for `assign_token_codes`.
+        list_sizes: As for `assign_token_codes`.
+        grown: The grown lists, and a row to work in, shape [n + 1, LIST_PLACES].
+        grown_sizes: Shape [n].
+        count: How many there are; when there are n, lists that were not grown yet stay as they are.
+        stamps_V: This function's own, −1 in the beginning: the list that each token was put into last.
+
+    Returns:
+        How many there are now.
+    """
+    work = grown_sizes.size
+    for kind in range(2):
+        owner = np.int64(token_ids_NK[t, 0]) if kind else np.int64(previous)
+        if not 0 <= owner < list_rows_V2.shape[0]:
+            continue
+        old = np.int64(list_rows_V2[owner, kind])
+        old_size = grown_sizes[-1 - old] if old < 0 else list_sizes[old]
+        if (old >= 0 and count == work) or (kind == 1 and old_size == LIST_PLACES):
+            continue
+        size = 0
+        for part in range(2):
+            is_row = part == kind
+            for i in range(kept - kind if is_row else old_size):
+                if size == LIST_PLACES:
+                    break
+                if is_row:
+                    token = token_ids_NK[t, i + kind]
+                else:
+                    token = grown[-1 - old, i] if old < 0 else lists[old, i]
+                if 0 <= token < stamps_V.size:
+                    # Without a branch: half of the tokens are there already.
+                    grown[work, size] = token
+                    size += stamps_V[token] != 2 * t + kind
+                    stamps_V[token] = 2 * t + kind
+        if old >= 0:
+            old = -1 - count
+            count += 1
+            list_rows_V2[owner, kind] = old
+        grown[-1 - old, :size] = grown[work, :size]
+        grown_sizes[-1 - old] = size
+    return count
 
 
 @inlined
@@ -275,13 +404,12 @@ def name_entries(
     for t in range(kept_N.size):
         previous_code = np.int64(-1)
         previous_level = np.int64(0)
-        octave = np.int64(0)
+        state = U64(0)
         for i in range(np.int64(kept_N[t])):
             code = np.int64(token_codes_NK[t, i])
             level = np.int64(levels_NK[t, i])
             step = level - previous_level if i else 0
-            bucket = np.int64(bucket_of_rank[i])
-            context = bucket * TOKEN_OCTAVES + octave
+            context = np.int64(bucket_of_rank[i]) * ENTRY_STATES + np.int64(state)
             if step == 0 and i > 0:
                 value = code - previous_code - 1
                 symbol = gap_symbol(value)
@@ -296,7 +424,7 @@ def name_entries(
                 step_counts[context, number_symbol(step - LONG_STEP)] += 1
             previous_code = code
             previous_level = level
-            octave = np.int64(token_octave(U64(code)))
+            state = next_state(state, U64(code), U64(LISTS_USED))
 
 
 @inlined
@@ -566,7 +694,8 @@ def read_rows(
     first_levels_N: Uint32Array,
     table: Uint32Array,
     bucket_stride: int,
-    octave_stride: int,
+    state_stride: int,
+    remembered: int,
     plain: Uint32Array,
     long_steps: Uint64Array,
     level_shift: int,
@@ -575,6 +704,9 @@ def read_rows(
     list_rows_V2: Int32Array,
     lists: Int32Array,
     list_sizes: Int32Array,
+    grown: Int32Array,
+    grown_sizes: Int32Array,
+    stamps_V: Int32Array,
     first_previous_N: Int32Array,
     sampled_index_N: Uint32Array,
     outside_ids: Int32Array,
@@ -596,7 +728,8 @@ def read_rows(
         first_levels_N: Level of each row's first entry.
         table: Decoding tables of the entries, as in `_step_entries`.
         bucket_stride: Bytes from one bucket's tables to the next one's.
-        octave_stride: Bytes from one octave's tables to the next one's.
+        state_stride: Bytes from one state's tables to the next one's.
+        remembered: For `next_state`.
         plain: Elements for symbols without a code, length 0, shape [2^SYMBOL_BITS].
         long_steps: Decoding tables of long steps, shape [LONG_STEP_CONTEXTS · 2^11].
         level_shift: As for `name_entries`.
@@ -605,6 +738,9 @@ def read_rows(
         list_rows_V2: As for `assign_token_codes`. Used up.
         lists: As for `assign_token_codes`.
         list_sizes: As for `assign_token_codes`.
+        grown: As for `assign_token_codes`.
+        grown_sizes: As for `assign_token_codes`.
+        stamps_V: As for `grow_lists`; empty where no lists grow.
         first_previous_N: Token before each position; −1 for none, `AS_SAMPLED` for the position before's.
         sampled_index_N: 1 + index of the sampled token's entry; 0: the next of `outside_ids`.
         outside_ids: Sampled tokens that have no entry.
@@ -625,12 +761,19 @@ def read_rows(
     """
     stream_at, table_at = address_of(stream), address_of(table)
     plain_at, long_steps_at = address_of(plain), address_of(long_steps)
-    by_bucket, by_octave, shift = U64(bucket_stride), U64(octave_stride), U64(level_shift)
+    by_bucket, by_state, shift = U64(bucket_stride), U64(state_stride), U64(level_shift)
+    kept_bits = U64(remembered)
     width = U64(token_ids_NK.shape[1])
     scratch_at, recent_at, listed_at = address_of(scratch), address_of(recent), address_of(listed_tokens)
     lists_at, sizes_at, list_rows_at = address_of(lists), address_of(list_sizes), address_of(list_rows_V2)
+    grows = grown_sizes.size > 0
+    lists_grown = 0
     order_at = address_of(token_of_rank_V)
     ids_at, levels_at, kept_at = address_of(token_ids_NK), address_of(levels_NK), address_of(kept_N)
+    # Where the block's own lists are: those that it grows, or else its rows themselves.
+    latest_at = address_of(grown) if grows else ids_at
+    latest_sizes_at = address_of(grown_sizes) if grows else kept_at
+    latest_width = U64(LIST_PLACES) if grows else width
     lanes = U64(starts.size)
     count = U64(kept_N.size)
     highest = U64(max_level)
@@ -638,6 +781,7 @@ def read_rows(
     positions = starts.copy()
     codes = np.zeros(4, np.uint64)
     levels = np.zeros(4, np.uint64)
+    states = np.zeros(4, np.uint64)
     head = U64(min(token_of_rank_V.size, RECENT_WINDOW))
     for rank in range(U64(0), head):
         recent[head - U64(1) - rank] = token_of_rank_V[rank]
@@ -655,24 +799,25 @@ def read_rows(
             c0 = c1 = c2 = c3 = U64(0)
             l0, l1 = U64(first_levels_N[t]), U64(first_levels_N[t + U64(1)])
             l2, l3 = U64(first_levels_N[t + U64(2)]), U64(first_levels_N[t + U64(3)])
-            o0 = o1 = o2 = o3 = U64(0)
+            s0 = s1 = s2 = s3 = U64(0)
             done = U64(min(kept_N[t], kept_N[t + U64(1)], kept_N[t + U64(2)], kept_N[t + U64(3)]))
             early = min(done, U64(_LATE_RANK))
             for i in range(U64(0), early):
                 context_at = table_at + U64(bucket_of_rank[i]) * by_bucket
                 p0, c0, l0 = _read_entry(
-                    stream_at, p0, context_at + o0 * by_octave, plain_at, long_steps_at, shift, c0, l0
+                    stream_at, p0, context_at + s0 * by_state, plain_at, long_steps_at, shift, c0, l0
                 )
                 p1, c1, l1 = _read_entry(
-                    stream_at, p1, context_at + o1 * by_octave, plain_at, long_steps_at, shift, c1, l1
+                    stream_at, p1, context_at + s1 * by_state, plain_at, long_steps_at, shift, c1, l1
                 )
                 p2, c2, l2 = _read_entry(
-                    stream_at, p2, context_at + o2 * by_octave, plain_at, long_steps_at, shift, c2, l2
+                    stream_at, p2, context_at + s2 * by_state, plain_at, long_steps_at, shift, c2, l2
                 )
                 p3, c3, l3 = _read_entry(
-                    stream_at, p3, context_at + o3 * by_octave, plain_at, long_steps_at, shift, c3, l3
+                    stream_at, p3, context_at + s3 * by_state, plain_at, long_steps_at, shift, c3, l3
                 )
-                o0, o1, o2, o3 = token_octave(c0), token_octave(c1), token_octave(c2), token_octave(c3)
+                s0, s1 = next_state(s0, c0, kept_bits), next_state(s1, c1, kept_bits)
+                s2, s3 = next_state(s2, c2, kept_bits), next_state(s3, c3, kept_bits)
                 rank_at = scratch_at + (i << U64(5))
                 store64(rank_at, c0 | (l0 << U64(32)))
                 store64(rank_at + U64(8), c1 | (l1 << U64(32)))
@@ -681,18 +826,19 @@ def read_rows(
             for i in range(early, done):
                 context_at = table_at + U64(bucket_of_rank[i]) * by_bucket
                 p0, c0, l0 = _read_late_entry(
-                    stream_at, p0, context_at + o0 * by_octave, plain_at, long_steps_at, shift, c0, l0
+                    stream_at, p0, context_at + s0 * by_state, plain_at, long_steps_at, shift, c0, l0
                 )
                 p1, c1, l1 = _read_late_entry(
-                    stream_at, p1, context_at + o1 * by_octave, plain_at, long_steps_at, shift, c1, l1
+                    stream_at, p1, context_at + s1 * by_state, plain_at, long_steps_at, shift, c1, l1
                 )
                 p2, c2, l2 = _read_late_entry(
-                    stream_at, p2, context_at + o2 * by_octave, plain_at, long_steps_at, shift, c2, l2
+                    stream_at, p2, context_at + s2 * by_state, plain_at, long_steps_at, shift, c2, l2
                 )
                 p3, c3, l3 = _read_late_entry(
-                    stream_at, p3, context_at + o3 * by_octave, plain_at, long_steps_at, shift, c3, l3
+                    stream_at, p3, context_at + s3 * by_state, plain_at, long_steps_at, shift, c3, l3
                 )
-                o0, o1, o2, o3 = token_octave(c0), token_octave(c1), token_octave(c2), token_octave(c3)
+                s0, s1 = next_state(s0, c0, kept_bits), next_state(s1, c1, kept_bits)
+                s2, s3 = next_state(s2, c2, kept_bits), next_state(s3, c3, kept_bits)
                 rank_at = scratch_at + (i << U64(5))
                 store64(rank_at, c0 | (l0 << U64(32)))
                 store64(rank_at + U64(8), c1 | (l1 << U64(32)))
@@ -701,19 +847,20 @@ def read_rows(
             positions[0], positions[1], positions[2], positions[3] = p0, p1, p2, p3
             codes[0], codes[1], codes[2], codes[3] = c0, c1, c2, c3
             levels[0], levels[1], levels[2], levels[3] = l0, l1, l2, l3
+            states[0], states[1], states[2], states[3] = s0, s1, s2, s3
         for lane in range(U64(0), abreast):
             kept = U64(kept_N[t + lane])
             position = positions[lane]
             code = codes[lane] if done else U64(0)
             level = levels[lane] if done else U64(first_levels_N[t + lane])
-            octave = token_octave(code) if done else U64(0)
+            state = states[lane] if done else U64(0)
             lane_at = scratch_at + (lane << U64(3))
             for i in range(done, kept):
-                context_at = table_at + U64(bucket_of_rank[i]) * by_bucket + octave * by_octave
+                context_at = table_at + U64(bucket_of_rank[i]) * by_bucket + state * by_state
                 position, code, level = _read_entry(
                     stream_at, position, context_at, plain_at, long_steps_at, shift, code, level
                 )
-                octave = token_octave(code)
+                state = next_state(state, code, kept_bits)
                 store64(lane_at + (i << U64(5)), code | (level << U64(32)))
             # Levels do not fall along a row, so that its last one is its highest.
             bad |= U64(level > highest) | U64(position > ends[lane])
@@ -733,7 +880,9 @@ def read_rows(
                 list_row = load32(previous_at)
             else:
                 list_row = U64(0)
-            _copy_list(listed_at, list_row, U64(0), ids_at, width, kept_at, lists_at, sizes_at)
+            _copy_list(
+                listed_at, list_row, U64(0), latest_at, latest_width, latest_sizes_at, lists_at, sizes_at
+            )
             # Distances are counted from the first token code that is one.
             newest = head - U64(1) + U64(RECENT_START)
             if kept:
@@ -744,12 +893,22 @@ def read_rows(
                 first_at = list_rows_at + min(token, last_rank) * U64(8) + U64(4)
                 list_row = load32(first_at)
                 companions_at = listed_at + U64(4 * COMPANION_START)
-                _copy_list(companions_at, list_row, U64(1), ids_at, width, kept_at, lists_at, sizes_at)
-                # From now on, this row is the latest one; but a dictionary's companions are the better ones.
-                this_row = U64(0xFFFFFFFF) - (t + lane)
-                if previous_at:
-                    store32(previous_at, this_row)
-                store32(first_at, this_row if list_row - U64(1) >= U64(0x7FFFFFFF) else list_row)
+                _copy_list(
+                    companions_at,
+                    list_row,
+                    U64(0) if grows else U64(1),
+                    latest_at,
+                    latest_width,
+                    latest_sizes_at,
+                    lists_at,
+                    sizes_at,
+                )
+                if not grows:
+                    # From now on, this row is the latest one; but a dictionary's companions are the better.
+                    this_row = U64(0xFFFFFFFF) - (t + lane)
+                    if previous_at:
+                        store32(previous_at, this_row)
+                    store32(first_at, this_row if list_row - U64(1) >= U64(0x7FFFFFFF) else list_row)
             for back in range(U64(1), kept + U64(1)):
                 last = kept - back
                 packed = load64(lane_at + (last << U64(5)))
@@ -763,6 +922,20 @@ def read_rows(
                 store32(recent_at + ((head & U64(RECENT_RING - 1)) << U64(2)), token)
                 # Unsigned: places in lists wrap round to the largest numbers, and enter too.
                 head += U64(code - U64(RECENT_START) >= U64(REFRESH_DISTANCE))
+            if grows and kept:
+                lists_grown = grow_lists(
+                    np.int64(t + lane),
+                    np.int64(previous),
+                    token_ids_NK,
+                    np.int64(kept),
+                    list_rows_V2,
+                    lists,
+                    list_sizes,
+                    grown,
+                    grown_sizes,
+                    lists_grown,
+                    stamps_V,
+                )
             for i in range(kept, width):
                 token_ids_NK[t + lane, i] = 0
             index = np.int64(sampled_index_N[t + lane])
@@ -798,18 +971,18 @@ def _token_of(
 def _copy_list(
     listed_at: Scalar,
     list_row: Scalar,
-    kind: Scalar,
-    ids_at: Scalar,
-    width: Scalar,
-    kept_at: Scalar,
+    skipped: Scalar,
+    latest_at: Scalar,
+    latest_width: Scalar,
+    latest_sizes_at: Scalar,
     lists_at: Scalar,
     sizes_at: Scalar,
 ) -> None:
-    """Put the tokens of a list, an earlier row's or the dictionary's, where they are looked up; −1 behind."""
+    """Put the tokens of a list, the block's or the dictionary's, where they are looked up; −1 behind."""
     if list_row >> U64(31):
         row = U64(0xFFFFFFFF) - list_row
-        size = min(load32(kept_at + (row << U64(2))) - kind, U64(LIST_PLACES))
-        tokens_at = ids_at + ((row * width + kind) << U64(2))
+        size = min(load32(latest_sizes_at + (row << U64(2))) - skipped, U64(LIST_PLACES))
+        tokens_at = latest_at + ((row * latest_width + skipped) << U64(2))
     else:
         size = load32(sizes_at + (list_row << U64(2)))
         tokens_at = lists_at + list_row * U64(4 * LIST_PLACES)

@@ -47,6 +47,7 @@ from lynearm.wire.kernels import (
     LONG_STEP_CONTEXTS,
     LOOKAHEAD_BYTES,
     MAX_ENTRY_BITS,
+    MAX_GROWN_LISTS,
     RECENT_RING,
     assign_token_codes,
     look_up,
@@ -145,6 +146,11 @@ class NamedRows:
     counts: SymbolCounts
     level_rule: LevelRule
 
+    @property
+    def fixed_width(self) -> bool:
+        """Whether every row keeps as many entries as its trace allows."""
+        return not self.flags & _KEPT_VARIES
+
 
 def name_rows(
     positions: Positions,
@@ -181,6 +187,7 @@ def name_rows(
     token_ids = positions.token_ids.copy()
     codes = np.zeros(levels.shape, np.uint32)
     sampled_index = np.zeros(kept.size, np.uint32)
+    varies = bool((kept != np.repeat(np.asarray(widths, np.uint32), lengths)).any())
     double = assign_token_codes(
         levels,
         token_ids,
@@ -189,6 +196,7 @@ def name_rows(
         order.list_rows.copy(),
         order.lists,
         order.list_sizes,
+        *_grown_lists(kept.size if varies else 0),
         np.where(first_previous == AS_SAMPLED, np.roll(positions.sampled_ids, 1), first_previous),
         positions.sampled_ids,
         codes,
@@ -214,7 +222,6 @@ def name_rows(
         sampled_index = np.where(inside, sampled_index, 0).astype(np.uint32)
     first_levels = _first_levels(levels, kept)
     level_contexts = _level_contexts(first_levels)
-    varies = bool((kept != np.repeat(np.asarray(widths, np.uint32), lengths)).any())
     columns = [
         _column(NumberContext.LEVEL, first_levels),
         _Column(
@@ -415,6 +422,8 @@ def read_positions(
         order.list_rows.copy(),
         order.lists,
         order.list_sizes,
+        *_grown_lists(count if flags & _KEPT_VARIES else 0),
+        np.full(vocab_size if flags & _KEPT_VARIES else 0, -1, np.int32),
         first_previous_tokens(lengths, before),
         sampled_index,
         order.token_of_rank[outside],
@@ -443,6 +452,12 @@ def read_positions(
     if not isinstance(scale, Grid) and not _within(tail_mass, -ROUNDING, 1 + ROUNDING):
         raise CorruptBlockError("the block holds tail masses that are NaN or outside 0..1")
     return positions, vocab_size
+
+
+def _grown_lists(rows: int) -> tuple[Int32Array, Int32Array]:
+    """Room for the lists that some rows grow, as `kernels.assign_token_codes` wants it."""
+    count = min(2 * rows, MAX_GROWN_LISTS)
+    return np.empty((count + 1, LIST_PLACES), np.int32), np.empty(count, np.int32)
 
 
 class _NumberStream:
