@@ -93,7 +93,8 @@ class TeacherEngine:
     def __init__(self, config: TeachConfig, *, arrays: bool = True) -> None:
         set_engine_environment(config)
         prepared = prepare_model(config)
-        config = replace(config, model=str(prepared.directory))
+        name = config.model_name or Path(config.model).name
+        config = replace(config, model=str(prepared.directory), model_name=name)
         self._revision = prepared.revision
         engine_args, llm_engine, self._vllm_version = _import_vllm()
         self._config = config
@@ -104,7 +105,7 @@ class TeacherEngine:
             arguments = _engine_arguments(config)
             self._engine: Untyped = llm_engine.from_engine_args(engine_args(**arguments))
         except LynearmError:
-            raise
+            raise  # Among them are ValueErrors.
         except (ValueError, OSError, RuntimeError) as error:
             raise ConfigError(f"cannot load teacher {config.model!r}: {_first_line(error)}") from error
         draws_inside = self._start_capture(fast=arrays)
@@ -121,9 +122,7 @@ class TeacherEngine:
         self.tokenizer = PromptTokenizer(
             self._raw_tokenizer, config, max_model_len=self.max_model_len, vocab_size=self.vocab_size
         )
-        directory = Path(config.model) if Path(config.model).is_dir() else None
-        generation = None if directory is not None else model_config.try_get_generation_config()
-        self.eos_token_ids = end_tokens(directory, self._raw_tokenizer, generation)
+        self.eos_token_ids = end_tokens(prepared.directory, self._raw_tokenizer)
         self.scoring = EngineScoring(
             self._engine, vocab_size=self.vocab_size, max_model_len=self.max_model_len
         )
@@ -173,10 +172,10 @@ class TeacherEngine:
 
     def describe(self) -> tuple[TeacherSpec, TokenizerSpec]:
         """Who the teacher is, and whose tokenizer it uses. Reads the weight files once, for their digest."""
-        name = self._config.model_name or Path(self._config.model).name
+        name = self._config.model_name
         teacher = TeacherSpec(
             model=name,
-            revision=self._revision or model_revision(self._config.model, self._engine.model_config),
+            revision=self._revision or weights_digest(Path(self._config.model)),
             engine=f"vllm {self._vllm_version}",
             dtype=self._dtype,
             vocab_size=self.vocab_size,
@@ -369,12 +368,8 @@ def completion_seed(seed: int, prompt_id: str, sample_index: int) -> int:
     return int.from_bytes(digest[:4], "little") >> 1
 
 
-def model_revision(model: str, model_config: Untyped) -> str:
-    """Names the exact weights: "sha256:" over a directory's weight files, or the hub's commit."""
-    directory = Path(model)
-    if not directory.is_dir():
-        commit = getattr(model_config.hf_config, "_commit_hash", None)
-        return str(commit or model_config.revision or "unknown")
+def weights_digest(directory: Path) -> str:
+    """Names the exact weights: "sha256:" and a digest of a directory's weight files."""
     digest = hashlib.sha256()
     weights = sorted([*directory.glob("*.safetensors"), *directory.glob("*.bin")])
     for path in weights:

@@ -121,21 +121,19 @@ def describe_tokenizer(tokenizer: Untyped, name: str, eos_token_ids: Sequence[in
     )
 
 
-def end_tokens(model_dir: Path | None, tokenizer: Untyped, generation: Untyped = None) -> tuple[int, ...]:
+def end_tokens(model_dir: Path, tokenizer: Untyped) -> tuple[int, ...]:
     """Ids that end a completion, ascending: the tokenizer's own and those of the generation config.
 
     Args:
-        model_dir: Directory with a `generation_config.json`; None for a model that has none at hand.
+        model_dir: May have a `generation_config.json`.
         tokenizer: The model's tokenizer.
-        generation: The generation config as a mapping, where it was loaded elsewhere.
     """
     found: set[int] = set()
     if tokenizer.eos_token_id is not None:
         found.add(int(tokenizer.eos_token_id))
-    path = model_dir / "generation_config.json" if model_dir is not None else None
-    if generation is None and path is not None and path.is_file():
-        generation = json.loads(path.read_text())
-    listed: object = generation["eos_token_id"] if generation and "eos_token_id" in generation else None
+    path = model_dir / "generation_config.json"
+    generation: Untyped = json.loads(path.read_text()) if path.is_file() else {}
+    listed: object = generation.get("eos_token_id")
     if isinstance(listed, int):
         found.add(listed)
     elif isinstance(listed, list):
