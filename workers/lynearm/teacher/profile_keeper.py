@@ -1,9 +1,9 @@
 """Keeps what a worker measured inside its teacher with the stream, as attachments.
 
 Each producer has attachments of its own (`lynearm.wire.profiles`), which it replaces as its sums grow: now
-and then, and at its end. A worker that takes over under the same name begins with the sums it finds there, so
-that nothing is lost but what was measured since they were stored last, and nothing counts twice. Without a
-profile a job is as good: whatever goes wrong here is said and passed over.
+and then, and at its end. A worker that takes over under the same name begins with the sums that it finds
+there, so that nothing is lost but what was measured since they were stored last. Without a profile a job is
+as good: whatever goes wrong here is said and passed over.
 """
 
 from __future__ import annotations
