@@ -121,7 +121,7 @@ def test_a_run_leaves_metrics_manifest_card_and_a_page(configure: Callable[..., 
     assert report.best_checkpoint == best_checkpoint(config.out)
     assert report.best_checkpoint is not None
     page = render_training_report(load_training_report(config.out))
-    assert page.count("<svg") == 7
+    assert page.count("<svg") == 8
     assert "<script" not in page
     assert "acme/questions" in page
 

@@ -86,7 +86,11 @@ def train(
     ] = None,
     trackers: Annotated[
         list[str] | None,
-        typer.Option("--tracker", metavar="NAME", help="Also send figures to tensorboard, wandb or trackio. Repeatable."),
+        typer.Option(
+            "--tracker",
+            metavar="NAME",
+            help="Also send figures to tensorboard, wandb or trackio. Repeatable.",
+        ),
     ] = None,
     config: ConfigFile = None,
     assignments: Assignments = None,

@@ -61,7 +61,13 @@ def render_training_report(report: TrainingReport) -> str:
             _header(report),
             _tiles(report),
             "<h2>What it learnt</h2>",
-            chart_cards([_loss_chart(report.metrics.steps), *_held_out_charts(report.metrics.evaluations)]),
+            chart_cards(
+                [
+                    _loss_chart(report.metrics.steps),
+                    *_held_out_charts(report.metrics.evaluations),
+                    _gradient_chart(report.metrics.steps),
+                ]
+            ),
             "<h2>How the time was spent</h2>",
             chart_cards([_waiting_chart(report.metrics.steps), _throughput_chart(report.metrics.steps)]),
             _streams(report.lineage),
@@ -93,22 +99,17 @@ def _tiles(report: TrainingReport) -> str:
     first, last = (evaluations[0], evaluations[-1]) if evaluations else (None, None)
     share = waiting_share(steps)
     agreement = last.agreement if last is not None else None
-    calibration = last.calibration_error if last is not None else None
     return tiles(
         {
             "Held-out KL": (
                 f"{first.kl:.3f} → {last.kl:.3f}"
                 if first is not None and last is not None
                 else "not measured",
-                f"nats per token; best in {report.best}" if report.best else "nats per token",
+                f"nats per token; best: {report.best}" if report.best else "nats per token",
             ),
             "Agreement": (
                 f"{agreement:.1%}" if agreement is not None else "not measured",
                 "same most likely token as the teacher",
-            ),
-            "Calibration error": (
-                f"{calibration:.3f}" if calibration is not None else "not measured",
-                "expected, on held-out tokens",
             ),
             "Teacher tokens": (f"{steps[-1].tokens:,}" if steps else "0", f"in {len(steps):,} steps"),
             "Waiting for data": (
@@ -120,14 +121,13 @@ def _tiles(report: TrainingReport) -> str:
 
 
 def _loss_chart(steps: Sequence[StepRecord]) -> Chart:
-    raw = tuple((float(step.tokens), step.loss) for step in steps)
-    window = _window(steps)
-    return Chart(
-        "Training loss",
-        _TOKENS_LABEL,
-        "nats per token",
-        (Series("each step", raw, "faint"), Series(f"mean of {window} steps", smooth(raw, window))),
-    )
+    losses = [(float(step.tokens), step.loss) for step in steps]
+    return _step_chart("Training loss", "nats per token", losses)
+
+
+def _gradient_chart(steps: Sequence[StepRecord]) -> Chart:
+    norms = [(float(step.tokens), step.gradient_norm) for step in steps]
+    return _step_chart("Gradient norm before clipping", "norm", norms)
 
 
 def _held_out_charts(evaluations: Sequence[EvaluationRecord]) -> list[Chart]:
@@ -153,17 +153,8 @@ def _waiting_chart(steps: Sequence[StepRecord]) -> Chart:
         for step in steps[1:]
         if step.seconds + step.waiting_seconds > 0
     ]
-    window = _window(steps)
-    return Chart(
-        "Waiting for data",
-        _TOKENS_LABEL,
-        "% of a step's time",
-        (
-            Series("each step", tuple(shares), "faint"),
-            Series(f"mean of {window} steps", smooth(shares, window)),
-        ),
-        (100 * WANTED_WAITING, f"{WANTED_WAITING:.0%}"),
-    )
+    guide = (100 * WANTED_WAITING, f"{WANTED_WAITING:.0%}")
+    return _step_chart("Waiting for data", "% of a step's time", shares, guide)
 
 
 def _throughput_chart(steps: Sequence[StepRecord]) -> Chart:
@@ -173,20 +164,23 @@ def _throughput_chart(steps: Sequence[StepRecord]) -> Chart:
         if step.seconds > 0:
             rates.append((float(step.tokens), (step.tokens - before) / step.seconds))
         before = step.tokens
-    window = _window(steps)
+    return _step_chart("Throughput while training", "tokens per second", rates)
+
+
+def _step_chart(
+    title: str, y_label: str, points: Sequence[Point], guide: tuple[float, str] | None = None
+) -> Chart:
+    window = max(3, len(points) // 15)
     return Chart(
-        "Throughput while training",
+        title,
         _TOKENS_LABEL,
-        "completion tokens per second",
+        y_label,
         (
-            Series("each step", tuple(rates), "faint"),
-            Series(f"mean of {window} steps", smooth(rates, window)),
+            Series("each step", tuple(points), "faint"),
+            Series(f"mean of {window} steps", smooth(points, window)),
         ),
+        guide,
     )
-
-
-def _window(steps: Sequence[StepRecord]) -> int:
-    return max(3, len(steps) // 15)
 
 
 def _teachers(lineage: Mapping[str, Any]) -> str:

@@ -108,10 +108,13 @@ def _count(student_C: Tensor, confidence_C: Tensor, targets: Targets) -> Predict
         kept_C = targets.logprobs_NK.cpu().gather(1, best_C1)[:, 0] > -torch.inf
         same_C = targets.token_ids_NK.cpu().gather(1, best_C1)[:, 0] == student_C
         compared, agreed = int(kept_C.sum()), int((kept_C & same_C).sum())
+    positions = torch.bincount(bin_C, minlength=BINS)
+    confidence = torch.bincount(bin_C, weights=confidence_C, minlength=BINS)
+    accurate = torch.bincount(bin_C[accurate_C], minlength=BINS)
     return PredictionSums(
         compared,
         agreed,
-        tuple(torch.bincount(bin_C, minlength=BINS).tolist()),
-        tuple(torch.bincount(bin_C, weights=confidence_C, minlength=BINS).tolist()),
-        tuple(torch.bincount(bin_C[accurate_C], minlength=BINS).tolist()),
+        tuple(int(one) for one in positions),
+        tuple(float(one) for one in confidence),
+        tuple(int(one) for one in accurate),
     )
