@@ -9,7 +9,7 @@ from student.teaching_material import make_spec
 
 from lynearm.student.card import render_card
 from lynearm.student.config import TrainConfig
-from lynearm.student.lineage import StreamUse, extend_lineage
+from lynearm.student.lineage import JsonObject, StreamUse, extend_lineage
 from lynearm.student.model import StudentModel
 from lynearm.student.run_account import describe_run
 from lynearm.wire.specs import StreamSpec
@@ -22,7 +22,7 @@ def spec(teacher: StudentModel) -> StreamSpec:
 
 
 def card_of(*specs: StreamSpec, name: str = "student") -> str:
-    lineage = {"name": name, "streams": []}
+    lineage: JsonObject = {"name": name, "streams": []}
     for one in specs:
         use = StreamUse(one, Cursor(1, 0), 1, 4, 400)
         lineage = extend_lineage(lineage, use, run=describe_run(TrainConfig(), one))

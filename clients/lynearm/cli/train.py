@@ -152,11 +152,13 @@ def describe(event: TrainProgress, *, max_steps: int = 0) -> Status | None:
 def _run(settings: TrainConfig, report: Reporter[TrainProgress]) -> TrainReport:
     from lynearm.cli.progress import Status
     from lynearm.client import TraceClient
+    from lynearm.student.terms import check_terms
 
-    # A wrong name or address is said at once, not after the imports below.
+    # A wrong name or address, and terms that forbid it, are said at once, not after the imports below.
     if not settings.wait_seconds:
         with TraceClient(settings.service, timeout_seconds=settings.service_timeout_seconds) as client:
-            client.get_stream(settings.stream)
+            info = client.get_stream(settings.stream)
+        check_terms(info.spec, allow_terms=settings.allow_terms, warn=False)
     # Importing torch and transformers takes seconds, in which nobody should look at nothing.
     report.announce(Status("starting", "loading torch"))
     if settings.ray:

@@ -99,6 +99,8 @@ def remove_old(out: Path, keep: int) -> None:
     for path in (*old, *out.glob(f"{UNFINISHED_PREFIX}*")):
         if path.is_dir():
             shutil.rmtree(path, ignore_errors=True)
+        else:
+            path.unlink(missing_ok=True)
 
 
 def sync(path: Path) -> None:
