@@ -10,20 +10,6 @@ from pathlib import Path
 
 import pytest
 
-from lynearm.demo.charts import (
-    BOTTOM,
-    HEIGHT,
-    LEFT,
-    RIGHT,
-    WIDTH,
-    Chart,
-    Series,
-    draw_chart,
-    linear_ticks,
-    log_ticks,
-    smooth,
-    thin_out,
-)
 from lynearm.demo.report import (
     DemoReport,
     ExportRow,
@@ -36,6 +22,20 @@ from lynearm.demo.report import (
     format_small,
     render_report,
     write_report,
+)
+from lynearm.report.charts import (
+    BOTTOM,
+    HEIGHT,
+    LEFT,
+    RIGHT,
+    WIDTH,
+    Chart,
+    Series,
+    draw_chart,
+    linear_ticks,
+    log_ticks,
+    smooth,
+    thin_out,
 )
 from lynearm.wire.errors import StorageError
 

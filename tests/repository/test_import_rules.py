@@ -9,7 +9,9 @@ import pytest
 ROOT = Path(__file__).resolve().parents[2]
 ROLE_FOLDERS = ("protos", "services", "workers", "clients")
 
-EVERYTHING = frozenset({"v1", "wire", "traces", "client", "datasets", "interchange", "demo", "cli"}) | {
+EVERYTHING = frozenset(
+    {"v1", "wire", "traces", "client", "datasets", "interchange", "report", "demo", "cli"}
+) | {
     "fleet",
     "teacher",
     "student",
@@ -26,6 +28,7 @@ MAY_IMPORT = {
     "export": frozenset({"wire"}),
     "interchange": frozenset({"v1", "wire", "client"}),
     "datasets": frozenset({"wire", "client"}),
+    "report": frozenset({"wire", "student"}),
     "demo": EVERYTHING - {"v1", "traces", "fleet", "cli"},
     "cli": EVERYTHING,
 }
@@ -37,6 +40,7 @@ MUST_NOT_LOAD = {
     "export": frozenset({"grpc", "ray", "vllm"}),
     "interchange": frozenset({"torch", "ray", "vllm"}),
     "datasets": frozenset({"ray", "vllm", "transformers"}),
+    "report": frozenset({"grpc", "torch", "ray", "vllm", "transformers"}),
 }
 """Packages of others that a subpackage does without."""
 

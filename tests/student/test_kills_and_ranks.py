@@ -18,7 +18,9 @@ from student.teaching_material import offer
 
 from lynearm.student.checkpoint import Checkpoint, latest_checkpoint, load_checkpoint
 from lynearm.student.config import TrainConfig
+from lynearm.student.metrics import read_metrics
 from lynearm.student.model import StudentModel, load_student
+from lynearm.student.run_directory import best_checkpoint
 from lynearm.student.trainer import run_train
 from lynearm.wire.errors import CheckpointError
 from lynearm.wire.traces import Trace
@@ -95,6 +97,13 @@ def test_a_run_that_is_killed_again_and_again_ends_with_the_same_weights(
     theirs = weights(whole)
     for name, mine in weights(killed).items():
         assert torch.equal(mine, theirs[name]), name
+    metrics = read_metrics(killed.out)
+    assert metrics.steps == last(killed).state.curve
+    assert metrics.evaluations == last(killed).state.evaluations == last(whole).state.evaluations
+    best, wanted = best_checkpoint(killed.out), best_checkpoint(whole.out)
+    assert best is not None
+    assert wanted is not None
+    assert best.name == wanted.name
     # What a killed run left half written is not taken for a checkpoint, and the next run removes it.
     assert not [path.name for path in killed.out.iterdir() if path.name.startswith(".unfinished")]
 

@@ -43,9 +43,12 @@ class Lists:
 
     def read(self, kind: int, owner: int) -> list[int]:
         row = int(self.rows_V2[owner, kind])
-        if row < 0:
-            return self.grown[-1 - row, : self.sizes[-1 - row]].tolist()
-        return self.listed[row, : self.listed_sizes[row]].tolist()
+        tokens: list[int] = (
+            self.grown[-1 - row, : self.sizes[-1 - row]]
+            if row < 0
+            else self.listed[row, : self.listed_sizes[row]]
+        ).tolist()
+        return tokens
 
 
 def test_a_row_goes_before_the_followers_and_behind_the_companions() -> None:

@@ -9,6 +9,7 @@ from lynearm.cli.import_files import import_files
 from lynearm.cli.options import make_app
 from lynearm.cli.serve import serve
 from lynearm.cli.streams import streams_app
+from lynearm.cli.student import student_app
 from lynearm.cli.teach import teach
 from lynearm.cli.teacher import teacher_app
 from lynearm.cli.tokens import tokens_app
@@ -23,6 +24,7 @@ app.command()(down)
 app.command()(teach)
 app.add_typer(teacher_app, name="teacher")
 app.command()(train)
+app.add_typer(student_app, name="student")
 app.add_typer(export_app, name="export")
 app.add_typer(streams_app, name="streams")
 app.add_typer(tokens_app, name="tokens")

@@ -25,6 +25,9 @@ if TYPE_CHECKING:
     from lynearm.student.config import TrainConfig
     from lynearm.student.progress import TrainProgress, TrainReport
 
+_SHOWN_WAITING = 0.005
+"""Part of the time without traces that is worth a word: less would show as 0 %."""
+
 
 @reported("the same command goes on with --resume if there is a checkpoint, and without it if there is none")
 def train(
@@ -118,6 +121,24 @@ def train(
     allow_misaligned: Annotated[
         bool | None, typer.Option("--allow-misaligned", help="Train although the tokenizers differ.")
     ] = None,
+    allow_terms: Annotated[
+        bool | None,
+        typer.Option("--allow-terms", help="Train although the stream's terms forbid it; it is recorded."),
+    ] = None,
+    early_stop_patience: Annotated[
+        int | None,
+        typer.Option(
+            help="Stop after so many measurements without a lower held-out KL; 0 never.", show_default="0"
+        ),
+    ] = None,
+    trackers: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--tracker",
+            metavar="NAME",
+            help="Also send figures to tensorboard, wandb or trackio. Repeatable.",
+        ),
+    ] = None,
     config: ConfigFile = None,
     assignments: Assignments = None,
     progress: Progress = ProgressMode.auto,
@@ -138,6 +159,7 @@ def train(
         "loss": loss or None,
         "span_weights": weights(span_weight, "--span-weight"),
         "tag_weights": weights(tag_weight, "--tag-weight"),
+        "trackers": trackers or None,
     }
     settings = load_settings(TrainConfig, "train", file=config, flags=given, assignments=assignments or ())
     # Of several ranks, one speaks.
@@ -173,6 +195,8 @@ def describe(event: TrainProgress, *, max_steps: int = 0) -> Status | None:
         facts.append(f"held-out KL {held_out.kl:.3f} at {held_out.step}")
     if record is not None:
         facts += [f"{count(event.tokens_per_second)} tokens/s", f"{count(record.tokens)} tokens"]
+        if event.waiting_share >= _SHOWN_WAITING:
+            facts.append(f"{event.waiting_share:.0%} waiting for data")
         if event.lag_blocks:
             facts.append(f"{event.lag_blocks} blocks behind")
     return Status(stage, ", ".join(facts), record.step if record else 0, max_steps or None)
@@ -181,11 +205,13 @@ def describe(event: TrainProgress, *, max_steps: int = 0) -> Status | None:
 def _run(settings: TrainConfig, report: Reporter[TrainProgress]) -> TrainReport:
     from lynearm.cli.progress import Status
     from lynearm.client import TraceClient
+    from lynearm.student.terms import check_terms
 
-    # A wrong name or address is said at once, not after the imports below.
+    # A wrong name or address, and terms that forbid it, are said at once, not after the imports below.
     if not settings.wait_seconds:
         with TraceClient(settings.service, timeout_seconds=settings.service_timeout_seconds) as client:
-            client.get_stream(settings.stream)
+            info = client.get_stream(settings.stream)
+        check_terms(info.spec, allow_terms=settings.allow_terms, warn=False)
     # Importing torch and transformers takes seconds, in which nobody should look at nothing.
     report.announce(Status("starting", "loading torch"))
     if settings.ray:
@@ -203,7 +229,8 @@ def _summary(report: TrainReport) -> str:
     before, after = report.held_out_before, report.held_out_after
     measured = f"; held-out KL {before:.3f} → {after:.3f}" if before is not None and after is not None else ""
     skipped = f", {report.skipped_traces} traces skipped" if report.skipped_traces else ""
+    best = f", best {report.best_checkpoint.name}" if report.best_checkpoint else ""
     return (
         f"{report.steps} steps, {report.traces} traces, {report.tokens:,} tokens{skipped} "
-        f"in {duration(report.seconds)}{measured}; checkpoint {report.checkpoint}"
+        f"in {duration(report.seconds)}{measured}; checkpoint {report.checkpoint}{best}"
     )

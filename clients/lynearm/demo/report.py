@@ -1,20 +1,12 @@
-"""The demo's report: one HTML file without scripts and with nothing to fetch, for light and dark screens.
-
-Every text that enters the page passes through `html.escape`, and the page forbids scripts and requests by a
-content security policy, since what models write is shown in it.
-"""
+"""The demo's report: one HTML page; see `lynearm.report.page` for its frame and what it promises."""
 
 from __future__ import annotations
 
-import contextlib
 import math
-import os
 from collections.abc import Mapping
 from html import escape
-from importlib.resources import files
 from pathlib import Path
 
-from lynearm.demo.charts import Chart, Series, draw_chart, linear_ticks, smooth
 from lynearm.demo.report_data import (
     DemoReport,
     ExportRow,
@@ -23,7 +15,8 @@ from lynearm.demo.report_data import (
     TextSample,
     TrainPoint,
 )
-from lynearm.wire.errors import StorageError
+from lynearm.report.charts import Chart, Series, linear_ticks, smooth
+from lynearm.report.page import chart_cards, facts_card, render_page, tiles, write_page
 
 __all__ = [
     "DemoReport",
@@ -48,7 +41,6 @@ MAX_MEASUREMENTS = 100
 """Shown as numbers: the latest."""
 
 _TOKENS_LABEL = "completion tokens trained on"
-_POLICY = "default-src 'none'; style-src 'unsafe-inline'"
 _TIMES, _MINUS = "\N{MULTIPLICATION SIGN}", "\N{MINUS SIGN}"
 _SUPERSCRIPTS = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
 
@@ -63,24 +55,11 @@ def write_report(path: Path, report: DemoReport) -> None:
     Raises:
         StorageError: if the file cannot be written.
     """
-    # Models may write half of a surrogate pair, which no encoding holds.
-    page = render_report(report).encode("utf-8", "replace")
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        partial.write_bytes(page)
-        partial.replace(path)
-    except OSError as error:
-        with contextlib.suppress(OSError):
-            partial.unlink(missing_ok=True)
-        raise StorageError(
-            f"the report {path} cannot be written: {error}", "choose a writable folder"
-        ) from error
+    write_page(path, render_report(report))
 
 
 def render_report(report: DemoReport) -> str:
     """The whole page: about 20 KB for a demo, and bounded for any run."""
-    style = files("lynearm.demo").joinpath("report.css").read_text(encoding="utf-8")
     sections = [
         _header(report),
         _tiles(report),
@@ -90,15 +69,7 @@ def render_report(report: DemoReport) -> str:
         _samples(report),
         _facts(report),
     ]
-    return (
-        '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
-        f'<meta http-equiv="Content-Security-Policy" content="{_POLICY}">\n'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
-        '<meta name="color-scheme" content="light dark">\n'
-        f"<title>{escape(report.title)}</title>\n<style>\n{style}</style>\n</head>\n<body>\n<main>\n"
-        + "\n".join(section for section in sections if section)
-        + "\n</main>\n</body>\n</html>\n"
-    )
+    return render_page(report.title, sections)
 
 
 def format_seconds(seconds: float) -> str:
@@ -156,11 +127,7 @@ def _tiles(report: DemoReport) -> str:
             "set-up not included",
         ),
     }
-    tiles = (
-        f"<div><dt>{escape(k)}</dt><dd>{escape(v)}<small>{escape(s)}</small></dd></div>"
-        for k, (v, s) in ends.items()
-    )
-    return f'<dl class="tiles">{"".join(tiles)}</dl>'
+    return tiles(ends)
 
 
 def _charts(report: DemoReport) -> str:
@@ -181,11 +148,7 @@ def _charts(report: DemoReport) -> str:
         "nats per token",
         (Series("each step", raw, "faint"), Series(f"mean of {window} steps", smooth(raw, window))),
     )
-    cards = (
-        f'<div class="card"><h3>{escape(one.title)}</h3>{draw_chart(one)}</div>'
-        for one in (kl_chart, loss_chart)
-    )
-    return f'<h2>Training</h2>\n<div class="pair">{"".join(cards)}</div>\n{_measurements(report)}'
+    return f"<h2>Training</h2>\n{chart_cards((kl_chart, loss_chart))}\n{_measurements(report)}"
 
 
 def _measurements(report: DemoReport) -> str:
@@ -296,5 +259,4 @@ def _facts(report: DemoReport) -> str:
     everything: Mapping[str, str] = {**report.facts, **machine, **report.versions}
     if not everything:
         return ""
-    items = "".join(f"<dt>{escape(key)}</dt><dd>{escape(value)}</dd>" for key, value in everything.items())
-    return f'<h2>Run, machine and versions</h2>\n<div class="card"><dl class="versions">{items}</dl></div>'
+    return f"<h2>Run, machine and versions</h2>\n{facts_card(everything)}"

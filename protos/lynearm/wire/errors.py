@@ -29,6 +29,7 @@
     │   ├── JobCancelledError               FAILED_PRECONDITION
     │   ├── LeaseSupersededError            FAILED_PRECONDITION
     │   ├── CursorBackwardsError            FAILED_PRECONDITION
+    │   ├── DistillationForbiddenError      FAILED_PRECONDITION
     │   └── MisalignmentError               FAILED_PRECONDITION
     ├── AuthenticationError (PermissionError)  UNAUTHENTICATED
     ├── AccessDeniedError (PermissionError)  PERMISSION_DENIED
@@ -232,6 +233,10 @@ class LeaseSupersededError(PreconditionError):
 
 class CursorBackwardsError(PreconditionError):
     """A consumer would store a cursor before the one that it has stored."""
+
+
+class DistillationForbiddenError(PreconditionError):
+    """A stream's terms forbid to train a student on it."""
 
 
 class MisalignmentError(PreconditionError):

@@ -304,10 +304,10 @@ def _mark(token: Scalar, kind: Scalar, place: Scalar, t: Scalar, state_V4: Scala
 
 @compiled
 def grow_lists(
-    t: int,
-    previous: int,
+    t: Scalar,
+    previous: Scalar,
     token_ids_NK: Int32Array,
-    kept: int,
+    kept: Scalar,
     list_rows_V2: Int32Array,
     lists: Int32Array,
     list_sizes: Int32Array,
@@ -342,7 +342,7 @@ def grow_lists(
         owner = np.int64(token_ids_NK[t, 0]) if kind else np.int64(previous)
         if not 0 <= owner < list_rows_V2.shape[0]:
             continue
-        old = np.int64(list_rows_V2[owner, kind])
+        old: Scalar = np.int64(list_rows_V2[owner, kind])
         old_size = grown_sizes[-1 - old] if old < 0 else list_sizes[old]
         if (old >= 0 and count == work) or (kind == 1 and old_size == LIST_PLACES):
             continue

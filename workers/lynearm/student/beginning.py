@@ -16,6 +16,7 @@ from lynearm.student.model import StudentModel, load_student
 from lynearm.student.objective import Objective, make_objective
 from lynearm.student.optimization import Optimization
 from lynearm.student.ranks import Ranks
+from lynearm.student.terms import check_terms
 from lynearm.wire.errors import CheckpointError, ConfigError
 from lynearm.wire.protobuf import StreamInfo
 from lynearm.wire.traces import Trace
@@ -49,7 +50,9 @@ def begin(config: TrainConfig, stream: StreamInfo, ranks: Ranks) -> Beginning:
         ConfigError: if `out` holds a run and `resume` is not set, or the configuration changes what a
             resumed run depends on.
         MisalignmentError: if student and stream are not aligned.
+        DistillationForbiddenError: if the stream's terms forbid to learn from it, unless `allow_terms`.
     """
+    check_terms(stream.spec, allow_terms=config.allow_terms, warn=ranks.writes)
     checkpoint_dir = latest_checkpoint(config.out)
     if config.resume:
         return _resume(config, stream, checkpoint_dir, ranks)

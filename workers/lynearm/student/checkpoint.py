@@ -1,11 +1,12 @@
 """Checkpoints: weights, optimizer and stream position, saved as one.
 
-    OUT/LATEST                      name of the newest checkpoint
+    OUT/LATEST, OUT/BEST            see `run_directory`
     OUT/step-00000120/              model in Hugging Face layout, loadable by transformers, and
         optimizer.safetensors       AdamW's moments and the random generators
         trainer.json                step, cursor, curve, configuration
         held_out.block              held-out traces, if any; held_out.1.block and so on for many
         lynearm.json                lineage
+        README.md                   model card, made from the lineage
 
 Invariants: a directory named `step-*` is complete, since it is written under another name, synced and
 renamed; LATEST is replaced only after that. Nothing is a pickle.
@@ -15,8 +16,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
-import re
 import shutil
 import tempfile
 from collections.abc import Mapping, Sequence
@@ -28,15 +27,35 @@ import safetensors.torch
 from safetensors import SafetensorError
 from torch import Tensor
 
+from lynearm.student.card import write_card
 from lynearm.student.config import TrainConfig
 from lynearm.student.evaluation import load_held_out, save_held_out
 from lynearm.student.lineage import JsonObject, read_lineage, write_lineage
 from lynearm.student.model import StudentModel
 from lynearm.student.progress import EvaluationRecord, StepRecord
+from lynearm.student.run_directory import (
+    UNFINISHED_PREFIX,
+    latest_checkpoint,
+    point_to_best,
+    point_to_latest,
+    remove_old,
+    step_name,
+    sync,
+)
 from lynearm.wire.errors import CheckpointError
 from lynearm.wire.traces import Cursor, Trace
 
-LATEST_FILE = "LATEST"
+__all__ = [
+    "Checkpoint",
+    "TrainState",
+    "latest_checkpoint",
+    "load_checkpoint",
+    "refresh_checkpoint",
+    "save_checkpoint",
+    "save_model",
+    "step_name",
+]
+
 TRAINER_FILE = "trainer.json"
 OPTIMIZER_FILE = "optimizer.safetensors"
 TRAINER_FORMAT = 1
@@ -56,9 +75,6 @@ TOKENIZER_FILES = (
 """Copied as they are: a tokenizer that is loaded and saved again comes out under another class name."""
 
 _SAFETENSORS: Any = safetensors.torch  # half typed
-
-_STEP_NAME = re.compile(r"step-(\d{8,})")
-_UNFINISHED_PREFIX = ".unfinished-"
 
 _BEGINNING = Cursor()
 
@@ -104,11 +120,6 @@ class Checkpoint:
     """Fields of the `TrainConfig` that wrote it, as JSON; empty before it is written."""
 
 
-def step_name(step: int) -> str:
-    """Name of a checkpoint's directory."""
-    return f"step-{step:08d}"
-
-
 def save_checkpoint(
     student: StudentModel,
     checkpoint: Checkpoint,
@@ -117,7 +128,7 @@ def save_checkpoint(
     lineage: JsonObject,
     weights: dict[str, Tensor] | None = None,
 ) -> None:
-    """Write a checkpoint, make it the latest, and remove the oldest beyond `config.keep_checkpoints`.
+    """Write a checkpoint, make it the latest, and remove those beyond `config.keep_checkpoints` and the best.
 
     Args:
         student: The model.
@@ -132,7 +143,7 @@ def save_checkpoint(
     final, out = checkpoint.directory, checkpoint.directory.parent
     try:
         out.mkdir(parents=True, exist_ok=True)
-        unfinished = Path(tempfile.mkdtemp(prefix=_UNFINISHED_PREFIX, dir=out))
+        unfinished = Path(tempfile.mkdtemp(prefix=UNFINISHED_PREFIX, dir=out))
     except OSError as error:
         raise CheckpointError(
             f"{out} cannot be written to: {error}", "name another directory with --out"
@@ -144,12 +155,14 @@ def save_checkpoint(
         if checkpoint.held_out:
             save_held_out(unfinished, checkpoint.held_out, student.vocab_size)
         write_lineage(unfinished, lineage)
+        write_card(unfinished, lineage)
         _write_trainer(unfinished / TRAINER_FILE, checkpoint, config)
         for path in sorted(unfinished.iterdir()):
-            _sync(path)
-        _sync(unfinished)
+            sync(path)
+        sync(unfinished)
         _put_in_place(unfinished, final)
-        _write_latest(out, final.name)
+        point_to_latest(out, final.name)
+        point_to_best(out, checkpoint.state.evaluations)
     except OSError as error:
         raise CheckpointError(
             f"checkpoint {final} could not be written: {error}",
@@ -157,7 +170,7 @@ def save_checkpoint(
         ) from error
     finally:
         shutil.rmtree(unfinished, ignore_errors=True)
-    _remove_old(out, config.keep_checkpoints)
+    remove_old(out, config.keep_checkpoints)
 
 
 def refresh_checkpoint(checkpoint: Checkpoint, *, config: TrainConfig, lineage: JsonObject) -> None:
@@ -170,13 +183,15 @@ def refresh_checkpoint(checkpoint: Checkpoint, *, config: TrainConfig, lineage: 
     """
     directory = checkpoint.directory
     try:
-        with tempfile.TemporaryDirectory(prefix=_UNFINISHED_PREFIX, dir=directory.parent) as unfinished:
+        with tempfile.TemporaryDirectory(prefix=UNFINISHED_PREFIX, dir=directory.parent) as unfinished:
             write_lineage(Path(unfinished), lineage)
+            write_card(Path(unfinished), lineage)
             _write_trainer(Path(unfinished, TRAINER_FILE), checkpoint, config)
             for path in sorted(Path(unfinished).iterdir()):
-                _sync(path)
+                sync(path)
                 path.replace(directory / path.name)
-        _sync(directory)
+        sync(directory)
+        point_to_best(directory.parent, checkpoint.state.evaluations)
     except OSError as error:
         raise CheckpointError(f"{directory} could not be brought up to date: {error}") from error
 
@@ -199,24 +214,6 @@ def save_model(
     path = directory / "config.json"
     config = cast(JsonObject, json.loads(path.read_text(encoding="utf-8")))
     path.write_text(json.dumps(_with_older_names(config), indent=2) + "\n", encoding="utf-8")
-
-
-def latest_checkpoint(out: Path) -> Path | None:
-    """The newest complete checkpoint of a run; None if there is none.
-
-    Raises:
-        CheckpointError: if LATEST names a directory that is not there.
-    """
-    pointer = out / LATEST_FILE
-    if not pointer.is_file():
-        return None
-    name = pointer.read_text(encoding="utf-8").strip()
-    if _STEP_NAME.fullmatch(name) is None or not (out / name).is_dir():
-        raise CheckpointError(
-            f"{pointer} names {name!r}, which is not a checkpoint in {out}",
-            "write the name of a step-* directory into it",
-        )
-    return out / name
 
 
 def load_checkpoint(directory: Path) -> Checkpoint:
@@ -318,28 +315,4 @@ def _put_in_place(unfinished: Path, final: Path) -> None:
         # Renamed into place by a run that died before it wrote LATEST, so that nobody refers to it.
         shutil.rmtree(final)
     unfinished.rename(final)
-    _sync(final.parent)
-
-
-def _write_latest(out: Path, name: str) -> None:
-    unfinished = out / f"{_UNFINISHED_PREFIX}{LATEST_FILE}"
-    unfinished.write_text(name + "\n", encoding="utf-8")
-    _sync(unfinished)
-    os.replace(unfinished, out / LATEST_FILE)
-    _sync(out)
-
-
-def _remove_old(out: Path, keep: int) -> None:
-    steps = sorted(path for path in out.iterdir() if _STEP_NAME.fullmatch(path.name) and path.is_dir())
-    # A run that was killed leaves what it was writing; one run writes here, one checkpoint at a time.
-    for path in (*steps[:-keep], *out.glob(f"{_UNFINISHED_PREFIX}*")):
-        if path.is_dir():
-            shutil.rmtree(path, ignore_errors=True)
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    sync(final.parent)

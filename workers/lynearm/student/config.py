@@ -15,6 +15,7 @@ from lynearm.wire.specs import check_name
 SCHEDULES = ("constant", "cosine")
 PACKINGS = ("auto", "on", "off")
 DTYPES = ("auto", "float32", "bfloat16")
+TRACKERS = ("tensorboard", "wandb", "trackio")
 
 
 @dataclass(frozen=True, slots=True)
@@ -130,11 +131,19 @@ class TrainConfig:
     eval_every_steps: int = 50
     """Steps between measurements of the held-out KL; 0 measures only before and after."""
 
+    early_stop_patience: int = 0
+    """Measurements in a row without a lower held-out KL after which the run stops; 0 never stops for that."""
+
+    trackers: tuple[str, ...] = ()
+    """Where figures go besides `metrics.jsonl`: "tensorboard", "wandb", "trackio"."""
+
     checkpoint_every_steps: int = 200
-    """Steps between checkpoints; 0 saves only at the end and when interrupted."""
+    """Steps between checkpoints; 0 saves only at the end and when interrupted. Each is measured, unless
+    `eval_every_steps` is 0, so that the best one is known."""
 
     keep_checkpoints: int = 2
-    """Newest checkpoints that stay. Two, so that a disk fault in the newest costs one interval."""
+    """Newest checkpoints that stay, besides the best. Two, so that a disk fault in the newest costs one
+    interval."""
 
     async_checkpoints: bool = True
     """Write checkpoints beside the training, from a copy of weights and optimizer state in memory (12 bytes a
@@ -181,6 +190,10 @@ class TrainConfig:
     """Train although tokenizer, template, vocabulary or logprobs differ. The loss compares token ids: only
     for those who know that the differences do not touch them."""
 
+    allow_terms: bool = False
+    """Train on a stream whose terms forbid it; the manifest records it. For those whom the terms, or a
+    contract, permit it all the same."""
+
     def __post_init__(self) -> None:
         """Check every field."""
         try:
@@ -196,7 +209,7 @@ class TrainConfig:
     def _checks(self) -> dict[str, bool]:
         counts_from_zero = (
             "warmup_steps max_steps held_out_traces held_out_window eval_every_steps checkpoint_every_steps "
-            "threads replay_threads seed batch_tokens ranks"
+            "threads replay_threads seed batch_tokens ranks early_stop_patience"
         )
         counts_from_one = "batch_sequences micro_batch_tokens epochs keep_checkpoints prefetch_blocks"
         not_negative = "weight_decay grad_clip max_seconds wait_seconds"
@@ -223,5 +236,9 @@ class TrainConfig:
             f"schedule is {self.schedule!r}, expected one of {SCHEDULES}": self.schedule in SCHEDULES,
             f"dtype is {self.dtype!r}, expected one of {DTYPES}": self.dtype in DTYPES,
             f"packing is {self.packing!r}, expected one of {PACKINGS}": self.packing in PACKINGS,
+            f"trackers is {list(self.trackers)}, expected some of {TRACKERS}": set(self.trackers)
+            <= set(TRACKERS),
+            "early_stop_patience needs held_out_traces and eval_every_steps": not self.early_stop_patience
+            or (self.held_out_traces > 0 and self.eval_every_steps > 0),
             "schedule 'cosine' needs max_steps": self.schedule != "cosine" or self.max_steps > 0,
         }

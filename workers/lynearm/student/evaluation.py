@@ -1,4 +1,4 @@
-"""Held-out KL: how far a student is from its teacher on prompts that it never trains on."""
+"""How far a student is from its teacher on prompts that it never trains on: KL, agreement, calibration."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 
 from lynearm.student.batches import PieceSizes, collate
+from lynearm.student.calibration import PredictionSums, measure_predictions
 from lynearm.student.losses import measure_loss
 from lynearm.student.model import StudentModel
 from lynearm.student.objective import Objective
@@ -33,6 +34,8 @@ class HeldOutSums:
     cross_entropy: float
     """On the tokens that the teacher drew, nats."""
     positions: int
+    predictions: PredictionSums
+    """Agreement with the teacher, and calibration."""
 
 
 def evaluate(
@@ -53,6 +56,7 @@ def evaluate(
         objective: Says the temperature of the KL; 1 if not given.
     """
     kl, cross_entropy, positions = 0.0, 0.0, 0
+    predictions = PredictionSums()
     student.train(False)
     sizes = PieceSizes(micro_batch_tokens, max_sequence_tokens)
     for piece in collate(traces, sizes, vocab_size=student.vocab_size):
@@ -69,8 +73,11 @@ def evaluate(
         kl += float(kl_N.double().sum())
         cross_entropy += float(cross_entropy_N.double().sum())
         positions += len(kl_N)
+        predictions += measure_predictions(
+            hidden_NH, student.head_weight, on_device.targets, bias_V=student.head_bias
+        )
     student.train(True)
-    return HeldOutSums(kl, cross_entropy, positions)
+    return HeldOutSums(kl, cross_entropy, positions, predictions)
 
 
 def save_held_out(directory: Path, traces: Sequence[Trace], vocab_size: int) -> None:

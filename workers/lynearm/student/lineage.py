@@ -1,6 +1,12 @@
 """The manifest of a checkpoint: what went into it, and under which terms.
 
 `lynearm.json` lies beside the weights and travels with them. It names no path of the machine that wrote it.
+
+    format    1
+    name      of the model that all began with
+    cut_from  teacher, its revision and the layers that were kept, for a student that was cut
+    streams   one entry for each run and stream: offsets, tokens, teacher, terms, codec, labels
+    runs      one entry for each run: settings, versions, what was overridden, what was measured
 """
 
 from __future__ import annotations
@@ -11,12 +17,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeAlias, cast
 
+from lynearm.student.terms import read_terms
 from lynearm.wire.errors import CheckpointError
 from lynearm.wire.specs import StreamSpec
 from lynearm.wire.traces import Cursor
 
 LINEAGE_FILE = "lynearm.json"
 LINEAGE_FORMAT = 1
+
+PROMPT_LABELS = ("prompts", "job", "dataset")
+"""Labels by which a stream tells where its prompts came from; the first that is there counts."""
 
 JsonObject: TypeAlias = dict[str, Any]
 """A parsed JSON object: its values are checked where they are used."""
@@ -55,15 +65,19 @@ def read_lineage(directory: Path) -> JsonObject:
     return cast(JsonObject, parsed)
 
 
-def extend_lineage(before: Mapping[str, Any], use: StreamUse) -> JsonObject:
+def extend_lineage(
+    before: Mapping[str, Any], use: StreamUse, *, run: Mapping[str, Any] | None = None
+) -> JsonObject:
     """The manifest of a model that began with one manifest and was trained on a stream.
 
     Args:
         before: Of the model that training began with.
         use: All that the run has taken so far, so that each checkpoint extends the same `before`.
+        run: What `run_account.describe_run` says of the run.
     """
     streams = [*cast("Sequence[JsonObject]", before.get("streams", [])), _stream_entry(use)]
-    return {**before, "format": LINEAGE_FORMAT, "streams": streams}
+    runs = [*cast("Sequence[JsonObject]", before.get("runs", [])), *([dict(run)] if run else [])]
+    return {**before, "format": LINEAGE_FORMAT, "streams": streams, "runs": runs}
 
 
 def write_lineage(directory: Path, lineage: Mapping[str, Any]) -> None:
@@ -73,10 +87,14 @@ def write_lineage(directory: Path, lineage: Mapping[str, Any]) -> None:
 
 
 def _stream_entry(use: StreamUse) -> JsonObject:
-    teacher, tokenizer = use.spec.teacher, use.spec.tokenizer
+    teacher, tokenizer, codec = use.spec.teacher, use.spec.tokenizer, use.spec.codec
+    terms = read_terms(use.spec)
+    source = next((use.spec.labels[key] for key in PROMPT_LABELS if key in use.spec.labels), "unknown")
     return {
         "stream": use.spec.name,
         "license": use.spec.license,
+        "distillation": {"verdict": terms.verdict, "reason": terms.reason},
+        "prompts": source,
         "first": {"offset": 0, "trace_index": 0},
         "end": {"offset": use.end.offset, "trace_index": use.end.trace_index},
         "complete_passes": use.passes,
@@ -87,10 +105,20 @@ def _stream_entry(use: StreamUse) -> JsonObject:
             "revision": teacher.revision,
             "engine": teacher.engine,
             "dtype": teacher.dtype,
+            "vocab_size": teacher.vocab_size,
             "logprobs_mode": teacher.logprobs_mode,
             "logprobs_temperature": teacher.logprobs_temperature,
         },
-        "tokenizer": {"name": tokenizer.name, "vocab_sha256": tokenizer.vocab_sha256.hex()},
-        "codec": {"mode": use.spec.codec.mode, "top_k": use.spec.codec.top_k},
+        "tokenizer": {
+            "name": tokenizer.name,
+            "vocab_sha256": tokenizer.vocab_sha256.hex(),
+            "chat_template_sha256": tokenizer.chat_template_sha256.hex(),
+        },
+        "codec": {
+            "mode": codec.mode,
+            "top_k": codec.top_k,
+            "min_probability": codec.min_probability,
+            "draws": codec.draws,
+        },
         "labels": dict(use.spec.labels),
     }

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal, TypeAlias
 
 Stage: TypeAlias = Literal["loading", "collecting", "evaluating", "training", "waiting", "saving", "done"]
-StopReason: TypeAlias = Literal["stream_end", "max_steps", "max_seconds", "interrupted"]
+StopReason: TypeAlias = Literal["stream_end", "max_steps", "max_seconds", "interrupted", "no_improvement"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,6 +31,11 @@ class StepRecord:
     learning_rate: float
     gradient_norm: float
     """Before clipping."""
+    seconds: float = field(default=0.0, compare=False)
+    """Wall time of the step, waiting for its traces not counted. Like the next, no part of what was learnt:
+    records of a resumed run equal those of an uninterrupted one."""
+    waiting_seconds: float = field(default=0.0, compare=False)
+    """Wall time before the step without a trace to train on."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,8 +49,19 @@ class EvaluationRecord:
     kl: float
     """Forward KL to the teacher over top-k and tail, nats per completion token."""
     cross_entropy: float
+    """On the tokens that the teacher drew, nats per completion token."""
     positions: int
     """Completion tokens measured on."""
+    agreement: float | None = None
+    """Part of the positions where student and teacher hold the same token most likely, of those where the
+    teacher kept any; None where it kept none."""
+    calibration_error: float | None = None
+    """Expected calibration error on the tokens that the teacher drew, 0 to 1; see `calibration`."""
+
+    @property
+    def perplexity(self) -> float:
+        """Of the student on the tokens that the teacher drew."""
+        return math.exp(self.cross_entropy) if self.cross_entropy < 700.0 else math.inf
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,6 +79,8 @@ class TrainProgress:
     """Blocks of the stream that are known to be there and were not trained on yet."""
     held_out: EvaluationRecord | None = None
     """The latest measurement."""
+    waiting_share: float = 0.0
+    """Part of the time since the first step without traces at hand, 0 to 1; measuring and saving left out."""
 
 
 OnProgress: TypeAlias = Callable[[TrainProgress], None]
@@ -97,6 +116,8 @@ class TrainReport:
     """The first is from before the first step; empty without held-out traces."""
     how_to_go_on: str = ""
     """What to type to go on; empty when the stream has been used up."""
+    best_checkpoint: Path | None = None
+    """The measured one with the lowest held-out KL; None where none was measured."""
 
     @property
     def held_out_before(self) -> float | None:

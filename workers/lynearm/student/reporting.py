@@ -25,6 +25,9 @@ class Reporter:
         self._record: StepRecord | None = None
         self._held_out: EvaluationRecord | None = None
         self._lag_blocks = 0
+        self._working_seconds = 0.0
+        self._waited_in_steps = 0.0
+        self._waited_before = 0.0
         self.waiting_seconds = 0.0
 
     @property
@@ -38,6 +41,18 @@ class Reporter:
         seconds = sum(seconds for _, seconds in self._steps)
         return sum(tokens for tokens, _ in self._steps) / seconds if seconds > 0 else 0.0
 
+    @property
+    def waiting_share(self) -> float:
+        """Part of the time since the first step, measuring and saving not counted, without traces at hand."""
+        seconds = self._working_seconds + self._waited_in_steps
+        return self._waited_in_steps / seconds if seconds > 0 else 0.0
+
+    def take_waiting_seconds(self) -> float:
+        """What was waited since this was last asked."""
+        seconds = self.waiting_seconds - self._waited_before
+        self._waited_before = self.waiting_seconds
+        return seconds
+
     def stage(self, stage: Stage, message: str = "") -> None:
         """Announce what the run turns to."""
         self._on_progress(
@@ -48,14 +63,19 @@ class Reporter:
                 tokens_per_second=self.tokens_per_second,
                 lag_blocks=self._lag_blocks,
                 held_out=self._held_out,
+                waiting_share=self.waiting_share,
             )
         )
 
-    def stepped(self, record: StepRecord, *, tokens: int, seconds: float, lag_blocks: int) -> None:
-        """Announce a step that trained on `tokens` completion tokens in `seconds`."""
+    def stepped(self, record: StepRecord, *, tokens: int, lag_blocks: int) -> None:
+        """Announce a step that trained on `tokens` completion tokens."""
+        if self._record is not None:
+            # Before the first step, a run may wait for the teacher to be started.
+            self._waited_in_steps += record.waiting_seconds
         self._record = record
         self._lag_blocks = lag_blocks
-        self._steps.append((tokens, seconds))
+        self._steps.append((tokens, record.seconds))
+        self._working_seconds += record.seconds
         self.stage("training")
 
     def evaluated(self, record: EvaluationRecord) -> None:

@@ -20,9 +20,10 @@ from pathlib import Path
 import torch
 
 from lynearm.client import TraceClient, stop_on_interrupt
-from lynearm.student.alignment import check_rows
+from lynearm.student.alignment import check_rows, find_differences
 from lynearm.student.batches import Batch, Batcher, SplitRule, is_usable
 from lynearm.student.beginning import Beginning, begin
+from lynearm.student.calibration import PredictionSums
 from lynearm.student.checkpoint import Checkpoint, refresh_checkpoint, save_checkpoint, step_name
 from lynearm.student.checkpoint_writer import CheckpointWriter, copy_tensors, copy_weights
 from lynearm.student.config import TrainConfig
@@ -38,7 +39,10 @@ from lynearm.student.progress import (
 )
 from lynearm.student.ranks import Ranks, join_ranks
 from lynearm.student.reader import PositionedTrace, TraceReader
+from lynearm.student.recording import Recorder, has_stalled
 from lynearm.student.reporting import Reporter
+from lynearm.student.run_account import describe_run
+from lynearm.student.run_directory import best_checkpoint
 from lynearm.student.source import WatchedSource
 from lynearm.wire.errors import CheckpointError, LynearmError, ServiceUnavailableError, StreamNotFoundError
 from lynearm.wire.protobuf import StreamInfo
@@ -48,7 +52,13 @@ logger = logging.getLogger(__name__)
 
 _LOOK_FOR_STREAM_SECONDS = 0.5
 
-_STOP_REASONS: tuple[StopReason | None, ...] = (None, "max_seconds", "max_steps", "interrupted")
+_STOP_REASONS: tuple[StopReason | None, ...] = (
+    None,
+    "max_seconds",
+    "max_steps",
+    "no_improvement",
+    "interrupted",
+)
 """By what ranks agree on: of several reasons, the later one counts."""
 
 
@@ -69,6 +79,8 @@ def run_train(
         ServiceUnavailableError: if no service answers, or it stayed away for `patience_seconds`.
         MisalignmentError: if student and stream are not aligned.
         CheckpointError: if the student or checkpoint cannot be loaded, or a checkpoint not be saved.
+        DistillationForbiddenError: if the stream's terms forbid to learn from it, unless `allow_terms`.
+        MissingDependencyError: if a tracker's package is not installed.
         ConfigError: as for `beginning.begin`.
         InvalidInputError: if the gradient stops being finite; the weights before it are saved.
     """
@@ -136,9 +148,19 @@ class _Run:
         self._rule = SplitRule(config.held_out_fraction, config.seed)
         self._saved_step: int | None = self._state.step if config.resume else None
         self._skipped_traces = 0
+        # Not empty only where that was allowed: what the manifest says was overridden.
+        self._differences = find_differences(self._spec, self._student)
+        self._recorder = Recorder(config, self._state) if ranks.writes else None
 
     def go(self) -> TrainReport:
         """Train, measure, save; see `run_train`."""
+        try:
+            return self._go()
+        finally:
+            if self._recorder is not None:
+                self._recorder.close()
+
+    def _go(self) -> TrainReport:
         reason: StopReason | None = None
         try:
             while reason is None and self._state.epoch < self._config.epochs:
@@ -239,7 +261,10 @@ class _Run:
             tokens=self._state.tokens + result.tokens,
             learning_rate=result.learning_rate,
             gradient_norm=result.gradient_norm,
+            seconds=time.monotonic() - started,
+            waiting_seconds=self._reporter.take_waiting_seconds(),
         )
+        self._record(record)
         self._state = replace(
             self._state,
             step=step,
@@ -252,12 +277,13 @@ class _Run:
         self._reporter.stepped(
             record,
             tokens=result.tokens,
-            seconds=time.monotonic() - started,
             lag_blocks=max(0, reader.next_offset - batch.after.offset) if self._state.epoch == 0 else 0,
         )
         if self._config.eval_every_steps and step % self._config.eval_every_steps == 0:
             self._measure()
         if self._config.checkpoint_every_steps and step % self._config.checkpoint_every_steps == 0:
+            if self._config.eval_every_steps:
+                self._measure()  # the best checkpoint is one of those that were measured
             self._save()
 
     def _measure(self) -> None:
@@ -274,12 +300,26 @@ class _Run:
             max_sequence_tokens=self._config.max_sequence_tokens,
             objective=self._objective,
         )
-        kl, cross_entropy, positions = self._ranks.sum(sums.kl, sums.cross_entropy, sums.positions)
-        record = EvaluationRecord(
-            self._state.step, self._state.tokens, kl / positions, cross_entropy / positions, int(positions)
+        kl, cross_entropy, positions, *counts = self._ranks.sum(
+            sums.kl, sums.cross_entropy, sums.positions, *sums.predictions.values()
         )
+        predictions = PredictionSums.from_values(counts)
+        record = EvaluationRecord(
+            self._state.step,
+            self._state.tokens,
+            kl / positions,
+            cross_entropy / positions,
+            int(positions),
+            predictions.agreement,
+            predictions.calibration_error,
+        )
+        self._record(record)
         self._state = replace(self._state, evaluations=(*evaluations, record))
         self._reporter.evaluated(record)
+
+    def _record(self, record: StepRecord | EvaluationRecord) -> None:
+        if self._recorder is not None:
+            self._recorder.add(record)
 
     def _save(self, *, last: bool = False, alone: bool = False) -> Path:
         """Save on rank 0; beside the training, unless it is the last.
@@ -315,7 +355,14 @@ class _Run:
     def _write(self, directory: Path, *, beside: bool) -> None:
         student, state, config = self._student, self._state, self._config
         use = StreamUse(self._spec, state.furthest, state.epoch, state.traces, state.tokens)
-        lineage = extend_lineage(self._base_lineage, use)
+        run = describe_run(
+            config,
+            self._spec,
+            differences=self._differences,
+            evaluations=state.evaluations,
+            world_size=self._ranks.world_size,
+        )
+        lineage = extend_lineage(self._base_lineage, use, run=run)
         optimizer = self._optimization.state()
         checkpoint = Checkpoint(directory, state, optimizer, self._held_out, self._base_lineage)
         if self._saved_step == state.step:
@@ -339,6 +386,8 @@ class _Run:
             return "interrupted"
         if self._config.max_steps and self._state.step >= self._config.max_steps:
             return "max_steps"
+        if has_stalled(self._state.evaluations, self._config.early_stop_patience):
+            return "no_improvement"
         return "max_seconds" if self._seconds_left() <= 0 else None
 
     def _seconds_left(self) -> float:
@@ -370,6 +419,7 @@ class _Run:
             curve=state.curve,
             evaluations=state.evaluations,
             how_to_go_on="" if reason == "stream_end" else self._how_to_go_on(),
+            best_checkpoint=best_checkpoint(self._config.out),
         )
 
 

@@ -104,7 +104,7 @@ class ServeTeacherConfig:
         """
         return TeachConfig(
             model=self.model,
-            prompts="",
+            prompts="none",
             stream="served",
             license=self.license or "unknown",
             model_name=self.model_name,

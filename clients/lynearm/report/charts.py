@@ -197,8 +197,10 @@ def _draw_guide(chart: Chart, plane: _Plane) -> str:
     value, label = chart.guide
     y = plane.y(value)
     line = f'<line class="guide" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{y:.1f}" y2="{y:.1f}"/>'
-    # Below its left end: a falling curve is far above it there, and writes its last value at the right.
-    return line + _text("tick over", LEFT + 6, y + 14, label, "start")
+    # Below its left end: a falling curve is far above it there, and writes its last value at the right. Above
+    # it where the axis is too near.
+    text_y = y + 14 if y + 14 < HEIGHT - BOTTOM else y - 5
+    return line + _text("tick over", LEFT + 6, text_y, label, "start")
 
 
 def _classes(drawn: Sequence[Series], series: Series) -> str:

@@ -1,0 +1,93 @@
+"""What a manifest says of one run: settings, versions, what was overridden and what was measured."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from importlib import metadata
+from pathlib import Path
+from typing import cast
+
+from lynearm.student.config import TrainConfig
+from lynearm.student.lineage import JsonObject
+from lynearm.student.progress import EvaluationRecord
+from lynearm.student.terms import read_terms
+from lynearm.wire.specs import StreamSpec
+
+PACKAGES = ("lynearm", "torch", "transformers")
+"""Whose versions may change what a run computes."""
+
+_NOT_TOLD = frozenset(
+    {"student", "stream", "out", "resume", "max_seconds", "trackers", "allow_misaligned", "allow_terms"}
+    | {"service", "service_timeout_seconds", "patience_seconds", "wait_seconds", "prefetch_blocks"}
+    | {"checkpoint_every_steps", "keep_checkpoints", "async_checkpoints"}
+    | {"threads", "replay_threads", "ray", "ray_address"}
+)
+"""Settings that do not change the student, name a machine's paths, or are among the overrides."""
+
+
+def describe_run(
+    config: TrainConfig,
+    spec: StreamSpec,
+    *,
+    differences: Sequence[str] = (),
+    evaluations: Sequence[EvaluationRecord] = (),
+    world_size: int = 1,
+) -> JsonObject:
+    """One entry of a manifest's `runs`.
+
+    Args:
+        config: What the run was told.
+        spec: Of its stream.
+        differences: What the student does not share with the stream, where that was overridden.
+        evaluations: Of the run so far.
+        world_size: Processes that share each batch.
+    """
+    settings = {name: value for name, value in asdict(config).items() if name not in _NOT_TOLD}
+    account: JsonObject = {
+        "streams": [spec.name],
+        "settings": cast(JsonObject, _plain(settings)),
+        "ranks": world_size,
+        "code": code_versions(),
+        "overrides": _overrides(spec, differences),
+    }
+    if evaluations:
+        account["held_out"] = {"before": _measured(evaluations[0]), "last": _measured(evaluations[-1])}
+    return account
+
+
+def code_versions() -> dict[str, str]:
+    """Versions of the packages that decide what a run computes; "unknown" for one that is not installed."""
+    versions: dict[str, str] = {}
+    for package in PACKAGES:
+        try:
+            versions[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            versions[package] = "unknown"
+    return versions
+
+
+def _overrides(spec: StreamSpec, differences: Sequence[str]) -> JsonObject:
+    """What would have been refused without a flag, by the flag's name."""
+    overrides: JsonObject = {}
+    terms = read_terms(spec)
+    if terms.verdict == "forbidden":
+        overrides["allow_terms"] = f"licence {spec.license!r} of stream {spec.name!r}: {terms.reason}"
+    if differences:
+        overrides["allow_misaligned"] = list(differences)
+    return overrides
+
+
+def _measured(record: EvaluationRecord) -> JsonObject:
+    return cast(JsonObject, _plain({**asdict(record), "perplexity": record.perplexity}))
+
+
+def _plain(value: object) -> object:
+    """The value in the types of JSON; what is not finite becomes text, as in `checkpoint`."""
+    if isinstance(value, Mapping):
+        return {str(key): _plain(one) for key, one in cast("Mapping[object, object]", value).items()}
+    if isinstance(value, list | tuple):
+        return [_plain(one) for one in cast("Sequence[object]", value)]
+    unwritable = isinstance(value, Path) or (isinstance(value, float) and not math.isfinite(value))
+    return str(value) if unwritable else value
