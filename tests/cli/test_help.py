@@ -129,7 +129,9 @@ def test_help_tells_the_defaults_of_the_configuration(command: tuple[str, ...]) 
         told, default = getattr(parameter, "show_default", None), defaults.get(parameter.name)
         if not isinstance(told, str) or isinstance(default, Path) or default is None:
             continue
-        if isinstance(default, bool):
+        if isinstance(default, tuple):
+            assert told == " and ".join(default), parameter.name
+        elif isinstance(default, bool):
             assert told.startswith("no-") != default, parameter.name
         else:
             assert type(default)(told) == default, parameter.name

@@ -182,6 +182,18 @@ def test_a_student_that_no_longer_improves_stops(configure: Callable[..., TrainC
     assert report.how_to_go_on
 
 
+def test_questions_are_asked_at_each_measurement(
+    configure: Callable[..., TrainConfig], tmp_path: Path
+) -> None:
+    questions = tmp_path / "questions.jsonl"
+    questions.write_text('{"question": "What is 2 + 2?", "answer": "#### 4"}\n' * 3, encoding="utf-8")
+    config = configure(questions=questions, question_tokens=4, max_steps=2)
+    report = run_train(config)
+    assert [one.exact_match in (0.0, 1.0) for one in report.evaluations] == [True, True]
+    assert read_metrics(config.out).evaluations == report.evaluations
+    assert str(tmp_path) not in (report.checkpoint / "lynearm.json").read_text()
+
+
 def test_early_stop_without_measurements_is_refused() -> None:
     with pytest.raises(ConfigError, match="early_stop_patience"):
         TrainConfig(early_stop_patience=3, held_out_traces=0)

@@ -84,7 +84,7 @@ def _run(number: int, run: Mapping[str, Any]) -> Table:
         table.add_row("  overridden", _text(f"{flag}: {'; '.join(map(str, reasons))}"))
     held_out = _part(run, "held_out")
     before, after = _part(held_out, "before"), _part(held_out, "last")
-    for name in ("kl", "perplexity", "agreement", "calibration_error"):
+    for name in ("kl", "perplexity", "agreement", "calibration_error", "exact_match"):
         if isinstance(value := after.get(name), int | float):
             old = before.get(name)
             change = f"{old:.4g} → " if isinstance(old, int | float) else ""

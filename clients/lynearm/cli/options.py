@@ -10,8 +10,6 @@ from typing import Annotated
 
 import typer
 
-from lynearm.wire.errors import ConfigError
-
 
 class ProgressMode(StrEnum):
     """How a command shows where it is."""
@@ -102,6 +100,8 @@ def weights(given: list[str] | None, flag: str) -> dict[str, float] | None:
     Raises:
         ConfigError: if one is not of this form.
     """
+    from lynearm.wire.errors import ConfigError  # loads numpy, which `--help` does without
+
     found: dict[str, float] = {}
     for one in given or ():
         name, _, weight = one.rpartition(":")

@@ -11,7 +11,7 @@ from rich.text import Text
 
 from lynearm.cli.progress import count
 from lynearm.cli.text import printable
-from lynearm.demo.charts import HEIGHT, WIDTH, Chart, Point, Series, draw_chart
+from lynearm.report.charts import HEIGHT, WIDTH, Chart, Point, Series, draw_chart
 from lynearm.wire.profiles import Float64Array, LayerStatistics, TeacherProfile
 
 QUIET_SHARE = 0.1

@@ -65,17 +65,20 @@ def train(
         bool | None,
         typer.Option("--retemper", help="Estimate rows of another temperature than the stream's."),
     ] = None,
-    span_weight: Annotated[
+    span_weights: Annotated[
         list[str] | None,
         typer.Option(
+            "--span-weight",
             metavar="KIND:WEIGHT",
             help="How much reasoning, answer, truncated_reasoning or other positions count. May be repeated.",
         ),
     ] = None,
-    tag_weight: Annotated[
+    tag_weights: Annotated[
         list[str] | None,
         typer.Option(
-            metavar="KEY=VALUE:WEIGHT", help="How much traces with this tag count. May be repeated."
+            "--tag-weight",
+            metavar="KEY=VALUE:WEIGHT",
+            help="How much traces with this tag count. May be repeated.",
         ),
     ] = None,
     learning_rate: Annotated[float | None, typer.Option(help="Peak rate.", show_default="5e-4")] = None,
@@ -157,8 +160,8 @@ def train(
     given = {
         **flags(context),
         "loss": loss or None,
-        "span_weights": weights(span_weight, "--span-weight"),
-        "tag_weights": weights(tag_weight, "--tag-weight"),
+        "span_weights": weights(span_weights, "--span-weight"),
+        "tag_weights": weights(tag_weights, "--tag-weight"),
         "trackers": trackers or None,
     }
     settings = load_settings(TrainConfig, "train", file=config, flags=given, assignments=assignments or ())

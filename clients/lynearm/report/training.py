@@ -135,6 +135,11 @@ def _held_out_charts(evaluations: Sequence[EvaluationRecord]) -> list[Chart]:
         found = [(one.tokens, cast("float | None", getattr(one, name))) for one in evaluations]
         return tuple((float(tokens), value) for tokens, value in found if value is not None)
 
+    answered = points("exact_match")
+    exact_match = [
+        Chart("Questions answered exactly", _TOKENS_LABEL, "part of the questions",
+              (Series("exact match", answered, "dotted_line"),)),
+    ] if answered else []  # fmt: skip
     return [
         Chart("Held-out KL to the teacher", _TOKENS_LABEL, "nats per token",
               (Series("held-out KL", points("kl"), "dotted_line"),)),
@@ -142,6 +147,7 @@ def _held_out_charts(evaluations: Sequence[EvaluationRecord]) -> list[Chart]:
               (Series("same most likely token", points("agreement"), "dotted_line"),)),
         Chart("Perplexity on the teacher's tokens", _TOKENS_LABEL, "perplexity",
               (Series("perplexity", points("perplexity"), "dotted_line"),)),
+        *exact_match,
         Chart("Calibration", _TOKENS_LABEL, "expected calibration error",
               (Series("calibration error", points("calibration_error"), "dotted_line"),)),
     ]  # fmt: skip

@@ -117,6 +117,7 @@ def _measurements(runs: Sequence[JsonObject]) -> str:
         "perplexity": "perplexity on the teacher's tokens",
         "agreement": "same most likely token as the teacher",
         "calibration_error": "expected calibration error",
+        "exact_match": "questions answered with the right number",
     }
     rows = [
         f"| {said} | {_figure(before.get(name))} | {_figure(after.get(name))} |"

@@ -131,6 +131,14 @@ class TrainConfig:
     eval_every_steps: int = 50
     """Steps between measurements of the held-out KL; 0 measures only before and after."""
 
+    questions: Path | None = None
+    """File of questions with a number for an answer, as in GSM8K; the part that the student answers exactly
+    is measured with the held-out KL. Writing answers takes longer than all other measurements: give some 50
+    questions."""
+
+    question_tokens: int = 256
+    """Longest answer to a question; GSM8K's take about 100."""
+
     early_stop_patience: int = 0
     """Measurements in a row without a lower held-out KL after which the run stops; 0 never stops for that."""
 
@@ -211,7 +219,9 @@ class TrainConfig:
             "warmup_steps max_steps held_out_traces held_out_window eval_every_steps checkpoint_every_steps "
             "threads replay_threads seed batch_tokens ranks early_stop_patience"
         )
-        counts_from_one = "batch_sequences micro_batch_tokens epochs keep_checkpoints prefetch_blocks"
+        counts_from_one = (
+            "question_tokens batch_sequences micro_batch_tokens epochs keep_checkpoints prefetch_blocks"
+        )
         not_negative = "weight_decay grad_clip max_seconds wait_seconds"
         checks = {f"{name} is {getattr(self, name)}, expected 0 or more": getattr(self, name) >= 0
                   for name in f"{counts_from_zero} {not_negative}".split()}  # fmt: skip
@@ -238,6 +248,9 @@ class TrainConfig:
             f"packing is {self.packing!r}, expected one of {PACKINGS}": self.packing in PACKINGS,
             f"trackers is {list(self.trackers)}, expected some of {TRACKERS}": set(self.trackers)
             <= set(TRACKERS),
+            "questions are asked when held-out traces are measured: held_out_traces is 0": self.questions
+            is None
+            or self.held_out_traces > 0,
             "early_stop_patience needs held_out_traces and eval_every_steps": not self.early_stop_patience
             or (self.held_out_traces > 0 and self.eval_every_steps > 0),
             "schedule 'cosine' needs max_steps": self.schedule != "cosine" or self.max_steps > 0,

@@ -114,7 +114,7 @@ def metric_values(record: StepRecord | EvaluationRecord) -> dict[str, float]:
         learnt = ("loss", "kl", "cross_entropy", "learning_rate", "gradient_norm", "tokens")
         values = {f"train/{name}": float(getattr(record, name)) for name in learnt} | busy
     else:
-        measured = ("kl", "cross_entropy", "perplexity", "agreement", "calibration_error")
+        measured = ("kl", "cross_entropy", "perplexity", "agreement", "calibration_error", "exact_match")
         found = {name: cast("float | None", getattr(record, name)) for name in measured}
         values = {f"held_out/{name}": value for name, value in found.items() if value is not None}
     return {name: value for name, value in values.items() if math.isfinite(value)}
@@ -136,7 +136,7 @@ def _line(record: StepRecord | EvaluationRecord) -> str:
     return json.dumps(plain, allow_nan=False) + "\n"
 
 
-_CAN_BE_NONE = frozenset({"agreement", "calibration_error"})
+_CAN_BE_NONE = frozenset({"agreement", "calibration_error", "exact_match"})
 
 
 def _parse(line: str) -> StepRecord | EvaluationRecord:

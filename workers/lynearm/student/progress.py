@@ -57,6 +57,8 @@ class EvaluationRecord:
     teacher kept any; None where it kept none."""
     calibration_error: float | None = None
     """Expected calibration error on the tokens that the teacher drew, 0 to 1; see `calibration`."""
+    exact_match: float | None = None
+    """Part of the questions that were answered with the right number; None where none were asked."""
 
     @property
     def perplexity(self) -> float:

@@ -19,7 +19,17 @@ PACKAGES = ("lynearm", "torch", "transformers")
 """Whose versions may change what a run computes."""
 
 _NOT_TOLD = frozenset(
-    {"student", "stream", "out", "resume", "max_seconds", "trackers", "allow_misaligned", "allow_terms"}
+    {
+        "student",
+        "stream",
+        "questions",
+        "out",
+        "resume",
+        "max_seconds",
+        "trackers",
+        "allow_misaligned",
+        "allow_terms",
+    }
     | {"service", "service_timeout_seconds", "patience_seconds", "wait_seconds", "prefetch_blocks"}
     | {"checkpoint_every_steps", "keep_checkpoints", "async_checkpoints"}
     | {"threads", "replay_threads", "ray", "ray_address"}

@@ -28,6 +28,7 @@ from lynearm.student.checkpoint import Checkpoint, refresh_checkpoint, save_chec
 from lynearm.student.checkpoint_writer import CheckpointWriter, copy_tensors, copy_weights
 from lynearm.student.config import TrainConfig
 from lynearm.student.evaluation import evaluate
+from lynearm.student.exact_match import ExactMatch, load_questions
 from lynearm.student.lineage import StreamUse, extend_lineage
 from lynearm.student.progress import (
     EvaluationRecord,
@@ -80,6 +81,7 @@ def run_train(
         MisalignmentError: if student and stream are not aligned.
         CheckpointError: if the student or checkpoint cannot be loaded, or a checkpoint not be saved.
         DistillationForbiddenError: if the stream's terms forbid to learn from it, unless `allow_terms`.
+        PromptFileError: if the questions cannot be read.
         MissingDependencyError: if a tracker's package is not installed.
         ConfigError: as for `beginning.begin`.
         InvalidInputError: if the gradient stops being finite; the weights before it are saved.
@@ -150,6 +152,10 @@ class _Run:
         self._skipped_traces = 0
         # Not empty only where that was allowed: what the manifest says was overridden.
         self._differences = find_differences(self._spec, self._student)
+        self._questions = load_questions(config.questions) if config.questions else ()
+        self._exact_match = (
+            ExactMatch(self._student, max_new_tokens=config.question_tokens) if self._questions else None
+        )
         self._recorder = Recorder(config, self._state) if ranks.writes else None
 
     def go(self) -> TrainReport:
@@ -312,10 +318,20 @@ class _Run:
             int(positions),
             predictions.agreement,
             predictions.calibration_error,
+            self._ask(),
         )
         self._record(record)
         self._state = replace(self._state, evaluations=(*evaluations, record))
         self._reporter.evaluated(record)
+
+    def _ask(self) -> float | None:
+        """Part of the questions that the student answers exactly; None without questions."""
+        if self._exact_match is None:
+            return None
+        self._reporter.stage("evaluating", f"{len(self._questions)} questions")
+        mine = self._ranks.share(self._questions, [1] * len(self._questions))
+        (correct,) = self._ranks.sum(self._exact_match.count_correct(self._student, mine))
+        return correct / len(self._questions)
 
     def _record(self, record: StepRecord | EvaluationRecord) -> None:
         if self._recorder is not None:
