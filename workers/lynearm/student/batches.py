@@ -2,14 +2,15 @@
 
 Invariant: which traces make up which batch depends on the order of traces in the stream and on the
 configuration alone: not on time, not on how traces were packed into blocks, not on where a run was
-interrupted. Shape legend: B = sequences, L = padded length, N = completion positions, K = kept entries.
+interrupted. Shape legend: B = sequences, L = padded length, N = completion positions, K = kept entries,
+S = layers of the teacher, H = their width.
 """
 
 from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -19,6 +20,7 @@ from lynearm.student.losses import Targets
 from lynearm.student.reader import PositionedTrace
 from lynearm.student.weighting import PositionWeighting
 from lynearm.wire.errors import MisalignmentError
+from lynearm.wire.hidden import HiddenStates, Layer
 from lynearm.wire.traces import Cursor, Trace
 
 SPLIT_TAG = "split"
@@ -131,6 +133,8 @@ class MicroBatch:
     targets: Targets
     position_ids_BL: Tensor | None = None
     """int64; begins again at 0 with each trace of a packed row. None where every row is one trace."""
+    states_NSH: Tensor | None = None
+    """float32: the teacher's hidden states at the rows of `targets`, where they were asked for."""
 
     def to(self, device: torch.device) -> MicroBatch:
         """The same on another device."""
@@ -140,6 +144,7 @@ class MicroBatch:
             self.positions_N.to(device),
             self.targets.to(device),
             position_ids_BL,
+            None if self.states_NSH is None else self.states_NSH.to(device),
         )
 
 
@@ -155,12 +160,27 @@ class PieceSizes:
     """Lay traces end to end in one row; False lays each in a row of its own, with others of its length."""
 
 
+@dataclass(frozen=True, slots=True)
+class WantedStates:
+    """Which of the teacher's hidden states a loss compares."""
+
+    layers: tuple[Layer, ...]
+    """S; ascending, the final norm last."""
+    hidden_size: int
+    """H."""
+
+    def are_in(self, hidden: HiddenStates) -> bool:
+        """Whether a trace's states hold them."""
+        return set(self.layers) <= set(hidden.layers) and hidden.hidden_size == self.hidden_size
+
+
 def collate(
     traces: Sequence[Trace],
     sizes: PieceSizes,
     *,
     vocab_size: int,
     weighting: PositionWeighting = PositionWeighting(),  # noqa: B008  # frozen
+    states: WantedStates | None = None,
 ) -> list[MicroBatch]:
     """The traces as tensors, in pieces.
 
@@ -169,14 +189,22 @@ def collate(
         sizes: Of the pieces.
         vocab_size: Of the student.
         weighting: How much each position counts.
+        states: Hidden states of the teacher to take along.
 
     Raises:
-        MisalignmentError: if a token of a prompt or completion is not in the student's vocabulary. Kept
-            entries may be, in the padding of a teacher's wider head: the loss leaves them out.
+        MisalignmentError: if a token of a prompt or completion is not in the student's vocabulary, or a trace
+            lacks hidden states. Kept entries may be beyond the vocabulary, in the padding of a teacher's
+            wider head: the loss leaves them out.
     """
     longest_first = sorted(traces, key=lambda trace: _length(trace, sizes.max_sequence_tokens), reverse=True)
     pieces = _fill_rows(longest_first, sizes) if sizes.packed else _group_by_length(longest_first, sizes)
-    return [_collate_piece(piece, sizes, vocab_size, weighting) for piece in pieces]
+    collated = [_collate_piece(piece, sizes, vocab_size, weighting) for piece in pieces]
+    if states is None:
+        return collated
+    return [
+        replace(micro_batch, states_NSH=_states(piece, sizes, states))
+        for piece, micro_batch in zip(pieces, collated, strict=True)
+    ]
 
 
 def _fill_rows(longest_first: Sequence[Trace], sizes: PieceSizes) -> list[list[Trace]]:
@@ -265,6 +293,28 @@ def _targets(traces: Sequence[Trace], counts: Sequence[int], weighting: Position
         torch.as_tensor(sampled_N.astype(np.int64)),
         None if weighting.is_even else torch.as_tensor(weights_N),
     )
+
+
+def _states(traces: Sequence[Trace], sizes: PieceSizes, wanted: WantedStates) -> Tensor:
+    """Hidden states at the traces' completion positions, [N, S, H]."""
+    parts: list[np.ndarray] = []
+    for trace in traces:
+        hidden = trace.hidden
+        if hidden is None or not wanted.are_in(hidden):
+            found = (
+                "none" if hidden is None else f"those of layers {hidden.layers}, {hidden.hidden_size} wide"
+            )
+            raise MisalignmentError(
+                f"the loss compares hidden states of layers {wanted.layers}, {wanted.hidden_size} wide; the "
+                f"trace of prompt {trace.prompt_id!r} carries {found}",
+                "capture the stream again with them, or train without the hidden terms of the loss",
+            )
+        count = completion_positions(trace, sizes.max_sequence_tokens)
+        rows = [hidden.layers.index(layer) for layer in wanted.layers]
+        scales = None if hidden.scales is None else hidden.scales[rows, :count]
+        taken = HiddenStates(wanted.layers, hidden.dtype, hidden.values[rows, :count], scales)
+        parts.append(taken.to_float32().swapaxes(0, 1))
+    return torch.as_tensor(np.concatenate(parts))
 
 
 def _check_ids(input_ids: np.ndarray, sampled_ids_N: Tensor, vocab_size: int) -> None:
