@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -18,9 +18,9 @@ from torch import Tensor
 
 from lynearm.student.losses import Targets
 from lynearm.student.reader import PositionedTrace
+from lynearm.student.teacher_states import WantedStates
 from lynearm.student.weighting import PositionWeighting
 from lynearm.wire.errors import MisalignmentError
-from lynearm.wire.hidden import HiddenStates, Layer
 from lynearm.wire.traces import Cursor, Trace
 
 SPLIT_TAG = "split"
@@ -160,20 +160,6 @@ class PieceSizes:
     """Lay traces end to end in one row; False lays each in a row of its own, with others of its length."""
 
 
-@dataclass(frozen=True, slots=True)
-class WantedStates:
-    """Which of the teacher's hidden states a loss compares."""
-
-    layers: tuple[Layer, ...]
-    """S; ascending, the final norm last."""
-    hidden_size: int
-    """H."""
-
-    def are_in(self, hidden: HiddenStates) -> bool:
-        """Whether a trace's states hold them."""
-        return set(self.layers) <= set(hidden.layers) and hidden.hidden_size == self.hidden_size
-
-
 def collate(
     traces: Sequence[Trace],
     sizes: PieceSizes,
@@ -198,13 +184,7 @@ def collate(
     """
     longest_first = sorted(traces, key=lambda trace: _length(trace, sizes.max_sequence_tokens), reverse=True)
     pieces = _fill_rows(longest_first, sizes) if sizes.packed else _group_by_length(longest_first, sizes)
-    collated = [_collate_piece(piece, sizes, vocab_size, weighting) for piece in pieces]
-    if states is None:
-        return collated
-    return [
-        replace(micro_batch, states_NSH=_states(piece, sizes, states))
-        for piece, micro_batch in zip(pieces, collated, strict=True)
-    ]
+    return [_collate_piece(piece, sizes, vocab_size, weighting, states) for piece in pieces]
 
 
 def _fill_rows(longest_first: Sequence[Trace], sizes: PieceSizes) -> list[list[Trace]]:
@@ -245,7 +225,11 @@ def _length(trace: Trace, max_sequence_tokens: int) -> int:
 
 
 def _collate_piece(
-    traces: Sequence[Trace], sizes: PieceSizes, vocab_size: int, weighting: PositionWeighting
+    traces: Sequence[Trace],
+    sizes: PieceSizes,
+    vocab_size: int,
+    weighting: PositionWeighting,
+    states: WantedStates | None,
 ) -> MicroBatch:
     lengths = [_length(trace, sizes.max_sequence_tokens) for trace in traces]
     if sizes.packed:
@@ -262,13 +246,15 @@ def _collate_piece(
         input_ids[start : start + length] = token_ids[:-1]
         position_ids[start : start + length] = np.arange(length)
         positions.append(start + np.arange(len(trace.prompt_token_ids) - 1, length))
-    targets = _targets(traces, [len(rows) for rows in positions], weighting)
+    counts = [len(rows) for rows in positions]
+    targets = _targets(traces, counts, weighting)
     _check_ids(input_ids, targets.sampled_ids_N, vocab_size)
     return MicroBatch(
         torch.as_tensor(input_ids.reshape(shape)),
         torch.as_tensor(np.concatenate(positions)),
         targets,
         torch.as_tensor(position_ids.reshape(shape)) if sizes.packed else None,
+        None if states is None else states.gather(traces, counts),
     )
 
 
@@ -293,28 +279,6 @@ def _targets(traces: Sequence[Trace], counts: Sequence[int], weighting: Position
         torch.as_tensor(sampled_N.astype(np.int64)),
         None if weighting.is_even else torch.as_tensor(weights_N),
     )
-
-
-def _states(traces: Sequence[Trace], sizes: PieceSizes, wanted: WantedStates) -> Tensor:
-    """Hidden states at the traces' completion positions, [N, S, H]."""
-    parts: list[np.ndarray] = []
-    for trace in traces:
-        hidden = trace.hidden
-        if hidden is None or not wanted.are_in(hidden):
-            found = (
-                "none" if hidden is None else f"those of layers {hidden.layers}, {hidden.hidden_size} wide"
-            )
-            raise MisalignmentError(
-                f"the loss compares hidden states of layers {wanted.layers}, {wanted.hidden_size} wide; the "
-                f"trace of prompt {trace.prompt_id!r} carries {found}",
-                "capture the stream again with them, or train without the hidden terms of the loss",
-            )
-        count = completion_positions(trace, sizes.max_sequence_tokens)
-        rows = [hidden.layers.index(layer) for layer in wanted.layers]
-        scales = None if hidden.scales is None else hidden.scales[rows, :count]
-        taken = HiddenStates(wanted.layers, hidden.dtype, hidden.values[rows, :count], scales)
-        parts.append(taken.to_float32().swapaxes(0, 1))
-    return torch.as_tensor(np.concatenate(parts))
 
 
 def _check_ids(input_ids: np.ndarray, sampled_ids_N: Tensor, vocab_size: int) -> None:

@@ -11,12 +11,14 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from lynearm.student.batches import MicroBatch, WantedStates
+from lynearm.student.batches import MicroBatch
 from lynearm.student.losses.hidden import HiddenLossKind, HiddenStateLoss, sum_mean_squares
 from lynearm.student.model import StudentModel
 from lynearm.student.objective import LossName, LossTerm, Objective
+from lynearm.student.teacher_states import WantedStates
 from lynearm.wire.errors import ConfigError
 from lynearm.wire.hidden import FINAL_NORM, Layer
+from lynearm.wire.traces import Trace
 
 _KINDS: dict[LossName, HiddenLossKind] = {"hidden-cosine": "cosine", "hidden-mse": "mse"}
 
@@ -52,6 +54,16 @@ class HiddenTerms:
             term.name: self._make_loss(term, student, objective.teacher_hidden_size, seed)
             for term in self._terms
         }
+
+    def check(self, traces: Sequence[Trace]) -> None:
+        """Look whether the traces carry what is compared.
+
+        Raises:
+            MisalignmentError: if one does not.
+        """
+        if self.wanted is not None:
+            for trace in traces:
+                self.wanted.check(trace)
 
     def parameters(self) -> dict[str, nn.Parameter]:
         """The projections by name: the term, and the layers of student and teacher."""

@@ -95,6 +95,8 @@ class Optimization:
         """
         config = self._config
         positions = [completion_positions(trace, config.max_sequence_tokens) for trace in batch.traces]
+        # Those of the other ranks too: all of them refuse, where one would leave the others waiting.
+        self._hidden.check(batch.traces)
         mine = self._ranks.share(batch.traces, positions)
         pieces = collate(
             mine,
