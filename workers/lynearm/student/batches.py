@@ -2,7 +2,8 @@
 
 Invariant: which traces make up which batch depends on the order of traces in the stream and on the
 configuration alone: not on time, not on how traces were packed into blocks, not on where a run was
-interrupted. Shape legend: B = sequences, L = padded length, N = completion positions, K = kept entries.
+interrupted. Shape legend: B = sequences, L = padded length, N = completion positions, K = kept entries,
+S = layers of the teacher, H = their width.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from torch import Tensor
 
 from lynearm.student.losses import Targets
 from lynearm.student.reader import PositionedTrace
+from lynearm.student.teacher_states import WantedStates
 from lynearm.student.weighting import PositionWeighting
 from lynearm.wire.errors import MisalignmentError
 from lynearm.wire.traces import Cursor, Trace
@@ -131,6 +133,8 @@ class MicroBatch:
     targets: Targets
     position_ids_BL: Tensor | None = None
     """int64; begins again at 0 with each trace of a packed row. None where every row is one trace."""
+    states_NSH: Tensor | None = None
+    """float32: the teacher's hidden states at the rows of `targets`, where they were asked for."""
 
     def to(self, device: torch.device) -> MicroBatch:
         """The same on another device."""
@@ -140,6 +144,7 @@ class MicroBatch:
             self.positions_N.to(device),
             self.targets.to(device),
             position_ids_BL,
+            None if self.states_NSH is None else self.states_NSH.to(device),
         )
 
 
@@ -161,6 +166,7 @@ def collate(
     *,
     vocab_size: int,
     weighting: PositionWeighting = PositionWeighting(),  # noqa: B008  # frozen
+    states: WantedStates | None = None,
 ) -> list[MicroBatch]:
     """The traces as tensors, in pieces.
 
@@ -169,14 +175,16 @@ def collate(
         sizes: Of the pieces.
         vocab_size: Of the student.
         weighting: How much each position counts.
+        states: Hidden states of the teacher to take along.
 
     Raises:
-        MisalignmentError: if a token of a prompt or completion is not in the student's vocabulary. Kept
-            entries may be, in the padding of a teacher's wider head: the loss leaves them out.
+        MisalignmentError: if a token of a prompt or completion is not in the student's vocabulary, or a trace
+            lacks hidden states. Kept entries may be beyond the vocabulary, in the padding of a teacher's
+            wider head: the loss leaves them out.
     """
     longest_first = sorted(traces, key=lambda trace: _length(trace, sizes.max_sequence_tokens), reverse=True)
     pieces = _fill_rows(longest_first, sizes) if sizes.packed else _group_by_length(longest_first, sizes)
-    return [_collate_piece(piece, sizes, vocab_size, weighting) for piece in pieces]
+    return [_collate_piece(piece, sizes, vocab_size, weighting, states) for piece in pieces]
 
 
 def _fill_rows(longest_first: Sequence[Trace], sizes: PieceSizes) -> list[list[Trace]]:
@@ -217,7 +225,11 @@ def _length(trace: Trace, max_sequence_tokens: int) -> int:
 
 
 def _collate_piece(
-    traces: Sequence[Trace], sizes: PieceSizes, vocab_size: int, weighting: PositionWeighting
+    traces: Sequence[Trace],
+    sizes: PieceSizes,
+    vocab_size: int,
+    weighting: PositionWeighting,
+    states: WantedStates | None,
 ) -> MicroBatch:
     lengths = [_length(trace, sizes.max_sequence_tokens) for trace in traces]
     if sizes.packed:
@@ -234,13 +246,15 @@ def _collate_piece(
         input_ids[start : start + length] = token_ids[:-1]
         position_ids[start : start + length] = np.arange(length)
         positions.append(start + np.arange(len(trace.prompt_token_ids) - 1, length))
-    targets = _targets(traces, [len(rows) for rows in positions], weighting)
+    counts = [len(rows) for rows in positions]
+    targets = _targets(traces, counts, weighting)
     _check_ids(input_ids, targets.sampled_ids_N, vocab_size)
     return MicroBatch(
         torch.as_tensor(input_ids.reshape(shape)),
         torch.as_tensor(np.concatenate(positions)),
         targets,
         torch.as_tensor(position_ids.reshape(shape)) if sizes.packed else None,
+        None if states is None else states.gather(traces, counts),
     )
 
 

@@ -11,6 +11,7 @@ import torch
 from lynearm.student.alignment import check_alignment
 from lynearm.student.checkpoint import TrainState, latest_checkpoint, load_checkpoint
 from lynearm.student.config import TrainConfig
+from lynearm.student.layer_pairs import format_pairs
 from lynearm.student.lineage import JsonObject, read_lineage
 from lynearm.student.model import StudentModel, load_student
 from lynearm.student.objective import Objective, make_objective
@@ -106,13 +107,17 @@ def _resume(config: TrainConfig, stream: StreamInfo, directory: Path | None, ran
 
 
 def _choose_objective(config: TrainConfig, stream: StreamInfo, student: StudentModel) -> Objective:
-    return make_objective(
+    objective = make_objective(
         stream.spec,
         config.loss,
         temperature=config.temperature,
         retemper=config.retemper,
         vocab_size=student.vocab_size,
+        student_layers=len(student.decoder_layers),
     )
+    for term in objective.hidden_terms:
+        logger.info("%s compares (student=teacher) layers %s", term.name, format_pairs(term.pairs))
+    return objective
 
 
 def _load_aligned(config: TrainConfig, stream: StreamInfo, directory: Path) -> StudentModel:

@@ -113,6 +113,8 @@ def metric_values(record: StepRecord | EvaluationRecord) -> dict[str, float]:
         busy = {"train/seconds": record.seconds, "train/waiting_seconds": record.waiting_seconds}
         learnt = ("loss", "kl", "cross_entropy", "learning_rate", "gradient_norm", "tokens")
         values = {f"train/{name}": float(getattr(record, name)) for name in learnt} | busy
+        if record.hidden is not None:
+            values["train/hidden"] = record.hidden
     else:
         measured = ("kl", "cross_entropy", "perplexity", "agreement", "calibration_error", "exact_match")
         found = {name: cast("float | None", getattr(record, name)) for name in measured}
@@ -136,7 +138,7 @@ def _line(record: StepRecord | EvaluationRecord) -> str:
     return json.dumps(plain, allow_nan=False) + "\n"
 
 
-_CAN_BE_NONE = frozenset({"agreement", "calibration_error", "exact_match"})
+_CAN_BE_NONE = frozenset({"agreement", "calibration_error", "exact_match", "hidden"})
 
 
 def _parse(line: str) -> StepRecord | EvaluationRecord:

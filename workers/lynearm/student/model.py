@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from lynearm.wire.errors import CheckpointError
+from lynearm.wire.hidden import FINAL_NORM, Layer
 from lynearm.wire.specs import TokenizerSpec, hash_chat_template, hash_vocab
 
 _PLAIN_HEAD_TOLERANCE = 1e-3
@@ -50,6 +51,16 @@ class StudentModel:
         """Bias of the output head, [V]."""
         return cast("Tensor | None", getattr(self.model.get_output_embeddings(), "bias", None))
 
+    @property
+    def hidden_size(self) -> int:
+        """H."""
+        return int(self.head_weight.shape[1])
+
+    @property
+    def decoder_layers(self) -> Sequence[nn.Module]:
+        """In their order; none where the architecture does not hold them as its `layers`."""
+        return cast("Sequence[nn.Module]", getattr(self.model.base_model, "layers", ()))
+
     def hidden_states(self, input_ids: Tensor, position_ids: Tensor | None = None) -> Tensor:
         """What the output head is applied to, [B, L, H].
 
@@ -63,6 +74,32 @@ class StudentModel:
         ):
             outputs = self.model.base_model(input_ids=input_ids, position_ids=position_ids, use_cache=False)
         return cast(Tensor, outputs.last_hidden_state)
+
+    def layer_states(
+        self, input_ids: Tensor, position_ids: Tensor | None, layers: Sequence[Layer]
+    ) -> tuple[Tensor, list[Tensor]]:
+        """`hidden_states`, and the states of some layers from the same pass, [B, L, H] each.
+
+        Those of a decoder layer are the residual stream behind it, as a stream has them: what transformers
+        returns as `hidden_states[layer + 1]`, but for the last layer, where that is the final norm's output
+        already, and which is why they are taken at the layers themselves.
+
+        Args:
+            input_ids: As there.
+            position_ids: As there.
+            layers: Numbers of `decoder_layers`, or "norm" for what the output head is applied to.
+        """
+        found: dict[Layer, Tensor] = {}
+        numbers = [layer for layer in layers if layer != FINAL_NORM]
+        hooks = [
+            self.decoder_layers[number].register_forward_hook(_keep(number, found)) for number in numbers
+        ]
+        try:
+            found[FINAL_NORM] = self.hidden_states(input_ids, position_ids)
+        finally:
+            for hook in hooks:
+                hook.remove()
+        return found[FINAL_NORM], [found[layer] for layer in layers]
 
     def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
         """Name and parameter, each parameter once though it may be tied."""
@@ -205,6 +242,16 @@ def read_tokenizer_spec(directory: Path) -> TokenizerSpec:
         vocab_size=len(vocab),
         eos_token_ids=tuple(sorted(cast("set[int]", ends))),
     )
+
+
+def _keep(
+    number: int, found: dict[Layer, Tensor]
+) -> Callable[[nn.Module, Any, Tensor | tuple[Tensor]], None]:
+    def hook(_module: nn.Module, _inputs: Any, output: Tensor | tuple[Tensor]) -> None:
+        # Some architectures return attention weights, too.
+        found[number] = output if isinstance(output, Tensor) else output[0]
+
+    return hook
 
 
 def _generation_ends(directory: Path) -> list[int]:

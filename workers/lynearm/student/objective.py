@@ -1,6 +1,7 @@
 """What a student is trained to bring down: a sum of losses, and the temperature at which they compare.
 
     TERM = NAME[@MIX][:WEIGHT]        forward-kl    reverse-kl:0.5    jsd@0.3:0.9    cross-entropy:0.1
+         | HIDDEN[@PAIRS][:WEIGHT]    hidden-cosine    hidden-mse@4=9,9=19:0.5
 
 `docs/losses.md` has each loss's formula. Nothing here needs torch, so that a configuration is checked
 before anything slow is imported.
@@ -11,24 +12,27 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal, TypeAlias, cast, get_args
 
+from lynearm.student.layer_pairs import LayerPair, format_pairs, parse_pairs, settle_pairs
 from lynearm.wire.errors import ConfigError, MisalignmentError
 from lynearm.wire.specs import StreamSpec
 
 DivergenceName: TypeAlias = Literal[
     "forward-kl", "reverse-kl", "jsd", "skew-kl", "skew-reverse-kl", "sampled-kd"
 ]
-LossName: TypeAlias = DivergenceName | Literal["cross-entropy"]
+HiddenLossName: TypeAlias = Literal["hidden-cosine", "hidden-mse"]
+LossName: TypeAlias = DivergenceName | HiddenLossName | Literal["cross-entropy"]
 DIVERGENCE_NAMES: tuple[DivergenceName, ...] = get_args(DivergenceName)
-LOSS_NAMES: tuple[LossName, ...] = (*DIVERGENCE_NAMES, "cross-entropy")
+HIDDEN_LOSS_NAMES: tuple[HiddenLossName, ...] = get_args(HiddenLossName)
+LOSS_NAMES: tuple[LossName, ...] = (*DIVERGENCE_NAMES, "cross-entropy", *HIDDEN_LOSS_NAMES)
 
 DEFAULT_MIX: dict[str, float] = {"jsd": 0.5, "skew-kl": 0.1, "skew-reverse-kl": 0.1}
 """The losses that compare with a mixture, and its usual proportion: GKD's β and DistiLLM's α."""
 
 _TERM = re.compile(r"(?P<name>[a-z-]+)(@(?P<mix>[^:@]+))?(:(?P<weight>[^:@]+))?")
-_HOW = "write NAME[@MIX][:WEIGHT], for example forward-kl:0.9 or jsd@0.5:1"
+_HOW = "write NAME[@MIX][:WEIGHT], for example forward-kl:0.9, jsd@0.5:1 or hidden-cosine@4=9,9=19:0.5"
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,6 +48,9 @@ class LossTerm:
     """Above 0."""
     mix: float = 0.0
     """In (0, 1) for the losses of `DEFAULT_MIX`, β or α; 0 for all others."""
+    pairs: tuple[LayerPair, ...] = ()
+    """Layers that a loss of `HIDDEN_LOSS_NAMES` compares; none: by depth, which `make_objective` settles.
+    None for all others."""
 
     def __post_init__(self) -> None:
         """Check every field."""
@@ -61,10 +68,17 @@ class LossTerm:
             )
         if self.name not in DEFAULT_MIX and self.mix:
             raise ConfigError(f"loss {self.name} mixes nothing: @{self.mix:g} has no meaning", _HOW)
+        if self.pairs and (self.name not in HIDDEN_LOSS_NAMES or len(set(self.pairs)) < len(self.pairs)):
+            raise ConfigError(
+                f"loss {self.name}: layers are {format_pairs(self.pairs)}, expected each pair once, and only "
+                f"for {' and '.join(HIDDEN_LOSS_NAMES)}",
+                _HOW,
+            )
 
     def __str__(self) -> str:
         """As `parse_term` reads it."""
-        return f"{self.name}{f'@{self.mix:g}' if self.mix else ''}:{self.weight:g}"
+        chosen = format_pairs(self.pairs) if self.pairs else f"{self.mix:g}" if self.mix else ""
+        return f"{self.name}{f'@{chosen}' if chosen else ''}:{self.weight:g}"
 
 
 def parse_term(text: str) -> LossTerm:
@@ -77,9 +91,12 @@ def parse_term(text: str) -> LossTerm:
     if found is None:
         raise ConfigError(f"loss {text!r} cannot be read", _HOW)
     name = cast(LossName, found["name"])
+    weight = _number(found["weight"], text) if found["weight"] else 1.0
+    if name in HIDDEN_LOSS_NAMES:
+        return LossTerm(name, weight, pairs=parse_pairs(found["mix"]) if found["mix"] else ())
     return LossTerm(
         name,
-        _number(found["weight"], text) if found["weight"] else 1.0,
+        weight,
         _number(found["mix"], text) if found["mix"] else DEFAULT_MIX.get(name, 0.0),
     )
 
@@ -110,6 +127,8 @@ class Objective:
     vocab_size: int = 0
     """Rows of the output head that are tokens of the teacher too; the others get no probability and no
     gradient. 0: all."""
+    teacher_hidden_size: int = 0
+    """Width of the teacher's hidden states; 0 where none are compared."""
 
     def __post_init__(self) -> None:
         """Check every field."""
@@ -126,7 +145,12 @@ class Objective:
     @property
     def divergences(self) -> tuple[LossTerm, ...]:
         """The terms that compare with the teacher's distribution."""
-        return tuple(term for term in self.terms if term.name != "cross-entropy")
+        return tuple(term for term in self.terms if term.name in DIVERGENCE_NAMES)
+
+    @property
+    def hidden_terms(self) -> tuple[LossTerm, ...]:
+        """The terms that compare hidden states."""
+        return tuple(term for term in self.terms if term.name in HIDDEN_LOSS_NAMES)
 
     @property
     def cross_entropy_weight(self) -> float:
@@ -141,6 +165,7 @@ def make_objective(
     temperature: float = 1.0,
     retemper: bool = False,
     vocab_size: int = 0,
+    student_layers: int = 0,
 ) -> Objective:
     """The objective of training on a stream.
 
@@ -151,17 +176,20 @@ def make_objective(
         retemper: Bring a stream of another temperature to this one: see `losses.teacher.retemper` for what
             that gets wrong.
         vocab_size: Width of the student's logits; 0: the teacher's.
+        student_layers: Decoder layers of the student, for terms that compare hidden states; 0 where they are
+            not known.
 
     Raises:
-        ConfigError: if the terms cannot be read.
-        MisalignmentError: if the stream has another temperature and is not to be re-tempered, or its codec
-            mode does not suit a loss.
+        ConfigError: if the terms cannot be read, or compare layers that the student does not have.
+        MisalignmentError: if the stream has another temperature and is not to be re-tempered, its codec mode
+            does not suit a loss, or it does not carry the hidden states that a loss compares.
     """
     objective = Objective(
-        parse_terms(losses),
+        tuple(_settle_layers(term, spec, student_layers) for term in parse_terms(losses)),
         temperature,
         spec.teacher.logprobs_temperature,
         min(spec.teacher.vocab_size, vocab_size or spec.teacher.vocab_size),
+        spec.codec.hidden.hidden_size if spec.codec.hidden else 0,
     )
     differs = spec.teacher.logprobs_temperature != temperature
     if objective.divergences and differs and not retemper:
@@ -174,6 +202,12 @@ def make_objective(
     for term in objective.divergences:
         _check_codec(spec, term, retempered=differs)
     return objective
+
+
+def _settle_layers(term: LossTerm, spec: StreamSpec, student_layers: int) -> LossTerm:
+    if term.name not in HIDDEN_LOSS_NAMES:
+        return term
+    return replace(term, pairs=settle_pairs(term.name, term.pairs, spec, student_layers))
 
 
 def _check_codec(spec: StreamSpec, term: LossTerm, *, retempered: bool) -> None:

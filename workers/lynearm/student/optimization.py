@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import cast
 
@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from lynearm.student.batches import Batch, MicroBatch, PieceSizes, collate, completion_positions
 from lynearm.student.config import TrainConfig
+from lynearm.student.hidden_terms import HiddenTerms
 from lynearm.student.losses import backpropagate_loss
 from lynearm.student.model import StudentModel, packs_without_leaks
 from lynearm.student.objective import Objective, parse_terms
@@ -23,6 +24,8 @@ FINAL_RATE = 0.1
 """Where a falling schedule ends, as a part of the peak rate."""
 
 _MOMENTS = ("exp_avg", "exp_avg_sq")
+_PROJECTION = "projection"
+"""What is saved of parameters that are not the student's, besides their moments: themselves."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,6 +41,8 @@ class StepResult:
     learning_rate: float
     gradient_norm: float
     """Before clipping."""
+    hidden: float | None = None
+    """The weighted sum of the terms that compare hidden states; part of `loss`. None without any."""
 
 
 class Optimization:
@@ -66,7 +71,8 @@ class Optimization:
         self._sizes = PieceSizes(
             config.micro_batch_tokens, config.max_sequence_tokens, packed=_packs(student, config.packing)
         )
-        self._parameters = student.trainable_parameters()
+        self._hidden = HiddenTerms(student, self._objective, seed=config.seed)
+        self._parameters = student.trainable_parameters() | self._hidden.parameters()
         matrices = [parameter for parameter in self._parameters.values() if parameter.ndim > 1]
         vectors = [parameter for parameter in self._parameters.values() if parameter.ndim <= 1]
         self._optimizer = torch.optim.AdamW(
@@ -83,25 +89,36 @@ class Optimization:
         """Train on a batch; `step` counts from 1.
 
         Raises:
-            MisalignmentError: if a token id is not in the student's vocabulary; nothing was changed.
+            MisalignmentError: if a token id is not in the student's vocabulary, or a trace lacks the hidden
+                states that are compared; nothing was changed.
             InvalidInputError: if the gradient is not finite; no weight was changed.
         """
         config = self._config
         positions = [completion_positions(trace, config.max_sequence_tokens) for trace in batch.traces]
+        # Those of the other ranks too: all of them refuse, where one would leave the others waiting.
+        self._hidden.check(batch.traces)
         mine = self._ranks.share(batch.traces, positions)
-        pieces = collate(mine, self._sizes, vocab_size=self._student.vocab_size, weighting=self._weighting)
+        pieces = collate(
+            mine,
+            self._sizes,
+            vocab_size=self._student.vocab_size,
+            weighting=self._weighting,
+            states=self._hidden.wanted,
+        )
         # Of the whole batch, on every rank: the sum of their gradients is then the batch's mean.
-        weight = self._weighting.total(batch.traces, config.max_sequence_tokens)
+        weight = self._weighting.total(batch.traces, config.max_sequence_tokens) or 1.0
+        squares = self._hidden.sum_squares(pieces)
+        mean_squares = [square / weight for square in self._ranks.sum(*squares)] if squares else []
         tokens = sum(positions)
         rate = learning_rate(config, step)
         for group in self._optimizer.param_groups:
             group["lr"] = rate
-        loss, kl, cross_entropy = 0.0, 0.0, 0.0
+        sums = [0.0] * 4
         for piece in pieces:
-            part = self._backward(piece.to(self._student.device), weight or 1.0)
-            loss, kl, cross_entropy = loss + part[0], kl + part[1], cross_entropy + part[2]
+            part = self._backward(piece.to(self._student.device), weight, mean_squares)
+            sums = [total + value for total, value in zip(sums, part, strict=True)]
         self._ranks.sum_gradients(self._parameters.values())
-        loss, kl, cross_entropy = self._ranks.sum(loss, kl, cross_entropy)
+        loss, kl, cross_entropy, hidden = self._ranks.sum(*sums)
         norm = self._clip()
         if not math.isfinite(norm):
             self._optimizer.zero_grad(set_to_none=True)
@@ -112,14 +129,15 @@ class Optimization:
         self._optimizer.step()  # pyright: ignore[reportUnknownMemberType]  # torch leaves it half typed
         self._optimizer.zero_grad(set_to_none=True)
         kl, cross_entropy = kl / tokens, cross_entropy / tokens
-        return StepResult(loss, kl, cross_entropy, tokens, rate, norm)
+        hidden_loss = hidden if self._objective.hidden_terms else None
+        return StepResult(loss + hidden, kl, cross_entropy, tokens, rate, norm, hidden_loss)
 
     def parameters(self) -> Iterable[nn.Parameter]:
-        """What is trained, in the model's order."""
+        """What is trained: the student's parameters in its order, and the projections of hidden states."""
         return self._parameters.values()
 
     def state(self) -> dict[str, Tensor]:
-        """Moments by parameter name, and the state of the random generators."""
+        """Moments by parameter name, projections, and the state of the random generators."""
         tensors: dict[str, Tensor] = {"rng.cpu": torch.get_rng_state()}
         if self._student.device.type == "cuda":
             tensors["rng.cuda"] = torch.cuda.get_rng_state(self._student.device)
@@ -128,6 +146,8 @@ class Optimization:
             for moment in _MOMENTS:
                 if moment in moments:
                     tensors[f"{moment}.{name}"] = moments[moment]
+        for name, projection in self._hidden.parameters().items():
+            tensors[f"{_PROJECTION}.{name}"] = projection.detach()
         return tensors
 
     def restore(self, tensors: dict[str, Tensor], step: int) -> None:
@@ -139,14 +159,19 @@ class Optimization:
         expected = (
             {f"{moment}.{name}" for name in self._parameters for moment in _MOMENTS} if step else set[str]()
         )
+        projections = self._hidden.parameters()
+        expected |= {f"{_PROJECTION}.{name}" for name in projections}
         found = {name for name in tensors if not name.startswith("rng.")}
         if expected != found:
             different = sorted(expected ^ found)
             raise CheckpointError(
                 f"the optimizer state is of other parameters: {different[0]} and "
                 f"{len(different) - 1} more differ",
-                "resume with the freeze_embeddings that the run began with",
+                "resume with the freeze_embeddings and the hidden terms of the loss that the run began with",
             )
+        with torch.no_grad():
+            for name, projection in projections.items():
+                projection.copy_(_of_shape(tensors[f"{_PROJECTION}.{name}"], projection, name))
         for name, parameter in self._parameters.items():
             if step:
                 self._optimizer.state[parameter] = self._parameter_state(name, parameter, tensors, step)
@@ -154,11 +179,26 @@ class Optimization:
         if self._student.device.type == "cuda" and "rng.cuda" in tensors:
             torch.cuda.set_rng_state(tensors["rng.cuda"].cpu(), self._student.device)
 
-    def _backward(self, piece: MicroBatch, weight: float) -> tuple[float, float, float]:
+    def _backward(
+        self, piece: MicroBatch, weight: float, mean_squares: Sequence[float]
+    ) -> tuple[float, float, float, float]:
+        """Add a piece's gradients.
+
+        Returns:
+            Its part of the loss without the hidden terms, its sums of KL and cross-entropy, and its part of
+            the hidden terms.
+        """
         student = self._student
-        hidden_NH = student.hidden_states(piece.input_ids_BL, piece.position_ids_BL).flatten(0, 1)[
-            piece.positions_N
-        ]
+        states_BLH, layers = student.layer_states(
+            piece.input_ids_BL, piece.position_ids_BL, self._hidden.student_layers
+        )
+        hidden_NH = states_BLH.flatten(0, 1)[piece.positions_N]
+        beside = self._hidden.loss(
+            [layer_BLH.flatten(0, 1)[piece.positions_N] for layer_BLH in layers],
+            piece,
+            divisor=weight,
+            mean_squares=mean_squares,
+        )
         result = backpropagate_loss(
             hidden_NH,
             student.head_weight,
@@ -166,9 +206,10 @@ class Optimization:
             bias_V=student.head_bias,
             objective=self._objective,
             divisor=weight,
+            beside=beside,
         )
         kl, cross_entropy = (float(part_N.double().sum()) for part_N in (result.kl_N, result.cross_entropy_N))
-        return float(result.loss), kl, cross_entropy
+        return float(result.loss), kl, cross_entropy, 0.0 if beside is None else float(beside.detach())
 
     def _clip(self) -> float:
         limit = self._config.grad_clip or math.inf
@@ -177,10 +218,17 @@ class Optimization:
     def _parameter_state(
         self, name: str, parameter: nn.Parameter, tensors: dict[str, Tensor], step: int
     ) -> dict[str, Tensor]:
-        moments = {moment: tensors[f"{moment}.{name}"].to(parameter.device) for moment in _MOMENTS}
-        if any(moment.shape != parameter.shape for moment in moments.values()):
-            raise CheckpointError(f"the optimizer state of {name} has another shape than the parameter")
+        moments = {
+            moment: _of_shape(tensors[f"{moment}.{name}"], parameter, name).to(parameter.device)
+            for moment in _MOMENTS
+        }
         return {"step": torch.tensor(float(step), device=parameter.device), **moments}
+
+
+def _of_shape(saved: Tensor, parameter: nn.Parameter, name: str) -> Tensor:
+    if saved.shape != parameter.shape:
+        raise CheckpointError(f"the optimizer state of {name} has another shape than the parameter")
+    return saved
 
 
 def _packs(student: StudentModel, packing: str) -> bool:

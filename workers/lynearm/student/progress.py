@@ -21,7 +21,7 @@ class StepRecord:
     epoch: int
     """From 0."""
     loss: float
-    """Weighted sum of the two below, mean over the batch's completion positions."""
+    """Weighted sum of the terms, mean over the batch's completion positions."""
     kl: float
     """Forward KL to the teacher over top-k and tail, nats per completion token."""
     cross_entropy: float
@@ -36,6 +36,8 @@ class StepRecord:
     records of a resumed run equal those of an uninterrupted one."""
     waiting_seconds: float = field(default=0.0, compare=False)
     """Wall time before the step without a trace to train on."""
+    hidden: float | None = None
+    """Weighted sum of the terms that compare hidden states, part of `loss`; None without any."""
 
 
 @dataclass(frozen=True, slots=True)

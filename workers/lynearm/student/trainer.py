@@ -226,7 +226,8 @@ class _Run:
             if not self._rule.holds_out(positioned.trace):
                 passed.append(positioned)
             elif is_usable(positioned.trace, self._config.max_sequence_tokens):
-                held_out.append(positioned.trace)
+                # Measured without hidden states, which would fill the checkpoint's blocks.
+                held_out.append(replace(positioned.trace, hidden=None))
         if not self._ranks.all_hold(self._why_stop() is None):
             return False
         source.give_back(passed)
@@ -267,6 +268,7 @@ class _Run:
             tokens=self._state.tokens + result.tokens,
             learning_rate=result.learning_rate,
             gradient_norm=result.gradient_norm,
+            hidden=result.hidden,
             seconds=time.monotonic() - started,
             waiting_seconds=self._reporter.take_waiting_seconds(),
         )

@@ -84,6 +84,7 @@ def backpropagate_loss(
     bias_V: Tensor | None = None,
     objective: Objective | None = None,
     divisor: float | None = None,
+    beside: Tensor | None = None,
 ) -> DistillationLoss:
     """`distillation_loss` and its backward pass in one.
 
@@ -98,9 +99,10 @@ def backpropagate_loss(
         bias_V: As there; a leaf.
         objective: As there.
         divisor: As there.
+        beside: A scalar of the same graph, whose gradients are made in the same pass through it.
 
     Returns:
-        As there; `loss` is not differentiable any more.
+        As there, without `beside`; `loss` is not differentiable any more.
     """
     for leaf in (head_VH, bias_V):
         if leaf is not None and leaf.requires_grad and not leaf.is_leaf:
@@ -121,8 +123,13 @@ def backpropagate_loss(
         gradients = _Gradients(hidden_grad_NH, head_grad_VH, bias_grad_V, is_empty=is_first)
         losses = _run(_Head(hidden_NH, head_VH, bias_V), targets, objective or Objective(), scale, gradients)
         loss = _weighted_sum(losses.loss_R, targets) * scale
-    if hidden_grad_NH is not None:
-        torch.autograd.backward(hidden_NH, hidden_grad_NH)
+    roots = [
+        (root, gradient)
+        for root, gradient in ((hidden_NH, hidden_grad_NH), (beside, None))
+        if root is not None and root.requires_grad
+    ]
+    if roots:
+        torch.autograd.backward([root for root, _ in roots], [gradient for _, gradient in roots])
     return DistillationLoss(loss, losses.loss_R, losses.kl_R, losses.cross_entropy_R)
 
 

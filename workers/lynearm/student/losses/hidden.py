@@ -33,6 +33,7 @@ class HiddenStateLoss(nn.Module):
         teacher_width: H. Where it is S, projections begin as the identity, else with orthogonal rows or
             columns, so that they keep lengths as far as the widths allow.
         kind: "cosine" or "mse".
+        seed: Of projections that do not begin as the identity: the same on every rank.
 
     Raises:
         ConfigError: if there is no pair, a layer is negative, or the kind is not known.
@@ -45,6 +46,7 @@ class HiddenStateLoss(nn.Module):
         student_width: int,
         teacher_width: int,
         kind: HiddenLossKind = "cosine",
+        seed: int = 0,
     ) -> None:
         super().__init__()
         if not pairs or any(layer < 0 for pair in pairs for layer in pair):
@@ -60,23 +62,34 @@ class HiddenStateLoss(nn.Module):
         self.projections = nn.ModuleList(
             nn.Linear(student_width, teacher_width, bias=False) for _ in self._pairs
         )
+        generator = torch.Generator().manual_seed(seed)
         with torch.no_grad():
             for projection in self.projections:
                 weight = projection.get_parameter("weight")
                 if student_width == teacher_width:
                     nn.init.eye_(weight)
                 else:
-                    nn.init.orthogonal_(weight)
+                    nn.init.orthogonal_(weight, generator=generator)
 
     def forward(
-        self, student: Sequence[Tensor], teacher_NLH: Tensor, weights_N: Tensor | None = None
+        self,
+        student: Sequence[Tensor],
+        teacher_NLH: Tensor,
+        weights_N: Tensor | None = None,
+        *,
+        divisor: float | None = None,
+        mean_squares_L: Tensor | None = None,
     ) -> Tensor:
         """Mean over positions, by weight, and over pairs.
+
+        A step of several calls gives the last two arguments of all of them; the results then add up.
 
         Args:
             student: States [N, S] of each student layer that a pair may name.
             teacher_NLH: The teacher's, at the same positions; no gradient goes there.
             weights_N: How much each position counts; None: all of them 1.
+            divisor: What the sum over positions is divided by; if not given, the sum of their weights.
+            mean_squares_L: Of each teacher layer's numbers, by weight, for "mse"; if not given, of these.
 
         Raises:
             MisalignmentError: if shapes are not those that the pairs and widths promise.
@@ -84,21 +97,22 @@ class HiddenStateLoss(nn.Module):
         self._check(student, teacher_NLH)
         weights = teacher_NLH.new_ones(len(teacher_NLH)) if weights_N is None else weights_N
         weights = weights.to(torch.promote_types(teacher_NLH.dtype, torch.float32))
-        total_weight = weights.sum()
+        least = torch.finfo(weights.dtype).tiny
+        total_weight = weights.sum().clamp_min(least) if divisor is None else divisor
+        if mean_squares_L is None:
+            mean_squares_L = sum_mean_squares(teacher_NLH, weights) / weights.sum().clamp_min(least)
         total = weights.new_zeros(())
         for projection, (ours, theirs) in zip(self.projections, self._pairs, strict=True):
             projected_NH: Tensor = projection(student[ours]).to(weights.dtype)
             target_NH = teacher_NLH[:, theirs].detach().to(weights.dtype)
-            total = total + (weights * self._distance(projected_NH, target_NH, weights)).sum()
-        return total / (total_weight.clamp_min(torch.finfo(weights.dtype).tiny) * len(self._pairs))
+            total = total + (weights * self._distance(projected_NH, target_NH, mean_squares_L[theirs])).sum()
+        return total / (total_weight * len(self._pairs))
 
-    def _distance(self, projected_NH: Tensor, target_NH: Tensor, weights_N: Tensor) -> Tensor:
+    def _distance(self, projected_NH: Tensor, target_NH: Tensor, mean_square: Tensor) -> Tensor:
         if self._kind == "cosine":
             cosine_N = nn.functional.cosine_similarity(projected_NH, target_NH, dim=-1, eps=_LEAST_NORM)
             return torch.where(target_NH.square().sum(-1).sqrt() > _LEAST_NORM, 1.0 - cosine_N, 0.0)
-        weight = weights_N.sum().clamp_min(torch.finfo(weights_N.dtype).tiny)
-        power = (weights_N * target_NH.square().mean(-1)).sum() / weight
-        return (projected_NH - target_NH).square().mean(-1) / power.clamp_min(_LEAST_NORM**2)
+        return (projected_NH - target_NH).square().mean(-1) / mean_square.clamp_min(_LEAST_NORM**2)
 
     def _check(self, student: Sequence[Tensor], teacher_NLH: Tensor) -> None:
         width, teacher_width = self._widths
@@ -117,3 +131,9 @@ class HiddenStateLoss(nn.Module):
                     f"[{len(teacher_NLH)}, {width}]",
                     "pair layers that the student has, at the teacher's positions",
                 )
+
+
+def sum_mean_squares(teacher_NLH: Tensor, weights_N: Tensor) -> Tensor:
+    """Mean square of each state's numbers, summed over positions by weight; [L], in the weights' type."""
+    squares_NL = teacher_NLH.detach().to(weights_N.dtype).square().mean(-1)
+    return (weights_N[:, None] * squares_NL).sum(0)
