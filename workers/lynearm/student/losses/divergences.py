@@ -43,8 +43,8 @@ def divergence(term: LossTerm, log_p_RB: Tensor, log_q_RB: Tensor) -> tuple[Tens
 
 
 def _key(term: LossTerm) -> DivergenceName:
-    if term.name == "cross-entropy":
-        raise ValueError("cross-entropy knows no teacher's distribution")
+    if term.name in ("cross-entropy", "hidden-cosine", "hidden-mse"):
+        raise ValueError(f"{term.name} knows no teacher's distribution")
     return term.name
 
 
