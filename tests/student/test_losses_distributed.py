@@ -11,13 +11,19 @@ import pytest
 
 pytestmark = pytest.mark.slow
 
+TESTS = Path(__file__).resolve().parents[1]
+
 
 @pytest.mark.parametrize("way", ["ddp", "fsdp2"])
 def test_gradients_of_two_processes_equal_those_of_one(way: str, tmp_path: Path) -> None:
     processes = [
         subprocess.Popen(
             [sys.executable, "-m", "student.two_processes", way, str(rank), str(tmp_path / "rendezvous")],
-            env={**os.environ, "OMP_NUM_THREADS": "1"},
+            env={
+                **os.environ,
+                "OMP_NUM_THREADS": "1",
+                "PYTHONPATH": os.pathsep.join([str(TESTS), *sys.path]),
+            },
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,

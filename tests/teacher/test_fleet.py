@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import threading
 import time
 from collections import Counter
@@ -30,6 +31,8 @@ pytestmark = [
 ]
 
 T = TypeVar("T")
+
+TESTS = Path(__file__).resolve().parents[1]
 
 NODE = {"num_cpus": 1, "object_store_memory": 80 << 20, "memory": 8 << 30}
 
@@ -62,6 +65,8 @@ def cluster() -> Iterator[Any]:
         # At nice 15, which is Ray's default, workers would starve on a busy machine.
         patch.setenv("RAY_worker_niceness", "0")
         patch.setenv("RAY_AUTH_MODE", "disabled")
+        # Workers on the nodes import the faulty one of these tests.
+        patch.setenv("PYTHONPATH", str(TESTS), prepend=os.pathsep)
         head = {**NODE, "include_dashboard": False}
         made = patiently(lambda: Cluster(initialize_head=True, head_node_args=head))
         try:
