@@ -34,6 +34,7 @@ def ray_here(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     ray.init(address="local", num_cpus=2, include_dashboard=False, object_store_memory=100 << 20)
     yield
     ray.shutdown()
+    os.environ.pop("RAY_AUTH_MODE", None)  # set by `ray.init`; other tests choose their own
 
 
 @pytest.fixture
