@@ -95,7 +95,7 @@ class HiddenStateLoss(nn.Module):
     def _distance(self, projected_NH: Tensor, target_NH: Tensor, weights_N: Tensor) -> Tensor:
         if self._kind == "cosine":
             cosine_N = nn.functional.cosine_similarity(projected_NH, target_NH, dim=-1, eps=_LEAST_NORM)
-            return torch.where(target_NH.norm(dim=-1) > _LEAST_NORM, 1.0 - cosine_N, 0.0)
+            return torch.where(target_NH.square().sum(-1) > _LEAST_NORM**2, 1.0 - cosine_N, 0.0)
         weight = weights_N.sum().clamp_min(torch.finfo(weights_N.dtype).tiny)
         power = (weights_N * target_NH.square().mean(-1)).sum() / weight
         return (projected_NH - target_NH).square().mean(-1) / power.clamp_min(_LEAST_NORM**2)
