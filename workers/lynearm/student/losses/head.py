@@ -23,8 +23,9 @@ from lynearm.student.objective import Objective
 from lynearm.wire.errors import InvalidInputError
 
 CHUNK_BYTES = 80 << 20
-"""Logits that exist at once. On two cores, float32 and 576 wide: half of it costs 10 % more time, since a
-matrix product with few rows is slower; twice of it gains 3 %."""
+"""Logits that exist at once. On two cores, in float32 and 576 wide, every chunk costs 0.04 CPU-seconds more
+at 49,152 tokens and 0.1 at 151,936, since each matrix product goes through the whole head: 80 MiB make
+three of 1,024 positions and four of 512, within a tenth of what one chunk would cost."""
 
 BLOCK_BYTES = 16 << 20
 """Logits of a chunk that are copied at once where that is needed: to float32, or to another temperature."""
