@@ -64,9 +64,10 @@ def cluster() -> Iterator[Any]:
     with pytest.MonkeyPatch.context() as patch:
         # At nice 15, which is Ray's default, workers would starve on a busy machine.
         patch.setenv("RAY_worker_niceness", "0")
-        # A local start sets it for the process, and reads it again only where it is not set.
+        # An earlier Ray of this process may have been of another mode, which it remembers.
         os.environ.pop("RAY_AUTH_MODE", None)
         patch.setenv("RAY_AUTH_MODE", "disabled")
+        ray._raylet.Config.initialize("")
         # Workers on the nodes import the faulty one of these tests.
         patch.setenv("PYTHONPATH", str(TESTS), prepend=os.pathsep)
         head = {**NODE, "include_dashboard": False}
