@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import pytest
 
+_FIRST, _LAST = "test_fleet.py", "test_ray_launch.py"
+
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Ray Train's runs come last.
+    """The cluster of simulated nodes comes before any other Ray in this process, Ray Train's runs after all.
 
-    They leave something in this process by which actors of a cluster of simulated nodes, joined later, are
-    cancelled before they run; the other way round all is well.
+    Ray remembers things in a process, by which actors of a cluster that it joins later are cancelled before
+    they run. The other way round all is well.
     """
-    items.sort(key=lambda item: item.path.name == "test_ray_launch.py")
+    items.sort(key=lambda item: {_FIRST: 0, _LAST: 2}.get(item.path.name, 1))
