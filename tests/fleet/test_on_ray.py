@@ -10,9 +10,10 @@ import sys
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import pytest
+from models.ray_start import patiently
 from models.trace_blocks import make_block, make_spec
 
 from lynearm.client import TraceClient
@@ -26,8 +27,6 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore::FutureWarning"),
     pytest.mark.filterwarnings("ignore::DeprecationWarning"),
 ]
-
-T = TypeVar("T")
 
 NODE = {"num_cpus": 1, "object_store_memory": 80 << 20}
 
@@ -53,17 +52,6 @@ def cluster() -> Iterator[Any]:
             yield made
         finally:
             made.shutdown()
-
-
-def patiently(start: Callable[[], T]) -> T:
-    """Ray gives a node 30 s to start, which a busy machine may exceed; the next try is warm."""
-    for _ in range(2):
-        try:
-            return start()
-        # A node that does not come up in time raises a bare Exception.
-        except Exception as error:
-            print(f"Ray did not start ({error}); trying again")
-    return start()
 
 
 class Up:

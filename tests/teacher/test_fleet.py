@@ -7,12 +7,13 @@ import os
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import pytest
 from models.faulty_worker import POISON, FaultyWorker
+from models.ray_start import patiently
 from models.service_process import ServiceProcess
 from models.teaching import teach_config
 from models.tiny_llama import build_tiny_llama
@@ -30,8 +31,6 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning"),
 ]
 
-T = TypeVar("T")
-
 TESTS = Path(__file__).resolve().parents[1]
 
 NODE = {"num_cpus": 1, "object_store_memory": 80 << 20, "memory": 8 << 30}
@@ -42,17 +41,6 @@ STEPS = ("drain_a_node", "kill_the_service", "lose_a_node", "join_a_node")
 
 _PREEMPTION = 2
 """A reason to drain a node, as Ray numbers them."""
-
-
-def patiently(start: Callable[[], T]) -> T:
-    """Ray gives a node 30 s to start, which a busy machine may exceed; the next try is warm."""
-    for _ in range(2):
-        try:
-            return start()
-        # A node that does not come up in time raises a bare Exception.
-        except Exception as error:
-            print(f"Ray did not start ({error}); trying again")
-    return start()
 
 
 @pytest.fixture(scope="module")

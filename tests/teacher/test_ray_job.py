@@ -10,9 +10,9 @@ import time
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
+from models.ray_start import patiently
 from models.service_process import ServiceProcess, unused_target
 from models.tiny_llama import build_tiny_llama
 
@@ -52,23 +52,12 @@ def job_server() -> Iterator[str]:
             "include_dashboard": True,
             "dashboard_port": int(unused_target().rpartition(":")[2]),
         }
-        cluster = start_patiently(lambda: Cluster(initialize_head=True, head_node_args=head))
+        cluster = patiently(lambda: Cluster(initialize_head=True, head_node_args=head))
         try:
             yield f"http://{cluster.head_node.webui_url}"
         finally:
             cluster.shutdown()
     assert not processes_that_stay(token), "processes of the cluster are left"
-
-
-def start_patiently(start: Any) -> Any:
-    """Ray gives a node 30 s to start, which a busy machine may exceed; the next try is warm."""
-    for _ in range(2):
-        try:
-            return start()
-        # A node that does not come up in time raises a bare Exception.
-        except Exception as error:
-            print(f"Ray did not start ({error}); trying again")
-    return start()
 
 
 def processes_that_stay(token: str) -> list[str]:
