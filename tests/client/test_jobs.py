@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import random
 import signal
+import threading
 import time
 import tracemalloc
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import pytest
 from client.job_worker import Unit, WorkerProcess, block_of, read_stream
@@ -15,6 +18,7 @@ from models.service_process import ServiceProcess
 from traces.harness import make_spec
 
 from lynearm.client import JobPrompt, TraceClient
+from lynearm.client.leases import PromptWorker
 from lynearm.wire.errors import (
     InvalidInputError,
     JobCancelledError,
@@ -159,6 +163,35 @@ def test_leaving_gives_back_what_is_not_done(client: TraceClient) -> None:
         assert worker.take() is not None
         assert client.jobs.get("s", "j").leased_units == 8
     assert client.jobs.get("s", "j").leased_units == 0
+
+
+@pytest.mark.parametrize("slow", ["LeasePrompts", "ReleaseLeases"])
+def test_leaving_waits_for_what_other_threads_ask(client: TraceClient, slow: str) -> None:
+    client.jobs.create("s", "j", Prompts(4))
+    asking, leaving = threading.Event(), threading.Event()
+
+    def send(call: Any) -> Any:
+        if call.method == slow:
+            asking.set()
+            assert leaving.wait(30)
+            time.sleep(0.3)
+        return client.send(call)
+
+    worker = PromptWorker(send, "s", "j", worker="w", max_units=4, patience_seconds=0.0)
+
+    def take_and_release() -> None:
+        lease = worker.take()
+        assert lease is not None
+        worker.release([lease])
+
+    with ThreadPoolExecutor() as threads:
+        with worker:
+            work = threads.submit(take_and_release)
+            assert asking.wait(30)
+            leaving.set()
+        assert client.jobs.get("s", "j").leased_units == 0
+        work.result()
+    assert worker.take() is None
 
 
 def test_leases_are_renewed_while_a_worker_thinks(client: TraceClient) -> None:

@@ -13,7 +13,8 @@ import math
 import random
 import threading
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Generator, Iterable, Iterator
+from contextlib import contextmanager
 from types import TracebackType
 from typing import Self
 
@@ -113,10 +114,10 @@ class HeldLeases:
         self._leases[lease.key] = lease
 
     def remove(self, leases: Iterable[Lease]) -> list[LeaseKey]:
-        """Forget some; the keys of all of them."""
-        keys = [lease.key for lease in leases]
+        """Forget some; the keys of those that were held."""
+        keys = [lease.key for lease in leases if lease.key in self._leases]
         for key in keys:
-            self._leases.pop(key, None)
+            del self._leases[key]
         return keys
 
     def lose(self, job_name: str, keys: Iterable[LeaseKey]) -> None:
@@ -168,8 +169,9 @@ class PromptWorker:
         self._restarted = not predecessor
         self._silence_seconds = math.inf
         self._changed = threading.Condition()
-        # Both guarded by _changed.
+        # All guarded by _changed.
         self._held = HeldLeases()
+        self._calls = 0
         self._closed = False
         self._thread = threading.Thread(target=self._renew, name=f"renew-{job}", daemon=True)
 
@@ -186,8 +188,11 @@ class PromptWorker:
             self._closed = True
             self._changed.notify_all()
         self._thread.join()
+        with self._changed:
+            # What another thread is about to be given has to go back as well, over a client that is open.
+            self._changed.wait_for(lambda: not self._calls)
         try:
-            self.release(self._held.leases)
+            self.release(self.held)
         except LynearmError as failure:
             logger.warning("job %s: leases come back later: %s", self.job_name, failure)
 
@@ -215,6 +220,8 @@ class PromptWorker:
     def take(self) -> Lease | None:
         """The next work; None when there is none now: `job` then says whether there may be later.
 
+        None as well once the worker was left.
+
         Raises:
             StreamNotFoundError, JobNotFoundError: there is no such stream or job.
             JobIncompleteError: prompts of the job are still to be added.
@@ -230,7 +237,10 @@ class PromptWorker:
             restarted=self._restarted,
             predecessor=self._predecessor,
         )
-        grant = self._send_patiently(call)
+        with self._under_way():
+            return None if self._closed else self._keep(self._send_patiently(call))
+
+    def _keep(self, grant: Grant) -> Lease | None:
         self._restarted = False
         self.job = grant.job
         if grant.key is None:
@@ -248,10 +258,11 @@ class PromptWorker:
         Raises:
             LynearmError: the service did not hear of it; they come back once this worker was silent for long.
         """
-        with self._changed:
-            keys = self._held.remove(leases)
-        if keys:
-            self._send(job_calls.release_leases(self.stream, keys))
+        with self._under_way():
+            with self._changed:
+                keys = self._held.remove(leases)
+            if keys:
+                self._send(job_calls.release_leases(self.stream, keys))
 
     def fail(self, lease: Lease, samples: Iterable[FailedSamples]) -> None:
         """Give samples of a lease up for good: they get no trace, and the job calls them done. Idempotent.
@@ -269,6 +280,18 @@ class PromptWorker:
             part = failed[first : first + FAILED_PER_CALL]
             self._send(job_calls.fail_prompts(self.stream, lease.key, part))
             lease.give_up(part)
+
+    @contextmanager
+    def _under_way(self) -> Generator[None]:
+        """What leaving waits for."""
+        with self._changed:
+            self._calls += 1
+        try:
+            yield
+        finally:
+            with self._changed:
+                self._calls -= 1
+                self._changed.notify_all()
 
     def _renew(self) -> None:
         while True:
