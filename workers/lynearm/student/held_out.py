@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from itertools import accumulate
 
 from lynearm.student.batches import is_usable
 from lynearm.student.config import TrainConfig
 from lynearm.student.mixed_source import Selection, TraceSource
-from lynearm.student.mixing import StreamPlan, StreamState
+from lynearm.student.mixing import StreamPlan
 from lynearm.student.reader import PositionedTrace
 from lynearm.student.reporting import Reporter
 from lynearm.wire.traces import Trace
@@ -59,11 +60,7 @@ def _choose(
     return tuple(held_out)
 
 
-def split_held_out(traces: Sequence[Trace], states: Sequence[StreamState]) -> tuple[tuple[Trace, ...], ...]:
-    """What a checkpoint holds as one sequence, by stream."""
-    parts: list[tuple[Trace, ...]] = []
-    start = 0
-    for state in states:
-        parts.append(tuple(traces[start : start + state.held_out_traces]))
-        start += state.held_out_traces
-    return tuple(parts)
+def split_held_out(traces: Sequence[Trace], counts: Sequence[int]) -> tuple[tuple[Trace, ...], ...]:
+    """What a checkpoint holds as one sequence, by stream; `counts` says how many are of each."""
+    ends = accumulate(counts)
+    return tuple(tuple(traces[end - count : end]) for end, count in zip(ends, counts, strict=True))

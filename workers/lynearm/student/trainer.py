@@ -150,7 +150,7 @@ class _Run:
         self._objectives = beginning.objectives
         self._optimization = beginning.optimization
         self._state = beginning.state
-        self._held_out = split_held_out(beginning.held_out, beginning.state.streams)
+        self._held_out = split_held_out(beginning.held_out, beginning.state.held_out_traces)
         self._base_lineage = beginning.base_lineage
         self._plans = parse_streams(config.streams)
         self._specs = specs
@@ -202,7 +202,7 @@ class _Run:
             reporter=self._reporter,
         )
         with source:
-            if not self._state.held_out_chosen and not self._choose_held_out(sources):
+            if not self._state.held_out_traces and not self._choose_held_out(sources):
                 return self._agree(self._why_stop())
             batches = self._batches(source)
             # A batch that some rank cannot take, since it was interrupted, is left for the next run by all.
@@ -237,11 +237,7 @@ class _Run:
         if not self._ranks.all_hold(self._why_stop() is None):
             return False
         self._held_out = held_out
-        streams = tuple(
-            replace(stream, held_out_traces=len(traces))
-            for stream, traces in zip(self._state.streams, held_out, strict=True)
-        )
-        self._state = replace(self._state, streams=streams, held_out_chosen=True)
+        self._state = replace(self._state, held_out_traces=tuple(map(len, held_out)))
         self._measure()
         return True
 
