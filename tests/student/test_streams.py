@@ -19,6 +19,7 @@ from lynearm.client import TraceClient
 from lynearm.student.checkpoint import load_checkpoint
 from lynearm.student.config import TrainConfig
 from lynearm.student.metrics import read_metrics
+from lynearm.student.mixing import StreamPlan, WeightSchedule
 from lynearm.student.model import StudentModel, load_student
 from lynearm.student.progress import TrainProgress, TrainReport
 from lynearm.student.trainer import run_train
@@ -324,3 +325,42 @@ def test_a_stop_while_one_stream_is_waited_for_can_be_resumed(
     at_once = run_train(configure(*pair, out="at-once", held_out_traces=4))
     assert 0 < part.steps < resumed.steps
     assert losses(resumed) == losses(at_once)
+
+
+def test_a_program_can_filter_a_stream_that_never_ends(
+    service: ServiceProcess,
+    pair: tuple[str, str],
+    other_teacher: StudentModel,
+    other_traces: list[Trace],
+    configure: Callable[..., TrainConfig],
+) -> None:
+    # As rollouts come in: each labelled with the step of the student that wrote it, dropped when too old.
+    rollouts = f"rollouts-{next(numbers)}"
+    labelled = [
+        replace(trace, tags={"split": "train", "student_step": str(number // 6)})
+        for number, trace in enumerate(other_traces)
+    ]
+    asked: list[tuple[int, int]] = []
+
+    def is_fresh(trace: Trace, step: int) -> bool:
+        written = int(trace.tags["student_step"])
+        asked.append((written, step))
+        return step - written <= 3
+
+    with TraceClient(service.target) as client:
+        client.create_stream(make_spec(other_teacher, rollouts))
+        with client.publisher(rollouts, "student") as publisher:
+            for block in make_blocks(other_teacher, labelled, 5):
+                publisher.publish(block)
+    share = WeightSchedule(((0, 0.25),))
+    plans = (
+        StreamPlan(pair[0], WeightSchedule(((0, 0.75),))),
+        StreamPlan(rollouts, share, accepts=is_fresh, measured=False, endless=True),
+    )
+    report = run_train(configure(pair[0], max_steps=7), plans=plans)
+    assert list(report.evaluations[0].streams) == [pair[0]]
+    used = load_checkpoint(report.checkpoint).state.streams[1]
+    refused = [(written, step) for written, step in asked if step - written > 3]
+    assert used.traces == len(asked) - len(refused) > 0
+    assert refused
+    assert [written for written, _ in asked] == sorted(written for written, _ in asked)

@@ -35,19 +35,18 @@ def choose_held_out(
         selection: Says which.
         reporter: Hears of it.
     """
-    return tuple(
-        _choose(plan.name, source, config, selection, reporter) if plan.measured else ()
-        for plan, source in zip(plans, sources, strict=True)
-    )
+    chosen: list[tuple[Trace, ...]] = []
+    for plan, source in zip(plans, sources, strict=True):
+        wanted = config.held_out_traces if plan.measured else 0
+        of_which = f" of stream {plan.name}" if len(plans) > 1 else ""
+        reporter.stage("collecting", f"{wanted} held-out traces{of_which}")
+        chosen.append(_choose(source, wanted, window=config.held_out_window, selection=selection))
+    return tuple(chosen)
 
 
-def _choose(
-    name: str, source: TraceSource, config: TrainConfig, selection: Selection, reporter: Reporter
-) -> tuple[Trace, ...]:
-    wanted, passed, held_out = config.held_out_traces, list[PositionedTrace](), list[Trace]()
-    of_which = f" of stream {name}" if len(config.streams) > 1 else ""
-    reporter.stage("collecting", f"{wanted} held-out traces{of_which}")
-    while len(held_out) < wanted and len(passed) < config.held_out_window:
+def _choose(source: TraceSource, wanted: int, *, window: int, selection: Selection) -> tuple[Trace, ...]:
+    passed, held_out = list[PositionedTrace](), list[Trace]()
+    while len(held_out) < wanted and len(passed) < window:
         positioned = source.take()
         if positioned is None:
             break
