@@ -128,6 +128,30 @@ def teach(
         float | None,
         typer.Option(help="Draw from tokens with this share of the likeliest's.", show_default="0.0"),
     ] = None,
+    presence_penalty: Annotated[
+        float | None,
+        typer.Option(help="Against tokens that the completion has already, -2 to 2.", show_default="0.0"),
+    ] = None,
+    frequency_penalty: Annotated[
+        float | None, typer.Option(help="The same for each time that it has them.", show_default="0.0")
+    ] = None,
+    repetition_penalty: Annotated[
+        float | None,
+        typer.Option(
+            help="Above 1: against tokens that prompt or completion have already.", show_default="1.0"
+        ),
+    ] = None,
+    stop: Annotated[
+        list[str] | None,
+        typer.Option(metavar="TEXT", help="Text that ends a completion. May be repeated."),
+    ] = None,
+    stop_token_ids: Annotated[
+        list[int] | None,
+        typer.Option("--stop-token-id", metavar="ID", help="Token that ends a completion. May be repeated."),
+    ] = None,
+    min_tokens: Annotated[
+        int | None, typer.Option(help="No completion ends before so many tokens.", show_default="0")
+    ] = None,
     seed: Annotated[
         int | None, typer.Option(help="Of the draws; the same seed draws the same.", show_default="0")
     ] = None,

@@ -133,6 +133,7 @@ def _trace(
         sampling=_sampling(row["sampling"]),
         tags=_tags(row["tags"] or ()),
         completion_text=row["completion_text"] or "",
+        stop_string=row["stop_string"] or "",
     )
 
 
@@ -189,7 +190,11 @@ def _spans(spans: Sequence[Mapping[str, Untyped] | None]) -> tuple[TokenSpan, ..
 
 
 def _sampling(values: Mapping[str, Untyped] | None) -> SamplingParams:
-    return SamplingParams(**{name: value for name, value in (values or {}).items() if value is not None})
+    given: dict[str, Untyped] = {name: value for name, value in (values or {}).items() if value is not None}
+    # Arrow's lists are Python's.
+    return SamplingParams(
+        **{name: tuple(value) if isinstance(value, list) else value for name, value in given.items()}
+    )
 
 
 def _tags(tags: Sequence[Mapping[str, str | None] | None]) -> dict[str, str]:
@@ -207,6 +212,7 @@ def _plain_rows(columns: Mapping[str, Untyped], count: int) -> Iterator[dict[str
     names = (
         *("prompt_id", "finish_reason"),
         *("sample_index", "top_k", "completion_text", "spans", "sampling", "tags"),
+        "stop_string",
     )
     values = {name: columns[name].to_pylist() if name in columns else [None] * count for name in names}
     for index in range(count):

@@ -51,6 +51,12 @@ def sampling_from_proto(message: trace_pb2.SamplingParams) -> SamplingParams:
     )
 
 
+def stop_token_problem(sampling: SamplingParams, vocab_size: int) -> str:
+    """Which stop token the vocabulary does not have; empty when it has all of them."""
+    outside = next((one for one in sampling.stop_token_ids if one >= vocab_size), None)
+    return "" if outside is None else f"stop token {outside} is outside the vocabulary, 0 to {vocab_size - 1}"
+
+
 def sampling_problem(sampling: SamplingParams) -> str:
     """What about penalties and stops is out of bounds, or ambiguous; empty when nothing is."""
     lengths = [len(text.encode(errors="replace")) for text in sampling.stop]
