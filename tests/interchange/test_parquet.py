@@ -443,6 +443,16 @@ def test_columns_with_defaults_may_be_missing_and_others_are_left_out_aloud(
     assert_same(read(target, "defaults"), [expected])
 
 
+def test_sampling_may_say_only_a_part(tmp_path: Path, target: str) -> None:
+    path = write(tmp_path / "f.parquet", [make_trace("q", k=0)])
+    table = pq.read_table(path).drop_columns(["sampling", "stop_string"])
+    sampling = pa.array([{"temperature": 0.25, "stop": ["\n"]}])
+    pq.write_table(table.append_column("sampling", sampling), path)
+    assert run("import", path, "--stream", "partly", "--service", target)[0] == 0
+    (trace,) = read(target, "partly")
+    assert trace.sampling == SamplingParams(temperature=0.25, stop=("\n",))
+
+
 def cut(data: bytes) -> bytes:
     return data[: len(data) // 2]
 

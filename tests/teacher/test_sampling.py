@@ -5,13 +5,17 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
+from models.teaching import teach_config
 
 from lynearm.teacher.engine import Completion, TeacherEngine
 from lynearm.teacher.logprob_arrays import LogprobRows
+from lynearm.teacher.preflight import load_checker
 from lynearm.teacher.scoring import ScoreTask
+from lynearm.wire.errors import ConfigError
 from lynearm.wire.traces import SamplingParams
 
 # torch and vLLM warn about each other's old names while they are imported.
@@ -141,6 +145,12 @@ def test_a_streamed_request_stops_alike(engine: TeacherEngine) -> None:
     (done,) = [completion for _ in range(60) for completion in engine.step()]
     assert done.token_ids.tolist() == expected.token_ids.tolist()
     assert (done.stop_string, done.top_k.k) == (expected.stop_string, 3)
+
+
+def test_a_stop_token_that_the_vocabulary_lacks_is_refused_before_anything_starts(tiny_model: Path) -> None:
+    config = teach_config(tiny_model, stop_token_ids=(5, 384), ray_address="local")
+    with pytest.raises(ConfigError, match="stop token 384 is outside the vocabulary, 0 to 383"):
+        load_checker(config)
 
 
 def test_what_the_engine_is_told_is_what_the_config_says(

@@ -276,9 +276,12 @@ def _is_like(pa: Untyped, found: Untyped, wanted: Untyped) -> bool:
         )
         return listed and _is_like(pa, found.value_type, wanted.value_type)
     if types.is_struct(wanted):
-        return types.is_struct(found) and all(
-            found.get_field_index(field.name) >= 0 and _is_like(pa, found.field(field.name).type, field.type)
-            for field in wanted
+        # Of a struct, too, fields may be missing: those of `sampling` have defaults.
+        if not types.is_struct(found):
+            return False
+        shared = [field for field in wanted if found.get_field_index(field.name) >= 0]
+        return bool(shared) and all(
+            _is_like(pa, found.field(field.name).type, field.type) for field in shared
         )
     if types.is_string(wanted):
         return bool(types.is_string(found) or types.is_large_string(found) or types.is_string_view(found))
