@@ -191,10 +191,10 @@ def _spans(spans: Sequence[Mapping[str, Untyped] | None]) -> tuple[TokenSpan, ..
 
 def _sampling(values: Mapping[str, Untyped] | None) -> SamplingParams:
     given: dict[str, Untyped] = {name: value for name, value in (values or {}).items() if value is not None}
-    # Arrow's lists are Python's.
-    return SamplingParams(
-        **{name: tuple(value) if isinstance(value, list) else value for name, value in given.items()}
-    )
+    for name in ("stop", "stop_token_ids"):
+        if name in given:
+            given[name] = tuple(given[name])
+    return SamplingParams(**given)
 
 
 def _tags(tags: Sequence[Mapping[str, str | None] | None]) -> dict[str, str]:

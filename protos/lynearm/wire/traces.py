@@ -120,8 +120,8 @@ class Trace:
     sampling: SamplingParams = field(default_factory=SamplingParams)
     tags: Mapping[str, str] = field(default_factory=dict[str, str])
     completion_text: str = ""
-    """The completion as text, for readers without the tokenizer; empty when not recorded. A stop string that
-    ended it is part of it, as its tokens are of the completion."""
+    """The completion as text, for readers without the tokenizer; empty when not recorded. It holds the stop
+    string that ended it, as the completion holds its tokens."""
     stop_string: str = ""
     """Which of `sampling.stop` ended the completion. Empty: none did; an end token or a stop token that did is
     the last of `completion_token_ids`."""
