@@ -486,6 +486,7 @@ def _join_trace(
             sampling=metadata.sampling,
             tags=metadata.tags,
             completion_text=metadata.completion_text,
+            stop_string=metadata.stop_string,
             prompt_top_k=prompt_top_k,
             prompt_logprobs=prompt_logprobs,
             hidden=hidden,
