@@ -32,7 +32,7 @@ from lynearm.wire.alphabet import (
 )
 from lynearm.wire.errors import CorruptBlockError
 from lynearm.wire.jit import compiled
-from lynearm.wire.kernels import LONG_STEP_CONTEXTS, STEP_ESCAPE_TOTAL
+from lynearm.wire.kernels import LONG_STEP_CONTEXTS, REST_OCTAVES, STEP_ESCAPE_TOTAL, TAIL_STEPS
 from lynearm.wire.prefix_codes import (
     MAX_CODE_LENGTH,
     canonical_codes,
@@ -47,8 +47,8 @@ Uint32Array = npt.NDArray[np.uint32]
 Uint64Array = npt.NDArray[np.uint64]
 
 STEP_CONTEXTS: Final = RANK_BUCKETS * ENTRY_STATES
-LAST_LEVEL_CONTEXTS: Final = 8
-REST_CONTEXTS: Final = 8
+LAST_LEVEL_CONTEXTS: Final = TAIL_STEPS
+REST_CONTEXTS: Final = REST_OCTAVES
 
 
 class NumberContext(IntEnum):
@@ -380,6 +380,6 @@ def _number_entries() -> Uint64Array:
 _STEP_ENTRIES = _step_entries()
 _NUMBER_ENTRIES = _number_entries()
 PLAIN_STEP_ENTRIES: Final[Uint32Array] = np.concatenate(
-    [_STEP_ENTRIES[:STEP_SYMBOLS], np.full((1 << SYMBOL_BITS) - STEP_SYMBOLS, _NO_STEP)]
+    [[0]*6,[0xffffffff]*2,_STEP_ENTRIES[:STEP_SYMBOLS], np.full((1 << SYMBOL_BITS) - STEP_SYMBOLS, _NO_STEP)]
 ).astype(np.uint32)
 """Elements for the symbols that an escape may name."""

@@ -398,14 +398,24 @@ def _read_payload(
 ) -> tuple[trace_pb2.BlockMetadata, Positions, HiddenStates | None]:
     reader = ByteReader(payload)
     message = _read_metadata_message(header, reader.take(reader.varint()))
-    lengths = [trace.prompt_rows + trace.completion_length for trace in message.traces]
-    widths = [trace.top_k for trace in message.traces]
+    lengths: list[int] = []
+    widths: list[int] = []
+    before: list[int] = []
+    prompt_tokens = completion_tokens = highest = 0
+    # One pass: every look at a message's field makes an object.
+    for trace in message.traces:
+        rows, length, prompt = trace.prompt_rows, trace.completion_length, trace.prompt_token_ids[:]
+        lengths.append(rows + length)
+        widths.append(trace.top_k)
+        # What is no token id is refused below; until then it is none.
+        before.append(prompt[-1] if prompt and prompt[-1] < MAX_VOCAB_SIZE else -1)
+        prompt_tokens += rows + len(prompt)
+        completion_tokens += length
+        highest = max(highest, max(prompt, default=0))
     if sum(lengths) * max(1, *widths) > MAX_BLOCK_ENTRIES:
         raise CorruptBlockError(f"{sum(lengths)} positions of {max(widths)} entries are beyond any block")
-    prompt_tokens = sum(trace.prompt_rows + len(trace.prompt_token_ids) for trace in message.traces)
     if prompt_tokens > MAX_BLOCK_ENTRIES:
         raise CorruptBlockError(f"{prompt_tokens} prompt tokens are beyond any block")
-    completion_tokens = sum(trace.completion_length for trace in message.traces)
     if (prompt_tokens, completion_tokens) != (header.prompt_token_count, header.completion_token_count):
         raise CorruptBlockError(
             f"{prompt_tokens} prompt and {completion_tokens} completion tokens, "
@@ -418,9 +428,6 @@ def _read_payload(
     dictionary: Dictionary | None = None
     if header.dictionary_digest:
         dictionary = (dictionaries or DictionaryReader()).get(header.dictionary_digest)
-    before = [trace.prompt_token_ids[-1] if trace.prompt_token_ids else -1 for trace in message.traces]
-    # What is no token id is refused below; until then it is none.
-    before = [token if token < MAX_VOCAB_SIZE else -1 for token in before]
     positions, vocab_size = read_positions(
         reader.rest(),
         lengths,
@@ -429,7 +436,6 @@ def _read_payload(
         mode=header.codec_mode,
         dictionary=dictionary,
     )
-    highest = max((max(trace.prompt_token_ids, default=0) for trace in message.traces), default=0)
     if highest >= vocab_size:
         raise CorruptBlockError(f"prompt token {highest} in a vocabulary of {vocab_size}")
     return message, positions, hidden

@@ -84,7 +84,7 @@ AS_SAMPLED = -2
 
 _CODE_MASK = U64((1 << MAX_CODE_LENGTH) - 1)
 
-_LATE_RANK = 16
+_LATE_RANK = 8
 """From there on, a long step is rare enough to guess that there is none."""
 
 _SHORT_SORT = 64
@@ -97,6 +97,10 @@ _MARK_BITS = 7
 """Of a code in one of the two lists."""
 
 LONG_STEP_CONTEXTS = 8
+
+TAIL_STEPS = 8
+REST_OCTAVES = 8
+"""How many last levels, and how many sizes of a rest, the tables of tails tell apart."""
 
 MAX_GROWN_LISTS = 1 << 14
 """Grown lists of a block: 4 MiB of them."""
@@ -624,9 +628,8 @@ def _read_entry(
     costs less than to guess wrong, which undoes the work of four rows.
     """
     position, code, step, word = _read_symbol(stream_at, position, table_at, plain_at, previous)
-    is_long = U64(step == U64(LONG_STEP))
     table_at = _long_step_table(long_steps_at, level_shift, level)
-    number = load64(table_at + ((word & _CODE_MASK) << U64(3))) & (U64(0) - is_long)
+    number = load64(table_at + ((word & _CODE_MASK) << U64(3))) & load64(plain_at + (step << U64(3)))
     total = number & U64(63)
     if total > U64(27):
         word = load64(stream_at + (position >> U64(3))) >> (position & U64(7))
@@ -703,7 +706,7 @@ def _read_escaped(
     position += length + U64(SYMBOL_BITS)
     return (
         position,
-        load32(plain_at + (symbol << U64(2))),
+        load32(plain_at + U64(32) + (symbol << U64(2))),
         load64(stream_at + (position >> U64(3))) >> (position & U64(7)),
     )
 
@@ -740,6 +743,7 @@ def read_rows(
     listed_tokens: Int32Array,
     token_ids_NK: Int32Array,
     levels_NK: Uint32Array,
+    last_levels_N: Uint32Array,
     sampled_ids_N: Int32Array,
 ) -> bool:
     """Read rows that `write_rows` wrote.
@@ -778,6 +782,7 @@ def read_rows(
         token_ids_NK: Filled; 0 where a row keeps less than K entries. `LIST_PLACES` + 1 elements behind it
             must be readable.
         levels_NK: Filled where there are entries.
+        last_levels_N: Filled with the level of each row's last entry; 0 for a row without entries.
         sampled_ids_N: Filled.
 
     Returns:
@@ -893,6 +898,7 @@ def read_rows(
             # Levels do not fall along a row, so that its last one is its highest.
             bad |= U64(level > highest) | U64(position > ends[lane])
             positions[lane] = min(position, ends[lane])
+            last_levels_N[t + lane] = level if kept else U64(0)
             # How far back the list goes; less than the window only in a small vocabulary.
             available = min(head, U64(RECENT_WINDOW))
             if available < U64(RECENT_WINDOW):
@@ -1059,20 +1065,90 @@ def look_up(levels_NK: Uint32Array, kept_N: Uint32Array, table: Float32Array, ou
 
 
 @compiled
-def sum_rests(levels_NK: Uint32Array, kept_N: Uint32Array, masses: Int64Array, rests_N: Float64Array) -> None:
-    """Fill in what the masses of each row's levels leave of 1, at least 0.
+def foresee_tails(
+    levels_NK: Uint32Array,
+    kept_N: Uint32Array,
+    last_levels_N: Uint32Array,
+    rule: tuple[int, int, int, int],
+    masses: Int64Array,
+    scale: float,
+    contexts_N: Uint8Array,
+    expected_N: Int64Array,
+) -> None:
+    """What a row's entries foretell of its tail: the context of its number, and its level.
 
     Args:
-        levels_NK: Levels, each below the table's size.
+        levels_NK: Levels; below the size of `masses`, if that has any.
         kept_N: Entries of each row.
-        masses: Probability of each level, in units of 2^−40: sums of integers are the same on every machine.
-        rests_N: Filled.
+        last_levels_N: Level of each row's last entry; 0 for a row without entries.
+        rule: Origin, shift, base and slope of a `LevelRule`.
+        masses: Of a grid: probability of each level, in units of 2^−40, since sums of integers are the same
+            on every machine. Of other scales: none.
+        scale: The grid's.
+        contexts_N: Filled: `TAIL_STEPS` contexts by the last level, then those by what the masses leave of 1.
+        expected_N: Filled.
     """
+    origin, shift, base, slope = rule
     for t in range(kept_N.size):
-        rest = np.int64(1 << 40)
-        for i in range(np.int64(kept_N[t])):
-            rest -= masses[levels_NK[t, i]]
-        rests_N[t] = max(np.float64(rest), 0.0) * 2.0**-40
+        step = min(max(np.int64(last_levels_N[t]) - origin, 0) >> shift, TAIL_STEPS - 1)
+        context = step
+        expected = base + slope * step
+        if masses.size:
+            rest = np.int64(1 << 40)
+            for i in range(np.int64(kept_N[t])):
+                rest -= masses[levels_NK[t, i]]
+            if rest > 0:
+                mass = np.float64(rest) * 2.0**-40
+                # The rest is known about as well as an entry of mass scale² / 12.
+                octave = min(math.frexp(mass / scale)[1] + 2, REST_OCTAVES)
+                if octave > 0:
+                    context = TAIL_STEPS - 1 + octave
+                    expected = np.int64(np.rint((1.0 - np.sqrt(mass)) * (2.0 / scale)))
+        contexts_N[t] = context
+        expected_N[t] = expected
+
+
+@compiled
+def read_tails(
+    numbers_N: Uint32Array, expected_N: Int64Array, max_level: int, levels_N: Int64Array
+) -> int:
+    """Level of each row's tail mass, −1 where there is none.
+
+    Args:
+        numbers_N: The tails' numbers.
+        expected_N: Level that each is expected at.
+        max_level: Largest level allowed.
+        levels_N: Filled.
+
+    Returns:
+        The highest one; −2 when one is out of range.
+    """
+    highest = np.int64(-1)
+    lowest = np.int64(0)
+    for t in range(numbers_N.size):
+        number = np.int64(numbers_N[t])
+        zigzag = number - 1
+        level = expected_N[t] + ((zigzag >> 1) ^ -(zigzag & 1))
+        level = level if number > 0 else np.int64(-1)
+        lowest = min(lowest, level if number > 0 else np.int64(0))
+        highest = max(highest, level)
+        levels_N[t] = level
+    return highest if lowest >= 0 and highest <= max_level else -2
+
+
+@compiled
+def pick_sampled(
+    sampled_index_N: Uint32Array, loose: Float32Array, logprobs_NK: Float32Array, out_N: Float32Array
+) -> None:
+    """Logprob of each sampled token: its entry's, or the next loose one where it has none (index 0)."""
+    next_loose = 0
+    for t in range(sampled_index_N.size):
+        index = np.int64(sampled_index_N[t])
+        if index > 0:
+            out_N[t] = logprobs_NK[t, index - 1]
+        else:
+            out_N[t] = loose[next_loose]
+            next_loose += 1
 
 
 @compiled
