@@ -39,8 +39,6 @@ from lynearm.wire.jit import (
     Scalar,
     address_of,
     compiled,
-    copy_wide,
-    fill_wide,
     inlined,
     load8,
     load32,
@@ -740,7 +738,6 @@ def read_rows(
     codes: Uint32Array,
     addresses: Uint64Array,
     recent: Int32Array,
-    listed_tokens: Int32Array,
     token_ids_NK: Int32Array,
     levels_NK: Uint32Array,
     last_levels_N: Uint32Array,
@@ -778,7 +775,6 @@ def read_rows(
             of a compiled function's own after its last use by name, which is not its last use by address.
         addresses: For where the tokens of a row are, shape [K].
         recent: For the list of recent tokens, shape [`RECENT_RING`].
-        listed_tokens: For one row's followers and companions, shape [RECENT_START + LIST_PLACES].
         token_ids_NK: Filled; 0 where a row keeps less than K entries. `LIST_PLACES` + 1 elements behind it
             must be readable.
         levels_NK: Filled where there are entries.
@@ -794,7 +790,7 @@ def read_rows(
     by_bucket, shift = U64(bucket_stride), U64(level_shift)
     width = U64(token_ids_NK.shape[1])
     by_row = width * U64(4)
-    codes_at, recent_at, listed_at = address_of(codes), address_of(recent), address_of(listed_tokens)
+    codes_at, recent_at = address_of(codes), address_of(recent)
     lists_at, sizes_at, list_rows_at = address_of(lists), address_of(list_sizes), address_of(list_rows_V2)
     grows = grown_sizes.size > 0
     lists_grown = 0
@@ -817,7 +813,6 @@ def read_rows(
     for rank in range(U64(0), head):
         recent[head - U64(1) - rank] = token_of_rank_V[rank]
     highest_code = U64(0)
-    signs = U64(0)
     sampled = np.int32(-1)
     outside = U64(0)
     last_rank = U64(token_of_rank_V.size - 1)
@@ -914,21 +909,22 @@ def read_rows(
                 list_row = load32(previous_at)
             else:
                 list_row = U64(0)
-            _copy_list(
-                listed_at, list_row, U64(0), latest_at, latest_width, latest_sizes_at, lists_at, sizes_at
+            followers_at, followers = _find_list(
+                list_row, U64(0), latest_at, latest_width, latest_sizes_at, lists_at, sizes_at
             )
+            companions_at, companions = followers_at, U64(0)
             # Distances are counted from the first token code that is one.
             newest = head - U64(1) + U64(RECENT_START)
             if kept:
                 # The first token decides whose companions the others may be.
                 code = load32(lane_at)
-                token = load32(_address_of_token(code, newest, recent_at, order_at, last_rank, listed_at))
+                token_at = _address_of_token(
+                    code, newest, recent_at, order_at, last_rank, followers_at, followers_at
+                )
                 bad |= U64(code >= U64(COMPANION_START)) & U64(code < U64(RECENT_START))
-                first_at = list_rows_at + min(token, last_rank) * U64(8) + U64(4)
+                first_at = list_rows_at + min(load32(token_at), last_rank) * U64(8) + U64(4)
                 list_row = load32(first_at)
-                companions_at = listed_at + U64(4 * COMPANION_START)
-                _copy_list(
-                    companions_at,
+                companions_at, companions = _find_list(
                     list_row,
                     U64(0) if grows else U64(1),
                     latest_at,
@@ -946,18 +942,29 @@ def read_rows(
             # In a loop of their own, which the compiler turns into one over several entries at a time.
             lane_start = lane * width
             highest_of_row = np.uint32(0)
+            behind = U64(0)
             for i in range(U64(0), kept):
                 row_code = codes[lane_start + i]
+                code = U64(row_code)
                 highest_of_row = max(highest_of_row, row_code)
                 addresses[i] = _address_of_token(
-                    U64(row_code), newest, recent_at, order_at, last_rank, listed_at
+                    code, newest, recent_at, order_at, last_rank, followers_at, companions_at
                 )
+                end = followers if code < U64(COMPANION_START) else companions + U64(COMPANION_START)
+                behind |= U64(code >= end) & U64(code < U64(RECENT_START))
             highest_code = max(highest_code, U64(highest_of_row))
+            bad |= behind
+            # At once, since all that the next row looks up waits for it.
+            index = U64(sampled_index_N[t + lane])
+            if index > U64(0):
+                sampled = np.int32(load32(addresses[index - U64(1)]))
+            else:
+                sampled = outside_ids[outside]
+                outside += U64(1)
+            sampled_ids_N[t + lane] = sampled
             for back in range(U64(1), kept + U64(1)):
                 last = kept - back
                 token = load32(addresses[last])
-                # Behind the end of a list is −1, whose sign stays.
-                signs |= token
                 store32(row_at + (last << U64(2)), token)
                 store32(recent_at + ((head & U64(RECENT_RING - 1)) << U64(2)), token)
                 # Unsigned: places in lists wrap round to the largest numbers, and enter too.
@@ -979,17 +986,10 @@ def read_rows(
                 )
             for i in range(kept, width):
                 token_ids_NK[t + lane, i] = 0
-            index = np.int64(sampled_index_N[t + lane])
-            if index > 0:
-                sampled = token_ids_NK[t + lane, index - 1]
-            else:
-                sampled = outside_ids[outside]
-                outside += U64(1)
-            sampled_ids_N[t + lane] = sampled
         t += abreast
     for lane in range(U64(0), lanes):
         bad |= U64((positions[lane] + U64(7)) >> U64(3) != ends[lane] >> U64(3))
-    return bool(bad == U64(0) and signs >> U64(31) == U64(0) and highest_code <= last_rank + U64(RANK_START))
+    return bool(bad == U64(0) and highest_code <= last_rank + U64(RANK_START))
 
 
 @inlined
@@ -1007,22 +1007,28 @@ def _next_tables(state: Scalar, token_code: Scalar, remembered: Scalar, states_a
 
 @inlined
 def _address_of_token(
-    code: Scalar, newest: Scalar, recent_at: Scalar, order_at: Scalar, last_rank: Scalar, listed_at: Scalar
+    code: Scalar,
+    newest: Scalar,
+    recent_at: Scalar,
+    order_at: Scalar,
+    last_rank: Scalar,
+    followers_at: Scalar,
+    companions_at: Scalar,
 ) -> Scalar:
-    """Where the token of a token code stands: −1, as 32 bits, behind a list's end; the rarest for a rank beyond all.
+    """Where the token of a token code stands; for a rank beyond all, the rarest.
 
-    All three places are found, and one is taken: to guess which one it is would go wrong too often.
+    All four places are found, and one is taken: to guess which one it is would go wrong too often.
     """
     again_at = recent_at + (((newest - code) & U64(RECENT_RING - 1)) << U64(2))
     rank = min(max(code, U64(RANK_START)) - U64(RANK_START), last_rank)
     fresh_at = order_at + (rank << U64(2))
     token_at = again_at if code < U64(RANK_START) else fresh_at
-    return listed_at + (code << U64(2)) if code < U64(RECENT_START) else token_at
+    list_at = followers_at if code < U64(COMPANION_START) else companions_at - U64(4 * COMPANION_START)
+    return list_at + (code << U64(2)) if code < U64(RECENT_START) else token_at
 
 
 @inlined
-def _copy_list(
-    listed_at: Scalar,
+def _find_list(
     list_row: Scalar,
     skipped: Scalar,
     latest_at: Scalar,
@@ -1030,19 +1036,16 @@ def _copy_list(
     latest_sizes_at: Scalar,
     lists_at: Scalar,
     sizes_at: Scalar,
-) -> None:
-    """Put the tokens of a list, the block's or the dictionary's, where they are looked up; −1 behind."""
+) -> tuple[Scalar, Scalar]:
+    """Where a list is, the block's or the dictionary's, and its size; `LIST_PLACES` elements are readable."""
     if list_row >> U64(31):
         row = U64(0xFFFFFFFF) - list_row
         size = min(load32(latest_sizes_at + (row << U64(2))) - skipped, U64(LIST_PLACES))
-        tokens_at = latest_at + ((row * latest_width + skipped) << U64(2))
+        list_at = latest_at + ((row * latest_width + skipped) << U64(2))
     else:
         size = load32(sizes_at + (list_row << U64(2)))
-        tokens_at = lists_at + list_row * U64(4 * LIST_PLACES)
-    for i in range(U64(0), U64(4 * LIST_PLACES), U64(32)):
-        copy_wide(listed_at + i, tokens_at + i)
-    for i in range(U64(0), U64(4 * LIST_PLACES), U64(32)):
-        fill_wide(listed_at + (size << U64(2)) + i)
+        list_at = lists_at + list_row * U64(4 * LIST_PLACES)
+    return list_at, size
 
 
 @compiled

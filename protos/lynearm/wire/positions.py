@@ -437,7 +437,6 @@ def read_positions(
         np.empty(4 * width, np.uint32),
         np.empty(width, np.uint64),
         np.zeros(RECENT_RING, np.int32),
-        np.zeros(RECENT_START + LIST_PLACES, np.int32),
         token_ids,
         levels,
         last_levels,
