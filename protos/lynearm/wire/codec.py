@@ -153,8 +153,8 @@ def decode_block(
     _, payload = split_block(data)
     if header.format_version == 1:
         return read_version_1(header, payload)
-    message, positions, hidden = _read_payload(header, payload, dictionaries)
-    return tuple(_join_traces(read_metadata(message), positions, hidden))
+    read = _read_payload(header, payload, dictionaries)
+    return tuple(_join_traces(read_metadata(read.message), read.positions, read.hidden))
 
 
 @dataclass(frozen=True, slots=True)
@@ -184,13 +184,8 @@ def decode_rows(data: bytes | memoryview, *, dictionaries: DictionaryReader | No
     _, payload = split_block(data)
     if header.format_version == 1:
         raise CodecError("blocks of version 1 are read by decode_block only")
-    message, positions, hidden = _read_payload(header, payload, dictionaries)
-    return BlockRows(
-        positions,
-        tuple(trace.prompt_rows + trace.completion_length for trace in message.traces),
-        tuple(trace.prompt_rows for trace in message.traces),
-        hidden,
-    )
+    read = _read_payload(header, payload, dictionaries)
+    return BlockRows(read.positions, tuple(read.row_counts), tuple(read.prompt_row_counts), read.hidden)
 
 
 def train_dictionary(
@@ -393,25 +388,40 @@ def _gather_positions(traces: Sequence[Trace]) -> Positions:
     )
 
 
+@dataclass(frozen=True, slots=True)
+class _Payload:
+    message: trace_pb2.BlockMetadata
+    positions: Positions
+    hidden: HiddenStates | None
+    row_counts: list[int]
+    prompt_row_counts: list[int]
+
+
 def _read_payload(
     header: BlockHeader, payload: memoryview, dictionaries: DictionaryReader | None
-) -> tuple[trace_pb2.BlockMetadata, Positions, HiddenStates | None]:
+) -> _Payload:
     reader = ByteReader(payload)
     message = _read_metadata_message(header, reader.take(reader.varint()))
     lengths: list[int] = []
+    prompt_rows: list[int] = []
     widths: list[int] = []
     before: list[int] = []
     prompt_tokens = completion_tokens = highest = 0
     # One pass: every look at a message's field makes an object.
     for trace in message.traces:
-        rows, length, prompt = trace.prompt_rows, trace.completion_length, trace.prompt_token_ids[:]
+        rows, length, prompt = trace.prompt_rows, trace.completion_length, trace.prompt_token_ids
         lengths.append(rows + length)
+        prompt_rows.append(rows)
         widths.append(trace.top_k)
-        # What is no token id is refused below; until then it is none.
-        before.append(prompt[-1] if prompt and prompt[-1] < MAX_VOCAB_SIZE else -1)
-        prompt_tokens += rows + len(prompt)
+        prompt_tokens += rows
         completion_tokens += length
-        highest = max(highest, max(prompt, default=0))
+        last = -1
+        if prompt:
+            prompt_tokens += len(prompt)
+            highest = max(highest, max(prompt))
+            last = prompt[-1]
+        # What is no token id is refused below; until then it is none.
+        before.append(last if last < MAX_VOCAB_SIZE else -1)
     if sum(lengths) * max(1, *widths) > MAX_BLOCK_ENTRIES:
         raise CorruptBlockError(f"{sum(lengths)} positions of {max(widths)} entries are beyond any block")
     if prompt_tokens > MAX_BLOCK_ENTRIES:
@@ -438,7 +448,7 @@ def _read_payload(
     )
     if highest >= vocab_size:
         raise CorruptBlockError(f"prompt token {highest} in a vocabulary of {vocab_size}")
-    return message, positions, hidden
+    return _Payload(message, positions, hidden, lengths, prompt_rows)
 
 
 def _read_metadata_message(header: BlockHeader, stored: memoryview) -> trace_pb2.BlockMetadata:

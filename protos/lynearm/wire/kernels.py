@@ -1103,12 +1103,18 @@ def foresee_tails(
             if rest > 0:
                 mass = np.float64(rest) * 2.0**-40
                 # The rest is known about as well as an entry of mass scale² / 12.
-                octave = min(math.frexp(mass / scale)[1] + 2, REST_OCTAVES)
+                octave = min(_exponent(mass / scale) + 3, REST_OCTAVES)
                 if octave > 0:
                     context = TAIL_STEPS - 1 + octave
                     expected = np.int64(np.rint((1.0 - np.sqrt(mass)) * (2.0 / scale)))
         contexts_N[t] = context
         expected_N[t] = expected
+
+
+@inlined
+def _exponent(value: Scalar) -> Scalar:
+    """⌊log2⌋ of a float64 above 2^−1022."""
+    return (np.float64(value).view(np.int64) >> 52) - 1023
 
 
 @compiled

@@ -98,6 +98,9 @@ _USUAL_FIRST = 383
 _BINARY_DIGITS: Uint8Array = np.array([level.bit_length() for level in range(65)], np.uint8)
 """Of the levels up to 64, which has as many as any context tells apart."""
 
+_NO_MASSES: Int64Array = np.empty(0, np.int64)
+_NO_MASSES.setflags(write=False)
+
 _NEGATIVE_ZERO = np.uint32(1 << 31)
 
 _TOP_OFFSET = 1 << 20
@@ -605,7 +608,7 @@ def _foresee_tails(
     """Number context of each row's tail mass, and the level that it is expected at."""
     contexts, expected = np.empty(kept.size, np.uint8), np.empty(kept.size, np.int64)
     is_grid = isinstance(scale, Grid)
-    masses = scale.masses(int(last_levels.max(initial=0)) + 1) if is_grid else np.empty(0, np.int64)
+    masses = scale.masses(int(last_levels.max(initial=0)) + 1) if is_grid else _NO_MASSES
     numbers = (rule.origin, rule.shift, rule.base, rule.slope)
     foresee_tails(
         levels, kept, last_levels, numbers, masses, scale.scale if is_grid else 1.0, contexts, expected
