@@ -137,12 +137,13 @@ def parse_metadata(data: bytes | memoryview, *, trace_count: int) -> trace_pb2.B
         message = trace_pb2.BlockMetadata.FromString(bytes(data))
     except DecodeError as error:
         raise CorruptBlockError("the metadata is no lynearm.v1.BlockMetadata") from error
-    for what, count in (
-        ("spans", sum(len(trace.spans) for trace in message.traces)),
-        ("tags", sum(len(trace.tags) for trace in message.traces)),
-    ):
-        if count > MAX_BLOCK_ITEMS:
-            raise CorruptBlockError(f"{count} {what} exceed a block's limit of {MAX_BLOCK_ITEMS}")
+    if fields > MAX_BLOCK_ITEMS:
+        for what, count in (
+            ("spans", sum(len(trace.spans) for trace in message.traces)),
+            ("tags", sum(len(trace.tags) for trace in message.traces)),
+        ):
+            if count > MAX_BLOCK_ITEMS:
+                raise CorruptBlockError(f"{count} {what} exceed a block's limit of {MAX_BLOCK_ITEMS}")
     for trace in message.traces:
         if trace.top_k > MAX_TOP_K:
             raise CorruptBlockError(f"rows of {trace.top_k} entries, at most {MAX_TOP_K} are kept")
