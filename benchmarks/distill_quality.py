@@ -190,7 +190,7 @@ class Bench:
         return [result for result in results if result.seed < seeds]
 
     def dense_bits(self) -> float:
-        return 16.0 * self._teacher.config.vocab_size
+        return 16.0 * int(self._teacher.config.vocab_size)
 
     def _cut(self, teacher_dir: Path) -> Path:
         from lynearm.student.cutting import cut_student
@@ -386,7 +386,10 @@ def make_figures(rows: Sequence[Row]) -> dict[str, float]:
         name = row.method.name
         if row.vs_dense:
             ratio, spread = row.vs_dense
-            figures |= {f"{name}_vs_dense": ratio, f"{name}_vs_dense_spread": 0.0 if spread != spread else spread}
+            figures |= {
+                f"{name}_vs_dense": ratio,
+                f"{name}_vs_dense_spread": 0.0 if spread != spread else spread,
+            }
         figures |= {f"{name}_kl": row.kl, f"{name}_bits": row.bits}
     return figures
 

@@ -1,4 +1,4 @@
-"""The students of `benchmarks/distill_quality.py`: how each is trained, and how far it then is from its teacher.
+"""The students of `benchmarks/distill_quality.py`: their training, and how far they are from the teacher.
 
 Every method trains through `lynearm.student.optimization`, on the same traces in the same order. The dense
 one differs only in its rows, which hold the teacher's whole vocabulary, computed again before each step.

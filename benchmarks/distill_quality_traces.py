@@ -59,7 +59,7 @@ class Corpus:
 
 
 def read_questions(data: Path) -> list[tuple[str, str]]:
-    """Ids and texts of GSM8K's training questions and self-instruct's tasks, mixed; the demo's without them."""
+    """Ids and texts of GSM8K's training questions and self-instruct's tasks, mixed; else the demo's."""
     rng = np.random.default_rng(0)
     maths = data / "gsm8k_train.jsonl"
     tasks = data / "self_instruct_seed_tasks.jsonl"
@@ -239,7 +239,11 @@ def save_corpus(corpus: Corpus, directory: Path, vocab_size: int) -> None:
 def load_corpus(directory: Path) -> Corpus:
     """What `save_corpus` wrote."""
     views = [
-        [trace for path in sorted(directory.glob(f"{name}.*.block")) for trace in decode_block(path.read_bytes())]
+        [
+            trace
+            for path in sorted(directory.glob(f"{name}.*.block"))
+            for trace in decode_block(path.read_bytes())
+        ]
         for name in ("top_k", "draws")
     ]
     return Corpus(views[0], views[1])
@@ -251,7 +255,7 @@ class Coded:
 
     traces: list[Trace]
     bits_per_token: float
-    """Of the blocks that were written with a dictionary, headers and metadata included; of all without one."""
+    """Headers and metadata included; of the blocks that have a dictionary, or of all where none has."""
     mean_kept: float
     """Entries of a row."""
 
@@ -288,7 +292,9 @@ def without_rows(trace: Trace) -> Trace:
     """The trace as a stream of k = 0 has it: its tokens, and no distributions."""
     positions = trace.completion_token_ids.size
     nothing = TopK(
-        np.zeros((positions, 0), np.int32), np.zeros((positions, 0), np.float32), np.ones(positions, np.float32)
+        np.zeros((positions, 0), np.int32),
+        np.zeros((positions, 0), np.float32),
+        np.ones(positions, np.float32),
     )
     return replace(trace, top_k=nothing)
 
