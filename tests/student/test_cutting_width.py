@@ -212,7 +212,7 @@ def test_measured_heads_add_up_to_what_attention_adds(wide_dir: Path) -> None:
             model(torch.tensor([sequence.token_ids]))
     handle.remove()
     counted = torch.cat([one[each.counted] for one, each in zip(seen, SEQUENCES, strict=True)])
-    weight = model.model.layers[1].self_attn.o_proj.weight
+    weight = model.model.layers[1].self_attn.o_proj.weight.detach()
     expected = [
         float((counted[:, head * 8 : head * 8 + 8] @ weight[:, head * 8 : head * 8 + 8].T).norm(dim=1).mean())
         for head in range(12)
