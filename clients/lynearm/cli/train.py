@@ -35,10 +35,19 @@ def train(
     student: Annotated[
         Path | None, typer.Option(help="Model to begin with, in the transformers layout with tokenizer.")
     ] = None,
-    stream: Annotated[str | None, typer.Option(help="Stream to learn from.")] = None,
+    streams: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--stream",
+            metavar="NAME[:WEIGHT]",
+            help="Stream to learn from. May be repeated: maths:0.7 and code:0.3 share the tokens so; "
+            "maths:0.7..0.2@2000 goes from 0.7 to 0.2 until step 2,000.",
+            show_default="default",
+        ),
+    ] = None,
     wait_seconds: Annotated[
         float | None,
-        typer.Option(help="How long to wait for a stream that is not there yet.", show_default="0"),
+        typer.Option(help="How long to wait for streams that are not there yet.", show_default="0"),
     ] = None,
     out: Annotated[
         Path | None,
@@ -85,15 +94,15 @@ def train(
     batch_sequences: Annotated[
         int | None, typer.Option(help="Traces for each step.", show_default="8")
     ] = None,
-    epochs: Annotated[int | None, typer.Option(help="Passes over the stream.", show_default="1")] = None,
+    epochs: Annotated[int | None, typer.Option(help="Passes over each stream.", show_default="1")] = None,
     max_steps: Annotated[
-        int | None, typer.Option(help="Steps of the whole run; 0 for all the stream.", show_default="0")
+        int | None, typer.Option(help="Steps of the whole run; 0 for all of the streams.", show_default="0")
     ] = None,
     max_seconds: Annotated[
         float | None, typer.Option(help="Bound on the time of this run; 0 sets none.", show_default="0")
     ] = None,
     held_out_traces: Annotated[
-        int | None, typer.Option(help="Traces kept back to measure on.", show_default="32")
+        int | None, typer.Option(help="Traces of each stream kept back to measure on.", show_default="32")
     ] = None,
     eval_every_steps: Annotated[
         int | None, typer.Option(help="Steps between measurements.", show_default="50")
@@ -147,9 +156,9 @@ def train(
     progress: Progress = ProgressMode.auto,
     debug: Debug = False,
 ) -> None:
-    """Train a student on a teacher's stream.
+    """Train a student on a teacher's stream, or on several streams.
 
-    The stream may still be growing. Ctrl-C ends after the running step with a checkpoint; --resume goes on
+    A stream may still be growing. Ctrl-C ends after the running step with a checkpoint; --resume goes on
     from it.
     """
     from lynearm.cli.progress import Reporter
@@ -159,6 +168,7 @@ def train(
 
     given = {
         **flags(context),
+        "streams": streams or None,
         "loss": loss or None,
         "span_weights": weights(span_weights, "--span-weight"),
         "tag_weights": weights(tag_weights, "--tag-weight"),
@@ -189,7 +199,7 @@ def describe(event: TrainProgress, *, max_steps: int = 0) -> Status | None:
     # The stages of a run alternate: one line that says "training" throughout is calmer than ten that follow.
     stage = "training" if record is not None else event.stage
     facts = [f"{event.stage} {event.message}".strip()] if event.stage not in (stage, "training") else []
-    if record is None and event.message:
+    if event.message and (record is None or event.stage == "training"):
         facts = [event.message]
     # The most wanted first: a narrow terminal cuts the end off.
     if record is not None:
@@ -208,13 +218,15 @@ def describe(event: TrainProgress, *, max_steps: int = 0) -> Status | None:
 def _run(settings: TrainConfig, report: Reporter[TrainProgress]) -> TrainReport:
     from lynearm.cli.progress import Status
     from lynearm.client import TraceClient
+    from lynearm.student.mixing import parse_streams
     from lynearm.student.terms import check_terms
 
     # A wrong name or address, and terms that forbid it, are said at once, not after the imports below.
     if not settings.wait_seconds:
         with TraceClient(settings.service, timeout_seconds=settings.service_timeout_seconds) as client:
-            info = client.get_stream(settings.stream)
-        check_terms(info.spec, allow_terms=settings.allow_terms, warn=False)
+            found = [client.get_stream(plan.name) for plan in parse_streams(settings.streams)]
+        for info in found:
+            check_terms(info.spec, allow_terms=settings.allow_terms, warn=False)
     # Importing torch and transformers takes seconds, in which nobody should look at nothing.
     report.announce(Status("starting", "loading torch"))
     if settings.ray:

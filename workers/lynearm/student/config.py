@@ -7,10 +7,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from lynearm.student.mixing import parse_streams
 from lynearm.student.objective import Objective, parse_terms
 from lynearm.student.weighting import PositionWeighting
-from lynearm.wire.errors import ConfigError, InvalidInputError
-from lynearm.wire.specs import check_name
+from lynearm.wire.errors import ConfigError
 
 SCHEDULES = ("constant", "cosine")
 PACKINGS = ("auto", "on", "off")
@@ -29,8 +29,9 @@ class TrainConfig:
     student: Path = Path("student")
     """Directory of a transformers causal LM with its tokenizer: where training begins."""
 
-    stream: str = "default"
-    """Stream of traces to train on."""
+    streams: tuple[str, ...] = field(default=("default",), metadata={"singular": "stream"})
+    """Streams of traces to train on, each NAME[:WEIGHT]: `mixing` explains weights that change. Of several,
+    each counts by its share of the completion tokens."""
 
     service: str = "127.0.0.1:7411"
     """host:port of the trace service; several servers of one catalog with commas between."""
@@ -115,18 +116,19 @@ class TrainConfig:
     """Wall time of training in this process; 0 sets no bound. A run that it ends can be resumed."""
 
     epochs: int = 1
-    """Passes over the stream; the later ones replay it from its start once it is sealed."""
+    """Passes over each stream; the later ones replay it from its start once it is sealed, without waiting for
+    other streams to come to their end."""
 
     held_out_traces: int = 32
-    """Traces kept back to measure the KL to the teacher; 0 measures none."""
+    """Traces of each stream kept back to measure the KL to its teacher; 0 measures none."""
 
     held_out_fraction: float = 0.1
     """Part of the prompts that is never trained on, chosen by a hash of the prompt id. A trace tagged
     `split=train` or `split=held_out` follows its tag instead."""
 
     held_out_window: int = 256
-    """Training traces that may go by before the first step while held-out ones are still too few. Bounds
-    the memory and the wait; after it, those that were found are the held-out set."""
+    """Training traces of a stream that may go by before the first step while held-out ones are still too
+    few. Bounds the memory and the wait; after it, those that were found are the held-out set."""
 
     eval_every_steps: int = 50
     """Steps between measurements of the held-out KL; 0 measures only before and after."""
@@ -171,7 +173,7 @@ class TrainConfig:
     """CPU threads in the later epochs, when the teacher has left its cores; 0 as `threads`."""
 
     prefetch_blocks: int = 8
-    """Decoded blocks that wait for the trainer; the service holds back what comes after."""
+    """Decoded blocks of each stream that wait for the trainer; the service holds back what comes after."""
 
     device: str = "auto"
     """A torch device; "auto" is CUDA where there is one, else the CPU."""
@@ -204,10 +206,7 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         """Check every field."""
-        try:
-            check_name(self.stream)
-        except InvalidInputError as error:
-            raise ConfigError(error.message, error.remedy) from error
+        parse_streams(self.streams)
         for problem, holds in self._checks().items():
             if not holds:
                 raise ConfigError(problem)

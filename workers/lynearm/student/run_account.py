@@ -21,7 +21,6 @@ PACKAGES = ("lynearm", "torch", "transformers")
 _NOT_TOLD = frozenset(
     {
         "student",
-        "stream",
         "questions",
         "out",
         "resume",
@@ -39,7 +38,7 @@ _NOT_TOLD = frozenset(
 
 def describe_run(
     config: TrainConfig,
-    spec: StreamSpec,
+    specs: Sequence[StreamSpec],
     *,
     differences: Sequence[str] = (),
     evaluations: Sequence[EvaluationRecord] = (),
@@ -49,18 +48,18 @@ def describe_run(
 
     Args:
         config: What the run was told.
-        spec: Of its stream.
-        differences: What the student does not share with the stream, where that was overridden.
+        specs: Of its streams.
+        differences: What the student does not share with its streams, where that was overridden.
         evaluations: Of the run so far.
         world_size: Processes that share each batch.
     """
     settings = {name: value for name, value in asdict(config).items() if name not in _NOT_TOLD}
     account: JsonObject = {
-        "streams": [spec.name],
+        "streams": [spec.name for spec in specs],
         "settings": cast(JsonObject, _plain(settings)),
         "ranks": world_size,
         "code": code_versions(),
-        "overrides": _overrides(spec, differences),
+        "overrides": _overrides(specs, differences),
     }
     if evaluations:
         account["held_out"] = {"before": _measured(evaluations[0]), "last": _measured(evaluations[-1])}
@@ -78,12 +77,17 @@ def code_versions() -> dict[str, str]:
     return versions
 
 
-def _overrides(spec: StreamSpec, differences: Sequence[str]) -> JsonObject:
+def _overrides(specs: Sequence[StreamSpec], differences: Sequence[str]) -> JsonObject:
     """What would have been refused without a flag, by the flag's name."""
     overrides: JsonObject = {}
-    terms = read_terms(spec)
-    if terms.verdict == "forbidden":
-        overrides["allow_terms"] = f"licence {spec.license!r} of stream {spec.name!r}: {terms.reason}"
+    terms = [(spec, read_terms(spec)) for spec in specs]
+    forbidden = [
+        f"licence {spec.license!r} of stream {spec.name!r}: {said.reason}"
+        for spec, said in terms
+        if said.verdict == "forbidden"
+    ]
+    if forbidden:
+        overrides["allow_terms"] = "; ".join(forbidden)
     if differences:
         overrides["allow_misaligned"] = list(differences)
     return overrides
