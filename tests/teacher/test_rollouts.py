@@ -1,4 +1,4 @@
-"""A real rollout process: a student in vLLM, scored by a served teacher, published to a real trace service."""
+"""A real rollout process: a student in vLLM, a served teacher, a real trace service."""
 
 from __future__ import annotations
 
@@ -125,9 +125,10 @@ def test_a_student_is_refreshed_scored_published_and_outlives_a_kill(
     weights_dir = tmp_path / "weights"
     process = RolloutProcess(tmp_path / "run")
     log = tmp_path / "run" / "rollouts.log"
-    published: Callable[[int], Callable[[], bool]] = lambda count: (
-        lambda: process.status.rollouts >= count or not process.is_running
-    )
+
+    def published(count: int) -> Callable[[], bool]:
+        return lambda: process.status.rollouts >= count or not process.is_running
+
     try:
         process.keep_running(lambda: config, hand_over(students[0], weights_dir, 0))
         wait_until(published(8), PATIENCE_SECONDS)

@@ -84,6 +84,7 @@ class RolloutProcess:
         self._directory = directory
         self._variables = dict(variables or {})
         self._command = command
+        self._speech = threading.Lock()
         self._lock = threading.Lock()
         # Guarded by _lock: written by the thread that listens.
         self._status = Status()
@@ -148,10 +149,10 @@ class RolloutProcess:
         return True
 
     def tell(self, message: Message) -> None:
-        """Say something to the process; one that has ended hears nothing, and is replaced in time."""
+        """Say something to the process, from any thread; one that has ended hears nothing."""
         process = self._process
         if process is not None and process.stdin is not None:
-            with contextlib.suppress(OSError, ValueError):
+            with self._speech, contextlib.suppress(OSError, ValueError):
                 process.stdin.write(encode_message(message))
                 process.stdin.flush()
 
