@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -54,14 +54,15 @@ def logprobs_of(model: torch.nn.Module, trace: Trace) -> torch.Tensor:
 
 def hand_over(model_dir: Path, directory: Path, step: int) -> Weights:
     """A student's weights as a trainer hands them over."""
-    import shutil
-
     model = load(model_dir)
     token_ids = probe_token_ids(384)
     with torch.no_grad():
         logits = model(torch.as_tensor(token_ids.astype(np.int64))).logits[:, -1]
     probe = Probe(token_ids, torch.log_softmax(logits, -1).numpy())
-    save = partial(shutil.copytree, model_dir, dirs_exist_ok=True)
+
+    def save(target: Path) -> None:
+        shutil.copytree(model_dir, target, dirs_exist_ok=True)
+
     return Weights(str(write_handover(directory, HandedWeights(step, save, probe))), step)
 
 
@@ -95,7 +96,9 @@ def make_stream(service: ServiceProcess, teacher: TeacherThread, name: str) -> N
 
 
 def make_prompts(path: Path, count: int) -> Path:
-    rows = [{"id": f"p{number}", "prompt": f"What is {number} plus four?"} for number in range(count)]
+    rows: list[dict[str, object]] = [
+        {"id": f"p{number}", "prompt": f"What is {number} plus four?"} for number in range(count)
+    ]
     rows[1] |= {"tags": {"split": "held_out"}}
     path.write_text("\n".join(map(json.dumps, rows)))
     return path
@@ -148,8 +151,8 @@ def test_a_student_is_refreshed_scored_published_and_outlives_a_kill(
 
         # Killed at once: another one goes on, with the same prompts and other numbers.
         process.tell(Taken(step=3, traces=10))
-        assert process._process is not None
-        os.kill(process._process.pid, signal.SIGKILL)
+        assert process.process_id is not None
+        os.kill(process.process_id, signal.SIGKILL)
         wait_until(lambda: not process.is_running, 60)
         again = replace(config, step=3)
         latest = Weights(str(weights_dir / "step-00000003"), 3)

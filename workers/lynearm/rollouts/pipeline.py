@@ -20,9 +20,9 @@ from lynearm.rollouts.scoring import into_blocks, score_request, score_settings,
 from lynearm.rollouts.spool import Spool
 from lynearm.rollouts.waves import Wave, sampled_divergence
 from lynearm.wire.codec import encode_block
-from lynearm.wire.errors import LynearmError, ServiceUnavailableError
+from lynearm.wire.errors import DeadlineError, LynearmError, MisalignmentError, ServiceUnavailableError
 from lynearm.wire.labels import summarise_tags
-from lynearm.wire.scoring import ScoredCompletion
+from lynearm.wire.scoring import ScoredCompletion, TeacherInfo
 from lynearm.wire.specs import BYTES_PER_ENTRY, StreamSpec
 from lynearm.wire.traces import Trace
 
@@ -55,6 +55,21 @@ class FinishedWave:
     """Rollouts that the teacher cannot score."""
     scored_tokens: int
     divergence: float | None
+
+
+def check_teacher(info: TeacherInfo, spec: StreamSpec) -> None:
+    """Refuse a teacher that is not the one whose opinions a stream holds.
+
+    Raises:
+        MisalignmentError: if it is another model, or numbers tokens otherwise.
+    """
+    ours, theirs = spec.teacher, info.spec
+    if (ours.model, ours.revision, ours.vocab_size) != (theirs.model, theirs.revision, theirs.vocab_size):
+        raise MisalignmentError(
+            f"stream {spec.name!r} holds what teacher {ours.model!r} ({ours.revision}) says, and "
+            f"{theirs.model!r} ({theirs.revision}) is served",
+            "serve the teacher of before, or begin a run with a rollout stream of its own",
+        )
 
 
 class Pipeline:
@@ -93,6 +108,7 @@ class Pipeline:
         self._heard: float | None = None
         """When the teacher was heard last; None while nothing is asked of it."""
         self._scored_any = False
+        self._has_met = False
         self._bytes_per_token = 16 + config.top_k * BYTES_PER_ENTRY[spec.codec.mode]
         self.waiting_reason = ""
         """Why nothing goes on; empty while it does."""
@@ -130,11 +146,29 @@ class Pipeline:
 
     def _run(self) -> None:
         try:
+            if not self._meet_teacher():
+                return
             while (pending := self._next()) is not None:
                 self._on_finished(self._finish(pending))
         # Whatever it is, the thread that writes raises it.
         except BaseException as error:
             self._error = error
+
+    def _meet_teacher(self) -> bool:
+        """Wait for the teacher, and see that it is the stream's; False if the pipeline is closed before."""
+        while not self._closed.is_set():
+            try:
+                info = self._teacher.describe()
+            except (ServiceUnavailableError, DeadlineError) as error:
+                self.waiting_reason = f"the teacher at {self._config.teacher}"
+                logger.info("the teacher is away: %s", error.message)
+                self._closed.wait(_LOOK_SECONDS)
+                continue
+            self.waiting_reason = ""
+            check_teacher(info, self._spec)
+            self._has_met = True
+            return True
+        return False
 
     def _next(self) -> PendingWave | None:
         while True:
@@ -212,7 +246,8 @@ class Pipeline:
             now, heard = time.monotonic(), self._heard
             is_silent = heard is not None and now - heard > 2 * _LOOK_SECONDS
             away = self._is_teacher_away() if is_silent else ""
-            self.waiting_reason = away or self._publisher.waiting_reason
+            if self._has_met:
+                self.waiting_reason = away or self._publisher.waiting_reason
             if heard is not None:
                 self.waiting_teacher_seconds += now - before
             before = now

@@ -104,6 +104,11 @@ class RolloutProcess:
         return self._process is not None and self._process.poll() is None
 
     @property
+    def process_id(self) -> int | None:
+        """Of the present process; None without one."""
+        return None if self._process is None else self._process.pid
+
+    @property
     def loaded_step(self) -> int | None:
         """Steps that made the weights that the present process has loaded; None before."""
         with self._lock:

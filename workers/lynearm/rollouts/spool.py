@@ -23,7 +23,7 @@ from pathlib import Path
 
 from lynearm.rollouts.waves import Wave
 from lynearm.wire.codec import decode_block, encode_block
-from lynearm.wire.errors import CodecError, StorageError
+from lynearm.wire.errors import CodecError, InvalidInputError, StorageError
 
 _WAVE_NAME = re.compile(r"wave-(\d{10,})-(\d{10,})\.student")
 _POSITION_FILE = "position.json"
@@ -131,7 +131,7 @@ class Spool:
             blocks = tuple(file.read_bytes() for file in files) if is_scored else ()
             try:
                 wave = Wave(decode_block(path.read_bytes()))
-            except CodecError:
+            except (CodecError, InvalidInputError):
                 self.forget(name)
                 continue
             yield SpooledWave(name, wave, int(match[2]), blocks)

@@ -176,13 +176,13 @@ def _check_room(teacher: TeacherInfo, config: TrainConfig) -> None:
 
 
 def mean_staleness(traces: Sequence[Trace], step: int) -> float | None:
-    """Steps by which the rollouts among traces are behind, on average; None where there are none.
+    """Steps by which rollouts are behind, on average; None where there are none.
 
     Args:
-        traces: Of a batch.
+        traces: Rollouts of a batch.
         step: Steps done before it.
     """
-    behind = [step - student_step(trace) for trace in traces if trace.tags.get(SOURCE_TAG) == SOURCE]
+    behind = [step - student_step(trace) for trace in traces]
     return sum(behind) / len(behind) if behind else None
 
 
