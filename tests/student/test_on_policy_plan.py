@@ -9,15 +9,15 @@ import pytest
 from student.teaching_material import make_spec
 
 from lynearm.student.config import TrainConfig
-from lynearm.student.mixing import StreamState
+from lynearm.student.mixing import StreamPlan, StreamState, parse_streams
 from lynearm.student.model import StudentModel
 from lynearm.student.on_policy_plan import (
     account_for_rollouts,
+    add_rollouts,
     digest_run,
     expected_per_step,
     is_fresh,
     mean_staleness,
-    plan_streams,
     rollout_spec,
     rollout_stream_name,
     rollouts_ahead,
@@ -30,6 +30,10 @@ from lynearm.wire.scoring import TeacherInfo
 from lynearm.wire.traces import Trace
 
 CONFIG = TrainConfig(on_policy=True, streams=("maths",), out=Path("runs/Maths 2"))
+
+
+def plan_streams(config: TrainConfig) -> tuple[StreamPlan, ...]:
+    return add_rollouts(parse_streams(config.streams), config)
 
 
 def shares(config: TrainConfig, step: int) -> dict[str, float]:
@@ -57,12 +61,6 @@ def test_a_share_of_one_leaves_the_other_streams_open() -> None:
     assert not plans[0].weights.is_over(10**6)
     assert plans[0].weights.at(0) < 1e-5
     assert (plans[1].endless, plans[1].measured) == (True, False)
-
-
-def test_without_rollouts_nothing_changes() -> None:
-    (plan,) = plan_streams(replace(CONFIG, on_policy=False))
-    assert plan.name == "maths"
-    assert plan.accepts is None
 
 
 def test_rollouts_are_used_until_they_are_too_old(traces: list[Trace]) -> None:

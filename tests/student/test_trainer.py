@@ -259,7 +259,7 @@ def test_an_interrupt_while_it_waits_ends_a_run_at_once(
     report = run_train(configure("empty"), interrupt, stop=stop)
     assert (report.stop_reason, report.steps, report.evaluations) == ("interrupted", 0, ())
     state = load_checkpoint(report.checkpoint).state
-    assert (state.streams[0].cursor, state.held_out_chosen) == (Cursor(), False)
+    assert (state.streams[0].cursor, state.held_out_traces) == (Cursor(), ())
 
 
 def test_the_held_out_set_ends_at_its_size_or_at_the_window(

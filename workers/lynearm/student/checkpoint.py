@@ -87,8 +87,9 @@ class TrainState:
     """How far the run is in each, in the order of the configuration."""
     step: int = 0
     """Done so far."""
-    held_out_chosen: bool = False
-    """Whether the held-out set is settled, as it is before the first step."""
+    held_out_traces: tuple[int, ...] = ()
+    """How many of the held-out traces, which lie in the order of the streams, are of each; none until they
+    are settled, before the first step."""
     curve: tuple[StepRecord, ...] = ()
     evaluations: tuple[EvaluationRecord, ...] = ()
 
@@ -301,7 +302,7 @@ def _parse_state(state: JsonObject) -> TrainState:
     return TrainState(
         tuple(_parse_stream(stream) for stream in cast("Sequence[JsonObject]", state["streams"])),
         step=int(state["step"]),
-        held_out_chosen=bool(state["held_out_chosen"]),
+        held_out_traces=tuple(cast("Sequence[int]", state["held_out_traces"])),
         curve=tuple(StepRecord(**record) for record in curve),
         evaluations=tuple(EvaluationRecord.from_values(record) for record in evaluations),
     )

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from itertools import accumulate
 
 from lynearm.student.batches import is_usable
 from lynearm.student.config import TrainConfig
 from lynearm.student.mixed_source import Selection, TraceSource
-from lynearm.student.mixing import StreamPlan, StreamState
+from lynearm.student.mixing import StreamPlan
 from lynearm.student.reader import PositionedTrace
 from lynearm.student.reporting import Reporter
 from lynearm.wire.traces import Trace
@@ -34,19 +35,18 @@ def choose_held_out(
         selection: Says which.
         reporter: Hears of it.
     """
-    return tuple(
-        _choose(plan.name, source, config, selection, reporter) if plan.measured else ()
-        for plan, source in zip(plans, sources, strict=True)
-    )
+    chosen: list[tuple[Trace, ...]] = []
+    for plan, source in zip(plans, sources, strict=True):
+        wanted = config.held_out_traces if plan.measured else 0
+        of_which = f" of stream {plan.name}" if len(plans) > 1 else ""
+        reporter.stage("collecting", f"{wanted} held-out traces{of_which}")
+        chosen.append(_choose(source, wanted, window=config.held_out_window, selection=selection))
+    return tuple(chosen)
 
 
-def _choose(
-    name: str, source: TraceSource, config: TrainConfig, selection: Selection, reporter: Reporter
-) -> tuple[Trace, ...]:
-    wanted, passed, held_out = config.held_out_traces, list[PositionedTrace](), list[Trace]()
-    of_which = f" of stream {name}" if len(config.streams) > 1 else ""
-    reporter.stage("collecting", f"{wanted} held-out traces{of_which}")
-    while len(held_out) < wanted and len(passed) < config.held_out_window:
+def _choose(source: TraceSource, wanted: int, *, window: int, selection: Selection) -> tuple[Trace, ...]:
+    passed, held_out = list[PositionedTrace](), list[Trace]()
+    while len(held_out) < wanted and len(passed) < window:
         positioned = source.take()
         if positioned is None:
             break
@@ -59,11 +59,7 @@ def _choose(
     return tuple(held_out)
 
 
-def split_held_out(traces: Sequence[Trace], states: Sequence[StreamState]) -> tuple[tuple[Trace, ...], ...]:
-    """What a checkpoint holds as one sequence, by stream."""
-    parts: list[tuple[Trace, ...]] = []
-    start = 0
-    for state in states:
-        parts.append(tuple(traces[start : start + state.held_out_traces]))
-        start += state.held_out_traces
-    return tuple(parts)
+def split_held_out(traces: Sequence[Trace], counts: Sequence[int]) -> tuple[tuple[Trace, ...], ...]:
+    """What a checkpoint holds as one sequence, by stream; `counts` says how many are of each."""
+    ends = accumulate(counts)
+    return tuple(tuple(traces[end - count : end]) for end, count in zip(ends, counts, strict=True))

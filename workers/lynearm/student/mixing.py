@@ -112,8 +112,6 @@ class StreamState:
     """Completion tokens trained on, repetitions included."""
     credit: float = 0.0
     """Completion tokens by which it is behind its share."""
-    held_out_traces: int = 0
-    """Of the run's held-out traces, which lie in the order of the streams."""
 
 
 def parse_stream(text: str) -> StreamPlan:

@@ -30,15 +30,13 @@ RUN_LABEL = "run"
 """Label of a rollout stream: a digest of what its student begins with, and of how it is trained."""
 
 
-def plan_streams(config: TrainConfig) -> tuple[StreamPlan, ...]:
-    """The streams of a run in their order, that of the rollouts last.
+def add_rollouts(plans: Sequence[StreamPlan], config: TrainConfig) -> tuple[StreamPlan, ...]:
+    """The streams of an on-policy run in their order, that of the rollouts last.
 
-    Raises:
-        ConfigError: if they cannot be read.
+    Args:
+        plans: Of the other streams.
+        config: What the run is told.
     """
-    plans = parse_streams(config.streams)
-    if not config.on_policy:
-        return plans
     return mix_rollouts(plans, rollout_plan(config), parse_share(config.on_policy_share))
 
 

@@ -12,9 +12,9 @@ import logging
 import math
 import threading
 import time
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -31,13 +31,13 @@ from lynearm.student.held_out import choose_held_out, split_held_out
 from lynearm.student.lineage import StreamUse, extend_lineage
 from lynearm.student.measuring import Measurer
 from lynearm.student.mixed_source import MixedSource, Selection, TraceSource
-from lynearm.student.mixing import parse_streams
+from lynearm.student.mixing import StreamPlan, parse_streams
 from lynearm.student.on_policy import OnPolicy
 from lynearm.student.on_policy_plan import (
     account_for_rollouts,
+    add_rollouts,
     mean_staleness,
     open_rollout_stream,
-    plan_streams,
 )
 from lynearm.student.progress import (
     EvaluationRecord,
@@ -72,7 +72,11 @@ _STOP_REASONS: tuple[StopReason | None, ...] = (
 
 
 def run_train(
-    config: TrainConfig, on_progress: OnProgress = ignore_progress, *, stop: threading.Event | None = None
+    config: TrainConfig,
+    on_progress: OnProgress = ignore_progress,
+    *,
+    stop: threading.Event | None = None,
+    plans: Sequence[StreamPlan] = (),
 ) -> TrainReport:
     """Train a student on streams until they, or a bound in the configuration, end.
 
@@ -82,6 +86,8 @@ def run_train(
         config: What to do.
         on_progress: Called at every change of stage and after every step, on this thread.
         stop: Set it, from any thread, for what Ctrl-C does.
+        plans: How streams take part, for programs that filter what they take from them; what
+            `config.streams` says, if not given.
 
     Raises:
         StreamNotFoundError: if there is no such stream.
@@ -101,29 +107,24 @@ def run_train(
     )
     with client, stop_on_interrupt(stop) as event, _keep_threads(), join_ranks(config.device) as ranks:
         reporter = Reporter(on_progress if ranks.writes else ignore_progress)
-        streams = _find_streams(client, config, event, reporter)
+        plans = tuple(plans) or parse_streams(config.streams)
+        deadline = time.monotonic() + config.wait_seconds
+        streams = [_find_stream(client, plan.name, deadline, stop=event, reporter=reporter) for plan in plans]
         if config.on_policy:
-            streams = (*streams, open_rollout_stream(client, config, streams))
+            streams.append(open_rollout_stream(client, config, streams))
+            plans = add_rollouts(plans, config)
         reporter.stage("loading", str(config.out if config.resume else config.student))
         if config.threads:
             torch.set_num_threads(config.threads)
         beginning = begin(config, streams, ranks)
-        specs = [stream.spec for stream in streams]
-        return _Run(config, client, beginning, ranks=ranks, specs=specs, stop=event, reporter=reporter).go()
-
-
-def _find_streams(
-    client: TraceClient, config: TrainConfig, stop: threading.Event, reporter: Reporter
-) -> tuple[StreamInfo, ...]:
-    """The streams, waited for as long as the configuration says."""
-    deadline = time.monotonic() + config.wait_seconds
-    names = [plan.name for plan in parse_streams(config.streams)]
-    return tuple(_find_stream(client, name, deadline, stop=stop, reporter=reporter) for name in names)
+        inputs = _Inputs(client, plans, tuple(stream.spec for stream in streams))
+        return _Run(config, inputs, beginning, ranks=ranks, stop=event, reporter=reporter).go()
 
 
 def _find_stream(
     client: TraceClient, name: str, deadline: float, *, stop: threading.Event, reporter: Reporter
 ) -> StreamInfo:
+    """A stream, waited for until the deadline."""
     announced = False
     while True:
         try:
@@ -137,47 +138,73 @@ def _find_stream(
         stop.wait(_LOOK_FOR_STREAM_SECONDS)
 
 
+@dataclass(frozen=True, slots=True)
+class _Inputs:
+    """What a run reads."""
+
+    client: TraceClient
+    plans: tuple[StreamPlan, ...]
+    specs: tuple[StreamSpec, ...]
+    """Of each plan's stream."""
+
+    def sources(
+        self, *, prefetch_blocks: int, should_stop: Callable[[], bool], reporter: Reporter
+    ) -> list[StreamSource]:
+        """One for each stream, closed."""
+        return [
+            StreamSource(
+                self.client,
+                plan.name,
+                prefetch_blocks=prefetch_blocks,
+                should_stop=should_stop,
+                reporter=reporter,
+                named=len(self.plans) > 1,
+            )
+            for plan in self.plans
+        ]
+
+
 class _Run:
     """One run in one process."""
 
     def __init__(
         self,
         config: TrainConfig,
-        client: TraceClient,
+        inputs: _Inputs,
         beginning: Beginning,
         *,
         ranks: Ranks,
-        specs: Sequence[StreamSpec],
         stop: threading.Event,
         reporter: Reporter,
     ) -> None:
         self._config = config
-        self._client = client
+        self._inputs = inputs
         self._ranks = ranks
         self._writer = CheckpointWriter()
         self._student = beginning.student
         self._objectives = beginning.objectives
         self._optimization = beginning.optimization
         self._state = beginning.state
-        self._held_out = split_held_out(beginning.held_out, beginning.state.streams)
+        self._held_out = split_held_out(beginning.held_out, beginning.state.held_out_traces)
         self._base_lineage = beginning.base_lineage
-        self._plans = plan_streams(config)
-        self._on_policy = OnPolicy(config, self._plans) if config.on_policy and ranks.writes else None
-        if self._on_policy is not None:
-            self._plans = self._on_policy.watch(self._plans)
+        self._on_policy: OnPolicy | None = None
+        if config.on_policy and ranks.writes:
+            self._on_policy = OnPolicy(config, inputs.plans)
+            self._inputs = replace(inputs, plans=self._on_policy.watch(inputs.plans))
             reporter.watch_rollouts(self._on_policy.read_status)
-        self._specs = specs
         self._stop = stop
         self._reporter = reporter
         self._selection = Selection(
             SplitRule(config.held_out_fraction, config.seed), config.max_sequence_tokens
         )
-        self._unchecked = set(range(len(specs))) if config.check_alignment else set[int]()
+        self._unchecked = set(range(len(inputs.specs))) if config.check_alignment else set[int]()
         self._saved_step: int | None = self._state.step if config.resume else None
         self._skipped_traces = 0
         # Not empty only where that was allowed: what the manifest says was overridden.
-        self._differences = list_differences(specs, self._student)
-        objectives = {spec.name: objective for spec, objective in zip(specs, self._objectives, strict=True)}
+        self._differences = list_differences(inputs.specs, self._student)
+        objectives = {
+            spec.name: objective for spec, objective in zip(inputs.specs, self._objectives, strict=True)
+        }
         self._measurer = Measurer(config, self._student, objectives, ranks=ranks, reporter=reporter)
         self._recorder = Recorder(config, self._state) if ranks.writes else None
 
@@ -207,17 +234,23 @@ class _Run:
 
     def _train(self) -> StopReason | None:
         """Train on the rest of the streams; why the run stops before their end, or None."""
-        sources = self._sources()
+        sources = self._inputs.sources(
+            prefetch_blocks=self._config.prefetch_blocks,
+            should_stop=lambda: self._why_stop() is not None,
+            reporter=self._reporter,
+        )
         source = MixedSource(
-            self._plans,
+            self._inputs.plans,
             self._state.streams,
             sources,
             selection=self._selection,
             epochs=self._config.epochs,
             reporter=self._reporter,
         )
+        if reason := self._agree(self._why_stop()):
+            return reason
         with source:
-            if not self._state.held_out_chosen and not self._choose_held_out(sources):
+            if not self._state.held_out_traces and not self._choose_held_out(sources):
                 return self._agree(self._why_stop())
             batches = self._batches(source)
             # A batch that some rank cannot take, since it was interrupted, is left for the next run by all.
@@ -231,32 +264,19 @@ class _Run:
             self._state = replace(self._state, streams=source.states)
             return None
 
-    def _sources(self) -> list[StreamSource]:
-        return [
-            StreamSource(
-                self._client,
-                plan.name,
-                prefetch_blocks=self._config.prefetch_blocks,
-                should_stop=lambda: self._why_stop() is not None,
-                reporter=self._reporter,
-                named=len(self._plans) > 1,
-            )
-            for plan in self._plans
-        ]
-
     def _choose_held_out(self, sources: Sequence[TraceSource]) -> bool:
         """Settle the held-out set and measure on it; False if the run should stop first."""
         held_out = choose_held_out(
-            self._plans, sources, config=self._config, selection=self._selection, reporter=self._reporter
+            self._inputs.plans,
+            sources,
+            config=self._config,
+            selection=self._selection,
+            reporter=self._reporter,
         )
         if not self._ranks.all_hold(self._why_stop() is None):
             return False
         self._held_out = held_out
-        streams = tuple(
-            replace(stream, held_out_traces=len(traces))
-            for stream, traces in zip(self._state.streams, held_out, strict=True)
-        )
-        self._state = replace(self._state, streams=streams, held_out_chosen=True)
+        self._state = replace(self._state, held_out_traces=tuple(map(len, held_out)))
         self._measure()
         return True
 
@@ -315,13 +335,13 @@ class _Run:
         """Steps by which a batch's rollouts are behind, on average; None without any."""
         if not self._config.on_policy:
             return None
-        last = len(self._plans) - 1
+        last = len(self._inputs.plans) - 1
         pairs = zip(batch.traces, batch.streams, strict=True)
         return mean_staleness([trace for trace, stream in pairs if stream == last], self._state.step)
 
     def _stream_tokens(self, batch: Batch) -> dict[str, int]:
         """Completion tokens of a batch by stream; none where there is one stream."""
-        if len(self._plans) == 1:
+        if len(self._inputs.plans) == 1:
             return {}
         pairs = zip(batch.after, self._state.streams, strict=True)
         return {after.name: after.tokens - before.tokens for after, before in pairs}
@@ -375,17 +395,17 @@ class _Run:
         student, state, config = self._student, self._state, self._config
         uses = [
             StreamUse(spec, stream.furthest, stream.epoch, stream.traces, stream.tokens)
-            for spec, stream in zip(self._specs, state.streams, strict=True)
+            for spec, stream in zip(self._inputs.specs, state.streams, strict=True)
         ]
         run = describe_run(
             config,
-            self._specs,
+            self._inputs.specs,
             differences=self._differences,
             evaluations=state.evaluations,
             world_size=self._ranks.world_size,
         )
         if config.on_policy:
-            run["on_policy"] = account_for_rollouts(state.streams, self._specs[-1])
+            run["on_policy"] = account_for_rollouts(state.streams, self._inputs.specs[-1])
         lineage = extend_lineage(self._base_lineage, uses, run=run)
         optimizer = self._optimization.state()
         held_out = tuple(trace for traces in self._held_out for trace in traces)
@@ -431,7 +451,8 @@ class _Run:
     def _how_to_go_on(self) -> str:
         config = self._config
         streams = "".join(f" --stream {stream}" for stream in config.streams)
-        return f"lynearm train --resume --out {config.out}{streams} --service {config.service}"
+        rollouts = f" --on-policy --teacher {config.teacher}" if config.on_policy else ""
+        return f"lynearm train --resume --out {config.out}{streams} --service {config.service}{rollouts}"
 
     def _report(self, reason: StopReason, checkpoint: Path) -> TrainReport:
         state = self._state
