@@ -22,8 +22,9 @@ from lynearm.cli.options import (
 
 if TYPE_CHECKING:
     from lynearm.cli.progress import Reporter, Status
+    from lynearm.rollouts import RolloutStatus
     from lynearm.student.config import TrainConfig
-    from lynearm.student.progress import TrainProgress, TrainReport
+    from lynearm.student.progress import StepRecord, TrainProgress, TrainReport
 
 _SHOWN_WAITING = 0.005
 """Part of the time without traces that is worth a word: less would show as 0 %."""
@@ -122,6 +123,51 @@ def train(
     ray_address: Annotated[
         str | None, typer.Option(help='Which Ray; "local" starts one.', show_default="auto")
     ] = None,
+    on_policy: Annotated[
+        bool | None,
+        typer.Option(
+            "--on-policy", help="Also train on what the student writes and a served teacher scores."
+        ),
+    ] = None,
+    teacher: Annotated[
+        str | None,
+        typer.Option(
+            metavar="HOST:PORT",
+            help="With --on-policy: the teacher that scores (`lynearm teacher serve`).",
+            show_default="127.0.0.1:7412",
+        ),
+    ] = None,
+    on_policy_share: Annotated[
+        str | None,
+        typer.Option(
+            metavar="SHARE",
+            help="With --on-policy: part of the tokens that the student wrote; 0..0.5@500 goes from none to "
+            "half until step 500.",
+            show_default="0.5",
+        ),
+    ] = None,
+    max_staleness: Annotated[
+        int | None,
+        typer.Option(
+            help="With --on-policy: steps that what it wrote may be behind the student.", show_default="16"
+        ),
+    ] = None,
+    rollout_prompts: Annotated[
+        str | None,
+        typer.Option(
+            metavar="SOURCE",
+            help="With --on-policy: what the student answers, as for `lynearm teach`.",
+            show_default="the prompts of the first stream",
+        ),
+    ] = None,
+    rollout_loss: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="NAME[@MIX][:WEIGHT]",
+            help="With --on-policy: a term of the loss on what the student wrote. May be repeated.",
+            show_default="reverse-kl:1",
+        ),
+    ] = None,
     check_alignment: Annotated[
         bool | None,
         typer.Option(
@@ -170,6 +216,7 @@ def train(
         **flags(context),
         "streams": streams or None,
         "loss": loss or None,
+        "rollout_loss": rollout_loss or None,
         "span_weights": weights(span_weights, "--span-weight"),
         "tag_weights": weights(tag_weights, "--tag-weight"),
         "trackers": trackers or None,
@@ -212,7 +259,29 @@ def describe(event: TrainProgress, *, max_steps: int = 0) -> Status | None:
             facts.append(f"{event.waiting_share:.0%} waiting for data")
         if event.lag_blocks:
             facts.append(f"{event.lag_blocks} blocks behind")
+    if event.rollouts is not None:
+        facts += _rollout_facts(event.rollouts, record)
     return Status(stage, ", ".join(facts), record.step if record else 0, max_steps or None)
+
+
+def _rollout_facts(rollouts: RolloutStatus, record: StepRecord | None) -> list[str]:
+    """How the student's own writing goes."""
+    from lynearm.cli.progress import count, duration
+
+    facts = [f"rollouts: {rollouts.activity}"]
+    if rollouts.tokens_per_second:
+        facts.append(f"{count(rollouts.tokens_per_second)} tokens/s written")
+    if record is not None and record.staleness is not None:
+        facts.append(f"{record.staleness:.1f} steps old")
+    if rollouts.divergence is not None:
+        facts.append(f"reverse KL about {rollouts.divergence:.3f}")
+    if rollouts.scored_tokens:
+        facts.append(f"{count(rollouts.scored_tokens)} tokens scored")
+    if rollouts.waiting_teacher_seconds >= 1:
+        facts.append(f"{duration(rollouts.waiting_teacher_seconds)} for the teacher")
+    if rollouts.restarts:
+        facts.append(f"{rollouts.restarts} restarts")
+    return facts
 
 
 def _run(settings: TrainConfig, report: Reporter[TrainProgress]) -> TrainReport:

@@ -8,7 +8,6 @@ S = layers of the teacher, H = their width.
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -21,33 +20,14 @@ from lynearm.student.mixing import StreamState
 from lynearm.student.teacher_states import WantedStates
 from lynearm.student.weighting import PositionWeighting
 from lynearm.wire.errors import MisalignmentError
+from lynearm.wire.splits import SplitRule as SplitRule
 from lynearm.wire.traces import Trace
-
-SPLIT_TAG = "split"
-"""Tag by which a trace says whether it is trained on: "train" or "held_out"."""
 
 _LEAST_FILL = 0.75
 """A sequence shorter than this part of a piece's longest is better computed with others of its length."""
 
 _WORTHWHILE_TOKENS = 256
 """Padded tokens from which on another piece costs less than padding."""
-
-
-@dataclass(frozen=True, slots=True)
-class SplitRule:
-    """Which prompts are never trained on."""
-
-    fraction: float
-    """Of the prompts, for traces without a tag."""
-    seed: int = 0
-
-    def holds_out(self, trace: Trace) -> bool:
-        """Whether the trace is for measuring. All traces of one prompt get the same answer."""
-        tag = trace.tags.get(SPLIT_TAG, "")
-        if tag in ("train", "held_out"):
-            return tag == "held_out"
-        digest = hashlib.blake2b(f"{self.seed}/{trace.prompt_id}".encode(), digest_size=8).digest()
-        return int.from_bytes(digest, "big") < self.fraction * 2**64
 
 
 @dataclass(frozen=True, slots=True)

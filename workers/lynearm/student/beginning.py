@@ -17,6 +17,7 @@ from lynearm.student.lineage import JsonObject, read_lineage
 from lynearm.student.mixing import StreamState
 from lynearm.student.model import StudentModel, load_student
 from lynearm.student.objective import Objective, make_objective
+from lynearm.student.on_policy_plan import rollout_stream_name
 from lynearm.student.optimization import Optimization
 from lynearm.student.ranks import Ranks
 from lynearm.student.terms import check_terms
@@ -36,7 +37,7 @@ class Beginning:
 
     student: StudentModel
     objectives: tuple[Objective, ...]
-    """Of each stream: the same terms, under its own teacher."""
+    """Of each stream: the same terms, under its own teacher; rollouts may have others."""
     optimization: Optimization
     state: TrainState
     held_out: tuple[Trace, ...]
@@ -133,10 +134,11 @@ def _check_streams(directory: Path, before: Sequence[StreamState], streams: Sequ
 def _choose_objectives(
     config: TrainConfig, streams: Sequence[StreamInfo], student: StudentModel
 ) -> tuple[Objective, ...]:
+    rollouts = rollout_stream_name(config) if config.on_policy else ""
     objectives = tuple(
         make_objective(
             stream.spec,
-            config.loss,
+            config.rollout_loss if stream.spec.name == rollouts else config.loss,
             temperature=config.temperature,
             retemper=config.retemper,
             vocab_size=student.vocab_size,

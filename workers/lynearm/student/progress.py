@@ -8,6 +8,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, TypeAlias, cast
 
+from lynearm.rollouts import RolloutStatus
+
 Stage: TypeAlias = Literal["loading", "collecting", "evaluating", "training", "waiting", "saving", "done"]
 StopReason: TypeAlias = Literal["stream_end", "max_steps", "max_seconds", "interrupted", "no_improvement"]
 
@@ -40,6 +42,9 @@ class StepRecord:
     """Weighted sum of the terms that compare hidden states, part of `loss`; None without any."""
     stream_tokens: Mapping[str, int] = field(default_factory=dict[str, int])
     """Completion tokens of this step by stream; empty where there is one stream."""
+    staleness: float | None = None
+    """Steps by which the rollouts of this step were behind the student that learns from them, on average;
+    None without any."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,6 +115,8 @@ class TrainProgress:
     """Blocks of the stream that are known to be there and were not trained on yet."""
     held_out: EvaluationRecord | None = None
     """The latest measurement."""
+    rollouts: RolloutStatus | None = None
+    """How the student's own writing goes; None in runs without."""
     waiting_share: float = 0.0
     """Part of the time since the first step without traces at hand, 0 to 1; measuring and saving left out."""
 

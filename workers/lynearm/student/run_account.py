@@ -18,7 +18,7 @@ from lynearm.wire.specs import StreamSpec
 PACKAGES = ("lynearm", "torch", "transformers")
 """Whose versions may change what a run computes."""
 
-_NOT_TOLD = frozenset(
+NOT_TOLD = frozenset(
     {
         "student",
         "questions",
@@ -32,6 +32,8 @@ _NOT_TOLD = frozenset(
     | {"service", "service_timeout_seconds", "patience_seconds", "wait_seconds", "prefetch_blocks"}
     | {"checkpoint_every_steps", "keep_checkpoints", "async_checkpoints"}
     | {"threads", "replay_threads", "ray", "ray_address"}
+    | {"teacher", "rollout_stream", "rollout_prompts", "rollout_threads", "rollout_kv_cache_mib"}
+    | {"rollout_gpus", "rollout_weights"}
 )
 """Settings that do not change the student, name a machine's paths, or are among the overrides."""
 
@@ -53,7 +55,7 @@ def describe_run(
         evaluations: Of the run so far.
         world_size: Processes that share each batch.
     """
-    settings = {name: value for name, value in asdict(config).items() if name not in _NOT_TOLD}
+    settings = {name: value for name, value in asdict(config).items() if name not in NOT_TOLD}
     account: JsonObject = {
         "streams": [spec.name for spec in specs],
         "settings": cast(JsonObject, _plain(settings)),

@@ -32,6 +32,13 @@ from lynearm.student.lineage import StreamUse, extend_lineage
 from lynearm.student.measuring import Measurer
 from lynearm.student.mixed_source import MixedSource, Selection, TraceSource
 from lynearm.student.mixing import StreamPlan, parse_streams
+from lynearm.student.on_policy import OnPolicy
+from lynearm.student.on_policy_plan import (
+    account_for_rollouts,
+    add_rollouts,
+    mean_staleness,
+    open_rollout_stream,
+)
 from lynearm.student.progress import (
     EvaluationRecord,
     OnProgress,
@@ -103,6 +110,9 @@ def run_train(
         plans = tuple(plans) or parse_streams(config.streams)
         deadline = time.monotonic() + config.wait_seconds
         streams = [_find_stream(client, plan.name, deadline, stop=event, reporter=reporter) for plan in plans]
+        if config.on_policy:
+            streams.append(open_rollout_stream(client, config, streams))
+            plans = add_rollouts(plans, config)
         reporter.stage("loading", str(config.out if config.resume else config.student))
         if config.threads:
             torch.set_num_threads(config.threads)
@@ -177,6 +187,11 @@ class _Run:
         self._state = beginning.state
         self._held_out = split_held_out(beginning.held_out, beginning.state.held_out_traces)
         self._base_lineage = beginning.base_lineage
+        self._on_policy: OnPolicy | None = None
+        if config.on_policy and ranks.writes:
+            self._on_policy = OnPolicy(config, inputs.plans)
+            self._inputs = replace(inputs, plans=self._on_policy.watch(inputs.plans))
+            reporter.watch_rollouts(self._on_policy.read_status)
         self._stop = stop
         self._reporter = reporter
         self._selection = Selection(
@@ -198,6 +213,8 @@ class _Run:
         try:
             return self._go()
         finally:
+            if self._on_policy is not None:
+                self._on_policy.close()
             if self._recorder is not None:
                 self._recorder.close()
 
@@ -292,6 +309,7 @@ class _Run:
             gradient_norm=result.gradient_norm,
             hidden=result.hidden,
             stream_tokens=self._stream_tokens(batch),
+            staleness=self._staleness(batch),
             seconds=time.monotonic() - started,
             waiting_seconds=self._reporter.take_waiting_seconds(),
         )
@@ -312,6 +330,14 @@ class _Run:
             allow_misaligned = self._config.allow_misaligned
             check_rows(self._student, traces, self._objectives[stream], allow_misaligned=allow_misaligned)
             self._unchecked.remove(stream)
+
+    def _staleness(self, batch: Batch) -> float | None:
+        """Steps by which a batch's rollouts are behind, on average; None without any."""
+        if not self._config.on_policy:
+            return None
+        last = len(self._inputs.plans) - 1
+        pairs = zip(batch.traces, batch.streams, strict=True)
+        return mean_staleness([trace for trace, stream in pairs if stream == last], self._state.step)
 
     def _stream_tokens(self, batch: Batch) -> dict[str, int]:
         """Completion tokens of a batch by stream; none where there is one stream."""
@@ -378,6 +404,8 @@ class _Run:
             evaluations=state.evaluations,
             world_size=self._ranks.world_size,
         )
+        if config.on_policy:
+            run["on_policy"] = account_for_rollouts(state.streams, self._inputs.specs[-1])
         lineage = extend_lineage(self._base_lineage, uses, run=run)
         optimizer = self._optimization.state()
         held_out = tuple(trace for traces in self._held_out for trace in traces)
@@ -405,7 +433,12 @@ class _Run:
             return "max_steps"
         if has_stalled(self._state.evaluations, self._config.early_stop_patience):
             return "no_improvement"
-        return "max_seconds" if self._seconds_left() <= 0 else None
+        if self._seconds_left() <= 0:
+            return "max_seconds"
+        # What is asked after each step, and again and again while the run waits, tends the rollouts too.
+        if self._on_policy is not None:
+            self._on_policy.tend(self._student, self._state)
+        return None
 
     def _seconds_left(self) -> float:
         return self._config.max_seconds - self._reporter.seconds if self._config.max_seconds else math.inf
@@ -418,7 +451,8 @@ class _Run:
     def _how_to_go_on(self) -> str:
         config = self._config
         streams = "".join(f" --stream {stream}" for stream in config.streams)
-        return f"lynearm train --resume --out {config.out}{streams} --service {config.service}"
+        rollouts = f" --on-policy --teacher {config.teacher}" if config.on_policy else ""
+        return f"lynearm train --resume --out {config.out}{streams} --service {config.service}{rollouts}"
 
     def _report(self, reason: StopReason, checkpoint: Path) -> TrainReport:
         state = self._state

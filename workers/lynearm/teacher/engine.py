@@ -36,6 +36,7 @@ from lynearm.teacher.model_source import prepare_model
 from lynearm.teacher.scoring import EngineScoring
 from lynearm.teacher.tokenizer import PromptTokenizer, describe_tokenizer, end_tokens
 from lynearm.teacher.vllm_internals import say_slower
+from lynearm.teacher.weight_refresh import refresh_weights
 from lynearm.wire.errors import ConfigError, LynearmError, MissingDependencyError, TeacherError
 from lynearm.wire.hidden import HiddenStates, HiddenStatesSpec
 from lynearm.wire.profiles import LayerStatistics
@@ -253,6 +254,14 @@ class TeacherEngine:
             self._own_top_k.pop(request_id, None)
             if self._inside is not None:
                 self._inside.drop(request_id)
+
+    def refresh(self, directory: Path) -> None:
+        """Take the weights of another checkpoint of the same model; only between requests.
+
+        Raises:
+            PreconditionError, TeacherError: as for `refresh_weights`.
+        """
+        refresh_weights(self._engine, directory)
 
     def close(self) -> None:
         """Undo the changes to vLLM's logprob collection."""
