@@ -27,10 +27,15 @@ def start_run(config: TrainConfig, environment: dict[str, str] | None = None) ->
 
 def run_ranks(config: TrainConfig, world_size: int) -> None:
     """A whole run by several ranks."""
+    join(start_ranks(config, world_size))
+
+
+def start_ranks(config: TrainConfig, world_size: int) -> list[BaseProcess]:
+    """The ranks of a run."""
     with socket.create_server(("127.0.0.1", 0)) as listener:
         port = int(listener.getsockname()[1])
     shared = {"WORLD_SIZE": str(world_size), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    join([start_run(config, shared | {"RANK": str(rank)}) for rank in range(world_size)])
+    return [start_run(config, shared | {"RANK": str(rank)}) for rank in range(world_size)]
 
 
 def join(processes: Sequence[BaseProcess]) -> None:

@@ -17,6 +17,7 @@ from lynearm.student.model import StudentModel, load_student
 from lynearm.student.objective import Objective, make_objective
 from lynearm.student.optimization import Optimization
 from lynearm.student.ranks import Ranks
+from lynearm.student.sharding import shard_student
 from lynearm.student.terms import check_terms
 from lynearm.wire.errors import CheckpointError, ConfigError
 from lynearm.wire.protobuf import StreamInfo
@@ -48,8 +49,8 @@ def begin(config: TrainConfig, stream: StreamInfo, ranks: Ranks) -> Beginning:
 
     Raises:
         CheckpointError: if the student or the checkpoint cannot be loaded, or is of another stream.
-        ConfigError: if `out` holds a run and `resume` is not set, or the configuration changes what a
-            resumed run depends on.
+        ConfigError: if `out` holds a run and `resume` is not set, the configuration changes what a
+            resumed run depends on, or the student cannot be sharded.
         MisalignmentError: if student and stream are not aligned.
         DistillationForbiddenError: if the stream's terms forbid to learn from it, unless `allow_terms`.
     """
@@ -63,7 +64,7 @@ def begin(config: TrainConfig, stream: StreamInfo, ranks: Ranks) -> Beginning:
             "go on from it with --resume, or name another directory with --out",
         )
     torch.manual_seed(config.seed + ranks.rank)  # pyright: ignore[reportUnknownMemberType]  # torch leaves it half typed
-    student = _load_aligned(config, stream, config.student)
+    student = _load_aligned(config, stream, config.student, ranks)
     state = TrainState(stream.spec.name, stream.created_unix_nano)
     objective = _choose_objective(config, stream, student)
     optimization = Optimization(student, config, objective=objective, ranks=ranks)
@@ -95,7 +96,7 @@ def _resume(config: TrainConfig, stream: StreamInfo, directory: Path | None, ran
         raise ConfigError(
             f"the run in {config.out} cannot go on: {'; '.join(changed)}", "resume with the earlier values"
         )
-    student = _load_aligned(config, stream, directory)
+    student = _load_aligned(config, stream, directory, ranks)
     objective = _choose_objective(config, stream, student)
     optimization = Optimization(student, config, objective=objective, ranks=ranks)
     optimization.restore(checkpoint.optimizer, state.step)
@@ -120,10 +121,15 @@ def _choose_objective(config: TrainConfig, stream: StreamInfo, student: StudentM
     return objective
 
 
-def _load_aligned(config: TrainConfig, stream: StreamInfo, directory: Path) -> StudentModel:
-    student = load_student(directory, device=config.device, dtype=config.dtype)
+def _load_aligned(
+    config: TrainConfig, stream: StreamInfo, directory: Path, ranks: Ranks
+) -> StudentModel:
+    sharded = config.sharding == "full"
+    student = load_student(directory, device=config.device, dtype=config.dtype, on_host=sharded)
     check_alignment(stream.spec, student, allow_misaligned=config.allow_misaligned)
     if config.freeze_embeddings:
         student.freeze_embeddings()
+    if sharded:
+        student = shard_student(student, ranks)
     student.train(True)
     return student

@@ -16,8 +16,10 @@ from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from typing import TypeAlias
 
 import torch
+from torch import Tensor
 
 from lynearm.client import TraceClient, stop_on_interrupt
 from lynearm.student.alignment import check_rows, find_differences
@@ -48,6 +50,8 @@ from lynearm.student.source import WatchedSource
 from lynearm.wire.errors import CheckpointError, LynearmError, ServiceUnavailableError, StreamNotFoundError
 from lynearm.wire.protobuf import StreamInfo
 from lynearm.wire.traces import Cursor, Trace
+
+_Tensors: TypeAlias = dict[str, Tensor]
 
 logger = logging.getLogger(__name__)
 
@@ -172,9 +176,16 @@ class _Run:
             while reason is None and self._state.epoch < self._config.epochs:
                 reason = self._pass()
         except LynearmError:
-            # The other ranks may be anywhere: nothing here waits for them.
-            self._save(last=True, alone=True)
-            logger.warning("the run was saved; go on with: %s", self._how_to_go_on())
+            # The other ranks may be anywhere: nothing here waits for them, unless they hold parts of it.
+            if self._student.shards is None or self._ranks.meet():
+                self._save(last=True, alone=True)
+                logger.warning("the run was saved; go on with: %s", self._how_to_go_on())
+            else:
+                logger.warning(
+                    "the run was not saved since step %s: the other ranks, which hold parts of the student, "
+                    "did not end with this one",
+                    self._saved_step or 0,
+                )
             raise
         if reason != "interrupted":
             self._measure()
@@ -307,6 +318,7 @@ class _Run:
             micro_batch_tokens=self._config.micro_batch_tokens,
             max_sequence_tokens=self._config.max_sequence_tokens,
             objective=self._objective,
+            ranks=self._ranks,
         )
         kl, cross_entropy, positions, *counts = self._ranks.sum(
             sums.kl, sums.cross_entropy, sums.positions, *sums.predictions.values()
@@ -332,7 +344,9 @@ class _Run:
             return None
         self._reporter.stage("evaluating", f"{len(self._questions)} questions")
         mine = self._ranks.share(self._questions, [1] * len(self._questions))
-        (correct,) = self._ranks.sum(self._exact_match.count_correct(self._student, mine))
+        (correct,) = self._ranks.sum(
+            self._exact_match.count_correct(self._student, mine, ranks=self._ranks)
+        )
         return correct / len(self._questions)
 
     def _record(self, record: StepRecord | EvaluationRecord) -> None:
@@ -352,13 +366,24 @@ class _Run:
         if self._ranks.writes:
             self._reporter.stage("saving", f"step {state.step}")
             self._finish_writing(last=last)
-            self._write(directory, beside=self._config.async_checkpoints and not last)
+        gathered = self._gather()
+        if self._ranks.writes:
+            self._write(directory, gathered, beside=self._config.async_checkpoints and not last)
         # A resumed run was loaded from a checkpoint that will be removed; the newest one stays.
         self._student = replace(self._student, directory=directory)
         self._saved_step = state.step
         if last and not alone:
             self._ranks.all_hold(True)
+        elif self._student.shards is not None and alone:
+            self._ranks.meet()  # a launcher ends the rank that writes when it finds that another has ended
         return directory
+
+    def _gather(self) -> tuple[_Tensors, _Tensors] | None:
+        """Weights and optimizer state of a sharded student, which all ranks gather; None if of no use."""
+        if self._student.shards is None or not self._ranks.most(int(self._saved_step != self._state.step)):
+            return None
+        weights = self._student.shards.gather_weights(keep=self._ranks.writes)
+        return weights, self._optimization.state()
 
     def _finish_writing(self, *, last: bool) -> None:
         try:
@@ -370,7 +395,9 @@ class _Run:
             logger.warning("%s; trying once more", error)
             self._saved_step = None
 
-    def _write(self, directory: Path, *, beside: bool) -> None:
+    def _write(
+        self, directory: Path, gathered: tuple[_Tensors, _Tensors] | None, *, beside: bool
+    ) -> None:
         student, state, config = self._student, self._state, self._config
         use = StreamUse(self._spec, state.furthest, state.epoch, state.traces, state.tokens)
         run = describe_run(
@@ -381,18 +408,19 @@ class _Run:
             world_size=self._ranks.world_size,
         )
         lineage = extend_lineage(self._base_lineage, use, run=run)
-        optimizer = self._optimization.state()
-        checkpoint = Checkpoint(directory, state, optimizer, self._held_out, self._base_lineage)
+        checkpoint = Checkpoint(directory, state, {}, self._held_out, self._base_lineage)
         if self._saved_step == state.step:
             refresh_checkpoint(checkpoint, config=config, lineage=lineage)
-        elif not beside:
-            save_checkpoint(student, checkpoint, config=config, lineage=lineage)
+            return
+        weights, optimizer = gathered or (None, self._optimization.state())
+        if beside and gathered is None:
+            weights, optimizer = copy_weights(student), copy_tensors(optimizer)
+        checkpoint = replace(checkpoint, optimizer=optimizer)
+        save = partial(save_checkpoint, student, checkpoint, config=config, lineage=lineage, weights=weights)
+        if beside:
+            self._writer.submit(save)
         else:
-            weights = copy_weights(student)
-            copied = replace(checkpoint, optimizer=copy_tensors(optimizer))
-            self._writer.submit(
-                partial(save_checkpoint, student, copied, config=config, lineage=lineage, weights=weights)
-            )
+            save()
 
     def _agree(self, reason: StopReason | None) -> StopReason | None:
         """Why all ranks should stop: any rank's reason is every rank's."""
