@@ -1,4 +1,4 @@
-"""What two processes do for `test_sharding`: the same steps on a student that each holds whole, and on a sharded one."""
+"""What two processes do for `test_sharding`: the same steps on whole students and on a sharded one."""
 
 from __future__ import annotations
 
@@ -23,6 +23,7 @@ from lynearm.student.optimization import Optimization, StepResult
 from lynearm.student.ranks import Ranks, is_sharded, join_ranks
 from lynearm.student.sharding import shard_student
 from lynearm.wire.traces import Cursor, Trace
+
 
 @dataclass(frozen=True)
 class Case:
@@ -70,7 +71,7 @@ class RecordedMatch(ExactMatch):
 
 
 def compare(directory: Path, cases: dict[str, Case], lessons: Lessons, out: Path) -> None:
-    """Run by each rank; rank 0 saves a pair of outcomes for each case: of whole students, and of sharded ones."""
+    """Run by each rank; rank 0 saves a pair of outcomes for each case: of whole students, and sharded."""
     with join_ranks("cpu") as ranks:
         outcomes = {
             name: [train(directory, case, lessons, ranks, sharded=sharded) for sharded in (False, True)]
@@ -82,7 +83,7 @@ def compare(directory: Path, cases: dict[str, Case], lessons: Lessons, out: Path
 
 def meet(out: Path) -> None:
     """Run by each rank: both meet, and then the first one waits for the other in vain."""
-    ranks_module._MEETING = datetime.timedelta(seconds=1)  # noqa: SLF001
+    ranks_module._MEETING = datetime.timedelta(seconds=1)
     with join_ranks("cpu") as ranks:
         met = [ranks.meet()]
         if ranks.writes:

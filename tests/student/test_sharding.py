@@ -1,4 +1,4 @@
-"""Ranks that hold parts of the student: the steps of a whole one, and checkpoints that any run goes on from."""
+"""Ranks that hold parts of the student: the steps of a whole one, and checkpoints that any run takes up."""
 
 from __future__ import annotations
 
@@ -30,7 +30,9 @@ from lynearm.student.trainer import run_train
 from lynearm.wire.errors import ConfigError
 from lynearm.wire.traces import Trace
 
-CONFIG = TrainConfig(learning_rate=3e-3, warmup_steps=0, micro_batch_tokens=24, grad_clip=0.0, weight_decay=0.1)
+CONFIG = TrainConfig(
+    learning_rate=3e-3, warmup_steps=0, micro_batch_tokens=24, grad_clip=0.0, weight_decay=0.1
+)
 HIDDEN_TERMS = ("forward-kl", "hidden-cosine@0=0,1=1:0.5", "hidden-mse@norm=norm:0.25")
 
 numbers = itertools.count()

@@ -17,7 +17,7 @@ from lynearm.student.model import StudentModel, load_student
 from lynearm.student.objective import Objective, make_objective
 from lynearm.student.optimization import Optimization
 from lynearm.student.ranks import Ranks
-from lynearm.student.sharding import shard_student
+from lynearm.student.sharding import check_several, shard_student
 from lynearm.student.terms import check_terms
 from lynearm.wire.errors import CheckpointError, ConfigError
 from lynearm.wire.protobuf import StreamInfo
@@ -54,6 +54,8 @@ def begin(config: TrainConfig, stream: StreamInfo, ranks: Ranks) -> Beginning:
         MisalignmentError: if student and stream are not aligned.
         DistillationForbiddenError: if the stream's terms forbid to learn from it, unless `allow_terms`.
     """
+    if config.sharding == "full":
+        check_several(ranks)
     check_terms(stream.spec, allow_terms=config.allow_terms, warn=ranks.writes)
     checkpoint_dir = latest_checkpoint(config.out)
     if config.resume:
@@ -121,9 +123,7 @@ def _choose_objective(config: TrainConfig, stream: StreamInfo, student: StudentM
     return objective
 
 
-def _load_aligned(
-    config: TrainConfig, stream: StreamInfo, directory: Path, ranks: Ranks
-) -> StudentModel:
+def _load_aligned(config: TrainConfig, stream: StreamInfo, directory: Path, ranks: Ranks) -> StudentModel:
     sharded = config.sharding == "full"
     student = load_student(directory, device=config.device, dtype=config.dtype, on_host=sharded)
     check_alignment(stream.spec, student, allow_misaligned=config.allow_misaligned)

@@ -1,8 +1,9 @@
 """Several processes that train one student: each computes its share of a batch, and all make the same step.
 
-Invariants: every rank holds the same weights, or its share of them (see `sharding`), and reads the same batches in the same order, so that the
-sequence of examples does not depend on their number. A step is taken by all or by none: before it the ranks
-agree that each has the batch, and after it whether to stop. Only rank 0 writes.
+Invariants: every rank holds the same weights, or its part of them (see `sharding`), and reads the same
+batches in the same order, so that the sequence of examples does not depend on their number. A step is taken
+by all or by none: before it the ranks agree that each has the batch, and after it whether to stop. Only rank
+0 writes.
 
 The gradients of a batch are summed once, after all of its pieces, so that ranks may cut their shares into
 different numbers of pieces.

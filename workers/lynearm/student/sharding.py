@@ -12,6 +12,7 @@ another number of ranks, and without sharding.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from types import MethodType
@@ -31,6 +32,8 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from lynearm.student.model import StudentModel
 from lynearm.student.ranks import Ranks, is_sharded
 from lynearm.wire.errors import ConfigError
+
+_linalg: Any = torch.linalg  # untyped
 
 _ENTRANCE = "decode_sharded"
 """Name of the method, set on the model, that runs its decoder as a forward pass of the whole model."""
@@ -54,11 +57,7 @@ def shard_student(student: StudentModel, ranks: Ranks) -> StudentModel:
     Raises:
         ConfigError: if there is one rank, or the architecture does not hold its layers as `layers`.
     """
-    if ranks.world_size == 1:
-        raise ConfigError(
-            'sharding is "full", but this process is alone',
-            "start several with torchrun --nproc-per-node N --no-python lynearm train …, or with --ray --ranks N",
-        )
+    check_several(ranks)
     if not student.decoder_layers:
         raise ConfigError(
             f"{student.directory.name} does not hold its decoder layers as `layers`: they cannot be sharded "
@@ -66,10 +65,11 @@ def shard_student(student: StudentModel, ranks: Ranks) -> StudentModel:
             'train it with sharding = "none"',
         )
     mesh = init_device_mesh(student.device.type, (ranks.world_size,))
-    half = None if student.compute_dtype == torch.float32 else student.compute_dtype
     # Inputs stay as they are: autocast, as without sharding, says what is computed in which type.
-    policy = MixedPrecisionPolicy(
-        param_dtype=half, reduce_dtype=half and torch.float32, cast_forward_inputs=False
+    policy = (
+        MixedPrecisionPolicy()
+        if student.compute_dtype == torch.float32
+        else MixedPrecisionPolicy(student.compute_dtype, torch.float32, cast_forward_inputs=False)
     )
     for layer in student.decoder_layers:
         fully_shard(layer, mesh=mesh, mp_policy=policy)
@@ -78,6 +78,19 @@ def shard_student(student: StudentModel, ranks: Ranks) -> StudentModel:
     setattr(root, _ENTRANCE, MethodType(_decode, root))
     register_fsdp_forward_method(cast(nn.Module, root), _ENTRANCE)
     return replace(student, shards=Shards(root))
+
+
+def check_several(ranks: Ranks) -> None:
+    """Refuse to shard a student over one rank.
+
+    Raises:
+        ConfigError: saying how to start several.
+    """
+    if ranks.world_size == 1:
+        raise ConfigError(
+            'sharding is "full", but this process is alone',
+            "start several with torchrun --nproc-per-node N --no-python lynearm train …, or --ray --ranks N",
+        )
 
 
 class Shards:
@@ -156,7 +169,7 @@ def clip_gradients(parameters: Iterable[nn.Parameter], limit: float, ranks: Rank
         if parameter.grad is not None:
             (shards if is_sharded(parameter) else whole).append(_local(parameter.grad))
     (square,) = ranks.sum(_square(shards))
-    norm = (square + _square(whole)) ** 0.5
+    norm = math.sqrt(square + _square(whole))
     factor = limit / (norm + _NORM_GUARD)
     if factor < 1.0:
         for gradient in (*shards, *whole):
@@ -164,7 +177,9 @@ def clip_gradients(parameters: Iterable[nn.Parameter], limit: float, ranks: Rank
     return norm
 
 
-def even_out(items: Sequence[_Item], student: StudentModel, ranks: Ranks, idle: Callable[[], _Item]) -> list[_Item]:
+def even_out(
+    items: Sequence[_Item], student: StudentModel, ranks: Ranks, idle: Callable[[], _Item]
+) -> list[_Item]:
     """As many items on every rank as on that with the most, where the student is sharded.
 
     Args:
@@ -196,4 +211,5 @@ def _local(tensor: Tensor) -> Tensor:
 
 def _square(tensors: Sequence[Tensor]) -> float:
     """Sum of the squares of all entries."""
-    return sum(float(torch.linalg.vector_norm(tensor)) ** 2 for tensor in tensors)
+    norms = [cast(Tensor, _linalg.vector_norm(tensor)) for tensor in tensors]
+    return float(torch.stack(norms).double().square().sum()) if norms else 0.0

@@ -344,9 +344,7 @@ class _Run:
             return None
         self._reporter.stage("evaluating", f"{len(self._questions)} questions")
         mine = self._ranks.share(self._questions, [1] * len(self._questions))
-        (correct,) = self._ranks.sum(
-            self._exact_match.count_correct(self._student, mine, ranks=self._ranks)
-        )
+        (correct,) = self._ranks.sum(self._exact_match.count_correct(self._student, mine, ranks=self._ranks))
         return correct / len(self._questions)
 
     def _record(self, record: StepRecord | EvaluationRecord) -> None:
@@ -395,9 +393,7 @@ class _Run:
             logger.warning("%s; trying once more", error)
             self._saved_step = None
 
-    def _write(
-        self, directory: Path, gathered: tuple[_Tensors, _Tensors] | None, *, beside: bool
-    ) -> None:
+    def _write(self, directory: Path, gathered: tuple[_Tensors, _Tensors] | None, *, beside: bool) -> None:
         student, state, config = self._student, self._state, self._config
         use = StreamUse(self._spec, state.furthest, state.epoch, state.traces, state.tokens)
         run = describe_run(

@@ -316,7 +316,9 @@ def _run(
         bias_V = None if head.bias_V is None else head.bias_V[:vocab_size].to(dtype)
         first = 0
         # Another temperature needs a copy of its own.
-        room_VC = gradients.room(head, vocab_size, dtype) if gradients and objective.temperature == 1 else None
+        room_VC = (
+            gradients.room(head, vocab_size, dtype) if gradients and objective.temperature == 1 else None
+        )
         if gradients is not None and room_VC is not None:
             first = room_VC.shape[1]
             hidden_CH, rows = head.hidden_NH[:first], targets.rows(0, first)
