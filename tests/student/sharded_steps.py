@@ -112,10 +112,9 @@ def train(directory: Path, case: Case, lessons: Lessons, ranks: Ranks, *, sharde
         micro_batch_tokens=16,
         max_sequence_tokens=64,
         objective=objective,
-        ranks=ranks,
     )
     exact = RecordedMatch(student)
-    exact.count_correct(student, ranks.share(lessons.questions, [1] * len(lessons.questions)), ranks=ranks)
+    exact.count_correct(student, ranks.share(lessons.questions, [1] * len(lessons.questions)))
     if student.shards is None:
         weights = {name: tensor.clone() for name, tensor in student.model.state_dict().items()}
     else:

@@ -16,7 +16,6 @@ from lynearm.student.calibration import PredictionSums, measure_predictions
 from lynearm.student.losses import measure_loss
 from lynearm.student.model import StudentModel
 from lynearm.student.objective import Objective
-from lynearm.student.ranks import Ranks
 from lynearm.student.sharding import even_out
 from lynearm.wire.blocks import MAX_PAYLOAD_BYTES
 from lynearm.wire.codec import decode_block, encode_block
@@ -47,7 +46,6 @@ def evaluate(
     micro_batch_tokens: int,
     max_sequence_tokens: int,
     objective: Objective | None = None,
-    ranks: Ranks | None = None,
 ) -> HeldOutSums:
     """Measure a student on traces, without dropout and without changing it.
 
@@ -57,14 +55,13 @@ def evaluate(
         micro_batch_tokens: As for `batches.PieceSizes`, like the next.
         max_sequence_tokens: Completions are cut there.
         objective: Says the temperature of the KL; 1 if not given.
-        ranks: Who measures other traces at the same time; a sharded student has to know.
     """
     kl, cross_entropy, positions = 0.0, 0.0, 0
     predictions = PredictionSums()
     student.train(False)
     sizes = PieceSizes(micro_batch_tokens, max_sequence_tokens)
     pieces = collate(traces, sizes, vocab_size=student.vocab_size)
-    for piece in even_out(pieces, student, ranks or Ranks(), idle_piece):
+    for piece in even_out(pieces, student, idle_piece):
         on_device = piece.to(student.device)
         with torch.no_grad():
             hidden_NH = student.hidden_states(on_device.input_ids_BL).flatten(0, 1)[on_device.positions_N]

@@ -18,7 +18,6 @@ from typing import Any, cast
 import torch
 
 from lynearm.student.model import StudentModel
-from lynearm.student.ranks import Ranks
 from lynearm.student.sharding import even_out
 from lynearm.wire.errors import PromptFileError
 
@@ -102,21 +101,13 @@ class ExactMatch:
             self._tokenizer.pad_token_id = self._tokenizer.eos_token_id or 0
         self._max_new_tokens = max_new_tokens
 
-    def count_correct(
-        self, student: StudentModel, questions: Sequence[Question], *, ranks: Ranks | None = None
-    ) -> int:
-        """How many questions the student answers with the right number; it is in training mode afterwards.
-
-        Args:
-            student: The student.
-            questions: This rank's.
-            ranks: Who asks others at the same time; a sharded student has to know.
-        """
+    def count_correct(self, student: StudentModel, questions: Sequence[Question]) -> int:
+        """How many questions the student answers with the right number; it is in training mode afterwards."""
         student.train(False)
         correct = 0
         starts = range(0, len(questions), BATCH_QUESTIONS)
         batches = [questions[start : start + BATCH_QUESTIONS] for start in starts]
-        for batch in even_out(batches, student, ranks or Ranks(), tuple[Question]):
+        for batch in even_out(batches, student, tuple[Question]):
             # Something has to be written where there is nothing to ask.
             prompts = [self._prompt(question.text) for question in batch] or ["0"]
             answers = self._write(student, prompts)[: len(batch)]

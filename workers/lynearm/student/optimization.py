@@ -110,7 +110,7 @@ class Optimization:
         for group in self._optimizer.param_groups:
             group["lr"] = rate
         sums = [0.0] * 4
-        pieces = even_out(pieces, self._student, self._ranks, idle_piece)
+        pieces = even_out(pieces, self._student, idle_piece)
         for number, piece in enumerate(pieces, 1):
             if self._student.shards is not None:
                 self._student.shards.accumulate(is_last=number == len(pieces))

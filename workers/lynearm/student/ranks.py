@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from lynearm.student.launch import launched_local_rank, launched_world_size
-from lynearm.wire.errors import ConfigError, InternalError
+from lynearm.wire.errors import ConfigError, InternalError, LynearmError
 
 _dist: Any = torch_distributed  # half typed
 
@@ -116,6 +116,16 @@ class Ranks:
     def all_hold(self, condition: bool) -> bool:
         """Whether a condition holds on every rank."""
         return self.most(int(not condition)) == 0
+
+    def raise_together(self, error: LynearmError | None) -> None:
+        """Raise an error that some ranks have met with on all of them.
+
+        Raises:
+            LynearmError: this rank's own.
+            InternalError: on the others.
+        """
+        if not self.all_hold(error is None):
+            raise error or InternalError("another rank failed: its log says why")
 
     def meet(self) -> bool:
         """For a rank that fails: whether all of them do, so that they can still do something together."""

@@ -31,7 +31,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 
 from lynearm.student.model import StudentModel
 from lynearm.student.ranks import Ranks, is_sharded
-from lynearm.wire.errors import ConfigError
+from lynearm.wire.errors import ConfigError, MissingDependencyError
 
 _linalg: Any = torch.linalg  # untyped
 
@@ -56,8 +56,13 @@ def shard_student(student: StudentModel, ranks: Ranks) -> StudentModel:
 
     Raises:
         ConfigError: if there is one rank, or the architecture does not hold its layers as `layers`.
+        MissingDependencyError: if torch is too old.
     """
     check_several(ranks)
+    if not hasattr(FSDPModule, "set_force_sum_reduction_for_comms"):
+        raise MissingDependencyError(
+            f"sharding needs torch 2.9 or newer, this is {torch.__version__}", "pip install --upgrade torch"
+        )
     if not student.decoder_layers:
         raise ConfigError(
             f"{student.directory.name} does not hold its decoder layers as `layers`: they cannot be sharded "
@@ -77,7 +82,7 @@ def shard_student(student: StudentModel, ranks: Ranks) -> StudentModel:
     _sum_gradients(root)
     setattr(root, _ENTRANCE, MethodType(_decode, root))
     register_fsdp_forward_method(cast(nn.Module, root), _ENTRANCE)
-    return replace(student, shards=Shards(root))
+    return replace(student, shards=Shards(root, ranks))
 
 
 def check_several(ranks: Ranks) -> None:
@@ -96,8 +101,9 @@ def check_several(ranks: Ranks) -> None:
 class Shards:
     """The root of a sharded model: what the whole of it is asked for."""
 
-    def __init__(self, root: FSDPModule) -> None:
+    def __init__(self, root: FSDPModule, ranks: Ranks) -> None:
         self._root = root
+        self._ranks = ranks
 
     def decode(self, **inputs: Any) -> Any:
         """The base model's forward pass; root parameters are whole from then on, until `reshard`."""
@@ -114,6 +120,10 @@ class Shards:
         """
         self._root.set_requires_gradient_sync(is_last)
         self._root.set_reshard_after_backward(is_last, recurse=False)
+
+    def count_missing(self, passes: int) -> int:
+        """How many passes more than this rank the one with the most has to make."""
+        return self._ranks.most(passes) - passes
 
     def gather_weights(self, *, keep: bool) -> dict[str, Tensor]:
         """The model's state as whole tensors on the CPU, gathered one by one; tied ones stay tied.
@@ -177,20 +187,16 @@ def clip_gradients(parameters: Iterable[nn.Parameter], limit: float, ranks: Rank
     return norm
 
 
-def even_out(
-    items: Sequence[_Item], student: StudentModel, ranks: Ranks, idle: Callable[[], _Item]
-) -> list[_Item]:
+def even_out(items: Sequence[_Item], student: StudentModel, idle: Callable[[], _Item]) -> list[_Item]:
     """As many items on every rank as on that with the most, where the student is sharded.
 
     Args:
         items: What this rank has to compute, a forward pass each.
         student: The student.
-        ranks: Who shares it.
         idle: Makes an item whose result counts for nothing.
     """
-    if student.shards is None:
-        return list(items)
-    return [*items, *(idle() for _ in range(ranks.most(len(items)) - len(items)))]
+    missing = 0 if student.shards is None else student.shards.count_missing(len(items))
+    return [*items, *(idle() for _ in range(missing))]
 
 
 def _decode(model: Any, **inputs: Any) -> Any:

@@ -318,7 +318,6 @@ class _Run:
             micro_batch_tokens=self._config.micro_batch_tokens,
             max_sequence_tokens=self._config.max_sequence_tokens,
             objective=self._objective,
-            ranks=self._ranks,
         )
         kl, cross_entropy, positions, *counts = self._ranks.sum(
             sums.kl, sums.cross_entropy, sums.positions, *sums.predictions.values()
@@ -344,7 +343,7 @@ class _Run:
             return None
         self._reporter.stage("evaluating", f"{len(self._questions)} questions")
         mine = self._ranks.share(self._questions, [1] * len(self._questions))
-        (correct,) = self._ranks.sum(self._exact_match.count_correct(self._student, mine, ranks=self._ranks))
+        (correct,) = self._ranks.sum(self._exact_match.count_correct(self._student, mine))
         return correct / len(self._questions)
 
     def _record(self, record: StepRecord | EvaluationRecord) -> None:
@@ -361,9 +360,12 @@ class _Run:
         state, directory = self._state, self._config.out / step_name(self._state.step)
         if not alone:
             self._ranks.check_equal(self._optimization.parameters())
+        failure: CheckpointError | None = None
         if self._ranks.writes:
             self._reporter.stage("saving", f"step {state.step}")
-            self._finish_writing(last=last)
+            failure = self._finish_writing(last=last)
+        if not alone:
+            self._ranks.raise_together(failure)
         gathered = self._gather()
         if self._ranks.writes:
             self._write(directory, gathered, beside=self._config.async_checkpoints and not last)
@@ -383,15 +385,17 @@ class _Run:
         weights = self._student.shards.gather_weights(keep=self._ranks.writes)
         return weights, self._optimization.state()
 
-    def _finish_writing(self, *, last: bool) -> None:
+    def _finish_writing(self, *, last: bool) -> CheckpointError | None:
+        """Wait for the write before; what it failed with, unless this is the last."""
         try:
             self._writer.wait()
         except CheckpointError as error:
             if not last:
-                raise
+                return error
             # The last chance to save: it may be of the very step that failed.
             logger.warning("%s; trying once more", error)
             self._saved_step = None
+        return None
 
     def _write(self, directory: Path, gathered: tuple[_Tensors, _Tensors] | None, *, beside: bool) -> None:
         student, state, config = self._student, self._state, self._config

@@ -235,30 +235,29 @@ class _Gradients:
     bias_V: Tensor | None
     is_empty: bool = True
 
-    def room(self, head: _Head, vocab_size: int, dtype: torch.dtype) -> Tensor | None:
-        """Where logits of the first positions may be made as [V, C]: in the head's gradient, still empty."""
-        if self.head_VH is None or not self.is_empty or self.head_VH.dtype != dtype:
+    def room(self, head: _Head, objective: Objective, vocab_size: int, dtype: torch.dtype) -> Tensor | None:
+        """Where logits of the first positions may be made as [V, C]: in the head's gradient, still empty.
+
+        None where there is no such place, or where they would be copied to another type or temperature.
+        """
+        if self.head_VH is None or not self.is_empty or objective.temperature != 1.0:
             return None
-        if dtype != head.hidden_NH.dtype or dtype != _exact_type(dtype):
+        if not self.head_VH.dtype == head.hidden_NH.dtype == dtype == _exact_type(dtype):
             return None
         return room_for_logits(self.head_VH, len(head.hidden_NH), vocab_size)
 
     def put_first(self, grad_VC: Tensor, hidden_CH: Tensor, head_VH: Tensor) -> None:
-        """The part of the first chunk, whose logits were made in `room`."""
-        if self.head_VH is None:
-            return
+        """The part of the first positions, whose logits were made in `room`."""
         vocab_size, positions = grad_VC.shape
         if self.bias_V is not None:
-            self.bias_V.zero_()
+            self.bias_V[vocab_size:] = 0.0
             self.bias_V[:vocab_size] = grad_VC.sum(1, dtype=self.bias_V.dtype)
-        spread_gradient(
-            grad_VC,
-            hidden_CH,
-            head_VH,
-            head_grad_VH=self.head_VH,
-            hidden_grad_CH=None if self.hidden_NH is None else self.hidden_NH[:positions],
-        )
-        self.head_VH[vocab_size:] = 0.0
+        hidden_grad_CH = None if self.hidden_NH is None else self.hidden_NH[:positions]
+        if self.head_VH is not None:
+            spread_gradient(
+                grad_VC, hidden_CH, head_VH, head_grad_VH=self.head_VH, hidden_grad_CH=hidden_grad_CH
+            )
+            self.head_VH[vocab_size:] = 0.0
         self.is_empty = False
 
     def add(self, start: int, grad_CV: Tensor, hidden_CH: Tensor, head_VH: Tensor) -> None:
@@ -315,11 +314,10 @@ def _run(
         head_VH = head.head_VH[:vocab_size].to(dtype)
         bias_V = None if head.bias_V is None else head.bias_V[:vocab_size].to(dtype)
         first = 0
-        # Another temperature needs a copy of its own.
-        room_VC = (
-            gradients.room(head, vocab_size, dtype) if gradients and objective.temperature == 1 else None
-        )
-        if gradients is not None and room_VC is not None:
+        if (
+            gradients is not None
+            and (room_VC := gradients.room(head, objective, vocab_size, dtype)) is not None
+        ):
             first = room_VC.shape[1]
             hidden_CH, rows = head.hidden_NH[:first], targets.rows(0, first)
             torch.mm(head_VH, hidden_CH.T, out=room_VC)
