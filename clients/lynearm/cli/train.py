@@ -114,6 +114,14 @@ def train(
     threads: Annotated[int | None, typer.Option(help="CPU threads; 0 for torch's choice.")] = None,
     device: Annotated[str | None, typer.Option(help="A torch device.", show_default="auto")] = None,
     seed: Annotated[int | None, typer.Option(help="Of the split and of dropout.", show_default="0")] = None,
+    sharding: Annotated[
+        str | None,
+        typer.Option(
+            metavar="none|full",
+            help="full: ranks hold parts of the student, not each the whole (FSDP2).",
+            show_default="none",
+        ),
+    ] = None,
     ray: Annotated[
         bool | None, typer.Option("--ray", help="Let Ray Train place the ranks and replace lost ones.")
     ] = None,

@@ -168,6 +168,17 @@ def collate(
     return [_collate_piece(piece, sizes, vocab_size, weighting, states) for piece in pieces]
 
 
+def idle_piece() -> MicroBatch:
+    """A piece of one token and no completion positions: its gradients are zero."""
+    targets = Targets(
+        torch.zeros((0, 1), dtype=torch.int64),
+        torch.zeros((0, 1)),
+        torch.zeros(0),
+        torch.zeros(0, dtype=torch.int64),
+    )
+    return MicroBatch(torch.zeros((1, 1), dtype=torch.int64), torch.zeros(0, dtype=torch.int64), targets)
+
+
 def _fill_rows(longest_first: Sequence[Trace], sizes: PieceSizes) -> list[list[Trace]]:
     """Rows of at most `micro_batch_tokens`: each trace goes into the first row that has room for it.
 

@@ -20,6 +20,7 @@ from lynearm.student.objective import Objective, make_objective
 from lynearm.student.on_policy_plan import rollout_stream_name
 from lynearm.student.optimization import Optimization
 from lynearm.student.ranks import Ranks
+from lynearm.student.sharding import check_several, shard_student
 from lynearm.student.terms import check_terms
 from lynearm.wire.errors import CheckpointError, ConfigError, MisalignmentError
 from lynearm.wire.protobuf import StreamInfo
@@ -53,12 +54,14 @@ def begin(config: TrainConfig, streams: Sequence[StreamInfo], ranks: Ranks) -> B
 
     Raises:
         CheckpointError: if the student or the checkpoint cannot be loaded, or is of other streams.
-        ConfigError: if `out` holds a run and `resume` is not set, or the configuration changes what a
-            resumed run depends on.
+        ConfigError: if `out` holds a run and `resume` is not set, the configuration changes what a
+            resumed run depends on, or the student cannot be sharded.
         MisalignmentError: if student and streams are not aligned, or a term of the loss cannot compare with
             all of the teachers.
         DistillationForbiddenError: if a stream's terms forbid to learn from it, unless `allow_terms`.
     """
+    if config.sharding == "full":
+        check_several(ranks)
     for stream in streams:
         check_terms(stream.spec, allow_terms=config.allow_terms, warn=ranks.writes)
     checkpoint_dir = latest_checkpoint(config.out)
@@ -70,7 +73,7 @@ def begin(config: TrainConfig, streams: Sequence[StreamInfo], ranks: Ranks) -> B
             "go on from it with --resume, or name another directory with --out",
         )
     torch.manual_seed(config.seed + ranks.rank)  # pyright: ignore[reportUnknownMemberType]  # torch leaves it half typed
-    student = _load_aligned(config, streams, config.student)
+    student = _load_aligned(config, streams, config.student, ranks)
     state = TrainState(tuple(StreamState(one.spec.name, one.created_unix_nano) for one in streams))
     objectives = _choose_objectives(config, streams, student)
     optimization = Optimization(student, config, objectives=objectives, ranks=ranks)
@@ -99,7 +102,7 @@ def _resume(
         raise ConfigError(
             f"the run in {config.out} cannot go on: {'; '.join(changed)}", "resume with the earlier values"
         )
-    student = _load_aligned(config, streams, directory)
+    student = _load_aligned(config, streams, directory, ranks)
     objectives = _choose_objectives(config, streams, student)
     optimization = Optimization(student, config, objectives=objectives, ranks=ranks)
     optimization.restore(checkpoint.optimizer, state.step)
@@ -166,11 +169,16 @@ def _compared(objective: Objective) -> str:
     return f"{', '.join(terms)}, {objective.teacher_hidden_size} wide"
 
 
-def _load_aligned(config: TrainConfig, streams: Sequence[StreamInfo], directory: Path) -> StudentModel:
-    student = load_student(directory, device=config.device, dtype=config.dtype)
+def _load_aligned(
+    config: TrainConfig, streams: Sequence[StreamInfo], directory: Path, ranks: Ranks
+) -> StudentModel:
+    sharded = config.sharding == "full"
+    student = load_student(directory, device=config.device, dtype=config.dtype, on_host=sharded)
     for stream in streams:
         check_alignment(stream.spec, student, allow_misaligned=config.allow_misaligned)
     if config.freeze_embeddings:
         student.freeze_embeddings()
+    if sharded:
+        student = shard_student(student, ranks)
     student.train(True)
     return student

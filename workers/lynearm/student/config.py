@@ -18,6 +18,7 @@ from lynearm.wire.specs import NAME_PATTERN
 SCHEDULES = ("constant", "cosine")
 PACKINGS = ("auto", "on", "off")
 DTYPES = ("auto", "float32", "bfloat16")
+SHARDINGS = ("none", "full")
 TRACKERS = ("tensorboard", "wandb", "trackio")
 
 
@@ -188,6 +189,10 @@ class TrainConfig:
     """With `ray`, processes that share each batch: 0 is one for each GPU of the cluster, or one. Without it
     the launcher says: torchrun --nproc-per-node."""
 
+    sharding: str = "none"
+    """"none" has every rank hold the whole student; "full" spreads parameters, gradients and optimizer state
+    over the ranks (FSDP2), for students that one device has no room for. A run may go on with the other."""
+
     ray: bool = False
     """Let Ray Train place the ranks, and start them again when one is lost; `out` has to be on storage that
     all nodes share."""
@@ -309,6 +314,7 @@ class TrainConfig:
             f"patience_seconds is {self.patience_seconds}, expected 0 or more": self.patience_seconds >= 0,
             f"schedule is {self.schedule!r}, expected one of {SCHEDULES}": self.schedule in SCHEDULES,
             f"dtype is {self.dtype!r}, expected one of {DTYPES}": self.dtype in DTYPES,
+            f"sharding is {self.sharding!r}, expected one of {SHARDINGS}": self.sharding in SHARDINGS,
             f"packing is {self.packing!r}, expected one of {PACKINGS}": self.packing in PACKINGS,
             f"trackers is {list(self.trackers)}, expected some of {TRACKERS}": set(self.trackers)
             <= set(TRACKERS),

@@ -11,11 +11,12 @@ from pathlib import Path
 
 import torch
 
-from lynearm.student.batches import PieceSizes, collate
+from lynearm.student.batches import PieceSizes, collate, idle_piece
 from lynearm.student.calibration import PredictionSums, measure_predictions
 from lynearm.student.losses import measure_loss
 from lynearm.student.model import StudentModel
 from lynearm.student.objective import Objective
+from lynearm.student.sharding import even_out
 from lynearm.wire.blocks import MAX_PAYLOAD_BYTES
 from lynearm.wire.codec import decode_block, encode_block
 from lynearm.wire.errors import CheckpointError, LynearmError
@@ -68,7 +69,8 @@ def evaluate(
     predictions = PredictionSums()
     student.train(False)
     sizes = PieceSizes(micro_batch_tokens, max_sequence_tokens)
-    for piece in collate(traces, sizes, vocab_size=student.vocab_size):
+    pieces = collate(traces, sizes, vocab_size=student.vocab_size)
+    for piece in even_out(pieces, student, idle_piece):
         on_device = piece.to(student.device)
         with torch.no_grad():
             hidden_NH = student.hidden_states(on_device.input_ids_BL).flatten(0, 1)[on_device.positions_N]

@@ -6,7 +6,7 @@ import json
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +14,9 @@ from torch import Tensor, nn
 from lynearm.wire.errors import CheckpointError
 from lynearm.wire.hidden import FINAL_NORM, Layer
 from lynearm.wire.specs import TokenizerSpec, hash_chat_template, hash_vocab
+
+if TYPE_CHECKING:
+    from lynearm.student.sharding import Shards
 
 _PLAIN_HEAD_TOLERANCE = 1e-3
 """Largest difference of logits that rounding explains; a soft cap or a logit scale is far above."""
@@ -35,6 +38,9 @@ class StudentModel:
     device: torch.device
     compute_dtype: torch.dtype
     """Of the decoder's matrix products; weights stay float32."""
+    shards: Shards | None = None
+    """What gathers the parameters, where they are spread over the ranks: `head_weight` and `head_bias` are
+    then whole only after `hidden_states`, until the backward pass has ended."""
 
     @property
     def vocab_size(self) -> int:
@@ -72,7 +78,8 @@ class StudentModel:
         with torch.autocast(
             self.device.type, self.compute_dtype, enabled=self.compute_dtype != torch.float32
         ):
-            outputs = self.model.base_model(input_ids=input_ids, position_ids=position_ids, use_cache=False)
+            decode = self.model.base_model if self.shards is None else self.shards.decode
+            outputs = decode(input_ids=input_ids, position_ids=position_ids, use_cache=False)
         return cast(Tensor, outputs.last_hidden_state)
 
     def layer_states(
@@ -103,6 +110,8 @@ class StudentModel:
 
     def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
         """Name and parameter, each parameter once though it may be tied."""
+        if self.shards is not None:
+            self.shards.reshard()
         return cast("Iterator[tuple[str, nn.Parameter]]", self.model.named_parameters())
 
     def trainable_parameters(self) -> dict[str, nn.Parameter]:
@@ -120,13 +129,16 @@ class StudentModel:
         self.model.train(training)
 
 
-def load_student(directory: Path, *, device: str = "auto", dtype: str = "auto") -> StudentModel:
+def load_student(
+    directory: Path, *, device: str = "auto", dtype: str = "auto", on_host: bool = False
+) -> StudentModel:
     """Load a causal LM with its tokenizer.
 
     Args:
         directory: In the layout of transformers' `save_pretrained`.
         device: A torch device; "auto" is CUDA where there is one, else the CPU.
         dtype: "float32", "bfloat16", or "auto": bfloat16 on CUDA.
+        on_host: Leave the weights on the CPU, for `shard_student` to spread over the devices.
 
     Raises:
         CheckpointError: if there is no such model, or its logits are not a plain head over its states.
@@ -143,7 +155,9 @@ def load_student(directory: Path, *, device: str = "auto", dtype: str = "auto") 
     )
     half = dtype == "bfloat16" or (dtype == "auto" and place.type == "cuda")
     tokenizer = read_tokenizer_spec(directory)
-    model = load_causal_lm(directory).to(place)
+    model = load_causal_lm(directory)
+    if not on_host:
+        model = model.to(place)
     student = StudentModel(directory, model, tokenizer, place, torch.bfloat16 if half else torch.float32)
     _check_plain_head(student)
     return student
@@ -267,7 +281,7 @@ def _generation_ends(directory: Path) -> list[int]:
 def _check_plain_head(student: StudentModel) -> None:
     # The loss applies the head itself; soft caps, logit scales and the like would be left out in silence.
     student.train(False)
-    input_ids = torch.arange(4, device=student.device)[None] % student.vocab_size
+    input_ids = torch.arange(4, device=student.head_weight.device)[None] % student.vocab_size
     with torch.no_grad():
         states_H = student.model.base_model(input_ids=input_ids, use_cache=False).last_hidden_state[0, -1]
         ours_V = states_H @ student.head_weight.T

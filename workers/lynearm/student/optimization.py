@@ -5,18 +5,19 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
-from lynearm.student.batches import Batch, MicroBatch, PieceSizes, collate, completion_positions
+from lynearm.student.batches import Batch, MicroBatch, PieceSizes, collate, completion_positions, idle_piece
 from lynearm.student.config import TrainConfig
 from lynearm.student.hidden_terms import HiddenTerms
 from lynearm.student.losses import backpropagate_loss
 from lynearm.student.model import StudentModel, packs_without_leaks
 from lynearm.student.objective import Objective, parse_terms
-from lynearm.student.ranks import Ranks
+from lynearm.student.ranks import Ranks, is_sharded
+from lynearm.student.sharding import clip_gradients, even_out, gather_all, shard_like
 from lynearm.student.weighting import PositionWeighting
 from lynearm.wire.errors import CheckpointError, ConfigError, InvalidInputError
 
@@ -74,13 +75,8 @@ class Optimization:
         )
         self._hidden = HiddenTerms(student, self._objectives[0], seed=config.seed)
         self._parameters = student.trainable_parameters() | self._hidden.parameters()
-        matrices = [parameter for parameter in self._parameters.values() if parameter.ndim > 1]
-        vectors = [parameter for parameter in self._parameters.values() if parameter.ndim <= 1]
         self._optimizer = torch.optim.AdamW(
-            [
-                {"params": matrices, "weight_decay": config.weight_decay},
-                {"params": vectors, "weight_decay": 0.0},
-            ],
+            _group(self._parameters.values(), config.weight_decay),
             lr=config.learning_rate,
             betas=(config.beta1, config.beta2),
             fused=student.device.type in ("cpu", "cuda"),
@@ -108,7 +104,10 @@ class Optimization:
         for group in self._optimizer.param_groups:
             group["lr"] = rate
         sums = [0.0] * 4
-        for piece, objective in pieces:
+        pieces = even_out(pieces, self._student, lambda: (idle_piece(), self._objectives[0]))
+        for number, (piece, objective) in enumerate(pieces, 1):
+            if self._student.shards is not None:
+                self._student.shards.accumulate(is_last=number == len(pieces))
             part = self._backward(piece.to(self._student.device), objective, weight, mean_squares)
             sums = [total + value for total, value in zip(sums, part, strict=True)]
         self._ranks.sum_gradients(self._parameters.values())
@@ -131,7 +130,10 @@ class Optimization:
         return self._parameters.values()
 
     def state(self) -> dict[str, Tensor]:
-        """Moments by parameter name, projections, and the state of the random generators."""
+        """Moments by parameter name, projections, and the state of the random generators.
+
+        With a sharded student, called by all ranks: moments are gathered, and the rank that writes gets them.
+        """
         tensors: dict[str, Tensor] = {"rng.cpu": torch.get_rng_state()}
         if self._student.device.type == "cuda":
             tensors["rng.cuda"] = torch.cuda.get_rng_state(self._student.device)
@@ -142,7 +144,7 @@ class Optimization:
                     tensors[f"{moment}.{name}"] = moments[moment]
         for name, projection in self._hidden.parameters().items():
             tensors[f"{_PROJECTION}.{name}"] = projection.detach()
-        return tensors
+        return tensors if self._student.shards is None else gather_all(tensors, keep=self._ranks.writes)
 
     def restore(self, tensors: dict[str, Tensor], step: int) -> None:
         """Take over a `state` that was saved after `step` steps.
@@ -229,13 +231,15 @@ class Optimization:
 
     def _clip(self) -> float:
         limit = self._config.grad_clip or math.inf
+        if self._student.shards is not None:
+            return clip_gradients(self._parameters.values(), limit, self._ranks)
         return float(nn.utils.clip_grad_norm_(self._parameters.values(), limit))
 
     def _parameter_state(
         self, name: str, parameter: nn.Parameter, tensors: dict[str, Tensor], step: int
     ) -> dict[str, Tensor]:
         moments = {
-            moment: _of_shape(tensors[f"{moment}.{name}"], parameter, name).to(parameter.device)
+            moment: shard_like(_of_shape(tensors[f"{moment}.{name}"], parameter, name), parameter)
             for moment in _MOMENTS
         }
         return {"step": torch.tensor(float(step), device=parameter.device), **moments}
@@ -245,6 +249,17 @@ def _of_shape(saved: Tensor, parameter: nn.Parameter, name: str) -> Tensor:
     if saved.shape != parameter.shape:
         raise CheckpointError(f"the optimizer state of {name} has another shape than the parameter")
     return saved
+
+
+def _group(parameters: Iterable[nn.Parameter], weight_decay: float) -> list[dict[str, Any]]:
+    """Matrices decay, vectors do not; a fused step is of sharded parameters or of whole ones."""
+    groups: dict[tuple[bool, bool], list[nn.Parameter]] = {}
+    for parameter in parameters:
+        groups.setdefault((parameter.ndim > 1, is_sharded(parameter)), []).append(parameter)
+    return [
+        {"params": group, "weight_decay": weight_decay if is_matrix else 0.0}
+        for (is_matrix, _), group in groups.items()
+    ]
 
 
 def _packs(student: StudentModel, packing: str) -> bool:

@@ -17,8 +17,10 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
+from typing import TypeAlias
 
 import torch
+from torch import Tensor
 
 from lynearm.client import TraceClient, stop_on_interrupt
 from lynearm.student.alignment import check_rows, list_differences
@@ -56,6 +58,8 @@ from lynearm.student.source import StreamSource
 from lynearm.wire.errors import CheckpointError, LynearmError, ServiceUnavailableError, StreamNotFoundError
 from lynearm.wire.protobuf import StreamInfo
 from lynearm.wire.specs import StreamSpec
+
+_Tensors: TypeAlias = dict[str, Tensor]
 
 logger = logging.getLogger(__name__)
 
@@ -222,9 +226,16 @@ class _Run:
         try:
             reason = self._train()
         except LynearmError:
-            # The other ranks may be anywhere: nothing here waits for them.
-            self._save(last=True, alone=True)
-            logger.warning("the run was saved; go on with: %s", self._how_to_go_on())
+            # The other ranks may be anywhere: nothing here waits for them, unless they hold parts of it.
+            if self._student.shards is None or self._ranks.meet():
+                self._save(last=True, alone=True)
+                logger.warning("the run was saved; go on with: %s", self._how_to_go_on())
+            else:
+                logger.warning(
+                    "the run was not saved since step %s: the other ranks, which hold parts of the student, "
+                    "did not end with this one",
+                    self._saved_step or 0,
+                )
             raise
         if reason != "interrupted":
             self._measure()
@@ -370,28 +381,44 @@ class _Run:
         state, directory = self._state, self._config.out / step_name(self._state.step)
         if not alone:
             self._ranks.check_equal(self._optimization.parameters())
+        failure: CheckpointError | None = None
         if self._ranks.writes:
             self._reporter.stage("saving", f"step {state.step}")
-            self._finish_writing(last=last)
-            self._write(directory, beside=self._config.async_checkpoints and not last)
+            failure = self._finish_writing(last=last)
+        if not alone:
+            self._ranks.raise_together(failure)
+        gathered = self._gather()
+        if self._ranks.writes:
+            self._write(directory, gathered, beside=self._config.async_checkpoints and not last)
         # A resumed run was loaded from a checkpoint that will be removed; the newest one stays.
         self._student = replace(self._student, directory=directory)
         self._saved_step = state.step
         if last and not alone:
             self._ranks.all_hold(True)
+        elif self._student.shards is not None and alone:
+            self._ranks.meet()  # a launcher ends the rank that writes when it finds that another has ended
         return directory
 
-    def _finish_writing(self, *, last: bool) -> None:
+    def _gather(self) -> tuple[_Tensors, _Tensors] | None:
+        """Weights and optimizer state of a sharded student, which all ranks gather; None if of no use."""
+        if self._student.shards is None or not self._ranks.most(int(self._saved_step != self._state.step)):
+            return None
+        weights = self._student.shards.gather_weights(keep=self._ranks.writes)
+        return weights, self._optimization.state()
+
+    def _finish_writing(self, *, last: bool) -> CheckpointError | None:
+        """Wait for the write before; what it failed with, unless this is the last."""
         try:
             self._writer.wait()
         except CheckpointError as error:
             if not last:
-                raise
+                return error
             # The last chance to save: it may be of the very step that failed.
             logger.warning("%s; trying once more", error)
             self._saved_step = None
+        return None
 
-    def _write(self, directory: Path, *, beside: bool) -> None:
+    def _write(self, directory: Path, gathered: tuple[_Tensors, _Tensors] | None, *, beside: bool) -> None:
         student, state, config = self._student, self._state, self._config
         uses = [
             StreamUse(spec, stream.furthest, stream.epoch, stream.traces, stream.tokens)
@@ -407,19 +434,20 @@ class _Run:
         if config.on_policy:
             run["on_policy"] = account_for_rollouts(state.streams, self._inputs.specs[-1])
         lineage = extend_lineage(self._base_lineage, uses, run=run)
-        optimizer = self._optimization.state()
         held_out = tuple(trace for traces in self._held_out for trace in traces)
-        checkpoint = Checkpoint(directory, state, optimizer, held_out, self._base_lineage)
+        checkpoint = Checkpoint(directory, state, {}, held_out, self._base_lineage)
         if self._saved_step == state.step:
             refresh_checkpoint(checkpoint, config=config, lineage=lineage)
-        elif not beside:
-            save_checkpoint(student, checkpoint, config=config, lineage=lineage)
+            return
+        weights, optimizer = gathered or (None, self._optimization.state())
+        if beside and gathered is None:
+            weights, optimizer = copy_weights(student), copy_tensors(optimizer)
+        checkpoint = replace(checkpoint, optimizer=optimizer)
+        save = partial(save_checkpoint, student, checkpoint, config=config, lineage=lineage, weights=weights)
+        if beside:
+            self._writer.submit(save)
         else:
-            weights = copy_weights(student)
-            copied = replace(checkpoint, optimizer=copy_tensors(optimizer))
-            self._writer.submit(
-                partial(save_checkpoint, student, copied, config=config, lineage=lineage, weights=weights)
-            )
+            save()
 
     def _agree(self, reason: StopReason | None) -> StopReason | None:
         """Why all ranks should stop: any rank's reason is every rank's."""
