@@ -85,11 +85,16 @@ _CODE_MASK = U64((1 << MAX_CODE_LENGTH) - 1)
 _LATE_RANK = 8
 """From there on, a long step is rare enough to guess that there is none."""
 
-_SHORT_SORT = 64
-"""Up to so many entries of one level are sorted by counting."""
+_SHORT_SORT = 128
+"""Up to so many entries are sorted by counting."""
+
+_CODE_BITS = 21
+"""Of a token code: ranks are below 2^20."""
 
 _NEVER = -1
-_FAR = 1 << 30
+_NEVER_NAMED = U64(1 << 31)
+_NEVER_LISTED = U64(0xFFFFFFFF)
+_NAMED = U64(1 << 31)
 
 _MARK_BITS = 7
 """Of a code in one of the two lists."""
@@ -117,6 +122,7 @@ def assign_token_codes(
     grown_sizes: Int32Array,
     previous_N: Int32Array,
     sampled_ids_N: Int32Array,
+    state_V2: Uint32Array,
     token_codes_NK: Uint32Array,
     sampled_index_N: Uint32Array,
 ) -> int:
@@ -135,105 +141,101 @@ def assign_token_codes(
         grown_sizes: Their sizes, shape [n].
         previous_N: Token before each position; −1 for none.
         sampled_ids_N: Sampled tokens.
+        state_V2: To work in, shape [V, 2]. Where a token stands in the list of recent ones, or its rank and
+            `_NEVER_NAMED`; the latest row in whose lists it was and its code there, or the latest row that
+            named it and `_NAMED`. Side by side, since they are asked for together. The caller's: see `read_rows`.
         token_codes_NK: Filled.
         sampled_index_N: Filled with 1 + index of the sampled token's entry, 0 when it is not there.
 
     Returns:
         −1, or the number of a row that holds one token twice.
     """
-    # Side by side, since they are asked for together: where a token stands in the list of recent ones, the
-    # latest row in whose lists it was and its code there (or the latest row that named it), its rank.
-    state_V4 = np.full((rank_of_V.size, 4), _NEVER, np.int32)
-    state_V4[:, 2] = rank_of_V
-    keys = np.empty(token_ids_NK.shape[1], np.int64)
-    ordered = np.empty(token_ids_NK.shape[1], np.int64)
-    codes = np.empty(token_ids_NK.shape[1], np.int32)
+    state_at, rank_at, list_rows_at = address_of(state_V2), address_of(rank_of_V), address_of(list_rows_V2)
+    ids_at, lists_at, sizes_at = address_of(token_ids_NK), address_of(lists), address_of(list_sizes)
+    grows = grown_sizes.size > 0
+    latest_at = address_of(grown) if grows else ids_at
+    latest_sizes_at = address_of(grown_sizes) if grows else address_of(kept_N)
+    latest_width = U64(LIST_PLACES) if grows else U64(token_ids_NK.shape[1])
+    skipped = U64(0) if grows else U64(1)
+    vocab_size = U64(rank_of_V.size)
     # The list begins with the commonest tokens, the commonest nearest.
-    head = min(rank_of_V.size, RECENT_WINDOW)
-    for token in range(rank_of_V.size):
-        if rank_of_V[token] < head:
-            state_V4[token, 0] = head - 1 - rank_of_V[token]
+    head = min(vocab_size, U64(RECENT_WINDOW))
+    for token in range(vocab_size):
+        rank = U64(rank_of_V[token])
+        state_V2[token, 0] = head - U64(1) - rank if rank < head else _NEVER_NAMED | rank
+        state_V2[token, 1] = _NEVER_LISTED
+    codes = np.empty(token_ids_NK.shape[1], np.uint32)
+    keys = np.empty(token_ids_NK.shape[1], np.uint32)
+    places = np.empty(token_ids_NK.shape[1], np.uint32)
     lists_grown = 0
-    stamps_V = np.full(rank_of_V.size if grown_sizes.size else 0, _NEVER, np.int32)
-    for t in range(kept_N.size):
-        kept = np.int64(kept_N[t])
+    stamps_V = np.full(rank_of_V.size if grows else 0, _NEVER, np.int32)
+    for t in range(U64(0), U64(kept_N.size)):
+        kept = U64(kept_N[t])
         sampled_index_N[t] = 0
-        if kept == 0:
+        if kept == U64(0):
             continue
-        _mark_list(
-            previous_N[t],
-            0,
-            t,
-            token_ids_NK,
-            kept_N,
-            list_rows_V2,
-            lists,
-            list_sizes,
-            grown,
-            grown_sizes,
-            state_V4,
+        previous_at = U64(0)
+        if 0 <= previous_N[t] < list_rows_V2.shape[0]:
+            previous_at = list_rows_at + U64(previous_N[t]) * U64(8)
+            list_at, size = _find_list(
+                load32(previous_at), U64(0), latest_at, latest_width, latest_sizes_at, lists_at, sizes_at
+            )
+            _mark_followers(list_at, size, t, state_at)
+        # By the number of its level in the row, and by its token code, an entry finds its place.
+        keys[0] = 0
+        for i in range(U64(1), kept):
+            level, before = levels_NK[t, i], levels_NK[t, i - U64(1)]
+            levels_NK[t, i] = max(level, before)
+            keys[i] = keys[i - U64(1)] + (U64(level > before) << U64(_CODE_BITS))
+        first_code, first, end = U64(1 << 32), U64(0), U64(0)
+        while end < kept and keys[end] == 0:
+            entry = U64(token_ids_NK[t, end])
+            code = _token_code(entry, t, head, rank_at, state_at)
+            codes[end] = code
+            first = entry if code < first_code else first
+            first_code = min(code, first_code)
+            end += U64(1)
+        # From here on, the row's first token is known.
+        first_at = list_rows_at + first * U64(8) + U64(4)
+        list_row = load32(first_at)
+        list_at, size = _find_list(
+            list_row, skipped, latest_at, latest_width, latest_sizes_at, lists_at, sizes_at
         )
-        for i in range(1, kept):
-            levels_NK[t, i] = max(levels_NK[t, i], levels_NK[t, i - 1])
-        start = 0
-        while start < kept:
-            end = start + 1
-            while end < kept and levels_NK[t, end] == levels_NK[t, start]:
-                end += 1
-            for i in range(start, end):
-                entry = np.int64(token_ids_NK[t, i])
-                codes[i] = _token_code(entry, t, head, state_V4)
-                keys[i] = np.int64(codes[i]) << 20 | entry
-                # Where one token is named twice, the places below are too few: something must be there.
-                ordered[i] = keys[i]
-            if end - start > _SHORT_SORT:
-                ordered[start:end] = np.sort(keys[start:end])
-            else:
-                # Every entry counts the smaller ones: quadratic, but without a branch to guess, and eight at
-                # a time.
-                for i in range(start, end):
-                    code = codes[i]
-                    place = np.int32(0)
-                    for j in range(start, end):
-                        place += np.int32(codes[j] < code)
-                    ordered[start + place] = keys[i]
-            if start == 0:
-                # From here on, the row's first token is known.
-                first = ordered[0] & 0xFFFFF
-                _mark_list(
-                    first,
-                    1,
-                    t,
-                    token_ids_NK,
-                    kept_N,
-                    list_rows_V2,
-                    lists,
-                    list_sizes,
-                    grown,
-                    grown_sizes,
-                    state_V4,
-                )
-            start = end
+        _mark_companions(list_at, size, t, state_at)
+        for i in range(end, kept):
+            codes[i] = _token_code(U64(token_ids_NK[t, i]), t, head, rank_at, state_at)
+        for i in range(kept):
+            keys[i] |= codes[i]
+        if not _find_places(keys, places, kept):
+            return int(t)
+        for i in range(kept):
+            place = U64(places[i])
+            token_codes_NK[t, place] = codes[i]
+            keys[place] = token_ids_NK[t, i]
         # The likeliest enters the recent list last, so that it lies nearest.
-        for i in range(kept - 1, -1, -1):
-            code = ordered[i] >> 20
-            token = ordered[i] & 0xFFFFF
-            token_codes_NK[t, i] = code
+        sampled_index = U64(0)
+        sampled = U64(sampled_ids_N[t])
+        for back in range(U64(1), kept + U64(1)):
+            i = kept - back
+            code = U64(token_codes_NK[t, i])
+            token = U64(keys[i])
             token_ids_NK[t, i] = token
-            if state_V4[token, 1] == -2 - t:
-                return t
-            state_V4[token, 1] = -2 - t
-            if token == sampled_ids_N[t]:
-                sampled_index_N[t] = i + 1
-            if not RECENT_START <= code < RECENT_START + REFRESH_DISTANCE:
-                state_V4[token, 0] = head
-                head += 1
-        if grown_sizes.size:
+            state = load64(state_at + (token << U64(3)))
+            if state >> U64(32) == _NAMED | t:
+                return int(t)
+            sampled_index = i + U64(1) if token == sampled else sampled_index
+            # Without a branch: whether an entry lies near is hard to guess. Unsigned: places in lists wrap round.
+            enters = U64(code - U64(RECENT_START) >= U64(REFRESH_DISTANCE))
+            last = head if enters else state & U64(0xFFFFFFFF)
+            store64(state_at + (token << U64(3)), last | (_NAMED | t) << U64(32))
+            head += enters
+        sampled_index_N[t] = sampled_index
+        if grows:
             lists_grown = grow_lists(
-                t,
-                previous_N[t],
+                np.int64(t),
+                np.int64(previous_N[t]),
                 token_ids_NK,
-                kept,
+                np.int64(kept),
                 list_rows_V2,
                 lists,
                 list_sizes,
@@ -243,66 +245,72 @@ def assign_token_codes(
                 stamps_V,
             )
             continue
-        if 0 <= previous_N[t] < list_rows_V2.shape[0]:
-            list_rows_V2[previous_N[t], 0] = -1 - t
-        # A dictionary's companions are the better ones.
-        if list_rows_V2[token_ids_NK[t, 0], 1] <= 0:
-            list_rows_V2[token_ids_NK[t, 0], 1] = -1 - t
+        this_row = U64(0xFFFFFFFF) - t
+        if previous_at:
+            store32(previous_at, this_row)
+        # A dictionary's companions are the better ones. Ties apart, it is the first token that was looked up.
+        first_at = list_rows_at + U64(token_ids_NK[t, 0]) * U64(8) + U64(4)
+        list_row = load32(first_at)
+        store32(first_at, this_row if list_row - U64(1) >= U64(0x7FFFFFFF) else list_row)
     return -1
 
 
+@compiled
+def _find_places(keys: Uint32Array, places: Uint32Array, size: Scalar) -> bool:
+    """Where each of the first keys stands in ascending order; whether they are all different."""
+    if size > U64(_SHORT_SORT):
+        order = np.argsort(keys[:size])
+        for place in range(size):
+            places[order[place]] = place
+            if place and keys[order[place]] == keys[order[place - U64(1)]]:
+                return False
+        return True
+    # Every key is compared with every other one: quadratic, but many at a time, without a branch to guess.
+    for i in range(size):
+        places[i] = 0
+    for j in range(size):
+        key = keys[j]
+        for i in range(size):
+            places[i] += np.uint32(key < keys[i])
+    total = U64(0)
+    for i in range(size):
+        total += U64(places[i])
+    # Equal keys get one place, the lowest.
+    return U64(2) * total == size * (size - U64(1))
+
+
 @inlined
-def _token_code(token: Scalar, t: Scalar, head: Scalar, state_V4: Scalar) -> Scalar:
+def _token_code(token: Scalar, t: Scalar, head: Scalar, rank_at: Scalar, state_at: Scalar) -> Scalar:
     """The smallest of a token's places and its distance, a place before an equal distance; or its rank."""
-    last = np.int64(state_V4[token, 0])
-    mark = np.int64(state_V4[token, 1])
-    distance = head - 1 - last if last >= 0 else _FAR
-    distance = distance if distance < RECENT_WINDOW else _FAR
-    place = mark & (LIST_PLACES - 1) if mark >> _MARK_BITS == t else _FAR + 1
-    code = RECENT_START + distance if distance < _FAR else RANK_START + np.int64(state_V4[token, 2])
-    return mark & (RECENT_START - 1) if place <= distance else code
+    state = load64(state_at + (token << U64(3)))
+    last, mark = state & U64(0xFFFFFFFF), state >> U64(32)
+    distance = head - U64(1) - last
+    code = U64(RECENT_START) + distance
+    if distance >= U64(RECENT_WINDOW):
+        code = U64(RANK_START) + (last ^ _NEVER_NAMED)
+        if last < _NEVER_NAMED:
+            code = U64(RANK_START) + load32(rank_at + (token << U64(2)))
+    # An equal distance is the larger code.
+    is_near = (mark & U64(LIST_PLACES - 1)) + U64(RECENT_START) <= code
+    return mark & U64(RECENT_START - 1) if (mark >> U64(_MARK_BITS) == t) & is_near else code
 
 
 @inlined
-def _mark_list(
-    token: Scalar,
-    kind: Scalar,
-    t: Scalar,
-    token_ids_NK: Scalar,
-    kept_N: Scalar,
-    list_rows_V2: Scalar,
-    lists: Scalar,
-    list_sizes: Scalar,
-    grown: Scalar,
-    grown_sizes: Scalar,
-    state_V4: Scalar,
-) -> None:
-    """Note the places of a list's tokens for row t: a token's followers (kind 0) or companions (1)."""
-    if 0 <= token < list_rows_V2.shape[0]:
-        row = list_rows_V2[token, kind]
-        if row < 0:
-            row = -1 - row
-            if grown_sizes.size:
-                for place in range(grown_sizes[row]):
-                    _mark(grown[row, place], kind, place, t, state_V4)
-            else:
-                size = min(np.int64(kept_N[row]) - kind, LIST_PLACES)
-                for place in range(size):
-                    _mark(token_ids_NK[row, place + kind], kind, place, t, state_V4)
-        else:
-            for place in range(list_sizes[row]):
-                _mark(lists[row, place], kind, place, t, state_V4)
+def _mark_followers(list_at: Scalar, size: Scalar, t: Scalar, state_at: Scalar) -> None:
+    """Note the places of a list's tokens for row t."""
+    for place in range(size):
+        token = load32(list_at + (place << U64(2)))
+        store32(state_at + (token << U64(3)) + U64(4), t << U64(_MARK_BITS) | place)
 
 
 @inlined
-def _mark(token: Scalar, kind: Scalar, place: Scalar, t: Scalar, state_V4: Scalar) -> None:
-    mark = np.int64(t) << _MARK_BITS | kind * COMPANION_START | place
-    if kind:
-        # A follower stays one, unless its place is the larger number.
-        old = np.int64(state_V4[token, 1])
-        stays = (old >> _MARK_BITS == t) & (old & (LIST_PLACES - 1) <= place)
-        mark = old if stays else mark
-    state_V4[token, 1] = mark
+def _mark_companions(list_at: Scalar, size: Scalar, t: Scalar, state_at: Scalar) -> None:
+    """The same; but a follower stays one, unless its place is the larger number."""
+    for place in range(size):
+        mark_at = state_at + (load32(list_at + (place << U64(2))) << U64(3)) + U64(4)
+        old = load32(mark_at)
+        stays = (old >> U64(_MARK_BITS) == t) & (old & U64(LIST_PLACES - 1) <= place)
+        store32(mark_at, old if stays else t << U64(_MARK_BITS) | U64(COMPANION_START) | place)
 
 
 @compiled

@@ -207,6 +207,7 @@ def name_rows(
         *_grown_lists(kept.size if varies else 0),
         np.where(first_previous == AS_SAMPLED, np.roll(positions.sampled_ids, 1), first_previous),
         positions.sampled_ids,
+        np.empty((order.rank_of_token.size, 2), np.uint32),
         codes,
         sampled_index,
     )
