@@ -19,6 +19,7 @@ from lynearm.wire.alphabet import (
     LIST_PLACES,
     LISTS_USED,
     LONG_STEP,
+    NEAR_SYMBOLS,
     NUMBER_ESCAPE,
     NUMBER_WIDTHS,
     RANK_START,
@@ -26,13 +27,14 @@ from lynearm.wire.alphabet import (
     RECENT_WINDOW,
     REFRESH_DISTANCE,
     STATE_RUNS,
+    STEP_BASES,
     STEP_ESCAPE,
     STEP_WIDTHS,
     SYMBOL_BITS,
+    TOKEN_CLASSES,
     gap_symbol,
     next_state,
     number_symbol,
-    token_open_value,
     token_symbol,
 )
 from lynearm.wire.jit import (
@@ -248,9 +250,7 @@ def assign_token_codes(
         this_row = U64(0xFFFFFFFF) - t
         if previous_at:
             store32(previous_at, this_row)
-        # A dictionary's companions are the better ones. Ties apart, it is the first token that was looked up.
-        first_at = list_rows_at + U64(token_ids_NK[t, 0]) * U64(8) + U64(4)
-        list_row = load32(first_at)
+        # A dictionary's companions are the better ones.
         store32(first_at, this_row if list_row - U64(1) >= U64(0x7FFFFFFF) else list_row)
     return -1
 
@@ -384,7 +384,7 @@ def grow_lists(
 @inlined
 def _step_context(level: Scalar, level_shift: Scalar) -> Scalar:
     """Context of a long step from a level."""
-    return min(level >> level_shift, LONG_STEP_CONTEXTS - 1)
+    return min(level >> level_shift, U64(LONG_STEP_CONTEXTS - 1))
 
 
 @compiled
@@ -412,30 +412,29 @@ def name_entries(
         counts: Adds to shape [contexts, STEP_SYMBOLS + 1].
         step_counts: Adds the symbols of long steps to shape [LONG_STEP_CONTEXTS, NUMBER_SYMBOLS + 1].
     """
-    for t in range(kept_N.size):
-        previous_code = np.int64(-1)
-        previous_level = np.int64(0)
-        state = U64(0)
-        for i in range(np.int64(kept_N[t])):
-            code = np.int64(token_codes_NK[t, i])
-            level = np.int64(levels_NK[t, i])
-            step = level - previous_level if i else 0
-            context = np.int64(bucket_of_rank[i]) * ENTRY_STATES + np.int64(state)
-            if step == 0 and i > 0:
-                value = code - previous_code - 1
-                symbol = gap_symbol(value)
+    for t in range(U64(0), U64(kept_N.size)):
+        previous_code, previous_level, state = U64(0), U64(0), U64(0)
+        for i in range(U64(0), U64(kept_N[t])):
+            code, level = U64(token_codes_NK[t, i]), U64(levels_NK[t, i])
+            step = level - previous_level if i else U64(0)
+            is_gap = U64(step == U64(0)) & U64(i > U64(0))
+            # Without a branch on what is as likely as not: gaps and token codes are named by one table.
+            value = code - previous_code - U64(1) if is_gap else code
+            if value < U64(RANK_START):
+                symbol = U64(NEAR_SYMBOLS[is_gap, value])
             else:
-                value = token_open_value(code)
-                symbol = token_symbol(step, code)
-            symbols_NK[t, i] = context << SYMBOL_BITS | symbol
-            open_bits_NK[t, i] = value & ((1 << np.int64(STEP_WIDTHS[symbol])) - 1)
+                symbol = U64(gap_symbol(np.int64(value)) if is_gap else token_symbol(0, np.int64(value)))
+            symbol += U64(0) if is_gap else min(step, U64(LONG_STEP)) * U64(TOKEN_CLASSES)
+            context = U64(bucket_of_rank[i]) * U64(ENTRY_STATES) + state
+            symbols_NK[t, i] = context << U64(SYMBOL_BITS) | symbol
+            open_bits_NK[t, i] = value - U64(STEP_BASES[symbol])
             counts[context, symbol] += 1
-            if step >= LONG_STEP:
-                context = _step_context(previous_level, level_shift)
-                step_counts[context, number_symbol(step - LONG_STEP)] += 1
+            if step >= U64(LONG_STEP):
+                step_context = _step_context(previous_level, U64(level_shift))
+                step_counts[step_context, number_symbol(np.int64(step) - LONG_STEP)] += 1
             previous_code = code
             previous_level = level
-            state = next_state(state, U64(code), U64(LISTS_USED))
+            state = next_state(state, code, U64(LISTS_USED))
 
 
 @inlined
@@ -552,7 +551,7 @@ def write_rows(
             )
             step = np.int64(levels_NK[t, i]) - level
             if step >= LONG_STEP:
-                context = U64(_step_context(level, level_shift))
+                context = _step_context(U64(level), U64(level_shift))
                 row_at = step_codes_at + context * U64(4 * (NUMBER_ESCAPE + 1))
                 at, waiting, count = _put_number(at, waiting, count, step - LONG_STEP, row_at, widths_at)
             level += step
