@@ -32,7 +32,7 @@ from lynearm.wire.alphabet import (
 )
 from lynearm.wire.errors import CorruptBlockError
 from lynearm.wire.jit import compiled
-from lynearm.wire.kernels import LONG_STEP_CONTEXTS, REST_OCTAVES, STEP_ESCAPE_TOTAL, TAIL_STEPS
+from lynearm.wire.kernels import LONG_STEP_CONTEXTS, STEP_ESCAPE_TOTAL
 from lynearm.wire.prefix_codes import (
     MAX_CODE_LENGTH,
     canonical_codes,
@@ -40,6 +40,7 @@ from lynearm.wire.prefix_codes import (
     code_lengths,
     fill_tables,
 )
+from lynearm.wire.value_kernels import REST_OCTAVES, TAIL_STEPS
 
 Int64Array = npt.NDArray[np.int64]
 Uint8Array = npt.NDArray[np.uint8]
@@ -380,6 +381,11 @@ def _number_entries() -> Uint64Array:
 _STEP_ENTRIES = _step_entries()
 _NUMBER_ENTRIES = _number_entries()
 PLAIN_STEP_ENTRIES: Final[Uint32Array] = np.concatenate(
-    [[0]*6,[0xffffffff]*2,_STEP_ENTRIES[:STEP_SYMBOLS], np.full((1 << SYMBOL_BITS) - STEP_SYMBOLS, _NO_STEP)]
+    [
+        [0] * 6,
+        [0xFFFFFFFF] * 2,
+        _STEP_ENTRIES[:STEP_SYMBOLS],
+        np.full((1 << SYMBOL_BITS) - STEP_SYMBOLS, _NO_STEP),
+    ]
 ).astype(np.uint32)
 """Elements for the symbols that an escape may name."""

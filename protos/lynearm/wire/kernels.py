@@ -8,8 +8,6 @@ Shape legend: N = positions of a block, K = entries of the widest row, V = vocab
 
 from __future__ import annotations
 
-import math
-
 import numpy as np
 import numpy.typing as npt
 
@@ -70,12 +68,6 @@ MAX_ENTRY_BITS = 2 * MAX_CODE_LENGTH + SYMBOL_BITS + 20 + 32
 STEP_ESCAPE_TOTAL = 31
 """Marks an escape in a decoding table: a code and its open bits have 30 bits at most."""
 
-_RECIPROCAL_FACTORIALS = 1.0 / np.array([math.factorial(term) for term in range(14)], np.float64)
-
-_LOWEST_POWER = 1010
-_POWERS_OF_TWO = 2.0 ** np.arange(-_LOWEST_POWER, 3)
-"""e^−700 is about 2^−1010."""
-
 RECENT_RING = 4096
 """Power of two, at least the window and the entries that one row adds."""
 
@@ -102,10 +94,6 @@ _MARK_BITS = 7
 """Of a code in one of the two lists."""
 
 LONG_STEP_CONTEXTS = 8
-
-TAIL_STEPS = 8
-REST_OCTAVES = 8
-"""How many last levels, and how many sizes of a rest, the tables of tails tell apart."""
 
 MAX_GROWN_LISTS = 1 << 14
 """Grown lists of a block: 4 MiB of them."""
@@ -145,7 +133,8 @@ def assign_token_codes(
         sampled_ids_N: Sampled tokens.
         state_V2: To work in, shape [V, 2]. Where a token stands in the list of recent ones, or its rank and
             `_NEVER_NAMED`; the latest row in whose lists it was and its code there, or the latest row that
-            named it and `_NAMED`. Side by side, since they are asked for together. The caller's: see `read_rows`.
+            named it and `_NAMED`. Side by side, since they are asked for together. The caller's: see
+            `read_rows`.
         token_codes_NK: Filled.
         sampled_index_N: Filled with 1 + index of the sampled token's entry, 0 when it is not there.
 
@@ -209,7 +198,8 @@ def assign_token_codes(
         for i in range(kept):
             keys[i] |= codes[i]
         if not _find_places(keys, places, kept):
-            return int(t)
+            double: Scalar = _signed(t)
+            return double
         for i in range(kept):
             place = U64(places[i])
             token_codes_NK[t, place] = codes[i]
@@ -218,18 +208,20 @@ def assign_token_codes(
         sampled_index = U64(0)
         sampled = U64(sampled_ids_N[t])
         for back in range(U64(1), kept + U64(1)):
-            i = kept - back
-            code = U64(token_codes_NK[t, i])
-            token = U64(keys[i])
-            token_ids_NK[t, i] = token
+            last = kept - back
+            code = U64(token_codes_NK[t, last])
+            token = U64(keys[last])
+            token_ids_NK[t, last] = token
             state = load64(state_at + (token << U64(3)))
             if state >> U64(32) == _NAMED | t:
-                return int(t)
-            sampled_index = i + U64(1) if token == sampled else sampled_index
-            # Without a branch: whether an entry lies near is hard to guess. Unsigned: places in lists wrap round.
+                double = _signed(t)
+                return double
+            sampled_index = last + U64(1) if token == sampled else sampled_index
+            # Without a branch: whether an entry lies near is hard to guess. Unsigned: places in lists wrap
+            # round to the largest numbers, and enter too.
             enters = U64(code - U64(RECENT_START) >= U64(REFRESH_DISTANCE))
-            last = head if enters else state & U64(0xFFFFFFFF)
-            store64(state_at + (token << U64(3)), last | (_NAMED | t) << U64(32))
+            stands = head if enters else state & U64(0xFFFFFFFF)
+            store64(state_at + (token << U64(3)), stands | (_NAMED | t) << U64(32))
             head += enters
         sampled_index_N[t] = sampled_index
         if grows:
@@ -276,7 +268,13 @@ def _find_places(keys: Uint32Array, places: Uint32Array, size: Scalar) -> bool:
     for i in range(size):
         total += U64(places[i])
     # Equal keys get one place, the lowest.
-    return U64(2) * total == size * (size - U64(1))
+    return bool(U64(2) * total == size * (size - U64(1)))
+
+
+@inlined
+def _signed(number: Scalar) -> Scalar:
+    """Of int64 and uint64, numba would make a float."""
+    return np.int64(number)
 
 
 @inlined
@@ -653,7 +651,7 @@ def _read_late_entry(
     previous: Scalar,
     level: Scalar,
 ) -> tuple[Scalar, Scalar, Scalar]:
-    """As `_read_entry`, where long steps are rare: escapes, whose step is long in the tables, lie behind them."""
+    """As `_read_entry`, where long steps are rare: one test finds them and escapes, whose step is long too."""
     word = load64(stream_at + (position >> U64(3))) >> (position & U64(7))
     entry = load32(table_at + ((word & _CODE_MASK) << U64(2)))
     total = entry & U64(31)
@@ -850,8 +848,14 @@ def read_rows(
                 p3, c3, l3 = _read_entry(
                     stream_at, p3, context_at + s3, plain_at, long_steps_at, shift, c3, l3
                 )
-                s0, s1 = _next_tables(s0, c0, kept_bits, states_at), _next_tables(s1, c1, kept_bits, states_at)
-                s2, s3 = _next_tables(s2, c2, kept_bits, states_at), _next_tables(s3, c3, kept_bits, states_at)
+                s0, s1 = (
+                    _next_tables(s0, c0, kept_bits, states_at),
+                    _next_tables(s1, c1, kept_bits, states_at),
+                )
+                s2, s3 = (
+                    _next_tables(s2, c2, kept_bits, states_at),
+                    _next_tables(s3, c3, kept_bits, states_at),
+                )
                 code_at = codes_at + (i << U64(2))
                 _put_entry(code_at, to_levels, c0, l0)
                 _put_entry(code_at + by_row, to_levels, c1, l1)
@@ -871,8 +875,14 @@ def read_rows(
                 p3, c3, l3 = _read_late_entry(
                     stream_at, p3, context_at + s3, plain_at, long_steps_at, shift, c3, l3
                 )
-                s0, s1 = _next_tables(s0, c0, kept_bits, states_at), _next_tables(s1, c1, kept_bits, states_at)
-                s2, s3 = _next_tables(s2, c2, kept_bits, states_at), _next_tables(s3, c3, kept_bits, states_at)
+                s0, s1 = (
+                    _next_tables(s0, c0, kept_bits, states_at),
+                    _next_tables(s1, c1, kept_bits, states_at),
+                )
+                s2, s3 = (
+                    _next_tables(s2, c2, kept_bits, states_at),
+                    _next_tables(s3, c3, kept_bits, states_at),
+                )
                 code_at = codes_at + (i << U64(2))
                 _put_entry(code_at, to_levels, c0, l0)
                 _put_entry(code_at + by_row, to_levels, c1, l1)
@@ -1053,154 +1063,3 @@ def _find_list(
         size = load32(sizes_at + (list_row << U64(2)))
         list_at = lists_at + list_row * U64(4 * LIST_PLACES)
     return list_at, size
-
-
-@compiled
-def look_up(levels_NK: Uint32Array, kept_N: Uint32Array, table: Float32Array, out_NK: Float32Array) -> None:
-    """Value of every level, each below the table's size; −inf where a row keeps less than K entries.
-
-    Args:
-        levels_NK: Levels.
-        kept_N: Entries of each row.
-        table: Value of each level.
-        out_NK: Filled; may be the memory of `levels_NK`.
-    """
-    width = U64(levels_NK.shape[1])
-    for t in range(U64(0), U64(kept_N.size)):
-        kept = U64(kept_N[t])
-        for i in range(U64(0), kept):
-            out_NK[t, i] = table[levels_NK[t, i]]
-        for i in range(kept, width):
-            out_NK[t, i] = -np.inf
-
-
-@compiled
-def foresee_tails(
-    levels_NK: Uint32Array,
-    kept_N: Uint32Array,
-    last_levels_N: Uint32Array,
-    rule: tuple[int, int, int, int],
-    masses: Int64Array,
-    scale: float,
-    contexts_N: Uint8Array,
-    expected_N: Int64Array,
-) -> None:
-    """What a row's entries foretell of its tail: the context of its number, and its level.
-
-    Args:
-        levels_NK: Levels; below the size of `masses`, if that has any.
-        kept_N: Entries of each row.
-        last_levels_N: Level of each row's last entry; 0 for a row without entries.
-        rule: Origin, shift, base and slope of a `LevelRule`.
-        masses: Of a grid: probability of each level, in units of 2^−40, since sums of integers are the same
-            on every machine. Of other scales: none.
-        scale: The grid's.
-        contexts_N: Filled: `TAIL_STEPS` contexts by the last level, then those by what the masses leave of 1.
-        expected_N: Filled.
-    """
-    origin, shift, base, slope = rule
-    for t in range(kept_N.size):
-        step = min(max(np.int64(last_levels_N[t]) - origin, 0) >> shift, TAIL_STEPS - 1)
-        context = step
-        expected = base + slope * step
-        if masses.size:
-            rest = np.int64(1 << 40)
-            for i in range(np.int64(kept_N[t])):
-                rest -= masses[levels_NK[t, i]]
-            if rest > 0:
-                mass = np.float64(rest) * 2.0**-40
-                # The rest is known about as well as an entry of mass scale² / 12.
-                octave = min(_exponent(mass / scale) + 3, REST_OCTAVES)
-                if octave > 0:
-                    context = TAIL_STEPS - 1 + octave
-                    expected = np.int64(np.rint((1.0 - np.sqrt(mass)) * (2.0 / scale)))
-        contexts_N[t] = context
-        expected_N[t] = expected
-
-
-@inlined
-def _exponent(value: Scalar) -> Scalar:
-    """⌊log2⌋ of a float64 above 2^−1022."""
-    return (np.float64(value).view(np.int64) >> 52) - 1023
-
-
-@compiled
-def read_tails(
-    numbers_N: Uint32Array, expected_N: Int64Array, max_level: int, levels_N: Int64Array
-) -> int:
-    """Level of each row's tail mass, −1 where there is none.
-
-    Args:
-        numbers_N: The tails' numbers.
-        expected_N: Level that each is expected at.
-        max_level: Largest level allowed.
-        levels_N: Filled.
-
-    Returns:
-        The highest one; −2 when one is out of range.
-    """
-    highest = np.int64(-1)
-    lowest = np.int64(0)
-    for t in range(numbers_N.size):
-        number = np.int64(numbers_N[t])
-        zigzag = number - 1
-        level = expected_N[t] + ((zigzag >> 1) ^ -(zigzag & 1))
-        level = level if number > 0 else np.int64(-1)
-        lowest = min(lowest, level if number > 0 else np.int64(0))
-        highest = max(highest, level)
-        levels_N[t] = level
-    return highest if lowest >= 0 and highest <= max_level else -2
-
-
-@compiled
-def pick_sampled(
-    sampled_index_N: Uint32Array, loose: Float32Array, logprobs_NK: Float32Array, out_N: Float32Array
-) -> None:
-    """Logprob of each sampled token: its entry's, or the next loose one where it has none (index 0)."""
-    next_loose = 0
-    for t in range(sampled_index_N.size):
-        index = np.int64(sampled_index_N[t])
-        if index > 0:
-            out_N[t] = logprobs_NK[t, index - 1]
-        else:
-            out_N[t] = loose[next_loose]
-            next_loose += 1
-
-
-@compiled
-def exponentials(values: Float64Array) -> Float64Array:
-    """e^x of values up to 1, the same to the bit on every machine."""
-    results = np.empty_like(values)
-    for index in range(values.size):
-        results[index] = _exponential(values[index])
-    return results
-
-
-@compiled
-def predict_tails(logprobs_NK: Float32Array, kept_N: Uint32Array, tails_N: Float32Array) -> None:
-    """Fill in 1 − Σ p of each row, at least 0, the same to the bit on every machine.
-
-    Sums and products of float64, in this order and never fused: library exponentials differ between
-    machines.
-    """
-    for t in range(kept_N.size):
-        rest = 1.0
-        for i in range(np.int64(kept_N[t])):
-            rest -= _exponential(np.float64(logprobs_NK[t, i]))
-        tails_N[t] = max(rest, 0.0)
-
-
-@inlined
-def _exponential(x: Scalar) -> Scalar:
-    """e^x to about 1e-15, 0 below −700: e^x = 2^n · e^r, |r| ≤ ln 2 / 2, and Taylor's polynomial for e^r.
-
-    A logprob above 1, or NaN, has some value here: blocks with such are refused by others.
-    """
-    bounded = min(x, 1.0) if x >= -700.0 else 0.0
-    n = np.rint(bounded * 1.4426950408889634)
-    r = (bounded - n * 0.6931471803691238) - n * 1.9082149292705877e-10
-    result = 0.0
-    for term in range(13, -1, -1):
-        result = result * r + _RECIPROCAL_FACTORIALS[term]
-    result *= _POWERS_OF_TWO[np.int64(n) + _LOWEST_POWER]
-    return result if x >= -700.0 else 0.0
