@@ -115,7 +115,7 @@ def assign_token_codes(
     state_V2: Uint32Array,
     token_codes_NK: Uint32Array,
     sampled_index_N: Uint32Array,
-) -> int:
+) -> np.int64:
     """Sort each row by (level, token code), in place, and find the sampled token in it.
 
     Args:
@@ -151,10 +151,10 @@ def assign_token_codes(
     vocab_size = U64(rank_of_V.size)
     # The list begins with the commonest tokens, the commonest nearest.
     head = min(vocab_size, U64(RECENT_WINDOW))
-    for token in range(vocab_size):
-        rank = U64(rank_of_V[token])
-        state_V2[token, 0] = head - U64(1) - rank if rank < head else _NEVER_NAMED | rank
-        state_V2[token, 1] = _NEVER_LISTED
+    for index in range(vocab_size):
+        rank = U64(rank_of_V[index])
+        state_V2[index, 0] = head - U64(1) - rank if rank < head else _NEVER_NAMED | rank
+        state_V2[index, 1] = _NEVER_LISTED
     codes = np.empty(token_ids_NK.shape[1], np.uint32)
     keys = np.empty(token_ids_NK.shape[1], np.uint32)
     places = np.empty(token_ids_NK.shape[1], np.uint32)
@@ -198,8 +198,7 @@ def assign_token_codes(
         for i in range(kept):
             keys[i] |= codes[i]
         if not _find_places(keys, places, kept):
-            double: Scalar = _signed(t)
-            return double
+            return np.int64(t)
         for i in range(kept):
             place = U64(places[i])
             token_codes_NK[t, place] = codes[i]
@@ -214,8 +213,7 @@ def assign_token_codes(
             token_ids_NK[t, last] = token
             state = load64(state_at + (token << U64(3)))
             if state >> U64(32) == _NAMED | t:
-                double = _signed(t)
-                return double
+                return np.int64(t)
             sampled_index = last + U64(1) if token == sampled else sampled_index
             # Without a branch: whether an entry lies near is hard to guess. Unsigned: places in lists wrap
             # round to the largest numbers, and enter too.
@@ -244,7 +242,7 @@ def assign_token_codes(
             store32(previous_at, this_row)
         # A dictionary's companions are the better ones.
         store32(first_at, this_row if list_row - U64(1) >= U64(0x7FFFFFFF) else list_row)
-    return -1
+    return np.int64(-1)
 
 
 @compiled
@@ -269,12 +267,6 @@ def _find_places(keys: Uint32Array, places: Uint32Array, size: Scalar) -> bool:
         total += U64(places[i])
     # Equal keys get one place, the lowest.
     return bool(U64(2) * total == size * (size - U64(1)))
-
-
-@inlined
-def _signed(number: Scalar) -> Scalar:
-    """Of int64 and uint64, numba would make a float."""
-    return np.int64(number)
 
 
 @inlined
@@ -651,7 +643,7 @@ def _read_late_entry(
     previous: Scalar,
     level: Scalar,
 ) -> tuple[Scalar, Scalar, Scalar]:
-    """As `_read_entry`, where long steps are rare: one test finds them and escapes, whose step is long too."""
+    """As `_read_entry`, where long steps are rare: one test finds them and the escapes, also long."""
     word = load64(stream_at + (position >> U64(3))) >> (position & U64(7))
     entry = load32(table_at + ((word & _CODE_MASK) << U64(2)))
     total = entry & U64(31)
