@@ -378,14 +378,14 @@ def _number_entries() -> Uint64Array:
     return np.append(entries, np.uint64(_NUMBER_ESCAPE_BITS)).astype(np.uint64)
 
 
+_LONG_STEP_MASKS = np.array([0] * LONG_STEP + [(1 << 64) - 1], np.uint64)
 _STEP_ENTRIES = _step_entries()
 _NUMBER_ENTRIES = _number_entries()
 PLAIN_STEP_ENTRIES: Final[Uint32Array] = np.concatenate(
     [
-        [0] * 6,
-        [0xFFFFFFFF] * 2,
+        _LONG_STEP_MASKS.view(np.uint32),
         _STEP_ENTRIES[:STEP_SYMBOLS],
         np.full((1 << SYMBOL_BITS) - STEP_SYMBOLS, _NO_STEP),
     ]
 ).astype(np.uint32)
-"""Elements for the symbols that an escape may name."""
+"""Masks of what is read as a long step behind each step, as uint64; elements for the symbols of escapes."""

@@ -26,6 +26,7 @@ from lynearm.wire.alphabet import (
     REFRESH_DISTANCE,
     STATE_RUNS,
     STEP_BASES,
+    STEP_CLASSES,
     STEP_ESCAPE,
     STEP_WIDTHS,
     SYMBOL_BITS,
@@ -620,7 +621,8 @@ def _read_entry(
     Where no code fits, tables hold a token code, or a step, that no block may have: that is noticed later.
 
     Whether a step is long is a coin's toss for a row's first entries: to look up a number that is not there
-    costs less than to guess wrong, which undoes the work of four rows.
+    costs less than to guess wrong, which undoes the work of four rows. The mask is loaded, too, since LLVM makes
+    a branch of one that is computed.
     """
     position, code, step, word = _read_symbol(stream_at, position, table_at, plain_at, previous)
     table_at = _long_step_table(long_steps_at, level_shift, level)
@@ -701,7 +703,7 @@ def _read_escaped(
     position += length + U64(SYMBOL_BITS)
     return (
         position,
-        load32(plain_at + U64(32) + (symbol << U64(2))),
+        load32(plain_at + U64(8 * STEP_CLASSES) + (symbol << U64(2))),
         load64(stream_at + (position >> U64(3))) >> (position & U64(7)),
     )
 
@@ -753,7 +755,8 @@ def read_rows(
         states: Where the tables of a state are, in bytes from those of state 0, which is how a state is known
             here: behind a token code of so many 64s, in a row that has named no other, shape [`STATE_RUNS`].
         remembered: Bits of such a number that stay along a row.
-        plain: Elements for symbols without a code, length 0, shape [2^SYMBOL_BITS].
+        plain: Masks by step, of two elements each: all ones for a long step, else zeros. Behind them elements
+            for symbols without a code, length 0, shape [2^SYMBOL_BITS].
         long_steps: Decoding tables of long steps, shape [LONG_STEP_CONTEXTS · 2^11].
         level_shift: As for `name_entries`.
         bucket_of_rank: Shape [≥ K].
