@@ -621,8 +621,8 @@ def _read_entry(
     Where no code fits, tables hold a token code, or a step, that no block may have: that is noticed later.
 
     Whether a step is long is a coin's toss for a row's first entries: to look up a number that is not there
-    costs less than to guess wrong, which undoes the work of four rows. The mask is loaded, too, since LLVM makes
-    a branch of one that is computed.
+    costs less than to guess wrong, which undoes the work of four rows. The mask is loaded, too, since LLVM
+    makes a branch of one that is computed.
     """
     position, code, step, word = _read_symbol(stream_at, position, table_at, plain_at, previous)
     table_at = _long_step_table(long_steps_at, level_shift, level)
