@@ -147,11 +147,13 @@ def make_methods() -> tuple[Method, ...]:
     from distill_quality_runs import Method
     from distill_quality_traces import DRAWS, TOP_K
 
+    from lynearm.student.config import TrainConfig
     from lynearm.wire.specs import CodecSpec
 
     adaptive = {"top_k": TOP_K, "min_probability": LEAST_PROBABILITY}
     kl, wide = ("forward-kl",), CodecSpec("standard", TOP_K + DRAWS)
     drawn = CodecSpec("sampled", DRAWS, draws=DRAWS)
+    usual = TrainConfig().loss
     return (
         Method(DENSE, "dense", kl, None),
         Method("standard_k64", "standard, k = 64", kl, CodecSpec("standard", TOP_K)),
@@ -159,6 +161,7 @@ def make_methods() -> tuple[Method, ...]:
         Method("compact_adaptive", "compact, adaptive", kl, CodecSpec("compact", **adaptive)),
         Method("sampled", "sampled, 50 draws", ("sampled-kd",), drawn, "draws"),
         Method("hard_labels", "hard labels", ("cross-entropy",), CodecSpec("standard", 0), "none"),
+        Method("k64_default_loss", "k = 64, 0.1 hard labels", usual, CodecSpec("standard", TOP_K)),
         Method("k64_drawn_tail", "k = 64, drawn tail", kl, wide, "drawn tail"),
         Method("adaptive_drawn_tail", "adaptive, drawn tail", kl, wide, "drawn tail", LEAST_PROBABILITY),
     )

@@ -29,6 +29,7 @@ METHODS = (
     "compact_adaptive",
     "sampled",
     "hard_labels",
+    "k64_default_loss",
     "k64_drawn_tail",
     "adaptive_drawn_tail",
 )
