@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor, nn
 
@@ -22,6 +23,7 @@ from lynearm.student.objective import Objective, parse_terms
 from lynearm.student.optimization import Optimization, StepResult
 from lynearm.student.ranks import Ranks, is_sharded, join_ranks
 from lynearm.student.sharding import shard_student
+from lynearm.wire.errors import CheckpointError
 from lynearm.wire.traces import Cursor, Trace
 
 
@@ -85,6 +87,9 @@ def meet(out: Path) -> None:
     """Run by each rank: both meet, and then the first one waits for the other in vain."""
     ranks_module._MEETING = datetime.timedelta(seconds=1)
     with join_ranks("cpu") as ranks:
+        with pytest.raises(CheckpointError, match="the disk is full"):
+            ranks.raise_together(CheckpointError("the disk is full") if ranks.writes else None)
+        ranks.raise_together(None)
         met = [ranks.meet()]
         if ranks.writes:
             met.append(ranks.meet())

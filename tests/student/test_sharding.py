@@ -102,7 +102,9 @@ def test_layers_that_are_gathered_in_bfloat16_learn_what_those_under_autocast_do
     assert sharded.held_out_kl == pytest.approx(whole.held_out_kl, rel=1e-2)
 
 
-def test_a_rank_that_fails_learns_whether_the_others_do(tmp_path: Path) -> None:
+def test_an_error_of_one_rank_is_raised_on_all_and_ranks_that_fail_learn_whether_all_do(
+    tmp_path: Path,
+) -> None:
     join(start_ranks(2, meet, tmp_path / "met"))
     assert json.loads((tmp_path / "met").read_text()) == [True, False]
 
