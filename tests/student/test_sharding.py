@@ -15,7 +15,7 @@ import pytest
 import torch
 from models.service_process import ServiceProcess
 from student.run_processes import join, run_ranks, start_ranks, start_run, train
-from student.sharded_steps import Case, Lessons, Outcome, compare, meet
+from student.sharded_steps import Case, Lessons, Outcome, compare, meet, train_until_broken
 from student.teaching_material import offer
 from student.test_hidden_terms import carry_states
 from torch import Tensor
@@ -173,6 +173,14 @@ def check_close(mine: Mapping[str, Tensor], theirs: Mapping[str, Tensor], *, tol
 def test_a_sharded_run_needs_several_processes(configure: Callable[..., TrainConfig]) -> None:
     with pytest.raises(ConfigError, match="this process is alone"):
         run_train(configure("one"))
+
+
+@pytest.mark.slow
+def test_a_failure_of_all_ranks_is_saved_before_they_end(configure: Callable[..., TrainConfig]) -> None:
+    config = configure("broken", checkpoint_every_steps=0, eval_every_steps=0)
+    join(start_ranks(2, train_until_broken, config))
+    assert last(config).state.step == 2
+    assert set(weights(config)) == set(load_student(config.student, device="cpu").trainable_parameters())
 
 
 @pytest.mark.slow
