@@ -28,7 +28,7 @@ from lynearm.student.ranks import Ranks, is_sharded, join_ranks
 from lynearm.student.sharding import clip_gradients, shard_student
 from lynearm.student.trainer import run_train
 from lynearm.wire.errors import CheckpointError, InvalidInputError
-from lynearm.wire.traces import Cursor, Trace
+from lynearm.wire.traces import Trace
 
 
 @dataclass(frozen=True)
@@ -122,9 +122,9 @@ def train(directory: Path, case: Case, lessons: Lessons, ranks: Ranks, *, sharde
         student = shard_student(student, ranks)
     student.train(True)
     objective = Objective(parse_terms(config.loss), teacher_hidden_size=case.teacher_hidden_size)
-    optimization = Optimization(student, config, objective=objective, ranks=ranks)
+    optimization = Optimization(student, config, objectives=(objective,), ranks=ranks)
     steps = [
-        optimization.step(Batch(tuple(traces), Cursor()), number)
+        optimization.step(Batch(tuple(traces)), number)
         for number, traces in enumerate(lessons.batches, 1)
     ]
     held_out = lessons.batches[0]

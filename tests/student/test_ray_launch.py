@@ -45,7 +45,7 @@ def config(
     offer(service.target, teacher, traces, name=stream)
     return TrainConfig(
         student=student_dir,
-        stream=stream,
+        streams=(stream,),
         service=service.target,
         out=tmp_path / "run",
         learning_rate=3e-3,

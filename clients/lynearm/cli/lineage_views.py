@@ -10,6 +10,7 @@ from rich.text import Text
 
 from lynearm.cli.progress import count
 from lynearm.cli.text import printable
+from lynearm.student.lineage import cut_widths
 
 _SHOWN_REVISION = 15
 """Characters of a revision: "sha256:" and eight digits."""
@@ -35,6 +36,8 @@ def _origin(manifest: Mapping[str, Any]) -> Table:
         layers = ", ".join(str(layer) for layer in cast("Sequence[int]", cut.get("layers", [])))
         table.add_row("cut from", _text(f"{cut.get('name', '-')}, {_short(cut.get('revision', ''))}"))
         table.add_row("  layers", _text(layers))
+        for unit, kept, available in cut_widths(cut):
+            table.add_row(f"  {unit}", _text(f"{kept} of {available}"))
     return table
 
 

@@ -103,7 +103,7 @@ class _Demo:
                 config=self._config,
                 teacher=teacher,
                 student=checkpoint,
-                stream=stream,
+                streams=(stream,),
                 reports=self._heard.reports,
                 timings=self._display.timings,
                 samples=samples,
@@ -154,13 +154,14 @@ class _Demo:
         return self._configured_role("teach", settings, self._on_teach)
 
     def _cut(self, teacher: Path) -> Path:
-        from lynearm.student.cutting import cut_student
+        from lynearm.student.cutting.config import CutConfig
+        from lynearm.student.cutting.cut import cut_student
 
         self._display.update("cut", "cutting the student out of the teacher")
         layers = json.loads((teacher / "config.json").read_text())["num_hidden_layers"]
         kept = tuple(layer for layer in range(layers) if layer not in self._config.dropped_layers)
         student = self._out / "student-start"
-        cut_student(teacher, student, layers=kept)
+        cut_student(teacher, student, CutConfig(keep=kept))
         self._display.finish("cut", f"student of {len(kept)} of the teacher's {layers} layers")
         return student
 

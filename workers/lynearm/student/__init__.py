@@ -9,5 +9,5 @@ Public names, each to be imported from its own module, so that reading a configu
 - `weighting.PositionWeighting`: how much each position counts.
 - `evaluation.evaluate`, `evaluation.write_parity_tokens`: held-out KL; held-out tokens for exporters.
 - `checkpoint.latest_checkpoint`, `checkpoint.load_checkpoint`: weights, optimizer and cursor as one.
-- `cutting.cut_student`: a student made of some of a teacher's layers.
+- `cutting.cut.cut_student`: a student made of some of a teacher's layers, heads, neurons and channels.
 """

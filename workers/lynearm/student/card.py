@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
 
-from lynearm.student.lineage import LINEAGE_FILE, JsonObject
+from lynearm.student.lineage import LINEAGE_FILE, JsonObject, cut_widths
 
 CARD_FILE = "README.md"
 
@@ -77,6 +77,8 @@ def _introduction(lineage: Mapping[str, Any], streams: Sequence[JsonObject]) -> 
             f", which is {len(layers)} layers of {_quote(cut.get('name', ''))} "
             f"({', '.join(str(layer) for layer in layers)})"
         )
+        for unit, kept, available in cut_widths(cut):
+            origin += f", {kept} of {available} {unit}"
     return "\n".join(
         [
             f"# A student of {', '.join(map(_quote, teachers)) or 'no teacher yet'}",

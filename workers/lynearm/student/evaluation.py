@@ -30,13 +30,22 @@ HELD_OUT_FILE = "held_out.block"
 class HeldOutSums:
     """Sums over the completion positions of some held-out traces."""
 
-    kl: float
+    kl: float = 0.0
     """Forward KL to the teacher over top-k and tail, nats."""
-    cross_entropy: float
+    cross_entropy: float = 0.0
     """On the tokens that the teacher drew, nats."""
-    positions: int
-    predictions: PredictionSums
+    positions: int = 0
+    predictions: PredictionSums = PredictionSums()  # noqa: RUF009  # frozen
     """Agreement with the teacher, and calibration."""
+
+    def __add__(self, other: HeldOutSums) -> HeldOutSums:
+        """Both together."""
+        return HeldOutSums(
+            self.kl + other.kl,
+            self.cross_entropy + other.cross_entropy,
+            self.positions + other.positions,
+            self.predictions + other.predictions,
+        )
 
 
 def evaluate(

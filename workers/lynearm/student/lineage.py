@@ -4,7 +4,9 @@
 
     format    1
     name      of the model that all began with
-    cut_from  teacher, its revision and the layers that were kept, for a student that was cut
+    cut_from  teacher, its revision and what was kept of it, for a student that was cut: layers; query heads
+              of each kept layer; neurons of each, and channels, as hexadecimal masks whose bit i, from the
+              lowest, is unit i
     streams   one entry for each run and stream: offsets, tokens, teacher, terms, codec, labels
     runs      one entry for each run: settings, versions, what was overridden, what was measured
 """
@@ -66,18 +68,34 @@ def read_lineage(directory: Path) -> JsonObject:
 
 
 def extend_lineage(
-    before: Mapping[str, Any], use: StreamUse, *, run: Mapping[str, Any] | None = None
+    before: Mapping[str, Any], uses: Sequence[StreamUse], *, run: Mapping[str, Any] | None = None
 ) -> JsonObject:
-    """The manifest of a model that began with one manifest and was trained on a stream.
+    """The manifest of a model that began with one manifest and was trained on streams.
 
     Args:
         before: Of the model that training began with.
-        use: All that the run has taken so far, so that each checkpoint extends the same `before`.
+        uses: All that the run has taken so far, so that each checkpoint extends the same `before`.
         run: What `run_account.describe_run` says of the run.
     """
-    streams = [*cast("Sequence[JsonObject]", before.get("streams", [])), _stream_entry(use)]
+    streams = [*cast("Sequence[JsonObject]", before.get("streams", [])), *map(_stream_entry, uses)]
     runs = [*cast("Sequence[JsonObject]", before.get("runs", [])), *([dict(run)] if run else [])]
     return {**before, "format": LINEAGE_FORMAT, "streams": streams, "runs": runs}
+
+
+def cut_widths(cut: Mapping[str, Any]) -> list[tuple[str, int, int]]:
+    """Of what a cut left out a part in each layer: its name, how many are kept, and of how many.
+
+    Args:
+        cut: The manifest's `cut_from`.
+    """
+    widths: list[tuple[str, int, int]] = []
+    for unit in ("heads", "neurons", "channels"):
+        if isinstance(found := cut.get(unit), dict):
+            part = cast(JsonObject, found)
+            kept = part.get("kept", 0)
+            number = len(cast("Sequence[Sequence[int]]", kept)[0]) if isinstance(kept, list) else int(kept)
+            widths.append((unit, number, int(part.get("of", 0))))
+    return widths
 
 
 def write_lineage(directory: Path, lineage: Mapping[str, Any]) -> None:
