@@ -119,6 +119,8 @@ def test_what_cannot_be_sharded_is_refused(student_dir: Path) -> None:
         shard_student(student, Ranks(0, 2))
     with pytest.raises(ConfigError, match="sharding is 'half', expected one of"):
         TrainConfig(sharding="half")
+    with pytest.raises(ConfigError, match="not with sharding 'full'"):
+        TrainConfig(sharding="full", on_policy=True)
 
 
 @pytest.fixture
