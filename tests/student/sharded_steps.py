@@ -39,6 +39,8 @@ class Case:
     teacher_hidden_size: int = 0
     tied: bool = True
     checkpointing: bool = False
+    frozen: str = ""
+    """Part of the names of parameters that are not trained."""
 
 
 @dataclass
@@ -124,8 +126,7 @@ def train(directory: Path, case: Case, lessons: Lessons, ranks: Ranks, *, sharde
     objective = Objective(parse_terms(config.loss), teacher_hidden_size=case.teacher_hidden_size)
     optimization = Optimization(student, config, objectives=(objective,), ranks=ranks)
     steps = [
-        optimization.step(Batch(tuple(traces)), number)
-        for number, traces in enumerate(lessons.batches, 1)
+        optimization.step(Batch(tuple(traces)), number) for number, traces in enumerate(lessons.batches, 1)
     ]
     held_out = lessons.batches[0]
     sums = evaluate(
@@ -159,6 +160,9 @@ def prepare(directory: Path, case: Case) -> StudentModel:
         head.weight = nn.Parameter(head.weight.detach() * 0.9)
     if case.config.freeze_embeddings:
         student.freeze_embeddings()
+    for name, parameter in student.named_parameters():
+        if case.frozen and case.frozen in name:
+            parameter.requires_grad_(False)
     if case.checkpointing:
         student.model.gradient_checkpointing_enable({"use_reentrant": False})
     return student
