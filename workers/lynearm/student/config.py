@@ -340,5 +340,8 @@ class TrainConfig:
             "on_policy does not go with ray: start the run with torchrun, or on one process": not (
                 self.on_policy and self.ray
             ),
+            "on_policy hands over weights that one rank holds whole: not with sharding 'full'": not (
+                self.on_policy and self.sharding == "full"
+            ),
             "schedule 'cosine' needs max_steps": self.schedule != "cosine" or self.max_steps > 0,
         }
