@@ -294,7 +294,7 @@ class _Writer:
         config = self._config
         info = self._client.get_stream(config.stream)
         wanted = [config.start.offset, info.next_offset - 1, *([] if from_offset is None else [from_offset])]
-        first = max(0, min(wanted))
+        first = max(info.first_offset, min(wanted))
         waiting, numbers = 0, set[int]()
         dictionaries = self._client.dictionaries(config.stream, wait=True)
         with self._client.subscribe(config.stream, start=first, follow=False, on_corrupt="skip") as blocks:
