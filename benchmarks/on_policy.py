@@ -71,7 +71,10 @@ def main() -> None:
     parser.add_argument("--learning-rate", type=float, default=3e-4)
     parser.add_argument("--support", choices=("teacher", "student"), default="teacher")
     parser.add_argument("--prompts", type=Path, default=PROMPTS)
+    parser.add_argument("--threads", type=int, default=0, help="CPU threads of each process; 0 for all")
     options = parser.parse_args()
+    if options.threads:
+        torch.set_num_threads(options.threads)
     with tempfile.TemporaryDirectory(prefix="lynearm-on-policy-") as scratch:
         figures = run(options, Path(scratch))
     print(json.dumps(figures))
@@ -94,6 +97,7 @@ def run(options: argparse.Namespace, scratch: Path) -> dict[str, object]:
         served = start(
             stack, scratch, "teacher", "serve", "--model", str(teacher), "--bind", "127.0.0.1:0",
             "--set", "max_batch=16", "--set", "kv_cache_mib=256",
+            "--set", f"threads={options.threads}",
         )  # fmt: skip
         base = train(options, scratch, service, student, "base", "half-0", written[0], 0)
         say("measuring")
@@ -241,7 +245,7 @@ def teach(
         scratch, f"teach-{stream}", "teach", "--model", str(teacher), "--prompts", str(prompts),
         "--stream", stream, "--service", service, "--license", "Apache-2.0", "--temperature", "1",
         "--max-tokens", str(options.answer_tokens), "--completions", str(completions), "--limit", str(limit),
-        "--set", "max_model_len=512", "--set", "codec=fine",
+        "--set", "max_model_len=512", "--set", "codec=fine", "--set", f"threads={options.threads}",
     )  # fmt: skip
     with TraceClient(service) as client:
         return client.get_stream(stream).completion_token_count
@@ -263,9 +267,9 @@ def train(
     out = scratch / name.replace("_", "-")
     loss = ["--loss", "forward-kl:1"]
     call(
-        scratch, name, "train", "--student", str(student), "--stream", stream, "--service", service, "--out",
-        str(out), "--seed", str(seed), "--max-steps", str(steps), "--held-out-traces", "0",
-        "--eval-every-steps", "0", "--checkpoint-every-steps", "0", "--learning-rate",
+        scratch, name, "train", "--student", str(student), "--stream", stream, "--service", service,
+        "--out", str(out), "--seed", str(seed), "--max-steps", str(steps), "--held-out-traces", "0",
+        "--threads", str(options.threads), "--eval-every-steps", "0", "--checkpoint-every-steps", "0", "--learning-rate",
         str(options.learning_rate), "--set", "held_out_fraction=0", "--set",
         f"batch_tokens={options.batch_tokens}", "--epochs", "2", *loss, *extra,
     )  # fmt: skip
@@ -279,6 +283,7 @@ def on_policy_options(options: argparse.Namespace, served: str) -> list[str]:
         "--on-policy", "--teacher", served, "--on-policy-share", "1", "--max-staleness", "4",
         "--set", "refresh_every_steps=2", "--set", f"rollout_tokens={options.answer_tokens}",
         "--set", f"rollout_support={options.support}", "--set", "rollout_kv_cache_mib=256",
+        "--set", f"rollout_threads={options.threads}",
     ]  # fmt: skip
 
 
