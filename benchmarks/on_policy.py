@@ -5,8 +5,9 @@
 SmolLM2-135M teaches a student that has some of its layers. First the student is trained off-policy on half of
 the teacher tokens. From there, two students go on with the same prompts, steps, batches and rate: one
 off-policy with as many tokens that the teacher wrote, one on-policy with as many tokens that it wrote itself
-and the teacher scored; each seed draws both anew. All of it runs as it does elsewhere: a trace service, a
-served teacher, `lynearm teach` and `lynearm train --on-policy`, each a process.
+and the teacher scored. Each seed draws its rollouts, and the answers that are measured, anew. All of it runs
+as it does elsewhere: a trace service, a served teacher, `lynearm teach` and `lynearm train --on-policy`, each
+a process.
 
 What counts is measured with transformers, on held-out prompts: the student answers them at temperature 1, and
 at each position of its answer the reverse KL of its distribution to the teacher's is taken over the whole
@@ -269,8 +270,8 @@ def train(
     call(
         scratch, name, "train", "--student", str(student), "--stream", stream, "--service", service,
         "--out", str(out), "--seed", str(seed), "--max-steps", str(steps), "--held-out-traces", "0",
-        "--threads", str(options.threads), "--eval-every-steps", "0", "--checkpoint-every-steps", "0", "--learning-rate",
-        str(options.learning_rate), "--set", "held_out_fraction=0", "--set",
+        "--threads", str(options.threads), "--eval-every-steps", "0", "--checkpoint-every-steps", "0",
+        "--learning-rate", str(options.learning_rate), "--set", "held_out_fraction=0", "--set",
         f"batch_tokens={options.batch_tokens}", "--epochs", "2", *loss, *extra,
     )  # fmt: skip
     say(f"{name}: {steps} steps")
