@@ -88,6 +88,7 @@ def read_stream(target: str, stream: str) -> list[Trace]:
         return [trace for one in blocks for trace in decode_block(one.block)]
 
 
+@pytest.mark.slow
 def test_a_student_learns_from_its_own_text_through_kill_and_resume(
     service: ServiceProcess, teacher: TeacherThread, stream: str, student_dir: Path, tmp_path: Path
 ) -> None:
