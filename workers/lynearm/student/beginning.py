@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,10 +10,12 @@ from pathlib import Path
 import torch
 
 from lynearm.student.alignment import check_alignment
-from lynearm.student.checkpoint import TrainState, latest_checkpoint, load_checkpoint
+from lynearm.student.checkpoint import Checkpoint, TrainState, latest_checkpoint, load_checkpoint
 from lynearm.student.config import TrainConfig
+from lynearm.student.freezing import freeze
 from lynearm.student.layer_pairs import format_pairs
 from lynearm.student.lineage import JsonObject, read_lineage
+from lynearm.student.lora_settings import LoraSettings, parse_lora
 from lynearm.student.model import StudentModel, load_student
 from lynearm.student.objective import Objective, make_objective
 from lynearm.student.optimization import Optimization
@@ -26,6 +29,9 @@ logger = logging.getLogger(__name__)
 
 _FIXED_FIELDS = ("batch_sequences", "batch_tokens", "max_sequence_tokens", "held_out_fraction", "seed")
 """What decides which traces a step trains on: a resumed run must go on with it."""
+
+_FORM_FIELDS = ("lora", "freeze", "freeze_embeddings")
+"""What decides which parameters are trained: the optimizer's state is of those."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,11 +69,15 @@ def begin(config: TrainConfig, stream: StreamInfo, ranks: Ranks) -> Beginning:
             "go on from it with --resume, or name another directory with --out",
         )
     torch.manual_seed(config.seed + ranks.rank)  # pyright: ignore[reportUnknownMemberType]  # torch leaves it half typed
-    student = _load_aligned(config, stream, config.student)
+    lora = parse_lora(config.lora) if config.lora else None
+    student = _load_aligned(config, stream, config.student, lora)
     state = TrainState(stream.spec.name, stream.created_unix_nano)
     objective = _choose_objective(config, stream, student)
     optimization = Optimization(student, config, objective=objective, ranks=ranks)
-    return Beginning(student, objective, optimization, state, (), read_lineage(config.student))
+    lineage = read_lineage(config.student)
+    if lora and student.adapter:
+        lineage["adapter"] = student.adapter.account()
+    return Beginning(student, objective, optimization, state, (), lineage)
 
 
 def _resume(config: TrainConfig, stream: StreamInfo, directory: Path | None, ranks: Ranks) -> Beginning:
@@ -84,14 +94,7 @@ def _resume(config: TrainConfig, stream: StreamInfo, directory: Path | None, ran
             f"not on {stream.spec.name!r} made at {stream.created_unix_nano}",
             "its cursor means nothing there: begin a new run with this checkpoint as its student",
         )
-    # A checkpoint from before a field existed was written with what is now its default.
-    before = {name: checkpoint.written_by.get(name, getattr(TrainConfig(), name)) for name in _FIXED_FIELDS}
-    changed = [
-        f"{name} was {value} and is {getattr(config, name)}"
-        for name, value in before.items()
-        if value != getattr(config, name)
-    ]
-    if changed:
+    if changed := _changed(config, checkpoint):
         raise ConfigError(
             f"the run in {config.out} cannot go on: {'; '.join(changed)}", "resume with the earlier values"
         )
@@ -104,6 +107,19 @@ def _resume(config: TrainConfig, stream: StreamInfo, directory: Path | None, ran
         torch.manual_seed(config.seed + ranks.rank + state.step)  # pyright: ignore[reportUnknownMemberType]
     logger.info("resumed from %s at %s of pass %d", directory, state.cursor, state.epoch + 1)
     return Beginning(student, objective, optimization, state, checkpoint.held_out, checkpoint.base_lineage)
+
+
+def _changed(config: TrainConfig, checkpoint: Checkpoint) -> list[str]:
+    """Fields that a resumed run must go on with, and does not."""
+    changed: list[str] = []
+    for name in (*_FIXED_FIELDS, *_FORM_FIELDS):
+        # A checkpoint from before a field existed was written with what is now its default.
+        before = checkpoint.written_by.get(name, getattr(TrainConfig(), name))
+        now: object = getattr(config, name)
+        # JSON makes lists of tuples.
+        if json.dumps(before) != json.dumps(now):
+            changed.append(f"{name} was {before} and is {now}")
+    return changed
 
 
 def _choose_objective(config: TrainConfig, stream: StreamInfo, student: StudentModel) -> Objective:
@@ -120,10 +136,15 @@ def _choose_objective(config: TrainConfig, stream: StreamInfo, student: StudentM
     return objective
 
 
-def _load_aligned(config: TrainConfig, stream: StreamInfo, directory: Path) -> StudentModel:
-    student = load_student(directory, device=config.device, dtype=config.dtype)
+def _load_aligned(
+    config: TrainConfig, stream: StreamInfo, directory: Path, lora: LoraSettings | None = None
+) -> StudentModel:
+    student = load_student(directory, device=config.device, dtype=config.dtype, lora=lora, seed=config.seed)
     check_alignment(stream.spec, student, allow_misaligned=config.allow_misaligned)
     if config.freeze_embeddings:
         student.freeze_embeddings()
+    freeze(student, config.freeze)
+    if config.gradient_checkpointing:
+        student.checkpoint_gradients()
     student.train(True)
     return student
