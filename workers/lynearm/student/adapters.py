@@ -11,7 +11,7 @@ from __future__ import annotations
 import copy
 import importlib
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -19,7 +19,7 @@ from typing import Any, cast
 import safetensors.torch
 import torch
 from safetensors import SafetensorError
-from torch import Tensor
+from torch import Tensor, nn
 
 from lynearm.student.lineage import JsonObject, read_lineage
 from lynearm.student.lora_settings import ALL_LINEAR, OUTSIDE, LoraSettings
@@ -96,13 +96,13 @@ def add_adapter(model: Any, settings: LoraSettings, *, base: Path, seed: int) ->
         ConfigError: if the model has no such layers.
         MissingDependencyError: if peft is not installed.
     """
-    everywhere = settings.targets == (ALL_LINEAR,)
+    targets = settings.targets if settings.targets != (ALL_LINEAR,) else _linear_names(model)
     config = _peft().LoraConfig(
         task_type="CAUSAL_LM",
         r=settings.r,
         lora_alpha=settings.alpha,
         lora_dropout=settings.dropout,
-        target_modules=ALL_LINEAR if everywhere else list(settings.targets),
+        target_modules=list(targets),
     )
     try:
         return _attach(model, config, base, seed)
@@ -179,6 +179,12 @@ def _attach(model: Any, config: Any, base: Path, seed: int) -> Adapter:
         if name.rpartition(".")[2] in OUTSIDE and hasattr(module, "lora_A"):
             raise ValueError(f"{name} would get one, which the loss does not apply")
     return Adapter(peft_model, base, weights_revision(base))
+
+
+def _linear_names(model: Any) -> set[str]:
+    """Last names of the decoder's linear layers; peft would name each layer in full."""
+    modules = cast("Iterable[tuple[str, nn.Module]]", model.base_model.named_modules())
+    return {name.rpartition(".")[2] for name, module in modules if isinstance(module, nn.Linear)}
 
 
 def _peft() -> Any:

@@ -5,6 +5,7 @@ NAME=VALUE,…        r=16,alpha=32        r=8,alpha=16,dropout=0.05,targets=q_p
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, fields
 from typing import Any
@@ -33,11 +34,12 @@ class LoraSettings:
     dropout: float = 0.0
     """On what goes into A; none, since one pass over fresh data does not overfit."""
     targets: tuple[str, ...] = (ALL_LINEAR,)
-    """Names of the linear layers that get one; "all-linear" is every one but the output head."""
+    """Names of the linear layers that get one; "all-linear" is every one of the decoder."""
 
     def __post_init__(self) -> None:
         """Check every value."""
-        if self.r < 1 or self.alpha <= 0 or not 0 <= self.dropout < 1 or not all(self.targets):
+        fits = self.r >= 1 and 0 < self.alpha < math.inf and 0 <= self.dropout < 1 and all(self.targets)
+        if not fits:
             raise ConfigError(
                 f"lora {format_lora(self)!r}, expected r from 1, alpha above 0, dropout from 0 to below 1",
                 _HOW,
