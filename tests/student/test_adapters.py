@@ -158,6 +158,26 @@ def test_checkpoints_beside_the_training_are_those_of_their_step(configure: Conf
         assert files[0].read_bytes() == files[1].read_bytes()
 
 
+def test_the_command_takes_every_form(configure: Configure, student_dir: Path) -> None:
+    config = configure("by command")
+    arguments = ["--student", str(student_dir), "--stream", config.stream, "--service", config.service]
+    arguments += ["--out", str(config.out), "--max-steps", "1", "--held-out-traces", "0", "--device", "cpu"]
+    arguments += [
+        "--lora",
+        LORA,
+        "--freeze",
+        "layers.0,norms",
+        "--freeze",
+        "head",
+        "--gradient-checkpointing",
+    ]
+    done = CliRunner().invoke(app, ["train", *arguments, "--progress", "none"])
+    assert done.exit_code == 0, done.output
+    written = load_checkpoint(config.out / "step-00000001").written_by
+    assert (written["lora"], written["freeze"]) == (LORA, ["layers.0,norms", "head"])
+    assert written["gradient_checkpointing"] is True
+
+
 def test_specialists_share_a_base_that_nobody_writes(configure: Configure, student_dir: Path) -> None:
     before = digests(student_dir)
     reports = [run_train(configure(f"one of {seed}", lora=LORA, max_steps=2, seed=seed)) for seed in (1, 2)]
@@ -200,7 +220,7 @@ def test_the_manifest_and_the_card_name_adapter_and_base(adapter_dir: Path, stud
     assert str(adapter_dir.parent.parent) not in json.dumps(lineage)
     card = (adapter_dir / "README.md").read_text()
     assert 'library_name: "peft"' in card
-    assert 'base_model_relation: "adapter"' in card
+    assert 'base_model: ["student"]\nbase_model_relation: "adapter"' in card
     assert "It is a LoRA adapter (r=4, alpha=8.0) on `student` at `sha256:" in card
 
 

@@ -1,9 +1,9 @@
 """Low-rank adapters on a student, through peft: a small set of weights beside a base that stays as it is.
 
 An adapter is saved in peft's own layout (`adapter_config.json`, `adapter_model.safetensors`), which
-`PeftModel.from_pretrained` and vLLM load beside the base. It names the base's directory; the manifest beside
-it names the digest of the base's weights, so that another base is not taken for it. Nothing is written into
-the base: any number of specialists can share one.
+`PeftModel.from_pretrained` loads beside the base. It names the base's directory; the manifest beside it names
+the digest of the base's weights, so that another base is not taken for it. Nothing is written into the base:
+any number of specialists can share one.
 """
 
 from __future__ import annotations

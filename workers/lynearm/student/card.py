@@ -55,9 +55,8 @@ def _front_matter(lineage: Mapping[str, Any], streams: Sequence[JsonObject]) -> 
         "license": lowered if simple else "other",
         "tags": ["lynearm", "distillation", "knowledge-distillation"],
     }
-    base = str(
-        cast("Mapping[str, Any]", lineage.get("cut_from") or {}).get("name") or lineage.get("name", "")
-    )
+    origin = _part(lineage, "cut_from").get("name") or lineage.get("name", "")
+    base = str(_part(_part(lineage, "adapter"), "base").get("name", "") if adapter else origin)
     if _HUB_NAME.fullmatch(base):
         front["base_model"] = [base]
     if adapter:
