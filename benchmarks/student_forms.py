@@ -2,10 +2,10 @@
 
     python benchmarks/student_forms.py MODEL_DIR [--tokens 256] [--rank 16]
 
-Two optimizer steps of one trace each, prompt of 8 tokens and completion of `--tokens`, k = 8, float32 on the CPU,
-in a process of its own for each form. Memory is the peak of the process's resident memory over what it had with
-the model loaded: gradients, AdamW's moments and what is kept for the backward pass. CPU time is that of the
-second step. Linux only. SmolLM2-135M takes about two minutes on two free cores.
+Two optimizer steps of one trace each, prompt of 8 tokens and completion of `--tokens`, k = 8, float32 on the
+CPU, in a process of its own for each form. Memory is the peak of the process's resident memory over what it
+had with the model loaded: gradients, AdamW's moments and what is kept for the backward pass. CPU time is that
+of the second step. Linux only. SmolLM2-135M takes about four minutes on two free cores.
 
 The last line is JSON: `peak_mib` and `cpu_seconds` by form, and `trained`, parameters.
 """
