@@ -5,8 +5,9 @@
 From float32 hidden states 576 wide and a float32 output head, k = 64, at 1,024 positions × 49,152 tokens
 and 512 × 151,936. Plain cross-entropy is `F.cross_entropy(hidden @ head.T, labels).backward()`. Every way
 has a process of its own for each shape; a round goes once through all of them, one after the other. Memory
-is the peak of the process's resident memory in its first step over what it had before: the gradient of the
-head is in it, which alone is 108 and 334 MiB. CPU time is user and system time of a step by the process's
+is the peak of the process's resident memory in its first step over what it had before. The gradient of the
+head is in it, which alone is 108 and 334 MiB, 0.18 and 0.37 of plain cross-entropy's peak: whatever hands it
+over in float32 cannot be below that. CPU time is user and system time of a step by the process's
 own clock, the least of all rounds, since other work on the machine only adds to it. Takes about five
 minutes; --quick takes half of one, with small shapes and forward KL alone, and shows that it runs and no
 more. Linux only.
@@ -60,7 +61,7 @@ OTHERS = (
 )
 GOALS = {
     "memory_vs_ce_49k": "<= 0.35",
-    "memory_vs_ce_152k": "<= 0.35, of which the head's gradient is 0.37",
+    "memory_vs_ce_152k": "<= 0.35, below the head's gradient itself, which is 0.37",
     "time_vs_ce_49k": "<= 1.1",
     "time_vs_ce_152k": "<= 1.1",
 }

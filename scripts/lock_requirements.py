@@ -14,7 +14,19 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 REQUIREMENTS = ROOT / "requirements"
 
-SHARED_EXTRAS = ("parquet", "service", "cluster", "tracing", "student", "lora", "lm-eval", "mlx", "coreml", "demo", "dev")
+SHARED_EXTRAS = (
+    "parquet",
+    "service",
+    "cluster",
+    "tracing",
+    "student",
+    "lora",
+    "lm-eval",
+    "mlx",
+    "coreml",
+    "demo",
+    "dev",
+)
 PLATFORM = "x86_64-manylinux_2_35"
 """The oldest that MLX has wheels for."""
 

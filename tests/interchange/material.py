@@ -51,7 +51,18 @@ def make_trace(prompt_id: str, seed: int = 0, *, positions: int = 5, k: int = K,
         "finish_reason": "stop",
         "spans": (TokenSpan("reasoning", 0, 2), TokenSpan("answer", 2, positions)) if positions > 2 else (),
         "sampling": SamplingParams(
-            temperature=0.7, top_p=0.9, top_k=40, min_p=0.01, max_tokens=99, seed=seed
+            temperature=0.7,
+            top_p=0.9,
+            top_k=40,
+            min_p=0.01,
+            max_tokens=99,
+            seed=seed,
+            presence_penalty=0.5,
+            frequency_penalty=-0.25,
+            repetition_penalty=1.1,
+            min_tokens=1,
+            stop=("\n\n", "東京"),
+            stop_token_ids=(3, 5),
         ),
         "tags": {"split": "train", "Grüße": "東京"},
         "completion_text": f"text of {prompt_id} – 東京",
@@ -62,7 +73,7 @@ def make_trace(prompt_id: str, seed: int = 0, *, positions: int = 5, k: int = K,
 def make_traces() -> list[Trace]:
     """Prompts in which every field once is at its edge."""
     return [
-        make_trace("q1", 1),
+        make_trace("q1", 1, stop_string="東京"),
         make_trace("q2", 2, sample_index=0, finish_reason="length"),
         make_trace("q2", 3, sample_index=1, finish_reason="abort", tags={}, spans=()),
         make_trace("empty", 4, positions=0, completion_text=""),
@@ -109,7 +120,7 @@ def assert_same(actual: Sequence[Trace], expected: Sequence[Trace]) -> None:
     """Equal bit for bit; ids of padding are 0."""
     assert [trace.prompt_id for trace in actual] == [trace.prompt_id for trace in expected]
     for one, other in zip(actual, expected, strict=True):
-        for name in ("finish_reason", "sample_index", "spans", "sampling", "completion_text"):
+        for name in ("finish_reason", "sample_index", "spans", "sampling", "completion_text", "stop_string"):
             assert getattr(one, name) == getattr(other, name), (one.prompt_id, name)
         assert list(one.tags.items()) == list(other.tags.items())
         _assert_bits(one.prompt_token_ids, other.prompt_token_ids)

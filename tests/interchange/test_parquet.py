@@ -251,6 +251,8 @@ def traces(draw: st.DrawFn) -> Trace:
         sampling=SamplingParams(
             draw(st.floats(0, 9)), draw(st.floats(0, 1)), draw(st.integers(0, 99)), draw(st.floats(0, 1)),
             draw(st.integers(0, 2**40)), draw(st.none() | st.integers(-(2**63), 2**63 - 1)),
+            draw(st.floats(-2, 2)), draw(st.floats(-2, 2)), draw(st.floats(0.5, 2)), draw(st.integers(0, 9)),
+            tuple(draw(st.lists(TEXT, max_size=2))), tuple(draw(st.lists(ids, max_size=2))),
         ),
         tags=draw(st.dictionaries(TEXT, TEXT, max_size=3)),
         completion_text=draw(TEXT),
@@ -431,7 +433,7 @@ def test_columns_with_defaults_may_be_missing_and_others_are_left_out_aloud(
     tmp_path: Path, target: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     path = write(tmp_path / "f.parquet", [make_trace("q", k=0)])
-    optional = ["sample_index", "completion_text", "top_k", "spans", "sampling", "tags"]
+    optional = ["sample_index", "completion_text", "top_k", "spans", "sampling", "stop_string", "tags"]
     table = pq.read_table(path).drop_columns(optional).append_column("score", pa.array([1.0]))
     pq.write_table(table, path)
     with caplog.at_level("WARNING"):
@@ -439,6 +441,16 @@ def test_columns_with_defaults_may_be_missing_and_others_are_left_out_aloud(
     assert "not imported: column score" in caplog.text
     expected = make_trace("q", k=0, spans=(), sampling=SamplingParams(), tags={}, completion_text="")
     assert_same(read(target, "defaults"), [expected])
+
+
+def test_sampling_may_say_only_a_part(tmp_path: Path, target: str) -> None:
+    path = write(tmp_path / "f.parquet", [make_trace("q", k=0)])
+    table = pq.read_table(path).drop_columns(["sampling", "stop_string"])
+    sampling = pa.array([{"temperature": 0.25, "stop": ["\n"]}])
+    pq.write_table(table.append_column("sampling", sampling), path)
+    assert run("import", path, "--stream", "partly", "--service", target)[0] == 0
+    (trace,) = read(target, "partly")
+    assert trace.sampling == SamplingParams(temperature=0.25, stop=("\n",))
 
 
 def cut(data: bytes) -> bytes:

@@ -14,6 +14,7 @@ EVERYTHING = frozenset(
 ) | {
     "fleet",
     "teacher",
+    "rollouts",
     "student",
     "export",
 }
@@ -24,7 +25,8 @@ MAY_IMPORT = {
     "fleet": frozenset({"traces", "wire"}),
     "client": frozenset({"wire", "v1"}),
     "teacher": frozenset({"wire", "client", "v1"}),
-    "student": frozenset({"wire", "client"}),
+    "rollouts": frozenset({"wire", "client", "teacher"}),
+    "student": frozenset({"wire", "client", "rollouts"}),
     "export": frozenset({"wire"}),
     "interchange": frozenset({"v1", "wire", "client"}),
     "datasets": frozenset({"wire", "client"}),

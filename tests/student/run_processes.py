@@ -8,7 +8,7 @@ from __future__ import annotations
 import multiprocessing
 import os
 import socket
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from multiprocessing.process import BaseProcess
 
 from lynearm.student.config import TrainConfig
@@ -18,19 +18,27 @@ _PRELOADED = ["lynearm.student.trainer", "transformers.models.llama.modeling_lla
 
 def start_run(config: TrainConfig, environment: dict[str, str] | None = None) -> BaseProcess:
     """`run_train` in a process of its own."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(_PRELOADED)
-    process = context.Process(target=_run, args=(config, environment or {}))
-    process.start()
-    return process
+    return _start(environment or {}, train, config)
 
 
 def run_ranks(config: TrainConfig, world_size: int) -> None:
     """A whole run by several ranks."""
+    join(start_ranks(world_size, train, config))
+
+
+def start_ranks(world_size: int, target: Callable[..., None], *arguments: object) -> list[BaseProcess]:
+    """Ranks that find each other, and what each of them calls."""
     with socket.create_server(("127.0.0.1", 0)) as listener:
         port = int(listener.getsockname()[1])
     shared = {"WORLD_SIZE": str(world_size), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    join([start_run(config, shared | {"RANK": str(rank)}) for rank in range(world_size)])
+    return [_start(shared | {"RANK": str(rank)}, target, *arguments) for rank in range(world_size)]
+
+
+def train(config: TrainConfig) -> None:
+    """What each process of a run calls."""
+    from lynearm.student.trainer import run_train
+
+    run_train(config)
 
 
 def join(processes: Sequence[BaseProcess]) -> None:
@@ -44,11 +52,17 @@ def join(processes: Sequence[BaseProcess]) -> None:
             process.kill()
 
 
-def _run(config: TrainConfig, environment: dict[str, str]) -> None:
+def _start(environment: dict[str, str], target: Callable[..., None], *arguments: object) -> BaseProcess:
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(_PRELOADED)
+    process = context.Process(target=_call, args=(environment, target, arguments))
+    process.start()
+    return process
+
+
+def _call(environment: dict[str, str], target: Callable[..., None], arguments: tuple[object, ...]) -> None:
     os.environ.update(environment)
     import torch
 
-    from lynearm.student.trainer import run_train
-
     torch.set_num_threads(1)
-    run_train(config)
+    target(*arguments)

@@ -327,6 +327,12 @@ def test_a_slip_of_the_pen_is_said_before_anything_is_loaded(text: str, said: st
     assert said in str(caught.value)
 
 
+@pytest.mark.parametrize("other", [{"sharding": "full"}, {"on_policy": True}])
+def test_an_adapter_is_neither_sharded_nor_asked_for_rollouts(other: dict[str, object]) -> None:
+    with pytest.raises(ConfigError, match="lora does not go with"):
+        TrainConfig(lora=LORA, **other)  # type: ignore[arg-type]  # fields by name
+
+
 def test_settings_are_written_as_they_are_read() -> None:
     for text in ("default", "r=8", "alpha=1.5,dropout=0.1", "r=4,targets=q_proj+v_proj"):
         assert parse_lora(format_lora(parse_lora(text))) == parse_lora(text)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -11,8 +12,12 @@ from student.teaching_material import make_blocks
 
 from lynearm.client import ReceivedBlock
 from lynearm.student.batches import Batch, Batcher, PieceSizes, SplitRule, collate
+from lynearm.student.mixed_source import MixedSource, Selection
+from lynearm.student.mixing import StreamPlan, StreamState
 from lynearm.student.model import StudentModel
-from lynearm.student.reader import TraceReader
+from lynearm.student.progress import ignore_progress
+from lynearm.student.reader import PositionedTrace, TraceReader
+from lynearm.student.reporting import Reporter
 from lynearm.wire.errors import CorruptBlockError, MisalignmentError
 from lynearm.wire.traces import Cursor, Trace
 
@@ -24,15 +29,62 @@ def receive(teacher: StudentModel, traces: list[Trace], traces_per_block: int) -
     return [ReceivedBlock(offset, memoryview(block), len(blocks)) for offset, block in enumerate(blocks)]
 
 
+class BlockSource:
+    """Blocks in memory as a stream; the reader on top of them is the trainer's."""
+
+    def __init__(self, blocks: list[ReceivedBlock]) -> None:
+        self._blocks = blocks
+        self._reader: TraceReader | None = None
+        self.next_offset = len(blocks)
+        self.received_all = True
+
+    @property
+    def is_open(self) -> bool:
+        return self._reader is not None
+
+    @property
+    def exhausted(self) -> bool:
+        return self._reader is None or self._reader.exhausted
+
+    def open(self, start: Cursor) -> None:
+        self.close()
+        self._reader = TraceReader(self._blocks[start.offset :], start=start, prefetch_blocks=2)
+
+    def take(self) -> PositionedTrace | None:
+        positioned = None
+        while positioned is None and self._reader and not self._reader.exhausted:
+            positioned = self._reader.poll(5.0)
+        return positioned
+
+    def give_back(self, traces: Sequence[PositionedTrace]) -> None:
+        raise NotImplementedError
+
+    def close(self) -> None:
+        if self._reader:
+            self._reader.close()
+        self._reader = None
+
+
+def mix(blocks: list[ReceivedBlock], start: Cursor, rule: SplitRule) -> MixedSource:
+    """One stream, in one pass."""
+    return MixedSource(
+        [StreamPlan("s")],
+        [StreamState("s", 1, cursor=start)],
+        [BlockSource(blocks)],
+        selection=Selection(rule, 64),
+        epochs=1,
+        reporter=Reporter(ignore_progress),
+    )
+
+
 def read_batches(
     blocks: list[ReceivedBlock], start: Cursor = BEGINNING, *, batch_sequences: int = 4
 ) -> list[Batch]:
-    batcher = Batcher(batch_sequences=batch_sequences, max_sequence_tokens=64, rule=SplitRule(0.1))
+    batcher = Batcher(batch_sequences=batch_sequences, max_sequence_tokens=64)
     batches: list[Batch] = []
-    with TraceReader(blocks[start.offset :], start=start, prefetch_blocks=2) as reader:
-        while not reader.exhausted:
-            positioned = reader.poll(5.0)
-            if positioned is not None and (batch := batcher.add(positioned)):
+    with mix(blocks, start, SplitRule(0.1)) as source:
+        while drawn := source.take(0):
+            if batch := batcher.add(drawn):
                 batches.append(batch)
     last = batcher.rest()
     return [*batches, last] if last else batches
@@ -53,7 +105,7 @@ def test_every_cursor_continues_with_the_next_batch(teacher: StudentModel, trace
     blocks = receive(teacher, traces, 7)
     batches = read_batches(blocks)
     for number, batch in enumerate(batches):
-        assert names(read_batches(blocks, batch.after)) == names(batches[number + 1 :])
+        assert names(read_batches(blocks, batch.after[0].cursor)) == names(batches[number + 1 :])
 
 
 def test_tags_decide_the_split_and_a_hash_decides_without_them(traces: list[Trace]) -> None:
@@ -82,17 +134,12 @@ def test_traces_without_anything_to_learn_are_skipped_and_counted(
         ),
     )
     long_prompt = replace(usable, prompt_token_ids=np.full(64, 7, np.int32))
-    batcher = Batcher(batch_sequences=4, max_sequence_tokens=64, rule=SplitRule(0.0))
-    with TraceReader(
-        receive(teacher, [empty, usable, long_prompt], 3), start=Cursor(), prefetch_blocks=1
-    ) as reader:
-        while not reader.exhausted:
-            if positioned := reader.poll(5.0):
-                batcher.add(positioned)
-    batch = batcher.rest()
-    assert batch is not None
-    assert len(batch.traces) == 1
-    assert batcher.skipped_traces == 2
+    with mix(receive(teacher, [empty, usable, long_prompt], 3), BEGINNING, SplitRule(0.0)) as source:
+        drawn = source.take(0)
+        assert drawn is not None
+        assert source.take(0) is None
+        assert source.exhausted
+        assert source.skipped_traces == 2
 
 
 def test_tensors_hold_what_the_traces_say(traces: list[Trace]) -> None:

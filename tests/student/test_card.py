@@ -25,7 +25,7 @@ def card_of(*specs: StreamSpec, name: str = "student") -> str:
     lineage: JsonObject = {"name": name, "streams": []}
     for one in specs:
         use = StreamUse(one, Cursor(1, 0), 1, 4, 400)
-        lineage = extend_lineage(lineage, use, run=describe_run(TrainConfig(), one))
+        lineage = extend_lineage(lineage, [use], run=describe_run(TrainConfig(), [one]))
     return render_card(lineage)
 
 

@@ -24,6 +24,7 @@ from lynearm.student.checkpoint import (
 from lynearm.student.config import TrainConfig
 from lynearm.student.evaluation import load_held_out, save_held_out, write_parity_tokens
 from lynearm.student.lineage import StreamUse, extend_lineage, read_lineage
+from lynearm.student.mixing import StreamState, finish_pass
 from lynearm.student.model import StudentModel, load_student
 from lynearm.student.optimization import Optimization
 from lynearm.student.progress import EvaluationRecord, StepRecord
@@ -32,14 +33,19 @@ from lynearm.wire.traces import Cursor, TopK, Trace
 
 RECORD = StepRecord(3, 0, 0.1 + 0.2, 0.3, 0.4, 99, 1e-3, 2.5)
 STATE = TrainState(
-    "lessons",
-    17,
+    (
+        StreamState(
+            "lessons",
+            17,
+            cursor=Cursor(2, 5),
+            furthest=Cursor(2, 5),
+            traces=12,
+            tokens=99,
+            credit=-0.1,
+        ),
+    ),
     step=3,
-    cursor=Cursor(2, 5),
-    furthest=Cursor(2, 5),
-    traces=12,
-    tokens=99,
-    held_out_chosen=True,
+    held_out_traces=(8,),
     curve=(RECORD,),
     evaluations=(EvaluationRecord(0, 0, 1.5, 2.5, 40),),
 )
@@ -53,8 +59,9 @@ def save(
     checkpoint = Checkpoint(
         out / step_name(state.step), state, Optimization(student, config).state(), tuple(traces[:8]), base
     )
-    use = StreamUse(make_spec(student), state.furthest, state.epoch, state.traces, state.tokens)
-    save_checkpoint(student, checkpoint, config=config, lineage=extend_lineage(base, use))
+    (mine,) = state.streams
+    use = StreamUse(make_spec(student), mine.furthest, mine.epoch, mine.traces, mine.tokens)
+    save_checkpoint(student, checkpoint, config=config, lineage=extend_lineage(base, [use]))
     return checkpoint.directory
 
 
@@ -119,7 +126,7 @@ def test_only_the_newest_checkpoints_stay(tmp_path: Path, student_dir: Path, tra
 def test_records_can_be_brought_up_to_date(tmp_path: Path, student_dir: Path, traces: list[Trace]) -> None:
     directory = save(tmp_path / "run", load_student(student_dir, device="cpu"), traces)
     loaded = load_checkpoint(directory)
-    newer = replace(loaded, state=replace(loaded.state, epoch=1, cursor=Cursor()))
+    newer = replace(loaded, state=replace(loaded.state, streams=finish_pass(loaded.state.streams, 0)))
     refresh_checkpoint(newer, config=TrainConfig(out=tmp_path / "run"), lineage=read_lineage(directory))
     assert load_checkpoint(directory).state == newer.state
     assert sorted(path.name for path in (tmp_path / "run").iterdir()) == ["LATEST", step_name(3)]
@@ -132,7 +139,8 @@ def test_records_can_be_brought_up_to_date(tmp_path: Path, student_dir: Path, tr
         ("optimizer.safetensors", None, "has no optimizer.safetensors"),
         ("trainer.json", b"{", "not readable JSON"),
         ("trainer.json", b'{"format": 9}', "format 9"),
-        ("trainer.json", b'{"format": 1, "state": {}}', "lacks or misstates"),
+        ("trainer.json", b'{"format": 2, "state": {}}', "lacks or misstates"),
+        ("trainer.json", b'{"format": 1, "state": {}}', "begin a new run"),
         ("optimizer.safetensors", b"\x00" * 64, "cannot be read"),
         ("held_out.block", b"nonsense", "held_out.block"),
         ("lynearm.json", b"[]", "not a lineage manifest"),

@@ -17,7 +17,9 @@ from lynearm.wire.errors import ConfigError
 @pytest.mark.parametrize(
     "wrong",
     [
-        {"stream": "No Such Name"},
+        {"streams": ("No Such Name",)},
+        {"streams": ()},
+        {"streams": ("maths", "maths:2")},
         {"learning_rate": 0.0},
         {"batch_sequences": 0},
         {"held_out_fraction": 0.95},
@@ -32,7 +34,7 @@ from lynearm.wire.errors import ConfigError
     ],
 )
 def test_a_value_out_of_range_is_named(wrong: dict[str, object]) -> None:
-    with pytest.raises(ConfigError, match=next(iter(wrong)) if "stream" not in wrong else "No Such Name"):
+    with pytest.raises(ConfigError, match=f"{next(iter(wrong))}|No Such Name"):
         TrainConfig(**wrong)  # type: ignore[arg-type]  # wrong on purpose
 
 

@@ -32,7 +32,7 @@ from lynearm.wire.codec import encode_block
 from lynearm.wire.errors import CheckpointError, ConfigError, MisalignmentError
 from lynearm.wire.hidden import FINAL_NORM, HiddenDtype, HiddenStates, HiddenStatesSpec, Layer
 from lynearm.wire.specs import StreamSpec
-from lynearm.wire.traces import Cursor, Trace
+from lynearm.wire.traces import Trace
 
 CARRIED: tuple[Layer, ...] = (0, 1, FINAL_NORM)
 LOSS = ("forward-kl", "hidden-cosine@0=0,2=1:0.5", "hidden-mse@1=0,norm=norm:0.25")
@@ -235,7 +235,7 @@ def test_a_step_has_the_gradients_of_the_dense_reference(
     chosen = [replace(trace, tags={"n": str(number)}) for number, trace in enumerate(deep_traces[10:17])]
     # One as fp8.
     chosen[2] = replace(carry_states(teacher, deep_traces[12], "fp8"), tags={"n": "2"})
-    optimization = Optimization(student, config, objective=objective)
+    optimization = Optimization(student, config, objectives=[objective])
     projections: dict[str, torch.Tensor] = dict(optimization._hidden.parameters())
     assert len(projections) == 2 * len(objective.hidden_terms)
     found: dict[str, torch.Tensor] = {}
@@ -249,7 +249,7 @@ def test_a_step_has_the_gradients_of_the_dense_reference(
                 found[name] = parameter.grad.clone()
 
     optimization._optimizer.register_step_pre_hook(keep)
-    result = optimization.step(Batch(tuple(chosen), Cursor(1)), 1)
+    result = optimization.step(Batch(tuple(chosen)), 1)
     assert result.loss == pytest.approx(wanted_loss, rel=1e-9)
     assert result.hidden is not None
     assert 0 < result.hidden <= result.loss + 1e-12
@@ -271,8 +271,8 @@ def test_half_precision_and_a_frozen_head_change_little(
         student = load_student(wide_dir, device="cpu", dtype=config.dtype)
         if config.freeze_embeddings:
             student.freeze_embeddings()
-        optimization = Optimization(student, config, objective=objective)
-        results = [optimization.step(Batch(tuple(deep_traces[8:12]), Cursor(1)), step) for step in (1, 2)]
+        optimization = Optimization(student, config, objectives=[objective])
+        results = [optimization.step(Batch(tuple(deep_traces[8:12])), step) for step in (1, 2)]
         hidden += [result.hidden or 0.0 for result in results]
     assert hidden[2:] == pytest.approx(hidden[:2], rel=2e-2)
 
@@ -312,7 +312,7 @@ def configure(
     def make(out: str, **overrides: object) -> TrainConfig:
         config = TrainConfig(
             student=wide_dir,
-            stream=stream,
+            streams=(stream,),
             service=service.target,
             out=tmp_path / out,
             loss=LOSS,
@@ -374,7 +374,7 @@ def test_projections_are_drawn_once_and_the_same_on_every_rank(
 
     def begin(student: StudentModel, seed: int) -> Optimization:
         torch.manual_seed(torch.seed())  # ranks do not share it
-        return Optimization(student, TrainConfig(seed=seed), objective=objective)
+        return Optimization(student, TrainConfig(seed=seed), objectives=[objective])
 
     name = "projection.hidden-cosine.1=1"
     first, again, other = (begin(wide, seed) for seed in (1, 1, 2))
@@ -405,7 +405,7 @@ def test_a_trace_without_states_among_others_ends_the_run_before_its_step(
     configure: Callable[..., TrainConfig],
 ) -> None:
     offer_deep(service.target, teacher, [*deep_traces[8:15], *traces[15:22], *deep_traces[22:]], "patchy")
-    config = configure("patchy", stream="patchy", held_out_traces=0)
+    config = configure("patchy", streams=("patchy",), held_out_traces=0)
     with pytest.raises(MisalignmentError, match=r"prompt 'p1[5-9]' carries none") as refused:
         run_train(config)
     assert "capture the stream again" in refused.value.remedy

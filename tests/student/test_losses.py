@@ -20,7 +20,14 @@ from student.dense_reference import (
 )
 from torch import Tensor
 
-from lynearm.student.losses import Targets, backpropagate_loss, distillation_loss, head, measure_loss
+from lynearm.student.losses import (
+    Targets,
+    backpropagate_loss,
+    distillation_loss,
+    head,
+    in_place,
+    measure_loss,
+)
 from lynearm.student.losses.teacher import retemper
 from lynearm.student.objective import LossTerm, Objective
 from lynearm.wire.errors import InvalidInputError
@@ -294,6 +301,28 @@ def test_chunks_and_blocks_change_neither_loss_nor_gradient(
     result = distillation_loss(hidden_NH, case.head_VH, case.targets, objective=objective)
     (grad_VH,) = torch.autograd.grad(result.loss, [case.head_VH])
     assert float((grad_VH - whole[-1]).norm() / whole[-1].norm()) < 0.03
+
+
+@pytest.mark.parametrize("positions", [1, 2, HIDDEN - 1, HIDDEN, HIDDEN + 1])
+@pytest.mark.parametrize("rows_bytes", [1, 4 * HIDDEN * 8, 8 << 20])
+@pytest.mark.parametrize("vocab_size", [VOCAB - 4, VOCAB])
+def test_logits_in_the_place_of_the_gradient_leave_the_gradient_of_any_shape(
+    positions: int, rows_bytes: int, vocab_size: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(in_place, "_ROWS_BYTES", rows_bytes)
+    case = make_case(positions)
+    case.targets = replace(case.targets, sampled_ids_N=case.targets.sampled_ids_N % vocab_size)
+    objective = Objective((LossTerm("jsd", mix=0.5), LossTerm("cross-entropy", 0.1)), vocab_size=vocab_size)
+    check_against_dense(case, objective)
+    # A gradient that is there already is added to, and not written over.
+    head_VH = case.head_VH.detach().requires_grad_()
+    for _ in range(2):
+        backpropagate_loss(case.hidden_NH.detach(), head_VH, case.targets, objective=objective, divisor=5.0)
+    once = distillation_loss(
+        case.hidden_NH.detach(), case.head_VH, case.targets, objective=objective, divisor=5.0
+    )
+    assert head_VH.grad is not None
+    torch.testing.assert_close(head_VH.grad, 2.0 * gradients(once.loss, [case.head_VH])[0])
 
 
 def test_only_what_requires_a_gradient_gets_one() -> None:

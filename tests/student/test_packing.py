@@ -14,17 +14,16 @@ from student.test_batches import names, read_batches, receive
 from lynearm.student.batches import (
     Batch,
     Batcher,
+    DrawnTrace,
     PieceSizes,
-    SplitRule,
     collate,
     completion_positions,
 )
 from lynearm.student.config import TrainConfig
 from lynearm.student.model import StudentModel, load_student, packs_without_leaks
 from lynearm.student.optimization import Optimization
-from lynearm.student.reader import PositionedTrace
 from lynearm.wire.errors import ConfigError
-from lynearm.wire.traces import Cursor, Trace
+from lynearm.wire.traces import Trace
 
 VOCAB_SIZE = 384
 
@@ -47,7 +46,7 @@ def gradients(
         )
 
     optimization._optimizer.register_step_pre_hook(keep)
-    optimization.step(Batch(tuple(traces), Cursor(1)), 1)
+    optimization.step(Batch(tuple(traces)), 1)
     return found
 
 
@@ -120,12 +119,8 @@ def test_a_model_that_carries_a_state_along_the_row_is_not_packed(teacher_dir: P
 
 
 def test_batches_by_tokens_are_complete_at_their_weight(teacher: StudentModel, traces: list[Trace]) -> None:
-    batcher = Batcher(batch_sequences=1, batch_tokens=30, max_sequence_tokens=12, rule=SplitRule(0.1))
-    batches = [
-        batch
-        for number, trace in enumerate(traces)
-        if (batch := batcher.add(PositionedTrace(trace, Cursor(number + 1)))) is not None
-    ]
+    batcher = Batcher(batch_sequences=1, batch_tokens=30, max_sequence_tokens=12)
+    batches = [batch for trace in traces if (batch := batcher.add(DrawnTrace(trace, 0))) is not None]
     assert len(batches) > 5
     for batch in batches:
         weights = [completion_positions(trace, 12) for trace in batch.traces]

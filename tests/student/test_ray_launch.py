@@ -45,7 +45,7 @@ def config(
     offer(service.target, teacher, traces, name=stream)
     return TrainConfig(
         student=student_dir,
-        stream=stream,
+        streams=(stream,),
         service=service.target,
         out=tmp_path / "run",
         learning_rate=3e-3,
@@ -99,6 +99,18 @@ def test_what_a_rank_refuses_ends_the_run_and_a_stop_is_passed_on(
     assert report.steps <= 2
     with pytest.raises((ConfigError, MisalignmentError), match="already holds"):
         run_on_ray(replace(config, out=tmp_path / "stopped", ranks=1))
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")
+def test_ranks_under_ray_may_hold_parts_of_the_student(
+    ray_here: None, config: TrainConfig, tmp_path: Path
+) -> None:
+    config = replace(config, sharding="full", max_steps=4)
+    report = run_on_ray(config)
+    alone = run_train(replace(config, out=tmp_path / "alone", ray=False, sharding="none"))
+    assert (report.steps, report.traces) == (4, alone.traces)
+    assert [r.loss for r in report.curve] == pytest.approx([r.loss for r in alone.curve], rel=2e-3)
 
 
 @pytest.fixture

@@ -55,7 +55,7 @@ def configure(
             client.seal_stream(name)
         config = TrainConfig(
             student=student_dir,
-            stream=name,
+            streams=(name,),
             service=service.target,
             out=tmp_path / "run",
             learning_rate=3e-3,

@@ -51,7 +51,7 @@ def configure(service: ServiceProcess, student_dir: Path, tmp_path: Path) -> Cal
     def make(stream: str, out: str = "run", **overrides: object) -> TrainConfig:
         config = TrainConfig(
             student=student_dir,
-            stream=stream,
+            streams=(stream,),
             service=service.target,
             out=tmp_path / out,
             learning_rate=3e-3,
@@ -259,7 +259,7 @@ def test_an_interrupt_while_it_waits_ends_a_run_at_once(
     report = run_train(configure("empty"), interrupt, stop=stop)
     assert (report.stop_reason, report.steps, report.evaluations) == ("interrupted", 0, ())
     state = load_checkpoint(report.checkpoint).state
-    assert (state.cursor, state.held_out_chosen) == (Cursor(), False)
+    assert (state.streams[0].cursor, state.held_out_traces) == (Cursor(), ())
 
 
 def test_the_held_out_set_ends_at_its_size_or_at_the_window(
@@ -370,7 +370,7 @@ def test_a_cursor_of_another_stream_is_refused(
     with TraceClient(service.target) as client:
         client.delete_stream(stream)
     offer(service.target, teacher, traces, name=stream)
-    with pytest.raises(CheckpointError, match="was trained on stream"):
+    with pytest.raises(CheckpointError, match="made at"):
         run_train(configure(stream, resume=True))
 
 

@@ -78,6 +78,16 @@ def test_an_end_token_that_is_an_ordinary_one_is_not_part_of_the_answer(tokenize
     assert finder.find([], full_stop, "stop") == ()
 
 
+def test_a_stop_string_is_not_part_of_the_answer(tokenizer: Any) -> None:
+    finder = make_finder(tokenizer, answer_pattern=r"so (\d+)$")
+    ids = tokenizer.encode("so 7\n\nQ")
+    spans = finder.find([], ids, "stop", "\n\n")
+    assert spans[-1].kind == "answer"
+    assert spans[-1].end == len(ids)
+    assert finder.answer_text(ids, spans, "stop", "\n\n") == "7"
+    assert make_finder(tokenizer).answer_text(ids, (), "stop", "\n\n") == "so 7"
+
+
 def test_harmony_channels_are_found_by_themselves(harmony: Any) -> None:
     text = (
         "<|channel|>analysis<|message|>so<|end|><|start|>assistant<|channel|>final<|message|>7 東<|return|>"

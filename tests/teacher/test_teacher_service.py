@@ -415,6 +415,9 @@ def test_a_generation_is_joined_by_who_asks_again(client: TeacherClient, teacher
         ("Hi", GenerateOptions(trace_top_k=17), "top_k 17"),
         ("Hi", GenerateOptions(SamplingParams(top_p=1.5)), "top_p 1.5"),
         ("Hi", GenerateOptions(SamplingParams(temperature=-1.0)), "temperature -1.0"),
+        ("Hi", GenerateOptions(SamplingParams(repetition_penalty=-1.0)), "repetition_penalty -1.0"),
+        ("Hi", GenerateOptions(SamplingParams(stop=("",))), "a stop string is empty"),
+        ("Hi", GenerateOptions(SamplingParams(stop_token_ids=(384,))), "stop token 384 is outside"),
     ],
 )
 def test_a_prompt_that_cannot_be_answered_is_refused(
@@ -423,6 +426,20 @@ def test_a_prompt_that_cannot_be_answered_is_refused(
     with pytest.raises(InvalidInputError, match=words):
         next(client.generate(prompt, options))
     assert teacher.begun == 0
+
+
+def test_an_answer_ends_with_its_stop_string(client: TeacherClient) -> None:
+    whole = client.generate(LONG_PROMPT, LONG).answer.text
+    # Some of what this model writes is half a character.
+    stop = next(whole[at : at + 2] for at in range(8, len(whole)) if whole[at : at + 2].isascii())
+    sampling = replace(LONG.sampling, stop=("never to be seen", stop))
+    generation = client.generate(LONG_PROMPT, GenerateOptions(sampling, trace_top_k=4))
+    answer = generation.answer
+    assert (answer.finish_reason, answer.stop_string) == ("stop", stop)
+    assert whole.startswith(answer.text)
+    assert stop in answer.text
+    assert answer.trace is not None
+    assert (answer.trace.sampling, answer.trace.stop_string) == (sampling, stop)
 
 
 def test_a_server_that_drains_answers_what_it_has_read(shared_engine: TeacherEngine) -> None:

@@ -21,7 +21,16 @@ def assert_same_bits(actual: npt.NDArray[Any], expected: npt.NDArray[Any]) -> No
 
 
 def assert_same_metadata(actual: Trace, expected: Trace) -> None:
-    for name in ("prompt_id", "finish_reason", "sample_index", "spans", "sampling", "completion_text"):
+    names = (
+        "prompt_id",
+        "finish_reason",
+        "sample_index",
+        "spans",
+        "sampling",
+        "completion_text",
+        "stop_string",
+    )
+    for name in names:
         assert getattr(actual, name) == getattr(expected, name), name
     assert list(actual.tags.items()) == list(expected.tags.items())
     assert_same_bits(actual.prompt_token_ids, expected.prompt_token_ids)

@@ -293,6 +293,8 @@ def join_traces(
         prompt = [*message.prompt_token_ids, *(row.sampled_id for row in rows[start:middle])]
         check(all(token < vocabulary for token in prompt), "prompt tokens")
         check(message.finish_reason in (1, 2, 3), "finish reason")
+        check(message.stop_number <= len(sampling.stop), "stop number")
+        check(message.stop_number == 0 or message.finish_reason == 1, "stop number")
         last = 0
         for span in message.spans:
             check(span.kind in (1, 2, 3) and span.length > 0 and span.start >= last, "span")

@@ -76,6 +76,12 @@ def traces_of(draw: st.DrawFn, mode: CodecMode, vocab_size: int) -> Trace:
                 SamplingParams,
                 temperature=st.floats(0, 2),
                 seed=st.none() | st.integers(-(2**63), 2**63 - 1),
+                presence_penalty=st.floats(-2, 2),
+                frequency_penalty=st.floats(-2, 2),
+                repetition_penalty=st.floats(0, exclude_min=True, allow_infinity=False),
+                min_tokens=st.integers(0, 2**63 - 1),
+                stop=st.lists(st.text(min_size=1, max_size=5), max_size=3, unique=True).map(tuple),
+                stop_token_ids=st.lists(st.integers(0, 2**31 - 1), max_size=3, unique=True).map(tuple),
             )
         ),
         tags=draw(st.dictionaries(text, text, max_size=2)),

@@ -43,7 +43,12 @@ def assert_says(trace: Trace, described: dict[str, Any], *, exactly: bool) -> No
     assert trace.finish_reason == described["finish_reason"]
     assert trace.sample_index == described["sample_index"]
     assert trace.spans == tuple(TokenSpan(*span) for span in described["spans"])
-    assert trace.sampling == SamplingParams(**described["sampling"])
+    # JSON knows no tuples.
+    sampling = {
+        key: tuple(one) if isinstance(one, list) else one for key, one in described["sampling"].items()
+    }
+    assert trace.sampling == SamplingParams(**sampling)
+    assert trace.stop_string == described.get("stop_string", "")
     assert list(trace.tags.items()) == list(described["tags"].items())
     assert trace.completion_text == described["completion_text"]
     assert trace.completion_token_ids.tolist() == described["completion_token_ids"]

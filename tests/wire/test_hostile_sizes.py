@@ -145,6 +145,8 @@ METADATA_BOMBS: dict[str, Callable[[], bytes]] = {
     "tags": lambda: message_field(1, message_field(10, b"") * (MIBS // 2)),
     "spans": lambda: message_field(1, message_field(9, b"") * (MIBS // 2)),
     "sampling, again and again": lambda: message_field(1, message_field(8, b"") * (MIBS // 2)),
+    "stop strings": lambda: message_field(1, message_field(8, message_field(11, b"") * (MIBS // 2))),
+    "stop tokens one by one": lambda: message_field(1, message_field(8, b"\x60\1" * (MIBS // 2))),
     "prompt tokens one by one": lambda: message_field(1, b"\x10\1" * (MIBS // 2)),
 }
 

@@ -120,12 +120,21 @@ def build_block(
 
     sampling = SamplingParams(temperature=0.7, top_p=0.9, min_p=0.01, top_k=5, max_tokens=99, seed=-3)
     described: dict[str, Any] = {"tags": {"set": "α", "b": ""}, "completion_text": "Grüße", "sample_index": 3}
+    penalised = SamplingParams(
+        presence_penalty=0.5,
+        frequency_penalty=-2.0,
+        repetition_penalty=1.25,
+        min_tokens=2,
+        stop=("\n\n", "Ende."),
+        stop_token_ids=(0, 11),
+    )
     return [
         build(0, rows - 12, k, sampling=sampling, spans=(TokenSpan("answer", 0, 1),), **described),
         build(1, 0, k, sampling=sampling, finish_reason="abort"),
         build(2, 5, k + 3, scored=True, prompt=4, finish_reason="length"),
         build(3, 2, 0, prompt=0),
         build(4, 2, 1, sampling=SamplingParams(temperature=0.0)),
+        build(5, 2, 1, sampling=penalised, finish_reason="stop", stop_string="Ende."),
     ]
 
 
@@ -155,7 +164,14 @@ def assert_same(ours: Trace, theirs: reference.Trace, *, mode: CodecMode) -> Non
         top_k=said.sampling.top_k,
         max_tokens=said.sampling.max_tokens,
         seed=said.sampling.seed if said.sampling.HasField("seed") else None,
+        presence_penalty=said.sampling.presence_penalty,
+        frequency_penalty=said.sampling.frequency_penalty,
+        repetition_penalty=said.sampling.repetition_penalty or 1.0,
+        min_tokens=said.sampling.min_tokens,
+        stop=tuple(said.sampling.stop),
+        stop_token_ids=tuple(said.sampling.stop_token_ids),
     )
+    assert ours.stop_string == ("", *ours.sampling.stop)[said.stop_number]
     assert ["stop", "length", "abort"].index(ours.finish_reason) + 1 == said.finish_reason
     assert ours.prompt_token_ids.tolist() == theirs.prompt_token_ids
     assert ours.completion_token_ids.tolist() == theirs.completion_token_ids

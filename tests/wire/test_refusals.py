@@ -35,6 +35,22 @@ def full(value: float) -> Any:
     return np.full(24, value, np.float32)
 
 
+BAD_SAMPLING = {
+    r"presence_penalty -2\.5 is outside -2\.\.2": SamplingParams(presence_penalty=-2.5),
+    r"frequency_penalty nan is outside -2\.\.2": SamplingParams(frequency_penalty=float("nan")),
+    r"repetition_penalty 0\.0 is not above 0": SamplingParams(repetition_penalty=0.0),
+    r"repetition_penalty inf is not above 0": SamplingParams(repetition_penalty=float("inf")),
+    "min_tokens -1 is negative": SamplingParams(min_tokens=-1),
+    "65 stop strings, at most 64": SamplingParams(stop=tuple(map(str, range(65)))),
+    "a stop string has 1026 bytes, at most 1024": SamplingParams(stop=("ä" * 513,)),
+    "a stop string is empty": SamplingParams(stop=("",)),
+    "a stop string is there twice": SamplingParams(stop=("a", "a")),
+    "257 stop tokens, at most 256": SamplingParams(stop_token_ids=tuple(range(257))),
+    r"stop tokens \(-1,\) are not all token ids": SamplingParams(stop_token_ids=(-1,)),
+    "stop tokens .* are not all token ids": SamplingParams(stop_token_ids=(1 << 31,)),
+    "a stop token is there twice": SamplingParams(stop_token_ids=(3, 3)),
+}
+
 BAD_TRACES: dict[str, tuple[Callable[[Trace], Trace], str]] = {
     "prompt id too long": (lambda t: dataclasses.replace(t, prompt_id="é" * 129), "256 bytes"),
     "id beyond the vocabulary": (
@@ -74,6 +90,20 @@ BAD_TRACES: dict[str, tuple[Callable[[Trace], Trace], str]] = {
     "lone surrogate": (lambda t: dataclasses.replace(t, completion_text="\ud800"), "prompt-2"),
     "lone surrogate in a tag": (lambda t: dataclasses.replace(t, tags={"a": "\udfff"}), "prompt-2"),
     "seed of 70 bits": (lambda t: dataclasses.replace(t, sampling=SamplingParams(seed=1 << 70)), "prompt-2"),
+    "stop string that nobody asked for": (
+        lambda t: dataclasses.replace(t, finish_reason="stop", stop_string="\n"),
+        "none that could have ended it",
+    ),
+    "stop string of a completion that ran out": (
+        lambda t: dataclasses.replace(
+            t, finish_reason="length", stop_string="\n", sampling=SamplingParams(stop=("\n",))
+        ),
+        "none that could have ended it",
+    ),
+    **{
+        problem: (lambda t, sampling=sampling: dataclasses.replace(t, sampling=sampling), problem)
+        for problem, sampling in BAD_SAMPLING.items()
+    },
     "sample index of 70 bits": (lambda t: dataclasses.replace(t, sample_index=1 << 70), "prompt-2"),
     "NaN in rows": (lambda t: replace_top_k(t, logprobs=np.full((24, 16), np.nan, np.float32)), "NaN"),
     "NaN in tails": (lambda t: replace_top_k(t, tail_mass=full(np.nan)), "tail_mass holds NaN"),

@@ -13,7 +13,18 @@ import tomllib
 import types
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, TypeVar, Union, cast, get_args, get_origin, get_type_hints
+from typing import (
+    TYPE_CHECKING,
+    Any,
+    Literal,
+    TypeAlias,
+    TypeVar,
+    Union,
+    cast,
+    get_args,
+    get_origin,
+    get_type_hints,
+)
 
 from lynearm.cli.options import SERVICE_VARIABLE
 from lynearm.wire.errors import ConfigError
@@ -23,6 +34,8 @@ if TYPE_CHECKING:
 
 TABLES = ("serve", "up", "teach", "teacher.serve", "train", "export.mlx", "export.coreml", "demo")
 """Tables that a configuration file may hold; a dot is a table inside a table."""
+
+_Fields: TypeAlias = Mapping[str, dataclasses.Field[Any]]
 
 _Config = TypeVar("_Config", bound="DataclassInstance")
 
@@ -114,7 +127,19 @@ def _check_tables(document: Mapping[str, object], file: Path) -> None:
                 )
 
 
-def _known_keys(values: Mapping[str, object], fields: Iterable[str], where: str) -> dict[str, object]:
+def _known_keys(values: Mapping[str, object], fields: _Fields, where: str) -> dict[str, object]:
+    """The values by field; a list of one may be given as that one under the singular that a field names."""
+    singular = {
+        str(field.metadata["singular"]): name
+        for name, field in fields.items()
+        if "singular" in field.metadata
+    }
+    both = [(one, many) for one, many in singular.items() if one in values and many in values]
+    if both:
+        raise ConfigError(f"{where}: both {both[0][0]!r} and {both[0][1]!r} are given", "give one of them")
+    values = {
+        singular.get(name, name): [value] if name in singular else value for name, value in values.items()
+    }
     known = list(fields)
     for key in values:
         if key not in known:
@@ -124,13 +149,12 @@ def _known_keys(values: Mapping[str, object], fields: Iterable[str], where: str)
     return dict(values)
 
 
-def _assign(given: dict[str, object], assignment: str, fields: Iterable[str]) -> None:
+def _assign(given: dict[str, object], assignment: str, fields: _Fields) -> None:
     key, separator, text = assignment.partition("=")
     if not separator:
         raise ConfigError(f"--set {assignment!r} is not KEY=VALUE", "for example --set seed=1")
     name, _, entry = key.strip().partition(".")
-    _known_keys({name: text}, fields, "--set")
-    value = _toml_value(text.strip())
+    ((name, value),) = _known_keys({name: _toml_value(text.strip())}, fields, "--set").items()
     if entry:
         before = given.get(name, {})
         value = {

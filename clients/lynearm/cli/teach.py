@@ -128,6 +128,30 @@ def teach(
         float | None,
         typer.Option(help="Draw from tokens with this share of the likeliest's.", show_default="0.0"),
     ] = None,
+    presence_penalty: Annotated[
+        float | None,
+        typer.Option(help="Against tokens that the completion has already, -2 to 2.", show_default="0.0"),
+    ] = None,
+    frequency_penalty: Annotated[
+        float | None, typer.Option(help="The same for each time that it has them.", show_default="0.0")
+    ] = None,
+    repetition_penalty: Annotated[
+        float | None,
+        typer.Option(
+            help="Above 1: against tokens that prompt or completion have already.", show_default="1.0"
+        ),
+    ] = None,
+    stop: Annotated[
+        list[str] | None,
+        typer.Option(metavar="TEXT", help="Text that ends a completion. May be repeated."),
+    ] = None,
+    stop_token_ids: Annotated[
+        list[int] | None,
+        typer.Option("--stop-token-id", metavar="ID", help="Token that ends a completion. May be repeated."),
+    ] = None,
+    min_tokens: Annotated[
+        int | None, typer.Option(help="No completion ends before so many tokens.", show_default="0")
+    ] = None,
     seed: Annotated[
         int | None, typer.Option(help="Of the draws; the same seed draws the same.", show_default="0")
     ] = None,
@@ -219,9 +243,13 @@ def _teach_several(
     with Reporter("teach", progress, describe) as report, redirect_stdout(sys.stderr):
         report.announce(Status("reading", f"prompts and tokenizers of {job}"))
         configs = load_job(job, flags(context), assignments)
-        from lynearm.teacher.several import run_several
+        from lynearm.teacher.several import TeachersFailedError, run_several
 
-        outcomes = run_several(configs, report, only=only)
+        failure: TeachersFailedError | None = None
+        try:
+            outcomes = run_several(configs, report, only=only)
+        except TeachersFailedError as error:
+            outcomes, failure = error.reports, error
         for outcome in outcomes.values():
             report.conclude(outcome)
     for name, outcome in outcomes.items():
@@ -229,6 +257,8 @@ def _teach_several(
             typer.echo(line, err=True)
         if report.for_people:
             typer.echo(f"teacher {name}: {_summary(outcome)}")
+    if failure is not None:
+        raise failure
     if any(outcome.interrupted for outcome in outcomes.values()):
         raise Interrupted(f"go on with `{this_command()}`")
 
@@ -245,19 +275,16 @@ def _summary(report: TeachReport) -> str:
     from lynearm.cli.teach_progress import verdict_counts
 
     generating = report.stage_seconds.get("generating", 0.0)
-    rate = f", {report.completion_tokens / generating:.0f} tokens/s" if generating else ""
-    bits = (
-        f", {report.size_bytes * 8 / report.completion_tokens:.0f} bits/token"
-        if report.completion_tokens
-        else ""
-    )
+    tokens = report.generated_tokens if report.shares_stream else report.completion_tokens
+    rate = f", {tokens / generating:.0f} tokens/s" if generating else ""
+    bits = f", {report.size_bytes * 8 / tokens:.0f} bits/token" if tokens else ""
+    growth = "" if report.shares_stream else f"; {report.blocks} blocks, {size(report.size_bytes)}{bits}"
     already = f" ({report.finished_before} were there before)" if report.finished_before else ""
     failed = f", {report.failed_prompts} failed" if report.failed_prompts else ""
     verdicts = f"; {verdict_counts(report.verdicts)}" if report.verdicts else ""
     unpublished = f" ({report.left_out} not published)" if report.left_out else ""
     return (
         f"stream {report.stream}: {report.completed} of {report.prompts} prompts finished{already}{failed}, "
-        f"{report.completion_tokens:,} tokens in {duration(report.seconds)}{rate}; "
-        f"{report.blocks} blocks, {size(report.size_bytes)}{bits}{verdicts}{unpublished}; "
+        f"{tokens:,} tokens in {duration(report.seconds)}{rate}{growth}{verdicts}{unpublished}; "
         f"{'sealed' if report.sealed else 'open'}"
     )

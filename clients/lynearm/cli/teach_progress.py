@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from lynearm.cli.progress import Row, Status, count
-from lynearm.teacher.progress import TeachProgress, WorkerStatus
+from lynearm.teacher.progress import TeacherStatus, TeachProgress, WorkerStatus
 
 _STAGES = {"starting": "Ray", "loading": "the model into vLLM", "sealing": "the stream"}
 """What a stage without a message of its own is about."""
@@ -24,7 +24,7 @@ def describe(event: TeachProgress) -> Status | None:
         event.done_prompts,
         event.prompts or None,
         left_seconds=event.eta_seconds if event.stage == "generating" else None,
-        rows=tuple(map(_row, event.workers)) if event.stage in _WITH_WORKERS else (),
+        rows=_rows(event) if event.stage in _WITH_WORKERS else (),
     )
 
 
@@ -57,6 +57,24 @@ def _facts(event: TeachProgress) -> list[str]:
         *([verdict_counts(event.verdicts)] if event.verdicts else []),
         *(f"{number} {what}" for what, number in counted.items() if number),
     ]
+
+
+def _rows(event: TeachProgress) -> tuple[Row, ...]:
+    return (*map(_teacher_row, event.teachers), *map(_row, event.workers))
+
+
+def _teacher_row(teacher: TeacherStatus) -> Row:
+    return Row(
+        teacher.name,
+        teacher.done_prompts / teacher.prompts if teacher.prompts else 0.0,
+        (
+            teacher.stage,
+            f"{teacher.workers} workers" if teacher.workers != 1 else "1 worker",
+            f"{count(teacher.tokens_per_second)} tokens/s",
+            f"{teacher.done_prompts}/{teacher.prompts} prompts",
+        ),
+        teacher.message,
+    )
 
 
 def _row(worker: WorkerStatus) -> Row:

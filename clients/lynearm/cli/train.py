@@ -22,8 +22,9 @@ from lynearm.cli.options import (
 
 if TYPE_CHECKING:
     from lynearm.cli.progress import Reporter, Status
+    from lynearm.rollouts import RolloutStatus
     from lynearm.student.config import TrainConfig
-    from lynearm.student.progress import TrainProgress, TrainReport
+    from lynearm.student.progress import StepRecord, TrainProgress, TrainReport
 
 _SHOWN_WAITING = 0.005
 """Part of the time without traces that is worth a word: less would show as 0 %."""
@@ -35,10 +36,19 @@ def train(
     student: Annotated[
         Path | None, typer.Option(help="Model to begin with, in the transformers layout with tokenizer.")
     ] = None,
-    stream: Annotated[str | None, typer.Option(help="Stream to learn from.")] = None,
+    streams: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--stream",
+            metavar="NAME[:WEIGHT]",
+            help="Stream to learn from. May be repeated: maths:0.7 and code:0.3 share the tokens so; "
+            "maths:0.7..0.2@2000 goes from 0.7 to 0.2 until step 2,000.",
+            show_default="default",
+        ),
+    ] = None,
     wait_seconds: Annotated[
         float | None,
-        typer.Option(help="How long to wait for a stream that is not there yet.", show_default="0"),
+        typer.Option(help="How long to wait for streams that are not there yet.", show_default="0"),
     ] = None,
     out: Annotated[
         Path | None,
@@ -105,15 +115,15 @@ def train(
     batch_sequences: Annotated[
         int | None, typer.Option(help="Traces for each step.", show_default="8")
     ] = None,
-    epochs: Annotated[int | None, typer.Option(help="Passes over the stream.", show_default="1")] = None,
+    epochs: Annotated[int | None, typer.Option(help="Passes over each stream.", show_default="1")] = None,
     max_steps: Annotated[
-        int | None, typer.Option(help="Steps of the whole run; 0 for all the stream.", show_default="0")
+        int | None, typer.Option(help="Steps of the whole run; 0 for all of the streams.", show_default="0")
     ] = None,
     max_seconds: Annotated[
         float | None, typer.Option(help="Bound on the time of this run; 0 sets none.", show_default="0")
     ] = None,
     held_out_traces: Annotated[
-        int | None, typer.Option(help="Traces kept back to measure on.", show_default="32")
+        int | None, typer.Option(help="Traces of each stream kept back to measure on.", show_default="32")
     ] = None,
     eval_every_steps: Annotated[
         int | None, typer.Option(help="Steps between measurements.", show_default="50")
@@ -124,6 +134,14 @@ def train(
     threads: Annotated[int | None, typer.Option(help="CPU threads; 0 for torch's choice.")] = None,
     device: Annotated[str | None, typer.Option(help="A torch device.", show_default="auto")] = None,
     seed: Annotated[int | None, typer.Option(help="Of the split and of dropout.", show_default="0")] = None,
+    sharding: Annotated[
+        str | None,
+        typer.Option(
+            metavar="none|full",
+            help="full: ranks hold parts of the student, not each the whole (FSDP2).",
+            show_default="none",
+        ),
+    ] = None,
     ray: Annotated[
         bool | None, typer.Option("--ray", help="Let Ray Train place the ranks and replace lost ones.")
     ] = None,
@@ -132,6 +150,51 @@ def train(
     ] = None,
     ray_address: Annotated[
         str | None, typer.Option(help='Which Ray; "local" starts one.', show_default="auto")
+    ] = None,
+    on_policy: Annotated[
+        bool | None,
+        typer.Option(
+            "--on-policy", help="Also train on what the student writes and a served teacher scores."
+        ),
+    ] = None,
+    teacher: Annotated[
+        str | None,
+        typer.Option(
+            metavar="HOST:PORT",
+            help="With --on-policy: the teacher that scores (`lynearm teacher serve`).",
+            show_default="127.0.0.1:7412",
+        ),
+    ] = None,
+    on_policy_share: Annotated[
+        str | None,
+        typer.Option(
+            metavar="SHARE",
+            help="With --on-policy: part of the tokens that the student wrote; 0..0.5@500 goes from none to "
+            "half until step 500.",
+            show_default="0.5",
+        ),
+    ] = None,
+    max_staleness: Annotated[
+        int | None,
+        typer.Option(
+            help="With --on-policy: steps that what it wrote may be behind the student.", show_default="16"
+        ),
+    ] = None,
+    rollout_prompts: Annotated[
+        str | None,
+        typer.Option(
+            metavar="SOURCE",
+            help="With --on-policy: what the student answers, as for `lynearm teach`.",
+            show_default="the prompts of the first stream",
+        ),
+    ] = None,
+    rollout_loss: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="NAME[@MIX][:WEIGHT]",
+            help="With --on-policy: a term of the loss on what the student wrote. May be repeated.",
+            show_default="reverse-kl:1",
+        ),
     ] = None,
     check_alignment: Annotated[
         bool | None,
@@ -167,9 +230,9 @@ def train(
     progress: Progress = ProgressMode.auto,
     debug: Debug = False,
 ) -> None:
-    """Train a student on a teacher's stream.
+    """Train a student on a teacher's stream, or on several streams.
 
-    The stream may still be growing. Ctrl-C ends after the running step with a checkpoint; --resume goes on
+    A stream may still be growing. Ctrl-C ends after the running step with a checkpoint; --resume goes on
     from it.
     """
     from lynearm.cli.progress import Reporter
@@ -179,7 +242,9 @@ def train(
 
     given = {
         **flags(context),
+        "streams": streams or None,
         "loss": loss or None,
+        "rollout_loss": rollout_loss or None,
         "span_weights": weights(span_weights, "--span-weight"),
         "tag_weights": weights(tag_weights, "--tag-weight"),
         "trackers": trackers or None,
@@ -210,7 +275,7 @@ def describe(event: TrainProgress, *, max_steps: int = 0) -> Status | None:
     # The stages of a run alternate: one line that says "training" throughout is calmer than ten that follow.
     stage = "training" if record is not None else event.stage
     facts = [f"{event.stage} {event.message}".strip()] if event.stage not in (stage, "training") else []
-    if record is None and event.message:
+    if event.message and (record is None or event.stage == "training"):
         facts = [event.message]
     # The most wanted first: a narrow terminal cuts the end off.
     if record is not None:
@@ -223,19 +288,43 @@ def describe(event: TrainProgress, *, max_steps: int = 0) -> Status | None:
             facts.append(f"{event.waiting_share:.0%} waiting for data")
         if event.lag_blocks:
             facts.append(f"{event.lag_blocks} blocks behind")
+    if event.rollouts is not None:
+        facts += _rollout_facts(event.rollouts, record)
     return Status(stage, ", ".join(facts), record.step if record else 0, max_steps or None)
+
+
+def _rollout_facts(rollouts: RolloutStatus, record: StepRecord | None) -> list[str]:
+    """How the student's own writing goes."""
+    from lynearm.cli.progress import count, duration
+
+    facts = [f"rollouts: {rollouts.activity}"]
+    if rollouts.tokens_per_second:
+        facts.append(f"{count(rollouts.tokens_per_second)} tokens/s written")
+    if record is not None and record.staleness is not None:
+        facts.append(f"{record.staleness:.1f} steps old")
+    if rollouts.divergence is not None:
+        facts.append(f"reverse KL about {rollouts.divergence:.3f}")
+    if rollouts.scored_tokens:
+        facts.append(f"{count(rollouts.scored_tokens)} tokens scored")
+    if rollouts.waiting_teacher_seconds >= 1:
+        facts.append(f"{duration(rollouts.waiting_teacher_seconds)} for the teacher")
+    if rollouts.restarts:
+        facts.append(f"{rollouts.restarts} restarts")
+    return facts
 
 
 def _run(settings: TrainConfig, report: Reporter[TrainProgress]) -> TrainReport:
     from lynearm.cli.progress import Status
     from lynearm.client import TraceClient
+    from lynearm.student.mixing import parse_streams
     from lynearm.student.terms import check_terms
 
     # A wrong name or address, and terms that forbid it, are said at once, not after the imports below.
     if not settings.wait_seconds:
         with TraceClient(settings.service, timeout_seconds=settings.service_timeout_seconds) as client:
-            info = client.get_stream(settings.stream)
-        check_terms(info.spec, allow_terms=settings.allow_terms, warn=False)
+            found = [client.get_stream(plan.name) for plan in parse_streams(settings.streams)]
+        for info in found:
+            check_terms(info.spec, allow_terms=settings.allow_terms, warn=False)
     # Importing torch and transformers takes seconds, in which nobody should look at nothing.
     report.announce(Status("starting", "loading torch"))
     if settings.ray:

@@ -19,6 +19,7 @@ from lynearm.v1 import teacher_service_pb2 as pb
 from lynearm.v1 import trace_pb2
 from lynearm.wire.blocks import MODE_TO_PROTO
 from lynearm.wire.errors import InvalidInputError, PreconditionError, ServiceUnavailableError
+from lynearm.wire.sampling import sampling_to_proto
 from lynearm.wire.scoring import finish_reason_from_proto
 from lynearm.wire.specs import CodecMode
 from lynearm.wire.traces import FinishReason, Int32Array, SamplingParams, Trace
@@ -54,6 +55,8 @@ class Answer:
     """Tokens, an end token included."""
     trace: Trace | None
     """Where it was asked for."""
+    stop_string: str = ""
+    """The stop string that ended it; the text ends with the token that completed it. Empty: none did."""
 
 
 class AnswerSoFar:
@@ -101,6 +104,7 @@ class AnswerSoFar:
             end.prompt_token_count,
             end.completion_token_count,
             trace,
+            end.stop_string,
         )
 
 
@@ -199,24 +203,23 @@ class Generation:
 
 
 def _request(prompt: PromptContent, options: GenerateOptions) -> pb.GenerateRequest:
-    sampling = options.sampling
     request = pb.GenerateRequest(
         session=options.session or f"generate-{uuid4().hex}",
         request_id=options.request_id,
-        sampling=trace_pb2.SamplingParams(
-            temperature=sampling.temperature,
-            top_p=sampling.top_p,
-            top_k=sampling.top_k,
-            min_p=sampling.min_p,
-            max_tokens=sampling.max_tokens,
-            seed=sampling.seed,
-        ),
+        sampling=_sampling(options.sampling),
         with_trace=options.trace_top_k is not None,
         top_k=options.trace_top_k or 0,
         codec_mode=MODE_TO_PROTO[options.codec],
     )
     _put_prompt(request, prompt)
     return request
+
+
+def _sampling(sampling: SamplingParams) -> trace_pb2.SamplingParams:
+    try:
+        return sampling_to_proto(sampling)
+    except ValueError as error:
+        raise InvalidInputError(f"sampling: {error}") from error
 
 
 def _put_prompt(request: pb.GenerateRequest, prompt: PromptContent) -> None:

@@ -66,6 +66,12 @@ def trace_schema(pa: Untyped) -> Untyped:
             ("min_p", pa.float64()),
             ("max_tokens", pa.int64()),
             ("seed", pa.int64()),
+            ("presence_penalty", pa.float64()),
+            ("frequency_penalty", pa.float64()),
+            ("repetition_penalty", pa.float64()),
+            ("min_tokens", pa.int64()),
+            ("stop", pa.list_(pa.string())),
+            ("stop_token_ids", ids),
         ]
     )
     tag = pa.struct([("key", pa.string()), ("value", pa.string())])
@@ -77,6 +83,7 @@ def trace_schema(pa: Untyped) -> Untyped:
             ("completion_token_ids", ids),
             ("completion_text", pa.string()),
             ("finish_reason", pa.string()),
+            ("stop_string", pa.string()),
             ("sampled_logprobs", floats),
             ("top_k", pa.int32()),
             ("top_k_token_ids", pa.list_(ids)),

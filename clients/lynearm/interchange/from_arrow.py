@@ -133,6 +133,7 @@ def _trace(
         sampling=_sampling(row["sampling"]),
         tags=_tags(row["tags"] or ()),
         completion_text=row["completion_text"] or "",
+        stop_string=row["stop_string"] or "",
     )
 
 
@@ -189,7 +190,11 @@ def _spans(spans: Sequence[Mapping[str, Untyped] | None]) -> tuple[TokenSpan, ..
 
 
 def _sampling(values: Mapping[str, Untyped] | None) -> SamplingParams:
-    return SamplingParams(**{name: value for name, value in (values or {}).items() if value is not None})
+    given: dict[str, Untyped] = {name: value for name, value in (values or {}).items() if value is not None}
+    for name in ("stop", "stop_token_ids"):
+        if name in given:
+            given[name] = tuple(given[name])
+    return SamplingParams(**given)
 
 
 def _tags(tags: Sequence[Mapping[str, str | None] | None]) -> dict[str, str]:
@@ -207,6 +212,7 @@ def _plain_rows(columns: Mapping[str, Untyped], count: int) -> Iterator[dict[str
     names = (
         *("prompt_id", "finish_reason"),
         *("sample_index", "top_k", "completion_text", "spans", "sampling", "tags"),
+        "stop_string",
     )
     values = {name: columns[name].to_pylist() if name in columns else [None] * count for name in names}
     for index in range(count):
@@ -270,9 +276,12 @@ def _is_like(pa: Untyped, found: Untyped, wanted: Untyped) -> bool:
         )
         return listed and _is_like(pa, found.value_type, wanted.value_type)
     if types.is_struct(wanted):
-        return types.is_struct(found) and all(
-            found.get_field_index(field.name) >= 0 and _is_like(pa, found.field(field.name).type, field.type)
-            for field in wanted
+        # Of a struct, too, fields may be missing: those of `sampling` have defaults.
+        if not types.is_struct(found):
+            return False
+        shared = [field for field in wanted if found.get_field_index(field.name) >= 0]
+        return bool(shared) and all(
+            _is_like(pa, found.field(field.name).type, field.type) for field in shared
         )
     if types.is_string(wanted):
         return bool(types.is_string(found) or types.is_large_string(found) or types.is_string_view(found))

@@ -29,6 +29,7 @@ def traces_to_batch(pa: Untyped, schema: Untyped, traces: Sequence[Trace]) -> Un
         "completion_token_ids": _lists(pa, [trace.completion_token_ids for trace in traces], np.int32),
         "completion_text": [trace.completion_text for trace in traces],
         "finish_reason": [trace.finish_reason for trace in traces],
+        "stop_string": [trace.stop_string for trace in traces],
         "sampled_logprobs": _lists(pa, [trace.sampled_logprobs for trace in traces], np.float32),
         "top_k": [trace.top_k.k for trace in traces],
         **_entries(pa, traces),
@@ -84,12 +85,5 @@ def _offsets(lengths: Sequence[int]) -> npt.NDArray[np.int32]:
     return np.concatenate(([0], np.cumsum(np.asarray(lengths, np.int64)))).astype(np.int32)
 
 
-def _sampling(params: SamplingParams) -> dict[str, float | int | None]:
-    return {
-        "temperature": params.temperature,
-        "top_p": params.top_p,
-        "top_k": params.top_k,
-        "min_p": params.min_p,
-        "max_tokens": params.max_tokens,
-        "seed": params.seed,
-    }
+def _sampling(params: SamplingParams) -> dict[str, object]:
+    return {name: getattr(params, name) for name in SamplingParams.__dataclass_fields__}

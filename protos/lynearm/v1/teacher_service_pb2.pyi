@@ -570,12 +570,15 @@ class GenerateEnd(google.protobuf.message.Message):
     PROMPT_TOKEN_COUNT_FIELD_NUMBER: builtins.int
     COMPLETION_TOKEN_COUNT_FIELD_NUMBER: builtins.int
     BLOCK_FIELD_NUMBER: builtins.int
+    STOP_STRING_FIELD_NUMBER: builtins.int
     finish_reason: lynearm.v1.trace_pb2.FinishReason.ValueType
     """Why."""
     prompt_token_count: builtins.int
     """Tokens of the prompt."""
     completion_token_count: builtins.int
     """Tokens of the completion, an end token included."""
+    stop_string: builtins.str
+    """The stop string that ended it; the text ends with the token that completed it. Empty: none did."""
     @property
     def block(self) -> lynearm.v1.trace_pb2.Block:
         """The trace, where it was asked for: one, with the request's id as its prompt_id."""
@@ -587,8 +590,9 @@ class GenerateEnd(google.protobuf.message.Message):
         prompt_token_count: builtins.int = ...,
         completion_token_count: builtins.int = ...,
         block: lynearm.v1.trace_pb2.Block | None = ...,
+        stop_string: builtins.str = ...,
     ) -> None: ...
     def HasField(self, field_name: typing.Literal["block", b"block"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["block", b"block", "completion_token_count", b"completion_token_count", "finish_reason", b"finish_reason", "prompt_token_count", b"prompt_token_count"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["block", b"block", "completion_token_count", b"completion_token_count", "finish_reason", b"finish_reason", "prompt_token_count", b"prompt_token_count", "stop_string", b"stop_string"]) -> None: ...
 
 Global___GenerateEnd: typing_extensions.TypeAlias = GenerateEnd

@@ -510,6 +510,12 @@ class SamplingParams(google.protobuf.message.Message):
     TOP_K_FIELD_NUMBER: builtins.int
     MAX_TOKENS_FIELD_NUMBER: builtins.int
     SEED_FIELD_NUMBER: builtins.int
+    PRESENCE_PENALTY_FIELD_NUMBER: builtins.int
+    FREQUENCY_PENALTY_FIELD_NUMBER: builtins.int
+    REPETITION_PENALTY_FIELD_NUMBER: builtins.int
+    MIN_TOKENS_FIELD_NUMBER: builtins.int
+    STOP_FIELD_NUMBER: builtins.int
+    STOP_TOKEN_IDS_FIELD_NUMBER: builtins.int
     temperature: builtins.float
     """Temperature; 0 is greedy."""
     top_p: builtins.float
@@ -522,6 +528,24 @@ class SamplingParams(google.protobuf.message.Message):
     """Bound on the completion, tokens; 0 when unknown."""
     seed: builtins.int
     """Seed, where there was one."""
+    presence_penalty: builtins.float
+    """Taken from the logit of each token that the completion has so far, once; -2 to 2."""
+    frequency_penalty: builtins.float
+    """The same for each time that it has it; -2 to 2."""
+    repetition_penalty: builtins.float
+    """Divides positive logits, and multiplies negative ones, of tokens that prompt or completion have so far;
+    above 0. Absent: 1, which changes nothing.
+    """
+    min_tokens: builtins.int
+    """Tokens before which no end token, stop token or stop string ends the completion."""
+    @property
+    def stop(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.str]:
+        """Texts of which the first one to appear ends the completion; at most 64 of 1024 bytes each."""
+
+    @property
+    def stop_token_ids(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.int]:
+        """Tokens that end the completion as its end tokens do, each < vocab_size; at most 256."""
+
     def __init__(
         self,
         *,
@@ -531,9 +555,15 @@ class SamplingParams(google.protobuf.message.Message):
         top_k: builtins.int = ...,
         max_tokens: builtins.int = ...,
         seed: builtins.int | None = ...,
+        presence_penalty: builtins.float = ...,
+        frequency_penalty: builtins.float = ...,
+        repetition_penalty: builtins.float = ...,
+        min_tokens: builtins.int = ...,
+        stop: collections.abc.Iterable[builtins.str] | None = ...,
+        stop_token_ids: collections.abc.Iterable[builtins.int] | None = ...,
     ) -> None: ...
     def HasField(self, field_name: typing.Literal["_seed", b"_seed", "seed", b"seed"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["_seed", b"_seed", "max_tokens", b"max_tokens", "min_p", b"min_p", "seed", b"seed", "temperature", b"temperature", "top_k", b"top_k", "top_p", b"top_p"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["_seed", b"_seed", "frequency_penalty", b"frequency_penalty", "max_tokens", b"max_tokens", "min_p", b"min_p", "min_tokens", b"min_tokens", "presence_penalty", b"presence_penalty", "repetition_penalty", b"repetition_penalty", "seed", b"seed", "stop", b"stop", "stop_token_ids", b"stop_token_ids", "temperature", b"temperature", "top_k", b"top_k", "top_p", b"top_p"]) -> None: ...
     def WhichOneof(self, oneof_group: typing.Literal["_seed", b"_seed"]) -> typing.Literal["seed"] | None: ...
 
 Global___SamplingParams: typing_extensions.TypeAlias = SamplingParams
@@ -555,6 +585,7 @@ class TraceMetadata(google.protobuf.message.Message):
     SPANS_FIELD_NUMBER: builtins.int
     TAGS_FIELD_NUMBER: builtins.int
     COMPLETION_TEXT_FIELD_NUMBER: builtins.int
+    STOP_NUMBER_FIELD_NUMBER: builtins.int
     prompt_id: builtins.str
     """Name of the prompt; at most 256 bytes."""
     prompt_rows: builtins.int
@@ -569,6 +600,8 @@ class TraceMetadata(google.protobuf.message.Message):
     """Which of the completions of one prompt."""
     completion_text: builtins.str
     """The completion as text; empty when not recorded."""
+    stop_number: builtins.int
+    """Which of the sampling's stop strings ended the completion, counted from 1; 0: none did."""
     @property
     def prompt_token_ids(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.int]:
         """Ids of the prompt's tokens. Where prompt_rows is not 0: of the first one; the rows name the others."""
@@ -601,9 +634,10 @@ class TraceMetadata(google.protobuf.message.Message):
         spans: collections.abc.Iterable[Global___TokenSpan] | None = ...,
         tags: collections.abc.Iterable[Global___Tag] | None = ...,
         completion_text: builtins.str = ...,
+        stop_number: builtins.int = ...,
     ) -> None: ...
     def HasField(self, field_name: typing.Literal["sampling", b"sampling"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["completion_length", b"completion_length", "completion_text", b"completion_text", "finish_reason", b"finish_reason", "prompt_id", b"prompt_id", "prompt_rows", b"prompt_rows", "prompt_token_ids", b"prompt_token_ids", "sample_index", b"sample_index", "sampling", b"sampling", "spans", b"spans", "tags", b"tags", "top_k", b"top_k"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["completion_length", b"completion_length", "completion_text", b"completion_text", "finish_reason", b"finish_reason", "prompt_id", b"prompt_id", "prompt_rows", b"prompt_rows", "prompt_token_ids", b"prompt_token_ids", "sample_index", b"sample_index", "sampling", b"sampling", "spans", b"spans", "stop_number", b"stop_number", "tags", b"tags", "top_k", b"top_k"]) -> None: ...
 
 Global___TraceMetadata: typing_extensions.TypeAlias = TraceMetadata
 

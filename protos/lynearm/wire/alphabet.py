@@ -24,6 +24,7 @@ from lynearm.wire.jit import Scalar, compiled, highest_bit, inlined
 
 Uint8Array = npt.NDArray[np.uint8]
 Uint32Array = npt.NDArray[np.uint32]
+Uint64Array = npt.NDArray[np.uint64]
 
 LIST_PLACES: Final = 64
 """Length of the lists of followers and of companions. Token codes below it are places among the followers."""
@@ -191,3 +192,13 @@ BUCKET_OF_RANK: Final[Uint8Array] = np.minimum(
 def step_of_symbol(symbol: int) -> int:
     """Step that a symbol says, `LONG_STEP` for any longer one; 0 for gaps, and for a row's first entry."""
     return 0 if symbol < GAP_CLASSES else (symbol - GAP_CLASSES) // TOKEN_CLASSES
+
+
+STATE_RUNS: Final = 9
+"""Token codes of one run of 64 lead to one state; the last run is all that is left."""
+
+_OCTAVE_OF_RUN = np.array([0, 1, 2, 2, 2, 2, 2, 2, 3], np.uint64)
+STATES_BEHIND: Final[Uint64Array] = _OCTAVE_OF_RUN | (
+    np.left_shift(np.uint64(TOKEN_OCTAVES), _OCTAVE_OF_RUN) & np.uint64(LISTS_USED)
+)
+"""`next_state` behind a row's first entry, by the run of its token code, shape [`STATE_RUNS`]."""

@@ -21,6 +21,7 @@ from lynearm.wire.alphabet import (
     NUMBER_SYMBOLS,
     NUMBER_WIDTHS,
     RANK_BUCKETS,
+    STATES_BEHIND,
     STEP_BASES,
     STEP_ESCAPE,
     STEP_SYMBOLS,
@@ -31,7 +32,7 @@ from lynearm.wire.alphabet import (
 )
 from lynearm.wire.errors import CorruptBlockError
 from lynearm.wire.jit import compiled
-from lynearm.wire.kernels import LONG_STEP_CONTEXTS, STEP_ESCAPE_TOTAL
+from lynearm.wire.kernels import LONG_STEP_CONTEXTS, REST_OCTAVES, STEP_ESCAPE_TOTAL, TAIL_STEPS
 from lynearm.wire.prefix_codes import (
     MAX_CODE_LENGTH,
     canonical_codes,
@@ -46,8 +47,8 @@ Uint32Array = npt.NDArray[np.uint32]
 Uint64Array = npt.NDArray[np.uint64]
 
 STEP_CONTEXTS: Final = RANK_BUCKETS * ENTRY_STATES
-LAST_LEVEL_CONTEXTS: Final = 8
-REST_CONTEXTS: Final = 8
+LAST_LEVEL_CONTEXTS: Final = TAIL_STEPS
+REST_CONTEXTS: Final = REST_OCTAVES
 
 
 class NumberContext(IntEnum):
@@ -192,16 +193,23 @@ class CodeTables:
         fill_tables(self.step_lengths, _STEP_ENTRIES, _NO_STEP, 5, STEP_ESCAPE, tables)
         return tables.ravel()
 
-    @property
-    def step_strides(self) -> tuple[int, int, int]:
-        """Bytes from a rank bucket's decoding tables to the next one's, and from a state's; `remembered`."""
+    @cached_property
+    def step_states(self) -> tuple[int, Uint64Array, int]:
+        """Where the decoding table of a context is, for `kernels.read_rows`.
+
+        Bytes from a rank bucket's tables to the next one's; bytes from the table of state 0 to that of the
+        state behind a row's first entry, by the 64s in its token code, shape [`STATE_RUNS`]; which bits of
+        such a number stay along the row.
+        """
         size = 4 << MAX_CODE_LENGTH
-        return (
+        by_bucket, by_state, remembered = (
             (0, 0, 0),
             (size, 0, 0),
             (TOKEN_OCTAVES * size, size, 0),
             (ENTRY_STATES * size, size, LISTS_USED),
         )[self.merge]
+        states = STATES_BEHIND & np.uint64(TOKEN_OCTAVES - 1 | remembered)
+        return by_bucket, states * np.uint64(by_state), remembered * by_state
 
     @cached_property
     def number_table(self) -> Uint64Array:
@@ -359,7 +367,8 @@ def _step_entries() -> Uint64Array:
         # A gap is added to the token code before it, and 0 is the next one.
         base += symbol < GAP_CLASSES
         entries[symbol] = width | min(step_of_symbol(symbol), LONG_STEP) << 9 | base << 11
-    entries[STEP_ESCAPE] = STEP_ESCAPE_TOTAL
+    # Looked for among the long steps only, where these are rare.
+    entries[STEP_ESCAPE] = STEP_ESCAPE_TOTAL | LONG_STEP << 9
     return entries
 
 
@@ -371,6 +380,6 @@ def _number_entries() -> Uint64Array:
 _STEP_ENTRIES = _step_entries()
 _NUMBER_ENTRIES = _number_entries()
 PLAIN_STEP_ENTRIES: Final[Uint32Array] = np.concatenate(
-    [_STEP_ENTRIES[:STEP_SYMBOLS], np.full((1 << SYMBOL_BITS) - STEP_SYMBOLS, _NO_STEP)]
+    [[0]*6,[0xffffffff]*2,_STEP_ENTRIES[:STEP_SYMBOLS], np.full((1 << SYMBOL_BITS) - STEP_SYMBOLS, _NO_STEP)]
 ).astype(np.uint32)
 """Elements for the symbols that an escape may name."""

@@ -153,8 +153,8 @@ def decode_block(
     _, payload = split_block(data)
     if header.format_version == 1:
         return read_version_1(header, payload)
-    message, positions, hidden = _read_payload(header, payload, dictionaries)
-    return tuple(_join_traces(read_metadata(message), positions, hidden))
+    read = _read_payload(header, payload, dictionaries)
+    return tuple(_join_traces(read_metadata(read.message), read.positions, read.hidden))
 
 
 @dataclass(frozen=True, slots=True)
@@ -184,13 +184,8 @@ def decode_rows(data: bytes | memoryview, *, dictionaries: DictionaryReader | No
     _, payload = split_block(data)
     if header.format_version == 1:
         raise CodecError("blocks of version 1 are read by decode_block only")
-    message, positions, hidden = _read_payload(header, payload, dictionaries)
-    return BlockRows(
-        positions,
-        tuple(trace.prompt_rows + trace.completion_length for trace in message.traces),
-        tuple(trace.prompt_rows for trace in message.traces),
-        hidden,
-    )
+    read = _read_payload(header, payload, dictionaries)
+    return BlockRows(read.positions, tuple(read.row_counts), tuple(read.prompt_row_counts), read.hidden)
 
 
 def train_dictionary(
@@ -393,19 +388,44 @@ def _gather_positions(traces: Sequence[Trace]) -> Positions:
     )
 
 
+@dataclass(frozen=True, slots=True)
+class _Payload:
+    message: trace_pb2.BlockMetadata
+    positions: Positions
+    hidden: HiddenStates | None
+    row_counts: list[int]
+    prompt_row_counts: list[int]
+
+
 def _read_payload(
     header: BlockHeader, payload: memoryview, dictionaries: DictionaryReader | None
-) -> tuple[trace_pb2.BlockMetadata, Positions, HiddenStates | None]:
+) -> _Payload:
     reader = ByteReader(payload)
     message = _read_metadata_message(header, reader.take(reader.varint()))
-    lengths = [trace.prompt_rows + trace.completion_length for trace in message.traces]
-    widths = [trace.top_k for trace in message.traces]
+    lengths: list[int] = []
+    prompt_rows: list[int] = []
+    widths: list[int] = []
+    before: list[int] = []
+    prompt_tokens = completion_tokens = highest = 0
+    # One pass: every look at a message's field makes an object.
+    for trace in message.traces:
+        rows, length, prompt = trace.prompt_rows, trace.completion_length, trace.prompt_token_ids
+        lengths.append(rows + length)
+        prompt_rows.append(rows)
+        widths.append(trace.top_k)
+        prompt_tokens += rows
+        completion_tokens += length
+        last = -1
+        if prompt:
+            prompt_tokens += len(prompt)
+            highest = max(highest, max(prompt))
+            last = prompt[-1]
+        # What is no token id is refused below; until then it is none.
+        before.append(last if last < MAX_VOCAB_SIZE else -1)
     if sum(lengths) * max(1, *widths) > MAX_BLOCK_ENTRIES:
         raise CorruptBlockError(f"{sum(lengths)} positions of {max(widths)} entries are beyond any block")
-    prompt_tokens = sum(trace.prompt_rows + len(trace.prompt_token_ids) for trace in message.traces)
     if prompt_tokens > MAX_BLOCK_ENTRIES:
         raise CorruptBlockError(f"{prompt_tokens} prompt tokens are beyond any block")
-    completion_tokens = sum(trace.completion_length for trace in message.traces)
     if (prompt_tokens, completion_tokens) != (header.prompt_token_count, header.completion_token_count):
         raise CorruptBlockError(
             f"{prompt_tokens} prompt and {completion_tokens} completion tokens, "
@@ -418,9 +438,6 @@ def _read_payload(
     dictionary: Dictionary | None = None
     if header.dictionary_digest:
         dictionary = (dictionaries or DictionaryReader()).get(header.dictionary_digest)
-    before = [trace.prompt_token_ids[-1] if trace.prompt_token_ids else -1 for trace in message.traces]
-    # What is no token id is refused below; until then it is none.
-    before = [token if token < MAX_VOCAB_SIZE else -1 for token in before]
     positions, vocab_size = read_positions(
         reader.rest(),
         lengths,
@@ -429,10 +446,9 @@ def _read_payload(
         mode=header.codec_mode,
         dictionary=dictionary,
     )
-    highest = max((max(trace.prompt_token_ids, default=0) for trace in message.traces), default=0)
     if highest >= vocab_size:
         raise CorruptBlockError(f"prompt token {highest} in a vocabulary of {vocab_size}")
-    return message, positions, hidden
+    return _Payload(message, positions, hidden, lengths, prompt_rows)
 
 
 def _read_metadata_message(header: BlockHeader, stored: memoryview) -> trace_pb2.BlockMetadata:
@@ -486,6 +502,7 @@ def _join_trace(
             sampling=metadata.sampling,
             tags=metadata.tags,
             completion_text=metadata.completion_text,
+            stop_string=metadata.stop_string,
             prompt_top_k=prompt_top_k,
             prompt_logprobs=prompt_logprobs,
             hidden=hidden,

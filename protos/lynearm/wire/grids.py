@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Final, TypeAlias
 
 import numpy as np
@@ -43,6 +44,10 @@ SCALE_UNIT = 1e-6
 CAP_UNIT = 1e-5
 _FINEST_SCALE, _COARSEST_SCALE = 150, 500_000
 _FINEST_CAP, _COARSEST_CAP = 400, 500_000
+
+_TABLE_STEP = 256
+_TABLES_KEPT = 8
+"""Each takes half a megabyte at most."""
 
 _SIGN = np.uint32(1 << 31)
 
@@ -108,22 +113,12 @@ class Grid:
         return levels.reshape(logprobs.shape)
 
     def table(self, count: int = MAX_GRID_LEVEL + 1) -> Float32Array:
-        """Logprob of each of the first `count` levels."""
-        levels = np.arange(count, dtype=np.float64)
-        below_knee = np.minimum(levels, self.knee_level)
-        likely = 2.0 * np.log1p(-below_knee * self.scale / 2.0)
-        unlikely = self.knee_logprob - (levels - self.knee_level) * self.cap
-        table: Float64Array = np.where(levels < self.knee_level, likely, unlikely)
-        return table.astype(np.float32)
+        """Logprob of each of the first `count` levels, read-only."""
+        return _grid_table(self, _round_up(count))[:count]
 
     def masses(self, count: int) -> Int64Array:
         """Probability of each of the first `count` levels in units of 2^−40, the same on every machine."""
-        levels = np.arange(count, dtype=np.float64)
-        root = 1.0 - np.minimum(levels, self.knee_level) * (self.scale / 2.0)
-        knee_root = self.scale / self.cap
-        beyond = np.minimum((self.knee_level - levels) * self.cap, 0.0)
-        masses = np.where(levels < self.knee_level, root * root, knee_root * knee_root * exponentials(beyond))
-        return np.floor(masses * float(1 << 40)).astype(np.int64)
+        return _grid_masses(self, _round_up(count))[:count]
 
     def added_kl(self, logprobs: Float32Array, tail_mass: Float32Array) -> float:
         """Expected KL that this grid adds to all rows together, nats.
@@ -134,6 +129,34 @@ class Grid:
         """
         above, below = _masses(logprobs, tail_mass, self.scale / self.cap)
         return (self.scale**2 * above + self.cap**2 * below) / 24.0
+
+
+def _round_up(count: int) -> int:
+    return -(-count // _TABLE_STEP) * _TABLE_STEP
+
+
+# Kept, since a stream's blocks mostly have the grid of their dictionary: a table takes as long as many rows.
+@lru_cache(maxsize=_TABLES_KEPT)
+def _grid_table(grid: Grid, count: int) -> Float32Array:
+    levels = np.arange(count, dtype=np.float64)
+    below_knee = np.minimum(levels, grid.knee_level)
+    likely = 2.0 * np.log1p(-below_knee * grid.scale / 2.0)
+    unlikely = grid.knee_logprob - (levels - grid.knee_level) * grid.cap
+    table: Float32Array = np.where(levels < grid.knee_level, likely, unlikely).astype(np.float32)
+    table.setflags(write=False)
+    return table
+
+
+@lru_cache(maxsize=_TABLES_KEPT)
+def _grid_masses(grid: Grid, count: int) -> Int64Array:
+    levels = np.arange(count, dtype=np.float64)
+    root = 1.0 - np.minimum(levels, grid.knee_level) * (grid.scale / 2.0)
+    knee_root = grid.scale / grid.cap
+    beyond = np.minimum((grid.knee_level - levels) * grid.cap, 0.0)
+    masses = np.where(levels < grid.knee_level, root * root, knee_root * knee_root * exponentials(beyond))
+    table: Int64Array = np.floor(masses * float(1 << 40)).astype(np.int64)
+    table.setflags(write=False)
+    return table
 
 
 @dataclass(frozen=True, slots=True)

@@ -25,6 +25,7 @@ from lynearm.wire.alphabet import (
     RECENT_START,
     RECENT_WINDOW,
     REFRESH_DISTANCE,
+    STATE_RUNS,
     STEP_ESCAPE,
     STEP_WIDTHS,
     SYMBOL_BITS,
@@ -38,8 +39,6 @@ from lynearm.wire.jit import (
     Scalar,
     address_of,
     compiled,
-    copy_wide,
-    fill_wide,
     inlined,
     load8,
     load32,
@@ -83,7 +82,7 @@ AS_SAMPLED = -2
 
 _CODE_MASK = U64((1 << MAX_CODE_LENGTH) - 1)
 
-_LATE_RANK = 16
+_LATE_RANK = 8
 """From there on, a long step is rare enough to guess that there is none."""
 
 _SHORT_SORT = 64
@@ -96,6 +95,10 @@ _MARK_BITS = 7
 """Of a code in one of the two lists."""
 
 LONG_STEP_CONTEXTS = 8
+
+TAIL_STEPS = 8
+REST_OCTAVES = 8
+"""How many last levels, and how many sizes of a rest, the tables of tails tell apart."""
 
 MAX_GROWN_LISTS = 1 << 14
 """Grown lists of a block: 4 MiB of them."""
@@ -623,9 +626,8 @@ def _read_entry(
     costs less than to guess wrong, which undoes the work of four rows.
     """
     position, code, step, word = _read_symbol(stream_at, position, table_at, plain_at, previous)
-    is_long = U64(step == U64(LONG_STEP))
     table_at = _long_step_table(long_steps_at, level_shift, level)
-    number = load64(table_at + ((word & _CODE_MASK) << U64(3))) & (U64(0) - is_long)
+    number = load64(table_at + ((word & _CODE_MASK) << U64(3))) & load64(plain_at + (step << U64(3)))
     total = number & U64(63)
     if total > U64(27):
         word = load64(stream_at + (position >> U64(3))) >> (position & U64(7))
@@ -644,18 +646,29 @@ def _read_late_entry(
     previous: Scalar,
     level: Scalar,
 ) -> tuple[Scalar, Scalar, Scalar]:
-    """As `_read_entry`, where long steps are rare."""
-    position, code, step, word = _read_symbol(stream_at, position, table_at, plain_at, previous)
+    """As `_read_entry`, where long steps are rare: escapes, whose step is long in the tables, lie behind them."""
+    word = load64(stream_at + (position >> U64(3))) >> (position & U64(7))
+    entry = load32(table_at + ((word & _CODE_MASK) << U64(2)))
+    total = entry & U64(31)
+    step = (entry >> U64(9)) & U64(3)
     if step == U64(LONG_STEP):
-        table_at = _long_step_table(long_steps_at, level_shift, level)
-        number = load64(table_at + ((word & _CODE_MASK) << U64(3)))
-        total = number & U64(63)
-        word = load64(stream_at + (position >> U64(3))) >> (position & U64(7))
-        step += (number >> U64(10)) + (
-            (word & ((U64(1) << total) - U64(1))) >> ((number >> U64(6)) & U64(15))
-        )
-        position += total
-    return position, code, level + step
+        if total == U64(STEP_ESCAPE_TOTAL):
+            position, entry, word = _read_escaped(stream_at, position, plain_at, entry, word)
+            total = entry & U64(31)
+            step = (entry >> U64(9)) & U64(3)
+        if step == U64(LONG_STEP):
+            behind = position + total
+            table_at = _long_step_table(long_steps_at, level_shift, level)
+            number = load64(table_at + (((word >> total) & _CODE_MASK) << U64(3)))
+            number_total = number & U64(63)
+            number_word = load64(stream_at + (behind >> U64(3))) >> (behind & U64(7))
+            level += (number >> U64(10)) + (
+                (number_word & ((U64(1) << number_total) - U64(1))) >> ((number >> U64(6)) & U64(15))
+            )
+            position += number_total
+    code = (entry >> U64(11)) + ((word & ((U64(1) << total) - U64(1))) >> ((entry >> U64(5)) & U64(15)))
+    code += previous if step == U64(0) else U64(0)
+    return position + total, code, level + step
 
 
 @inlined
@@ -673,16 +686,27 @@ def _read_symbol(
     entry = load32(table_at + ((word & _CODE_MASK) << U64(2)))
     total = entry & U64(31)
     if total == U64(STEP_ESCAPE_TOTAL):
-        length = (entry >> U64(5)) & U64(15)
-        symbol = (word >> length) & U64((1 << SYMBOL_BITS) - 1)
-        position += length + U64(SYMBOL_BITS)
-        entry = load32(plain_at + (symbol << U64(2)))
-        word = load64(stream_at + (position >> U64(3))) >> (position & U64(7))
+        position, entry, word = _read_escaped(stream_at, position, plain_at, entry, word)
         total = entry & U64(31)
     step = (entry >> U64(9)) & U64(3)
     code = (entry >> U64(11)) + ((word & ((U64(1) << total) - U64(1))) >> ((entry >> U64(5)) & U64(15)))
     code += previous if step == U64(0) else U64(0)
     return position + total, code, step, word >> total
+
+
+@inlined
+def _read_escaped(
+    stream_at: Scalar, position: Scalar, plain_at: Scalar, entry: Scalar, word: Scalar
+) -> tuple[Scalar, Scalar, Scalar]:
+    """A symbol without a code: where its open bits begin, its element, and the bits there."""
+    length = (entry >> U64(5)) & U64(15)
+    symbol = (word >> length) & U64((1 << SYMBOL_BITS) - 1)
+    position += length + U64(SYMBOL_BITS)
+    return (
+        position,
+        load32(plain_at + U64(32) + (symbol << U64(2))),
+        load64(stream_at + (position >> U64(3))) >> (position & U64(7)),
+    )
 
 
 @compiled
@@ -694,7 +718,7 @@ def read_rows(
     first_levels_N: Uint32Array,
     table: Uint32Array,
     bucket_stride: int,
-    state_stride: int,
+    states: Uint64Array,
     remembered: int,
     plain: Uint32Array,
     long_steps: Uint64Array,
@@ -711,11 +735,12 @@ def read_rows(
     sampled_index_N: Uint32Array,
     outside_ids: Int32Array,
     max_level: int,
-    scratch: Uint64Array,
+    codes: Uint32Array,
+    addresses: Uint64Array,
     recent: Int32Array,
-    listed_tokens: Int32Array,
     token_ids_NK: Int32Array,
     levels_NK: Uint32Array,
+    last_levels_N: Uint32Array,
     sampled_ids_N: Int32Array,
 ) -> bool:
     """Read rows that `write_rows` wrote.
@@ -728,8 +753,9 @@ def read_rows(
         first_levels_N: Level of each row's first entry.
         table: Decoding tables of the entries, as in `_step_entries`.
         bucket_stride: Bytes from one bucket's tables to the next one's.
-        state_stride: Bytes from one state's tables to the next one's.
-        remembered: For `next_state`.
+        states: Where the tables of a state are, in bytes from those of state 0, which is how a state is known
+            here: behind a token code of so many 64s, in a row that has named no other, shape [`STATE_RUNS`].
+        remembered: Bits of such a number that stay along a row.
         plain: Elements for symbols without a code, length 0, shape [2^SYMBOL_BITS].
         long_steps: Decoding tables of long steps, shape [LONG_STEP_CONTEXTS · 2^11].
         level_shift: As for `name_entries`.
@@ -745,14 +771,14 @@ def read_rows(
         sampled_index_N: 1 + index of the sampled token's entry; 0: the next of `outside_ids`.
         outside_ids: Sampled tokens that have no entry.
         max_level: Largest level allowed.
-        scratch: For token code and level of the entries of four rows, shape [≥ 4 K]. The caller's, as the
-            next: numba frees an array of a compiled function's own after its last use by name, which is
-            not its last use by address.
+        codes: For the token codes of four rows, shape [4 K]. The caller's, as the next: numba frees an array
+            of a compiled function's own after its last use by name, which is not its last use by address.
+        addresses: For where the tokens of a row are, shape [K].
         recent: For the list of recent tokens, shape [`RECENT_RING`].
-        listed_tokens: For one row's followers and companions, shape [RECENT_START + LIST_PLACES].
         token_ids_NK: Filled; 0 where a row keeps less than K entries. `LIST_PLACES` + 1 elements behind it
             must be readable.
         levels_NK: Filled where there are entries.
+        last_levels_N: Filled with the level of each row's last entry; 0 for a row without entries.
         sampled_ids_N: Filled.
 
     Returns:
@@ -761,10 +787,10 @@ def read_rows(
     """
     stream_at, table_at = address_of(stream), address_of(table)
     plain_at, long_steps_at = address_of(plain), address_of(long_steps)
-    by_bucket, by_state, shift = U64(bucket_stride), U64(state_stride), U64(level_shift)
-    kept_bits = U64(remembered)
+    by_bucket, shift = U64(bucket_stride), U64(level_shift)
     width = U64(token_ids_NK.shape[1])
-    scratch_at, recent_at, listed_at = address_of(scratch), address_of(recent), address_of(listed_tokens)
+    by_row = width * U64(4)
+    codes_at, recent_at = address_of(codes), address_of(recent)
     lists_at, sizes_at, list_rows_at = address_of(lists), address_of(list_sizes), address_of(list_rows_V2)
     grows = grown_sizes.size > 0
     lists_grown = 0
@@ -778,15 +804,15 @@ def read_rows(
     count = U64(kept_N.size)
     highest = U64(max_level)
     bad = U64(0)
+    states_at, kept_bits = address_of(states), U64(remembered)
     positions = starts.copy()
-    codes = np.zeros(4, np.uint64)
-    levels = np.zeros(4, np.uint64)
-    states = np.zeros(4, np.uint64)
+    last_codes = np.zeros(4, np.uint64)
+    last_levels = np.zeros(4, np.uint64)
+    last_states = np.zeros(4, np.uint64)
     head = U64(min(token_of_rank_V.size, RECENT_WINDOW))
     for rank in range(U64(0), head):
         recent[head - U64(1) - rank] = token_of_rank_V[rank]
     highest_code = U64(0)
-    signs = U64(0)
     sampled = np.int32(-1)
     outside = U64(0)
     last_rank = U64(token_of_rank_V.size - 1)
@@ -802,76 +828,79 @@ def read_rows(
             s0 = s1 = s2 = s3 = U64(0)
             done = U64(min(kept_N[t], kept_N[t + U64(1)], kept_N[t + U64(2)], kept_N[t + U64(3)]))
             early = min(done, U64(_LATE_RANK))
+            to_levels = levels_at + t * by_row - codes_at
             for i in range(U64(0), early):
                 context_at = table_at + U64(bucket_of_rank[i]) * by_bucket
                 p0, c0, l0 = _read_entry(
-                    stream_at, p0, context_at + s0 * by_state, plain_at, long_steps_at, shift, c0, l0
+                    stream_at, p0, context_at + s0, plain_at, long_steps_at, shift, c0, l0
                 )
                 p1, c1, l1 = _read_entry(
-                    stream_at, p1, context_at + s1 * by_state, plain_at, long_steps_at, shift, c1, l1
+                    stream_at, p1, context_at + s1, plain_at, long_steps_at, shift, c1, l1
                 )
                 p2, c2, l2 = _read_entry(
-                    stream_at, p2, context_at + s2 * by_state, plain_at, long_steps_at, shift, c2, l2
+                    stream_at, p2, context_at + s2, plain_at, long_steps_at, shift, c2, l2
                 )
                 p3, c3, l3 = _read_entry(
-                    stream_at, p3, context_at + s3 * by_state, plain_at, long_steps_at, shift, c3, l3
+                    stream_at, p3, context_at + s3, plain_at, long_steps_at, shift, c3, l3
                 )
-                s0, s1 = next_state(s0, c0, kept_bits), next_state(s1, c1, kept_bits)
-                s2, s3 = next_state(s2, c2, kept_bits), next_state(s3, c3, kept_bits)
-                rank_at = scratch_at + (i << U64(5))
-                store64(rank_at, c0 | (l0 << U64(32)))
-                store64(rank_at + U64(8), c1 | (l1 << U64(32)))
-                store64(rank_at + U64(16), c2 | (l2 << U64(32)))
-                store64(rank_at + U64(24), c3 | (l3 << U64(32)))
+                s0, s1 = _next_tables(s0, c0, kept_bits, states_at), _next_tables(s1, c1, kept_bits, states_at)
+                s2, s3 = _next_tables(s2, c2, kept_bits, states_at), _next_tables(s3, c3, kept_bits, states_at)
+                code_at = codes_at + (i << U64(2))
+                _put_entry(code_at, to_levels, c0, l0)
+                _put_entry(code_at + by_row, to_levels, c1, l1)
+                _put_entry(code_at + U64(2) * by_row, to_levels, c2, l2)
+                _put_entry(code_at + U64(3) * by_row, to_levels, c3, l3)
             for i in range(early, done):
                 context_at = table_at + U64(bucket_of_rank[i]) * by_bucket
                 p0, c0, l0 = _read_late_entry(
-                    stream_at, p0, context_at + s0 * by_state, plain_at, long_steps_at, shift, c0, l0
+                    stream_at, p0, context_at + s0, plain_at, long_steps_at, shift, c0, l0
                 )
                 p1, c1, l1 = _read_late_entry(
-                    stream_at, p1, context_at + s1 * by_state, plain_at, long_steps_at, shift, c1, l1
+                    stream_at, p1, context_at + s1, plain_at, long_steps_at, shift, c1, l1
                 )
                 p2, c2, l2 = _read_late_entry(
-                    stream_at, p2, context_at + s2 * by_state, plain_at, long_steps_at, shift, c2, l2
+                    stream_at, p2, context_at + s2, plain_at, long_steps_at, shift, c2, l2
                 )
                 p3, c3, l3 = _read_late_entry(
-                    stream_at, p3, context_at + s3 * by_state, plain_at, long_steps_at, shift, c3, l3
+                    stream_at, p3, context_at + s3, plain_at, long_steps_at, shift, c3, l3
                 )
-                s0, s1 = next_state(s0, c0, kept_bits), next_state(s1, c1, kept_bits)
-                s2, s3 = next_state(s2, c2, kept_bits), next_state(s3, c3, kept_bits)
-                rank_at = scratch_at + (i << U64(5))
-                store64(rank_at, c0 | (l0 << U64(32)))
-                store64(rank_at + U64(8), c1 | (l1 << U64(32)))
-                store64(rank_at + U64(16), c2 | (l2 << U64(32)))
-                store64(rank_at + U64(24), c3 | (l3 << U64(32)))
+                s0, s1 = _next_tables(s0, c0, kept_bits, states_at), _next_tables(s1, c1, kept_bits, states_at)
+                s2, s3 = _next_tables(s2, c2, kept_bits, states_at), _next_tables(s3, c3, kept_bits, states_at)
+                code_at = codes_at + (i << U64(2))
+                _put_entry(code_at, to_levels, c0, l0)
+                _put_entry(code_at + by_row, to_levels, c1, l1)
+                _put_entry(code_at + U64(2) * by_row, to_levels, c2, l2)
+                _put_entry(code_at + U64(3) * by_row, to_levels, c3, l3)
             positions[0], positions[1], positions[2], positions[3] = p0, p1, p2, p3
-            codes[0], codes[1], codes[2], codes[3] = c0, c1, c2, c3
-            levels[0], levels[1], levels[2], levels[3] = l0, l1, l2, l3
-            states[0], states[1], states[2], states[3] = s0, s1, s2, s3
+            last_codes[0], last_codes[1], last_codes[2], last_codes[3] = c0, c1, c2, c3
+            last_levels[0], last_levels[1], last_levels[2], last_levels[3] = l0, l1, l2, l3
+            last_states[0], last_states[1], last_states[2], last_states[3] = s0, s1, s2, s3
         for lane in range(U64(0), abreast):
             kept = U64(kept_N[t + lane])
             position = positions[lane]
-            code = codes[lane] if done else U64(0)
-            level = levels[lane] if done else U64(first_levels_N[t + lane])
-            state = states[lane] if done else U64(0)
-            lane_at = scratch_at + (lane << U64(3))
+            code = last_codes[lane] if done else U64(0)
+            level = last_levels[lane] if done else U64(first_levels_N[t + lane])
+            state = last_states[lane] if done else U64(0)
+            lane_at = codes_at + lane * by_row
+            to_levels = levels_at + t * by_row - codes_at
             for i in range(done, kept):
-                context_at = table_at + U64(bucket_of_rank[i]) * by_bucket + state * by_state
+                context_at = table_at + U64(bucket_of_rank[i]) * by_bucket + state
                 position, code, level = _read_entry(
                     stream_at, position, context_at, plain_at, long_steps_at, shift, code, level
                 )
-                state = next_state(state, code, kept_bits)
-                store64(lane_at + (i << U64(5)), code | (level << U64(32)))
+                state = _next_tables(state, code, kept_bits, states_at)
+                _put_entry(lane_at + (i << U64(2)), to_levels, code, level)
             # Levels do not fall along a row, so that its last one is its highest.
             bad |= U64(level > highest) | U64(position > ends[lane])
             positions[lane] = min(position, ends[lane])
+            last_levels_N[t + lane] = level if kept else U64(0)
             # How far back the list goes; less than the window only in a small vocabulary.
             available = min(head, U64(RECENT_WINDOW))
             if available < U64(RECENT_WINDOW):
                 for i in range(U64(0), kept):
-                    code = load64(lane_at + (i << U64(5))) & U64(0xFFFFFFFF)
+                    code = load32(lane_at + (i << U64(2)))
                     bad |= U64(code < U64(RANK_START)) & U64(code >= available + U64(RECENT_START))
-            row_at = ids_at + (t + lane) * width * U64(4)
+            row_at = ids_at + (t + lane) * by_row
             previous = first_previous_N[t + lane]
             previous = sampled if previous == AS_SAMPLED else previous
             previous_at = U64(0)
@@ -880,21 +909,22 @@ def read_rows(
                 list_row = load32(previous_at)
             else:
                 list_row = U64(0)
-            _copy_list(
-                listed_at, list_row, U64(0), latest_at, latest_width, latest_sizes_at, lists_at, sizes_at
+            followers_at, followers = _find_list(
+                list_row, U64(0), latest_at, latest_width, latest_sizes_at, lists_at, sizes_at
             )
+            companions_at, companions = followers_at, U64(0)
             # Distances are counted from the first token code that is one.
             newest = head - U64(1) + U64(RECENT_START)
             if kept:
                 # The first token decides whose companions the others may be.
-                code = load64(lane_at) & U64(0xFFFFFFFF)
-                token = _token_of(code, newest, recent_at, order_at, last_rank, listed_at)
+                code = load32(lane_at)
+                token_at = _address_of_token(
+                    code, newest, recent_at, order_at, last_rank, followers_at, followers_at
+                )
                 bad |= U64(code >= U64(COMPANION_START)) & U64(code < U64(RECENT_START))
-                first_at = list_rows_at + min(token, last_rank) * U64(8) + U64(4)
+                first_at = list_rows_at + min(load32(token_at), last_rank) * U64(8) + U64(4)
                 list_row = load32(first_at)
-                companions_at = listed_at + U64(4 * COMPANION_START)
-                _copy_list(
-                    companions_at,
+                companions_at, companions = _find_list(
                     list_row,
                     U64(0) if grows else U64(1),
                     latest_at,
@@ -909,18 +939,36 @@ def read_rows(
                     if previous_at:
                         store32(previous_at, this_row)
                     store32(first_at, this_row if list_row - U64(1) >= U64(0x7FFFFFFF) else list_row)
+            # In a loop of their own, which the compiler turns into one over several entries at a time.
+            lane_start = lane * width
+            highest_of_row = np.uint32(0)
+            behind = U64(0)
+            for i in range(U64(0), kept):
+                row_code = codes[lane_start + i]
+                code = U64(row_code)
+                highest_of_row = max(highest_of_row, row_code)
+                addresses[i] = _address_of_token(
+                    code, newest, recent_at, order_at, last_rank, followers_at, companions_at
+                )
+                end = followers if code < U64(COMPANION_START) else companions + U64(COMPANION_START)
+                behind |= U64(code >= end) & U64(code < U64(RECENT_START))
+            highest_code = max(highest_code, U64(highest_of_row))
+            bad |= behind
+            # At once, since all that the next row looks up waits for it.
+            index = U64(sampled_index_N[t + lane])
+            if index > U64(0):
+                sampled = np.int32(load32(addresses[index - U64(1)]))
+            else:
+                sampled = outside_ids[outside]
+                outside += U64(1)
+            sampled_ids_N[t + lane] = sampled
             for back in range(U64(1), kept + U64(1)):
                 last = kept - back
-                packed = load64(lane_at + (last << U64(5)))
-                code = packed & U64(0xFFFFFFFF)
-                highest_code = max(highest_code, code)
-                token = _token_of(code, newest, recent_at, order_at, last_rank, listed_at)
-                # Behind the end of a list is −1, whose sign stays.
-                signs |= token
+                token = load32(addresses[last])
                 store32(row_at + (last << U64(2)), token)
-                store32(levels_at + (row_at - ids_at) + (last << U64(2)), packed >> U64(32))
                 store32(recent_at + ((head & U64(RECENT_RING - 1)) << U64(2)), token)
                 # Unsigned: places in lists wrap round to the largest numbers, and enter too.
+                code = load32(lane_at + (last << U64(2)))
                 head += U64(code - U64(RECENT_START) >= U64(REFRESH_DISTANCE))
             if grows and kept:
                 lists_grown = grow_lists(
@@ -938,38 +986,49 @@ def read_rows(
                 )
             for i in range(kept, width):
                 token_ids_NK[t + lane, i] = 0
-            index = np.int64(sampled_index_N[t + lane])
-            if index > 0:
-                sampled = token_ids_NK[t + lane, index - 1]
-            else:
-                sampled = outside_ids[outside]
-                outside += U64(1)
-            sampled_ids_N[t + lane] = sampled
         t += abreast
     for lane in range(U64(0), lanes):
         bad |= U64((positions[lane] + U64(7)) >> U64(3) != ends[lane] >> U64(3))
-    return bool(bad == U64(0) and signs >> U64(31) == U64(0) and highest_code <= last_rank + U64(RANK_START))
+    return bool(bad == U64(0) and highest_code <= last_rank + U64(RANK_START))
 
 
 @inlined
-def _token_of(
-    code: Scalar, newest: Scalar, recent_at: Scalar, order_at: Scalar, last_rank: Scalar, listed_at: Scalar
+def _put_entry(code_at: Scalar, to_levels: Scalar, code: Scalar, level: Scalar) -> None:
+    store32(code_at, code)
+    store32(code_at + to_levels, level)
+
+
+@inlined
+def _next_tables(state: Scalar, token_code: Scalar, remembered: Scalar, states_at: Scalar) -> Scalar:
+    """`next_state`, where states are offsets of tables."""
+    step = min(token_code >> U64(6), U64(STATE_RUNS - 1))
+    return (state & remembered) | load64(states_at + (step << U64(3)))
+
+
+@inlined
+def _address_of_token(
+    code: Scalar,
+    newest: Scalar,
+    recent_at: Scalar,
+    order_at: Scalar,
+    last_rank: Scalar,
+    followers_at: Scalar,
+    companions_at: Scalar,
 ) -> Scalar:
-    """The token of a token code; −1, as 32 bits, behind a list's end; the rarest for a rank beyond all.
+    """Where the token of a token code stands; for a rank beyond all, the rarest.
 
-    All three are loaded, and one is taken: to guess which one it is would go wrong too often.
+    All four places are found, and one is taken: to guess which one it is would go wrong too often.
     """
-    again = load32(recent_at + (((newest - code) & U64(RECENT_RING - 1)) << U64(2)))
+    again_at = recent_at + (((newest - code) & U64(RECENT_RING - 1)) << U64(2))
     rank = min(max(code, U64(RANK_START)) - U64(RANK_START), last_rank)
-    fresh = load32(order_at + (rank << U64(2)))
-    listed = load32(listed_at + (min(code, U64(RECENT_START - 1)) << U64(2)))
-    token = again if code < U64(RANK_START) else fresh
-    return listed if code < U64(RECENT_START) else token
+    fresh_at = order_at + (rank << U64(2))
+    token_at = again_at if code < U64(RANK_START) else fresh_at
+    list_at = followers_at if code < U64(COMPANION_START) else companions_at - U64(4 * COMPANION_START)
+    return list_at + (code << U64(2)) if code < U64(RECENT_START) else token_at
 
 
 @inlined
-def _copy_list(
-    listed_at: Scalar,
+def _find_list(
     list_row: Scalar,
     skipped: Scalar,
     latest_at: Scalar,
@@ -977,19 +1036,16 @@ def _copy_list(
     latest_sizes_at: Scalar,
     lists_at: Scalar,
     sizes_at: Scalar,
-) -> None:
-    """Put the tokens of a list, the block's or the dictionary's, where they are looked up; −1 behind."""
+) -> tuple[Scalar, Scalar]:
+    """Where a list is, the block's or the dictionary's, and its size; `LIST_PLACES` elements are readable."""
     if list_row >> U64(31):
         row = U64(0xFFFFFFFF) - list_row
         size = min(load32(latest_sizes_at + (row << U64(2))) - skipped, U64(LIST_PLACES))
-        tokens_at = latest_at + ((row * latest_width + skipped) << U64(2))
+        list_at = latest_at + ((row * latest_width + skipped) << U64(2))
     else:
         size = load32(sizes_at + (list_row << U64(2)))
-        tokens_at = lists_at + list_row * U64(4 * LIST_PLACES)
-    for i in range(U64(0), U64(4 * LIST_PLACES), U64(32)):
-        copy_wide(listed_at + i, tokens_at + i)
-    for i in range(U64(0), U64(4 * LIST_PLACES), U64(32)):
-        fill_wide(listed_at + (size << U64(2)) + i)
+        list_at = lists_at + list_row * U64(4 * LIST_PLACES)
+    return list_at, size
 
 
 @compiled
@@ -1012,20 +1068,96 @@ def look_up(levels_NK: Uint32Array, kept_N: Uint32Array, table: Float32Array, ou
 
 
 @compiled
-def sum_rests(levels_NK: Uint32Array, kept_N: Uint32Array, masses: Int64Array, rests_N: Float64Array) -> None:
-    """Fill in what the masses of each row's levels leave of 1, at least 0.
+def foresee_tails(
+    levels_NK: Uint32Array,
+    kept_N: Uint32Array,
+    last_levels_N: Uint32Array,
+    rule: tuple[int, int, int, int],
+    masses: Int64Array,
+    scale: float,
+    contexts_N: Uint8Array,
+    expected_N: Int64Array,
+) -> None:
+    """What a row's entries foretell of its tail: the context of its number, and its level.
 
     Args:
-        levels_NK: Levels, each below the table's size.
+        levels_NK: Levels; below the size of `masses`, if that has any.
         kept_N: Entries of each row.
-        masses: Probability of each level, in units of 2^−40: sums of integers are the same on every machine.
-        rests_N: Filled.
+        last_levels_N: Level of each row's last entry; 0 for a row without entries.
+        rule: Origin, shift, base and slope of a `LevelRule`.
+        masses: Of a grid: probability of each level, in units of 2^−40, since sums of integers are the same
+            on every machine. Of other scales: none.
+        scale: The grid's.
+        contexts_N: Filled: `TAIL_STEPS` contexts by the last level, then those by what the masses leave of 1.
+        expected_N: Filled.
     """
+    origin, shift, base, slope = rule
     for t in range(kept_N.size):
-        rest = np.int64(1 << 40)
-        for i in range(np.int64(kept_N[t])):
-            rest -= masses[levels_NK[t, i]]
-        rests_N[t] = max(np.float64(rest), 0.0) * 2.0**-40
+        step = min(max(np.int64(last_levels_N[t]) - origin, 0) >> shift, TAIL_STEPS - 1)
+        context = step
+        expected = base + slope * step
+        if masses.size:
+            rest = np.int64(1 << 40)
+            for i in range(np.int64(kept_N[t])):
+                rest -= masses[levels_NK[t, i]]
+            if rest > 0:
+                mass = np.float64(rest) * 2.0**-40
+                # The rest is known about as well as an entry of mass scale² / 12.
+                octave = min(_exponent(mass / scale) + 3, REST_OCTAVES)
+                if octave > 0:
+                    context = TAIL_STEPS - 1 + octave
+                    expected = np.int64(np.rint((1.0 - np.sqrt(mass)) * (2.0 / scale)))
+        contexts_N[t] = context
+        expected_N[t] = expected
+
+
+@inlined
+def _exponent(value: Scalar) -> Scalar:
+    """⌊log2⌋ of a float64 above 2^−1022."""
+    return (np.float64(value).view(np.int64) >> 52) - 1023
+
+
+@compiled
+def read_tails(
+    numbers_N: Uint32Array, expected_N: Int64Array, max_level: int, levels_N: Int64Array
+) -> int:
+    """Level of each row's tail mass, −1 where there is none.
+
+    Args:
+        numbers_N: The tails' numbers.
+        expected_N: Level that each is expected at.
+        max_level: Largest level allowed.
+        levels_N: Filled.
+
+    Returns:
+        The highest one; −2 when one is out of range.
+    """
+    highest = np.int64(-1)
+    lowest = np.int64(0)
+    for t in range(numbers_N.size):
+        number = np.int64(numbers_N[t])
+        zigzag = number - 1
+        level = expected_N[t] + ((zigzag >> 1) ^ -(zigzag & 1))
+        level = level if number > 0 else np.int64(-1)
+        lowest = min(lowest, level if number > 0 else np.int64(0))
+        highest = max(highest, level)
+        levels_N[t] = level
+    return highest if lowest >= 0 and highest <= max_level else -2
+
+
+@compiled
+def pick_sampled(
+    sampled_index_N: Uint32Array, loose: Float32Array, logprobs_NK: Float32Array, out_N: Float32Array
+) -> None:
+    """Logprob of each sampled token: its entry's, or the next loose one where it has none (index 0)."""
+    next_loose = 0
+    for t in range(sampled_index_N.size):
+        index = np.int64(sampled_index_N[t])
+        if index > 0:
+            out_N[t] = logprobs_NK[t, index - 1]
+        else:
+            out_N[t] = loose[next_loose]
+            next_loose += 1
 
 
 @compiled

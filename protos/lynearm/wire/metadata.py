@@ -15,19 +15,32 @@ from lynearm.wire.errors import CodecError, CorruptBlockError
 from lynearm.wire.hidden import HiddenStatesSpec
 from lynearm.wire.hidden_section import MAX_DESCRIPTION_BYTES, hidden_spec_to_proto
 from lynearm.wire.jit import Scalar, compiled
+from lynearm.wire.sampling import sampling_from_proto, sampling_to_proto
 from lynearm.wire.specs import MAX_TOP_K
-from lynearm.wire.traces import FinishReason, Int32Array, SamplingParams, SpanKind, TokenSpan, Trace
+from lynearm.wire.traces import (
+    MAX_STOPS,
+    FinishReason,
+    Int32Array,
+    SamplingParams,
+    SpanKind,
+    TokenSpan,
+    Trace,
+)
 
 MAX_PROMPT_ID_BYTES = 256
 
 MAX_BLOCK_ITEMS = 1 << 20
 """Bound on the spans of a block, and on its tags: each becomes an object in memory."""
 
-_MAX_SINGLE_FIELDS = 64
-"""Fields of a trace that are neither spans nor tags: more than it has, for those to come."""
+_MAX_SINGLE_FIELDS = 64 + MAX_STOPS
+"""Fields of a trace that are neither spans nor tags, those of its sampling included: more than it has, for
+those to come."""
 
 _TRACES_KEY = 1 << 3 | 2
 """Key of `BlockMetadata.traces` on the wire."""
+
+_SAMPLING_KEY = 8 << 3 | 2
+"""Key of `TraceMetadata.sampling`."""
 
 _HIDDEN_KEY = 10 << 3 | 2
 """Key of `BlockMetadata.hidden_states`."""
@@ -65,6 +78,7 @@ class TraceMetadata:
     spans: tuple[TokenSpan, ...]
     tags: dict[str, str]
     completion_text: str
+    stop_string: str
 
 
 def write_metadata(traces: Sequence[Trace], hidden: HiddenStatesSpec | None = None) -> bytes:
@@ -123,12 +137,13 @@ def parse_metadata(data: bytes | memoryview, *, trace_count: int) -> trace_pb2.B
         message = trace_pb2.BlockMetadata.FromString(bytes(data))
     except DecodeError as error:
         raise CorruptBlockError("the metadata is no lynearm.v1.BlockMetadata") from error
-    for what, count in (
-        ("spans", sum(len(trace.spans) for trace in message.traces)),
-        ("tags", sum(len(trace.tags) for trace in message.traces)),
-    ):
-        if count > MAX_BLOCK_ITEMS:
-            raise CorruptBlockError(f"{count} {what} exceed a block's limit of {MAX_BLOCK_ITEMS}")
+    if fields > MAX_BLOCK_ITEMS:
+        for what, count in (
+            ("spans", sum(len(trace.spans) for trace in message.traces)),
+            ("tags", sum(len(trace.tags) for trace in message.traces)),
+        ):
+            if count > MAX_BLOCK_ITEMS:
+                raise CorruptBlockError(f"{count} {what} exceed a block's limit of {MAX_BLOCK_ITEMS}")
     for trace in message.traces:
         if trace.top_k > MAX_TOP_K:
             raise CorruptBlockError(f"rows of {trace.top_k} entries, at most {MAX_TOP_K} are kept")
@@ -150,7 +165,7 @@ def read_metadata(message: trace_pb2.BlockMetadata) -> list[TraceMetadata]:
     found: list[TraceMetadata] = []
     for trace in message.traces:
         if trace.HasField("sampling"):
-            sampling = _read_sampling(trace.sampling)
+            sampling = sampling_from_proto(trace.sampling)
         found.append(_read_trace(trace, sampling))
     return found
 
@@ -180,31 +195,11 @@ def _write_trace(trace: Trace, before: SamplingParams) -> trace_pb2.TraceMetadat
         tags=[trace_pb2.Tag(key=key, value=value) for key, value in trace.tags.items()],
         completion_text=trace.completion_text,
     )
+    if trace.stop_string:
+        message.stop_number = 1 + trace.sampling.stop.index(trace.stop_string)
     if trace.sampling != before:
-        message.sampling.CopyFrom(_write_sampling(trace.sampling))
+        message.sampling.CopyFrom(sampling_to_proto(trace.sampling))
     return message
-
-
-def _write_sampling(sampling: SamplingParams) -> trace_pb2.SamplingParams:
-    return trace_pb2.SamplingParams(
-        temperature=sampling.temperature,
-        top_p=sampling.top_p,
-        min_p=sampling.min_p,
-        top_k=sampling.top_k,
-        max_tokens=sampling.max_tokens,
-        seed=sampling.seed,
-    )
-
-
-def _read_sampling(message: trace_pb2.SamplingParams) -> SamplingParams:
-    return SamplingParams(
-        temperature=message.temperature,
-        top_p=message.top_p,
-        min_p=message.min_p,
-        top_k=message.top_k,
-        max_tokens=message.max_tokens,
-        seed=message.seed if message.HasField("seed") else None,
-    )
 
 
 def _read_trace(message: trace_pb2.TraceMetadata, sampling: SamplingParams) -> TraceMetadata:
@@ -229,7 +224,14 @@ def _read_trace(message: trace_pb2.TraceMetadata, sampling: SamplingParams) -> T
         ),
         tags=tags,
         completion_text=message.completion_text,
+        stop_string=_stop_string(message.stop_number, sampling),
     )
+
+
+def _stop_string(number: int, sampling: SamplingParams) -> str:
+    if number > len(sampling.stop):
+        raise CorruptBlockError(f"stop string {number} of {len(sampling.stop)}")
+    return sampling.stop[number - 1] if number else ""
 
 
 def _look_up(names: dict[int, _Name], code: int, what: str) -> _Name:
@@ -255,10 +257,16 @@ def _count_messages(data: npt.NDArray[np.uint8]) -> tuple[int, int, int]:
             continue
         traces += 1
         while inner < end:
-            _, _, inner = _field_at(data, inner, end)
+            key, begin, inner = _field_at(data, inner, end)
             if inner < 0:
                 return -1, 0, 0
             fields += 1
+            # A stop string of no bytes takes two on the wire, and sixteen in memory.
+            while key == _SAMPLING_KEY and begin < inner:
+                _, _, begin = _field_at(data, begin, inner)
+                if begin < 0:
+                    return -1, 0, 0
+                fields += 1
     return traces, fields, hidden
 
 

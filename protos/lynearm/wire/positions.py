@@ -50,13 +50,15 @@ from lynearm.wire.kernels import (
     MAX_GROWN_LISTS,
     RECENT_RING,
     assign_token_codes,
+    foresee_tails,
     look_up,
     name_entries,
+    pick_sampled,
     predict_tails,
     read_fixed,
     read_numbers,
     read_rows,
-    sum_rests,
+    read_tails,
     write_fixed,
     write_numbers,
     write_rows,
@@ -92,6 +94,12 @@ _FIRST_SHIFT = 23
 
 _USUAL_FIRST = 383
 """Sign and exponent of −1 to −2, from which the number counts."""
+
+_BINARY_DIGITS: Uint8Array = np.array([level.bit_length() for level in range(65)], np.uint8)
+"""Of the levels up to 64, which has as many as any context tells apart."""
+
+_NO_MASSES: Int64Array = np.empty(0, np.int64)
+_NO_MASSES.setflags(write=False)
 
 _NEGATIVE_ZERO = np.uint32(1 << 31)
 
@@ -405,6 +413,7 @@ def read_positions(
     # An earlier row may be looked into as a list, which is longer than a narrow row.
     token_ids = np.empty(count * width + LIST_PLACES + 1, np.int32)[: count * width].reshape(count, width)
     levels = np.empty((count, width), np.uint32)
+    last_levels = np.empty(count, np.uint32)
     sampled_ids = np.empty(count, np.int32)
     whole = read_rows(
         stream,
@@ -413,7 +422,7 @@ def read_positions(
         kept,
         first_levels,
         tables.step_table,
-        *tables.step_strides,
+        *tables.step_states,
         PLAIN_STEP_ENTRIES,
         tables.number_table,
         tables.level_rule.step_shift,
@@ -428,16 +437,16 @@ def read_positions(
         sampled_index,
         order.token_of_rank[outside],
         _max_level(scale),
-        np.empty(4 * width, np.uint64),
+        np.empty(4 * width, np.uint32),
+        np.empty(width, np.uint64),
         np.zeros(RECENT_RING, np.int32),
-        np.zeros(RECENT_START + LIST_PLACES, np.int32),
         token_ids,
         levels,
+        last_levels,
         sampled_ids,
     )
     if not whole:
         raise CorruptBlockError("the entries of the block's rows do not decode")
-    last_levels = _last_levels(levels, kept)
     tail_contexts, expected = _foresee_tails(tables.level_rule, scale, levels, kept, last_levels)
     tail_numbers = numbers.read_contexts(tail_contexts)
     numbers.expect_end()
@@ -589,26 +598,23 @@ def _first_levels(levels: Uint32Array, kept: Uint32Array) -> Uint32Array:
 
 def _level_contexts(levels_N: Uint32Array) -> Uint8Array:
     """Binary digits of each level, at most 7."""
-    digits: Int64Array = np.frexp(levels_N.astype(np.float64))[1].astype(np.int64)
-    return np.minimum(digits, 7).astype(np.uint8)
+    contexts: Uint8Array = _BINARY_DIGITS[np.minimum(levels_N, len(_BINARY_DIGITS) - 1)]
+    return contexts
 
 
 def _foresee_tails(
     rule: LevelRule, scale: Scale, levels: Uint32Array, kept: Uint32Array, last_levels: Uint32Array
 ) -> tuple[Uint8Array, Int64Array]:
     """Number context of each row's tail mass, and the level that it is expected at."""
-    steps = rule.steps(last_levels)
-    contexts, expected = NumberContext.TAIL + steps, rule.base + rule.slope * steps
-    if isinstance(scale, Grid):
-        rest_N = np.zeros(kept.size, np.float64)
-        sum_rests(levels, kept, scale.masses(int(last_levels.max(initial=0)) + 1), rest_N)
-        # The rest is known about as well as an entry of mass scale² / 12.
-        octaves = np.minimum(np.frexp(rest_N / scale.scale)[1] + 2, REST_CONTEXTS)
-        known = (rest_N > 0) & (octaves > 0)
-        contexts = np.where(known, NumberContext.REST - 1 + octaves, contexts)
-        foreseen = np.rint((1.0 - np.sqrt(rest_N)) * (2.0 / scale.scale))
-        expected = np.where(known, foreseen.astype(np.int64), expected)
-    return contexts.astype(np.uint8), expected
+    contexts, expected = np.empty(kept.size, np.uint8), np.empty(kept.size, np.int64)
+    is_grid = isinstance(scale, Grid)
+    masses = scale.masses(int(last_levels.max(initial=0)) + 1) if is_grid else _NO_MASSES
+    numbers = (rule.origin, rule.shift, rule.base, rule.slope)
+    foresee_tails(
+        levels, kept, last_levels, numbers, masses, scale.scale if is_grid else 1.0, contexts, expected
+    )
+    contexts += np.uint8(NumberContext.TAIL)
+    return contexts, expected
 
 
 def _sampled_agree(
@@ -655,13 +661,13 @@ def _tails(
     expected: Int64Array,
 ) -> Float32Array:
     if isinstance(scale, Grid):
-        levels = _unzigzag(np.maximum(numbers.astype(np.int64) - 1, 0)) + expected
-        present = numbers > 0
-        if (present & ((levels < 0) | (levels > MAX_GRID_LEVEL))).any():
+        levels = np.empty(numbers.size, np.int64)
+        highest = read_tails(numbers, expected, MAX_GRID_LEVEL, levels)
+        if highest < -1:
             raise CorruptBlockError("a tail mass is outside its grid")
-        levels = np.where(present, levels, 0)
-        masses = np.exp(scale.table(int(levels.max(initial=0)) + 1)[levels])
-        return np.where(present, masses, np.float32(0)).astype(np.float32)
+        # No tail's level, −1, finds the last one's mass.
+        masses = np.append(np.exp(scale.table(highest + 1)), np.float32(0))
+        return masses[levels]
     predicted = _predicted_tails(logprobs, kept, scale)
     away = _unzigzag(numbers).astype(np.int32).view(np.uint32)
     return (predicted.view(np.uint32) + away).view(np.float32)
@@ -678,10 +684,7 @@ def _sampled_logprobs(
     sampled_index: Uint32Array, loose_logprobs: Float32Array, logprobs: Float32Array
 ) -> Float32Array:
     logprobs_N = np.empty(sampled_index.size, np.float32)
-    inside_N = sampled_index > 0
-    rows, entries = np.flatnonzero(inside_N), sampled_index[inside_N].astype(np.int64) - 1
-    logprobs_N[rows] = logprobs[rows, entries]
-    logprobs_N[~inside_N] = loose_logprobs
+    pick_sampled(sampled_index, loose_logprobs, logprobs, logprobs_N)
     return logprobs_N
 
 

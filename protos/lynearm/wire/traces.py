@@ -24,6 +24,11 @@ FINISH_REASONS: tuple[FinishReason, ...] = get_args(FinishReason)
 SpanKind: TypeAlias = Literal["reasoning", "answer", "truncated_reasoning"]
 SPAN_KINDS: tuple[SpanKind, ...] = get_args(SpanKind)
 
+MAX_STOPS = 64
+MAX_STOP_BYTES = 1024
+"""Of one stop string, in UTF-8."""
+MAX_STOP_TOKENS = 256
+
 
 @dataclass(frozen=True, slots=True)
 class TopK:
@@ -64,7 +69,10 @@ class TokenSpan:
 
 @dataclass(frozen=True, slots=True)
 class SamplingParams:
-    """How the completion was drawn."""
+    """How the completion was drawn.
+
+    Recorded distributions and logprobs are those of the model itself, before all of this.
+    """
 
     temperature: float = 1.0
     """0 is greedy."""
@@ -75,6 +83,19 @@ class SamplingParams:
     max_tokens: int = 0
     """Bound on the completion, tokens; 0 when unknown."""
     seed: int | None = None
+    presence_penalty: float = 0.0
+    """Taken from the logit of each token that the completion has so far, once; -2 to 2."""
+    frequency_penalty: float = 0.0
+    """The same for each time that it has it; -2 to 2."""
+    repetition_penalty: float = 1.0
+    """Divides positive logits, and multiplies negative ones, of tokens that prompt or completion have so far;
+    above 0."""
+    min_tokens: int = 0
+    """Tokens before which nothing of what follows ends the completion, nor an end token."""
+    stop: tuple[str, ...] = ()
+    """Texts of which the first one to appear ends the completion; at most MAX_STOPS."""
+    stop_token_ids: tuple[int, ...] = ()
+    """Tokens that end it as its end tokens do; at most MAX_STOP_TOKENS."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,7 +120,11 @@ class Trace:
     sampling: SamplingParams = field(default_factory=SamplingParams)
     tags: Mapping[str, str] = field(default_factory=dict[str, str])
     completion_text: str = ""
-    """The completion as text, for readers without the tokenizer; empty when not recorded."""
+    """The completion as text, for readers without the tokenizer; empty when not recorded. It holds the stop
+    string that ended it, as the completion holds its tokens."""
+    stop_string: str = ""
+    """Which of `sampling.stop` ended the completion. Empty: none did; an end token or a stop token that did is
+    the last of `completion_token_ids`."""
     prompt_top_k: TopK | None = None
     """The teacher's distributions over the prompt, where they were scored: P − 1 positions; row i is the
     distribution of prompt token i + 1."""
@@ -144,6 +169,8 @@ class Trace:
             raise self._error(f"hidden has {self.hidden.positions} positions, expected {positions}")
         if self.finish_reason not in FINISH_REASONS:
             raise self._error(f"finish_reason {self.finish_reason!r} is none of {FINISH_REASONS}")
+        if self.stop_string and (self.finish_reason != "stop" or self.stop_string not in self.sampling.stop):
+            raise self._error(f"stop_string {self.stop_string!r} is none that could have ended it")
         last = 0
         for span in self.spans:
             if not last <= span.start < span.end <= positions or span.kind not in SPAN_KINDS:

@@ -59,17 +59,34 @@ def rows(
     }
 
 
+SAMPLING = SamplingParams(
+    temperature=0.5,
+    top_p=0.95,
+    top_k=40,
+    min_p=0.05,
+    max_tokens=5,
+    seed=7,
+    presence_penalty=0.25,
+    frequency_penalty=-0.5,
+    repetition_penalty=1.125,
+    min_tokens=2,
+    stop=("###", "本"),
+    stop_token_ids=(0, 300),
+)
+
+
 def said(**rows_of_trace: Any) -> Trace:
     """A trace that says something in every field."""
     fields: dict[str, Any] = {
         "prompt_id": "frage-1-ä",
         "prompt_token_ids": np.array([1, 300], np.int32),
-        "finish_reason": "length",
+        "finish_reason": "stop",
         "sample_index": 3,
         "spans": (TokenSpan("reasoning", 0, 2), TokenSpan("answer", 3, 5)),
-        "sampling": SamplingParams(temperature=0.5, top_p=0.95, top_k=40, min_p=0.05, max_tokens=5, seed=7),
+        "sampling": SAMPLING,
         "tags": {"set": "a", "": "leer"},
         "completion_text": "hi 日本",
+        "stop_string": "本",
     }
     return Trace(**{**fields, **rows_of_trace})
 
@@ -165,6 +182,7 @@ def describe(trace: Trace) -> dict[str, Any]:
         "sampling": {name: getattr(trace.sampling, name) for name in SamplingParams.__dataclass_fields__},
         "tags": dict(trace.tags),
         "completion_text": trace.completion_text,
+        "stop_string": trace.stop_string,
         "completion_token_ids": trace.completion_token_ids.tolist(),
         "sampled_logprobs": floats(trace.sampled_logprobs),
         "top_k": describe_rows(trace.top_k),

@@ -87,6 +87,16 @@ def find_differences(spec: StreamSpec, student: StudentModel) -> list[str]:
     return differences
 
 
+def list_differences(specs: Sequence[StreamSpec], student: StudentModel) -> list[str]:
+    """The differences to each of several streams; of more than one, each says to which."""
+    several = len(specs) > 1
+    return [
+        f"stream {spec.name!r}: {difference}" if several else difference
+        for spec in specs
+        for difference in find_differences(spec, student)
+    ]
+
+
 def check_rows(
     student: StudentModel,
     traces: Sequence[Trace],

@@ -1,6 +1,6 @@
-"""Batches in stream order, and the tensors of a batch.
+"""Batches in the order in which traces are drawn, and the tensors of a batch.
 
-Invariant: which traces make up which batch depends on the order of traces in the stream and on the
+Invariant: which traces make up which batch depends on the order of traces in the streams and on the
 configuration alone: not on time, not on how traces were packed into blocks, not on where a run was
 interrupted. Shape legend: B = sequences, L = padded length, N = completion positions, K = kept entries,
 S = layers of the teacher, H = their width.
@@ -8,7 +8,6 @@ S = layers of the teacher, H = their width.
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -17,14 +16,12 @@ import torch
 from torch import Tensor
 
 from lynearm.student.losses import Targets
-from lynearm.student.reader import PositionedTrace
+from lynearm.student.mixing import StreamState
 from lynearm.student.teacher_states import WantedStates
 from lynearm.student.weighting import PositionWeighting
 from lynearm.wire.errors import MisalignmentError
-from lynearm.wire.traces import Cursor, Trace
-
-SPLIT_TAG = "split"
-"""Tag by which a trace says whether it is trained on: "train" or "held_out"."""
+from lynearm.wire.splits import SplitRule as SplitRule
+from lynearm.wire.traces import Trace
 
 _LEAST_FILL = 0.75
 """A sequence shorter than this part of a piece's longest is better computed with others of its length."""
@@ -34,20 +31,14 @@ _WORTHWHILE_TOKENS = 256
 
 
 @dataclass(frozen=True, slots=True)
-class SplitRule:
-    """Which prompts are never trained on."""
+class DrawnTrace:
+    """A trace to train on."""
 
-    fraction: float
-    """Of the prompts, for traces without a tag."""
-    seed: int = 0
-
-    def holds_out(self, trace: Trace) -> bool:
-        """Whether the trace is for measuring. All traces of one prompt get the same answer."""
-        tag = trace.tags.get(SPLIT_TAG, "")
-        if tag in ("train", "held_out"):
-            return tag == "held_out"
-        digest = hashlib.blake2b(f"{self.seed}/{trace.prompt_id}".encode(), digest_size=8).digest()
-        return int.from_bytes(digest, "big") < self.fraction * 2**64
+    trace: Trace
+    stream: int
+    """Index of its stream."""
+    after: tuple[StreamState, ...] = ()
+    """Where each stream goes on after it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,8 +46,10 @@ class Batch:
     """The traces of one optimizer step."""
 
     traces: tuple[Trace, ...]
-    after: Cursor
-    """Where a run that has done this step goes on."""
+    streams: tuple[int, ...] = ()
+    """Index of each trace's stream; empty where there is one stream."""
+    after: tuple[StreamState, ...] = ()
+    """Where a run that has done this step goes on, in each stream."""
 
     @property
     def tokens(self) -> int:
@@ -68,46 +61,34 @@ class Batcher:
     """Groups traces into batches, in their order.
 
     Args:
-        batch_sequences: Traces of a batch; the last of a pass may hold fewer.
+        batch_sequences: Traces of a batch; the last one of a run may hold fewer.
         batch_tokens: Completion tokens from which on a batch is complete, however many traces those are; 0
             goes by `batch_sequences`.
-        max_sequence_tokens: Traces whose prompt leaves no room for a completion token are skipped.
-        rule: Traces that it holds out are skipped.
+        max_sequence_tokens: Completions are cut there.
     """
 
-    def __init__(
-        self, *, batch_sequences: int, batch_tokens: int = 0, max_sequence_tokens: int, rule: SplitRule
-    ) -> None:
+    def __init__(self, *, batch_sequences: int, batch_tokens: int = 0, max_sequence_tokens: int) -> None:
         self._batch_sequences = batch_sequences
         self._batch_tokens = batch_tokens
         self._max_sequence_tokens = max_sequence_tokens
-        self._rule = rule
-        self._traces: list[Trace] = []
+        self._drawn: list[DrawnTrace] = []
         self._tokens = 0
-        self._after = Cursor()
-        self.skipped_traces = 0
 
-    def add(self, positioned: PositionedTrace) -> Batch | None:
+    def add(self, drawn: DrawnTrace) -> Batch | None:
         """Take the next trace; the batch that it completes, if it does."""
-        trace = positioned.trace
-        if self._rule.holds_out(trace):
-            return None
-        if not is_usable(trace, self._max_sequence_tokens):
-            self.skipped_traces += 1
-            return None
-        self._traces.append(trace)
-        self._tokens += completion_positions(trace, self._max_sequence_tokens)
-        self._after = positioned.after
+        self._drawn.append(drawn)
+        self._tokens += completion_positions(drawn.trace, self._max_sequence_tokens)
         if self._batch_tokens:
             return self.rest() if self._tokens >= self._batch_tokens else None
-        return self.rest() if len(self._traces) == self._batch_sequences else None
+        return self.rest() if len(self._drawn) == self._batch_sequences else None
 
     def rest(self) -> Batch | None:
         """The traces that did not fill a batch; None without any."""
-        if not self._traces:
+        if not self._drawn:
             return None
-        batch = Batch(tuple(self._traces), self._after)
-        self._traces, self._tokens = [], 0
+        traces, streams = zip(*((one.trace, one.stream) for one in self._drawn), strict=True)
+        batch = Batch(traces, streams, self._drawn[-1].after)
+        self._drawn, self._tokens = [], 0
         return batch
 
 
@@ -185,6 +166,17 @@ def collate(
     longest_first = sorted(traces, key=lambda trace: _length(trace, sizes.max_sequence_tokens), reverse=True)
     pieces = _fill_rows(longest_first, sizes) if sizes.packed else _group_by_length(longest_first, sizes)
     return [_collate_piece(piece, sizes, vocab_size, weighting, states) for piece in pieces]
+
+
+def idle_piece() -> MicroBatch:
+    """A piece of one token and no completion positions: its gradients are zero."""
+    targets = Targets(
+        torch.zeros((0, 1), dtype=torch.int64),
+        torch.zeros((0, 1)),
+        torch.zeros(0),
+        torch.zeros(0, dtype=torch.int64),
+    )
+    return MicroBatch(torch.zeros((1, 1), dtype=torch.int64), torch.zeros(0, dtype=torch.int64), targets)
 
 
 def _fill_rows(longest_first: Sequence[Trace], sizes: PieceSizes) -> list[list[Trace]]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,12 +17,15 @@ from lynearm.student.freezing import freeze
 from lynearm.student.layer_pairs import format_pairs
 from lynearm.student.lineage import JsonObject, read_lineage
 from lynearm.student.lora_settings import LoraSettings, parse_lora
+from lynearm.student.mixing import StreamState
 from lynearm.student.model import StudentModel, load_student
 from lynearm.student.objective import Objective, make_objective
+from lynearm.student.on_policy_plan import rollout_stream_name
 from lynearm.student.optimization import Optimization
 from lynearm.student.ranks import Ranks
+from lynearm.student.sharding import check_several, shard_student
 from lynearm.student.terms import check_terms
-from lynearm.wire.errors import CheckpointError, ConfigError
+from lynearm.wire.errors import CheckpointError, ConfigError, MisalignmentError
 from lynearm.wire.protobuf import StreamInfo
 from lynearm.wire.traces import Trace
 
@@ -39,30 +43,36 @@ class Beginning:
     """All that a run needs before its next step."""
 
     student: StudentModel
-    objective: Objective
+    objectives: tuple[Objective, ...]
+    """Of each stream: the same terms, under its own teacher; rollouts may have others."""
     optimization: Optimization
     state: TrainState
     held_out: tuple[Trace, ...]
+    """Of all streams, in their order."""
     base_lineage: JsonObject
     """Manifest of the model that the run began with, before any resumption."""
 
 
-def begin(config: TrainConfig, stream: StreamInfo, ranks: Ranks) -> Beginning:
-    """Load what `config` names, and check that it belongs to the stream.
+def begin(config: TrainConfig, streams: Sequence[StreamInfo], ranks: Ranks) -> Beginning:
+    """Load what `config` names, and check that it belongs to the streams.
 
     With several ranks every one loads it, and draws its own dropout.
 
     Raises:
-        CheckpointError: if the student or the checkpoint cannot be loaded, or is of another stream.
-        ConfigError: if `out` holds a run and `resume` is not set, or the configuration changes what a
-            resumed run depends on.
-        MisalignmentError: if student and stream are not aligned.
-        DistillationForbiddenError: if the stream's terms forbid to learn from it, unless `allow_terms`.
+        CheckpointError: if the student or the checkpoint cannot be loaded, or is of other streams.
+        ConfigError: if `out` holds a run and `resume` is not set, the configuration changes what a
+            resumed run depends on, or the student cannot be sharded.
+        MisalignmentError: if student and streams are not aligned, or a term of the loss cannot compare with
+            all of the teachers.
+        DistillationForbiddenError: if a stream's terms forbid to learn from it, unless `allow_terms`.
     """
-    check_terms(stream.spec, allow_terms=config.allow_terms, warn=ranks.writes)
+    if config.sharding == "full":
+        check_several(ranks)
+    for stream in streams:
+        check_terms(stream.spec, allow_terms=config.allow_terms, warn=ranks.writes)
     checkpoint_dir = latest_checkpoint(config.out)
     if config.resume:
-        return _resume(config, stream, checkpoint_dir, ranks)
+        return _resume(config, streams, checkpoint_dir, ranks)
     if checkpoint_dir is not None:
         raise ConfigError(
             f"{config.out} already holds {checkpoint_dir.name}",
@@ -70,17 +80,19 @@ def begin(config: TrainConfig, stream: StreamInfo, ranks: Ranks) -> Beginning:
         )
     torch.manual_seed(config.seed + ranks.rank)  # pyright: ignore[reportUnknownMemberType]  # torch leaves it half typed
     lora = parse_lora(config.lora) if config.lora else None
-    student = _load_aligned(config, stream, config.student, lora)
-    state = TrainState(stream.spec.name, stream.created_unix_nano)
-    objective = _choose_objective(config, stream, student)
-    optimization = Optimization(student, config, objective=objective, ranks=ranks)
+    student = _load_aligned(config, streams, config.student, ranks, lora=lora)
+    state = TrainState(tuple(StreamState(one.spec.name, one.created_unix_nano) for one in streams))
+    objectives = _choose_objectives(config, streams, student)
+    optimization = Optimization(student, config, objectives=objectives, ranks=ranks)
     lineage = read_lineage(config.student)
     if lora and student.adapter:
         lineage["adapter"] = student.adapter.account()
-    return Beginning(student, objective, optimization, state, (), lineage)
+    return Beginning(student, objectives, optimization, state, (), lineage)
 
 
-def _resume(config: TrainConfig, stream: StreamInfo, directory: Path | None, ranks: Ranks) -> Beginning:
+def _resume(
+    config: TrainConfig, streams: Sequence[StreamInfo], directory: Path | None, ranks: Ranks
+) -> Beginning:
     if directory is None:
         raise CheckpointError(
             f"{config.out} has no checkpoint to resume from",
@@ -88,25 +100,22 @@ def _resume(config: TrainConfig, stream: StreamInfo, directory: Path | None, ran
         )
     checkpoint = load_checkpoint(directory)
     state = checkpoint.state
-    if (state.stream, state.stream_created_unix_nano) != (stream.spec.name, stream.created_unix_nano):
-        raise CheckpointError(
-            f"{directory} was trained on stream {state.stream!r} made at {state.stream_created_unix_nano}, "
-            f"not on {stream.spec.name!r} made at {stream.created_unix_nano}",
-            "its cursor means nothing there: begin a new run with this checkpoint as its student",
-        )
+    _check_streams(directory, state.streams, streams)
     if changed := _changed(config, checkpoint):
         raise ConfigError(
             f"the run in {config.out} cannot go on: {'; '.join(changed)}", "resume with the earlier values"
         )
-    student = _load_aligned(config, stream, directory)
-    objective = _choose_objective(config, stream, student)
-    optimization = Optimization(student, config, objective=objective, ranks=ranks)
+    student = _load_aligned(config, streams, directory, ranks)
+    objectives = _choose_objectives(config, streams, student)
+    optimization = Optimization(student, config, objectives=objectives, ranks=ranks)
     optimization.restore(checkpoint.optimizer, state.step)
     if not ranks.writes:
         # The generator's state that was saved is rank 0's.
         torch.manual_seed(config.seed + ranks.rank + state.step)  # pyright: ignore[reportUnknownMemberType]
-    logger.info("resumed from %s at %s of pass %d", directory, state.cursor, state.epoch + 1)
-    return Beginning(student, objective, optimization, state, checkpoint.held_out, checkpoint.base_lineage)
+    for stream in state.streams:
+        logger.info("resumed from %s at %s of pass %d over %s",
+                    directory, stream.cursor, stream.epoch + 1, stream.name)  # fmt: skip
+    return Beginning(student, objectives, optimization, state, checkpoint.held_out, checkpoint.base_lineage)
 
 
 def _changed(config: TrainConfig, checkpoint: Checkpoint) -> list[str]:
@@ -122,29 +131,90 @@ def _changed(config: TrainConfig, checkpoint: Checkpoint) -> list[str]:
     return changed
 
 
-def _choose_objective(config: TrainConfig, stream: StreamInfo, student: StudentModel) -> Objective:
-    objective = make_objective(
-        stream.spec,
-        config.loss,
-        temperature=config.temperature,
-        retemper=config.retemper,
-        vocab_size=student.vocab_size,
-        student_layers=len(student.decoder_layers),
+def _check_streams(directory: Path, before: Sequence[StreamState], streams: Sequence[StreamInfo]) -> None:
+    """Refuse to go on with other streams, or others of the same names."""
+    names = [stream.spec.name for stream in streams]
+    trained_on = [stream.name for stream in before]
+    if names != trained_on:
+        raise CheckpointError(
+            f"{directory} was trained on {', '.join(trained_on)}, not on {', '.join(names)}",
+            "resume with the same streams in the same order (their weights may change), or begin a new run "
+            "with this checkpoint as its student",
+        )
+    for old, stream in zip(before, streams, strict=True):
+        if old.created_unix_nano != stream.created_unix_nano:
+            raise CheckpointError(
+                f"{directory} was trained on stream {old.name!r} made at {old.created_unix_nano}, not on the "
+                f"one made at {stream.created_unix_nano}",
+                "its cursor means nothing there: begin a new run with this checkpoint as its student",
+            )
+
+
+def _choose_objectives(
+    config: TrainConfig, streams: Sequence[StreamInfo], student: StudentModel
+) -> tuple[Objective, ...]:
+    rollouts = rollout_stream_name(config) if config.on_policy else ""
+    objectives = tuple(
+        make_objective(
+            stream.spec,
+            config.rollout_loss if stream.spec.name == rollouts else config.loss,
+            temperature=config.temperature,
+            retemper=config.retemper,
+            vocab_size=student.vocab_size,
+            student_layers=len(student.decoder_layers),
+        )
+        for stream in streams
     )
-    for term in objective.hidden_terms:
+    first = objectives[0]
+    for stream, objective in zip(streams, objectives, strict=True):
+        # Their projections are shared: they lead from the student's states to those of one width.
+        if first.hidden_terms and _compared(objective) != _compared(first):
+            raise MisalignmentError(
+                f"hidden states do not fit together: {_compared(first)} in stream {streams[0].spec.name!r}, "
+                f"{_compared(objective)} in stream {stream.spec.name!r}",
+                "name layers that all streams have (hidden-cosine@4=9), or train without hidden terms: "
+                "teachers of different widths cannot share them",
+            )
+    for term in first.hidden_terms:
         logger.info("%s compares (student=teacher) layers %s", term.name, format_pairs(term.pairs))
-    return objective
+    return objectives
+
+
+def _compared(objective: Objective) -> str:
+    terms = (f"{term.name} of layers {format_pairs(term.pairs)}" for term in objective.hidden_terms)
+    return f"{', '.join(terms)}, {objective.teacher_hidden_size} wide"
 
 
 def _load_aligned(
-    config: TrainConfig, stream: StreamInfo, directory: Path, lora: LoraSettings | None = None
+    config: TrainConfig,
+    streams: Sequence[StreamInfo],
+    directory: Path,
+    ranks: Ranks,
+    *,
+    lora: LoraSettings | None = None,
 ) -> StudentModel:
-    student = load_student(directory, device=config.device, dtype=config.dtype, lora=lora, seed=config.seed)
-    check_alignment(stream.spec, student, allow_misaligned=config.allow_misaligned)
+    sharded = config.sharding == "full"
+    student = load_student(
+        directory,
+        device=config.device,
+        dtype=config.dtype,
+        on_host=sharded,
+        lora=lora,
+        seed=config.seed,
+    )
+    for stream in streams:
+        check_alignment(stream.spec, student, allow_misaligned=config.allow_misaligned)
+    if student.adapter is not None and (sharded or config.on_policy):
+        raise ConfigError(
+            f"{directory} is an adapter, which is neither sharded nor asked for rollouts",
+            "merge it with lynearm student merge, or train it without sharding and on_policy",
+        )
     if config.freeze_embeddings:
         student.freeze_embeddings()
     freeze(student, config.freeze)
     if config.gradient_checkpointing:
         student.checkpoint_gradients()
+    if sharded:
+        student = shard_student(student, ranks)
     student.train(True)
     return student

@@ -1,10 +1,10 @@
-"""Checkpoints: weights, optimizer and stream position, saved as one.
+"""Checkpoints: weights, optimizer and the place in each stream, saved as one.
 
     OUT/LATEST, OUT/BEST            see `run_directory`
     OUT/step-00000120/              model in Hugging Face layout, loadable by transformers, or its adapter in
                                     peft's, and
         optimizer.safetensors       AdamW's moments and the random generators
-        trainer.json                step, cursor, curve, configuration
+        trainer.json                step, cursors, curve, configuration
         held_out.block              held-out traces, if any; held_out.1.block and so on for many
         lynearm.json                lineage
         README.md                   model card, made from the lineage
@@ -20,9 +20,9 @@ import math
 import shutil
 import tempfile
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, TypeVar, cast
+from typing import Any, cast
 
 import safetensors.torch
 from safetensors import SafetensorError
@@ -32,6 +32,7 @@ from lynearm.student.card import write_card
 from lynearm.student.config import TrainConfig
 from lynearm.student.evaluation import load_held_out, save_held_out
 from lynearm.student.lineage import JsonObject, read_lineage, write_lineage
+from lynearm.student.mixing import StreamState
 from lynearm.student.model import StudentModel
 from lynearm.student.progress import EvaluationRecord, StepRecord
 from lynearm.student.run_directory import (
@@ -59,7 +60,8 @@ __all__ = [
 
 TRAINER_FILE = "trainer.json"
 OPTIMIZER_FILE = "optimizer.safetensors"
-TRAINER_FORMAT = 1
+TRAINER_FORMAT = 2
+"""1 knew one stream a run."""
 
 TOKENIZER_FILES = (
     "tokenizer.json",
@@ -77,34 +79,35 @@ TOKENIZER_FILES = (
 
 _SAFETENSORS: Any = safetensors.torch  # half typed
 
-_BEGINNING = Cursor()
-
-_Record = TypeVar("_Record", StepRecord, EvaluationRecord)
-
 
 @dataclass(frozen=True, slots=True)
 class TrainState:
     """Where a run is. With the weights and the optimizer, all that the rest of it depends on."""
 
-    stream: str
-    stream_created_unix_nano: int
-    """Tells a stream from a later one of the same name."""
+    streams: tuple[StreamState, ...]
+    """How far the run is in each, in the order of the configuration."""
     step: int = 0
     """Done so far."""
-    epoch: int = 0
-    """Pass in progress, from 0."""
-    cursor: Cursor = _BEGINNING
-    """Next trace of this pass."""
-    traces: int = 0
-    """Trained on, repetitions included."""
-    tokens: int = 0
-    """Completion tokens trained on, repetitions included."""
-    furthest: Cursor = _BEGINNING
-    """End of what was trained on, over all passes."""
-    held_out_chosen: bool = False
-    """Whether the held-out set is settled, as it is before the first step."""
+    held_out_traces: tuple[int, ...] = ()
+    """How many of the held-out traces, which lie in the order of the streams, are of each; none until they
+    are settled, before the first step."""
     curve: tuple[StepRecord, ...] = ()
     evaluations: tuple[EvaluationRecord, ...] = ()
+
+    @property
+    def epoch(self) -> int:
+        """Complete passes over every stream."""
+        return min(stream.epoch for stream in self.streams)
+
+    @property
+    def traces(self) -> int:
+        """Trained on, repetitions included."""
+        return sum(stream.traces for stream in self.streams)
+
+    @property
+    def tokens(self) -> int:
+        """Completion tokens trained on, repetitions included."""
+        return sum(stream.tokens for stream in self.streams)
 
 
 @dataclass(frozen=True, slots=True)
@@ -298,26 +301,27 @@ def _read_trainer(path: Path) -> JsonObject:
     trainer = cast(JsonObject, parsed)
     if trainer.get("format") != TRAINER_FORMAT:
         raise CheckpointError(
-            f"{path} has format {trainer.get('format')!r}, expected {TRAINER_FORMAT}", "upgrade lynearm"
+            f"{path} has format {trainer.get('format')!r}, this lynearm resumes from {TRAINER_FORMAT}",
+            "resume with the lynearm that wrote it, or begin a new run with this checkpoint as its student",
         )
     return trainer
 
 
 def _parse_state(state: JsonObject) -> TrainState:
-    known = {
-        name: value for name, value in state.items() if name in {each.name for each in fields(TrainState)}
-    }
-    return replace(
-        TrainState(**known),
-        cursor=Cursor(**cast("dict[str, int]", state["cursor"])),
-        furthest=Cursor(**cast("dict[str, int]", state["furthest"])),
-        curve=_parse_records(StepRecord, state["curve"]),
-        evaluations=_parse_records(EvaluationRecord, state["evaluations"]),
+    curve, evaluations = (cast("Sequence[JsonObject]", state[name]) for name in ("curve", "evaluations"))
+    return TrainState(
+        tuple(_parse_stream(stream) for stream in cast("Sequence[JsonObject]", state["streams"])),
+        step=int(state["step"]),
+        held_out_traces=tuple(cast("Sequence[int]", state["held_out_traces"])),
+        curve=tuple(StepRecord(**record) for record in curve),
+        evaluations=tuple(EvaluationRecord.from_values(record) for record in evaluations),
     )
 
 
-def _parse_records(kind: type[_Record], records: Sequence[JsonObject]) -> tuple[_Record, ...]:
-    return tuple(kind(**record) for record in records)
+def _parse_stream(stream: JsonObject) -> StreamState:
+    cursors = {name: Cursor(**cast("dict[str, int]", stream[name])) for name in ("cursor", "furthest")}
+    fields: JsonObject = {**stream, **cursors}
+    return StreamState(**fields)
 
 
 def _put_in_place(unfinished: Path, final: Path) -> None:

@@ -7,16 +7,20 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from lynearm.rollouts.config import SUPPORTS, Support
 from lynearm.student.freezing import parse_patterns
 from lynearm.student.lora_settings import parse_lora
+from lynearm.student.mixing import parse_streams
 from lynearm.student.objective import Objective, parse_terms
+from lynearm.student.rollout_share import parse_share
 from lynearm.student.weighting import PositionWeighting
-from lynearm.wire.errors import ConfigError, InvalidInputError
-from lynearm.wire.specs import check_name
+from lynearm.wire.errors import ConfigError
+from lynearm.wire.specs import NAME_PATTERN
 
 SCHEDULES = ("constant", "cosine")
 PACKINGS = ("auto", "on", "off")
 DTYPES = ("auto", "float32", "bfloat16")
+SHARDINGS = ("none", "full")
 TRACKERS = ("tensorboard", "wandb", "trackio")
 
 
@@ -31,8 +35,9 @@ class TrainConfig:
     student: Path = Path("student")
     """Directory of a transformers causal LM with its tokenizer: where training begins."""
 
-    stream: str = "default"
-    """Stream of traces to train on."""
+    streams: tuple[str, ...] = field(default=("default",), metadata={"singular": "stream"})
+    """Streams of traces to train on, each NAME[:WEIGHT]: `mixing` explains weights that change. Of several,
+    each counts by its share of the completion tokens."""
 
     service: str = "127.0.0.1:7411"
     """host:port of the trace service; several servers of one catalog with commas between."""
@@ -117,18 +122,19 @@ class TrainConfig:
     """Wall time of training in this process; 0 sets no bound. A run that it ends can be resumed."""
 
     epochs: int = 1
-    """Passes over the stream; the later ones replay it from its start once it is sealed."""
+    """Passes over each stream; the later ones replay it from its start once it is sealed, without waiting for
+    other streams to come to their end."""
 
     held_out_traces: int = 32
-    """Traces kept back to measure the KL to the teacher; 0 measures none."""
+    """Traces of each stream kept back to measure the KL to its teacher; 0 measures none."""
 
     held_out_fraction: float = 0.1
     """Part of the prompts that is never trained on, chosen by a hash of the prompt id. A trace tagged
     `split=train` or `split=held_out` follows its tag instead."""
 
     held_out_window: int = 256
-    """Training traces that may go by before the first step while held-out ones are still too few. Bounds
-    the memory and the wait; after it, those that were found are the held-out set."""
+    """Training traces of a stream that may go by before the first step while held-out ones are still too
+    few. Bounds the memory and the wait; after it, those that were found are the held-out set."""
 
     eval_every_steps: int = 50
     """Steps between measurements of the held-out KL; 0 measures only before and after."""
@@ -185,7 +191,7 @@ class TrainConfig:
     """CPU threads in the later epochs, when the teacher has left its cores; 0 as `threads`."""
 
     prefetch_blocks: int = 8
-    """Decoded blocks that wait for the trainer; the service holds back what comes after."""
+    """Decoded blocks of each stream that wait for the trainer; the service holds back what comes after."""
 
     device: str = "auto"
     """A torch device; "auto" is CUDA where there is one, else the CPU."""
@@ -197,12 +203,74 @@ class TrainConfig:
     """With `ray`, processes that share each batch: 0 is one for each GPU of the cluster, or one. Without it
     the launcher says: torchrun --nproc-per-node."""
 
+    sharding: str = "none"
+    """"none" has every rank hold the whole student; "full" spreads parameters, gradients and optimizer state
+    over the ranks (FSDP2), for students that one device has no room for. A run may go on with the other."""
+
     ray: bool = False
     """Let Ray Train place the ranks, and start them again when one is lost; `out` has to be on storage that
     all nodes share."""
 
     ray_address: str = "auto"
     """Which Ray: "auto" joins the one that runs here, as under `ray job submit`; "local" starts one."""
+
+    on_policy: bool = False
+    """Let the student write, have the teacher score it, and train on that too; docs/on-policy.md explains."""
+
+    teacher: str = "127.0.0.1:7412"
+    """host:port of the served teacher that scores rollouts; several of the same model with commas between."""
+
+    on_policy_share: str = "0.5"
+    """Part of the completion tokens that are rollouts: λ. It moves as a stream's weight does:
+    0..0.5@500 goes from none to half until step 500."""
+
+    max_staleness: int = 16
+    """Steps that a rollout may be behind the student that learns from it; older ones are passed over."""
+
+    refresh_every_steps: int = 4
+    """Steps after which the student that writes gets newer weights, once it has those before."""
+
+    rollout_loss: tuple[str, ...] = ("reverse-kl:1",)
+    """What is summed on rollouts, as `loss` is on the other streams. Reverse KL, since on the student's own
+    text it says what the teacher would not have written."""
+
+    rollout_stream: str = ""
+    """Stream of the rollouts; empty: named after the first stream and `out`."""
+
+    rollout_prompts: str = ""
+    """What the student answers: a source of prompts as for `lynearm teach`. Empty: the prompts of the first
+    stream, but for those that are held out."""
+
+    rollout_tokens: int = 256
+    """Bound on a rollout, tokens."""
+
+    rollout_temperature: float = 1.0
+    """Of the student's sampling. At 1 the gradient of reverse KL is that on its own distribution."""
+
+    rollout_top_k: int = 64
+    """Tokens of each position whose probabilities the teacher gives."""
+
+    rollout_support: Support = "teacher"
+    """Whose likeliest tokens those are. "teacher"; or "student": reverse KL counts what the student holds
+    likely, and this says what the teacher thinks of just that."""
+
+    rollout_batch: int = 0
+    """Rollouts that are written, scored and published together; 0 for half of those that are used before they
+    are too old, at most 64."""
+
+    rollout_threads: int = 0
+    """CPU threads of the student that writes; 0 for all."""
+
+    rollout_kv_cache_mib: int = 0
+    """Memory for its KV cache; 0: on a CPU what it needs, on a GPU what vLLM finds free: say it where it
+    shares a GPU with the trainer."""
+
+    rollout_gpus: str = ""
+    """GPUs that it sees, as in CUDA_VISIBLE_DEVICES; empty: those that the trainer sees."""
+
+    rollout_weights: Path | None = None
+    """Directory over which it gets its weights, one or two copies of the model; empty: in `out`. Better one
+    on this machine where `out` is not: /dev/shm has no disk behind it."""
 
     check_alignment: bool = True
     """Before the first step, look whether the teacher's rows stand at the positions of their tokens, and
@@ -218,10 +286,7 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         """Check every field."""
-        try:
-            check_name(self.stream)
-        except InvalidInputError as error:
-            raise ConfigError(error.message, error.remedy) from error
+        parse_streams(self.streams)
         for problem, holds in self._checks().items():
             if not holds:
                 raise ConfigError(problem)
@@ -229,15 +294,19 @@ class TrainConfig:
         if self.lora:
             parse_lora(self.lora)
         Objective(parse_terms(self.loss))
+        Objective(parse_terms(self.rollout_loss))
+        parse_share(self.on_policy_share)
         PositionWeighting(self.span_weights, self.tag_weights)
 
     def _checks(self) -> dict[str, bool]:
         counts_from_zero = (
             "warmup_steps max_steps held_out_traces held_out_window eval_every_steps checkpoint_every_steps "
-            "threads replay_threads seed batch_tokens ranks early_stop_patience"
+            "threads replay_threads seed batch_tokens ranks early_stop_patience max_staleness rollout_batch "
+            "rollout_threads rollout_kv_cache_mib rollout_temperature"
         )
         counts_from_one = (
-            "question_tokens batch_sequences micro_batch_tokens epochs keep_checkpoints prefetch_blocks"
+            "question_tokens batch_sequences micro_batch_tokens epochs keep_checkpoints prefetch_blocks "
+            "refresh_every_steps rollout_tokens rollout_top_k"
         )
         not_negative = "weight_decay grad_clip max_seconds wait_seconds"
         checks = {f"{name} is {getattr(self, name)}, expected 0 or more": getattr(self, name) >= 0
@@ -262,6 +331,7 @@ class TrainConfig:
             f"patience_seconds is {self.patience_seconds}, expected 0 or more": self.patience_seconds >= 0,
             f"schedule is {self.schedule!r}, expected one of {SCHEDULES}": self.schedule in SCHEDULES,
             f"dtype is {self.dtype!r}, expected one of {DTYPES}": self.dtype in DTYPES,
+            f"sharding is {self.sharding!r}, expected one of {SHARDINGS}": self.sharding in SHARDINGS,
             f"packing is {self.packing!r}, expected one of {PACKINGS}": self.packing in PACKINGS,
             f"trackers is {list(self.trackers)}, expected some of {TRACKERS}": set(self.trackers)
             <= set(TRACKERS),
@@ -270,5 +340,24 @@ class TrainConfig:
             or self.held_out_traces > 0,
             "early_stop_patience needs held_out_traces and eval_every_steps": not self.early_stop_patience
             or (self.held_out_traces > 0 and self.eval_every_steps > 0),
+            f"refresh_every_steps is {self.refresh_every_steps}, expected at most max_staleness + 1, "
+            f"which is {self.max_staleness + 1}: rollouts would be too old before there are newer weights": (
+                self.refresh_every_steps <= self.max_staleness + 1
+            ),
+            f"rollout_support is {self.rollout_support!r}, expected one of {SUPPORTS}": self.rollout_support
+            in SUPPORTS,
+            f"rollout_stream is {self.rollout_stream!r}, expected a name": not self.rollout_stream
+            or NAME_PATTERN.fullmatch(self.rollout_stream) is not None,
+            "hidden states are compared in loss, and rollouts have none: not with on_policy": not (
+                self.on_policy
+                and any(
+                    Objective(parse_terms(terms)).hidden_terms for terms in (self.loss, self.rollout_loss)
+                )
+            ),
+            "on_policy does not go with ray: start the run with torchrun, or on one process": not (
+                self.on_policy and self.ray
+            ),
+            "lora does not go with sharding or on_policy: an adapter is whole on every rank, and is not handed "
+            "to rollouts": not (self.lora and (self.sharding == "full" or self.on_policy)),
             "schedule 'cosine' needs max_steps": self.schedule != "cosine" or self.max_steps > 0,
         }

@@ -11,11 +11,12 @@ from pathlib import Path
 
 import torch
 
-from lynearm.student.batches import PieceSizes, collate
+from lynearm.student.batches import PieceSizes, collate, idle_piece
 from lynearm.student.calibration import PredictionSums, measure_predictions
 from lynearm.student.losses import measure_loss
 from lynearm.student.model import StudentModel
 from lynearm.student.objective import Objective
+from lynearm.student.sharding import even_out
 from lynearm.wire.blocks import MAX_PAYLOAD_BYTES
 from lynearm.wire.codec import decode_block, encode_block
 from lynearm.wire.errors import CheckpointError, LynearmError
@@ -30,13 +31,22 @@ HELD_OUT_PATTERN = "held_out*.block"
 class HeldOutSums:
     """Sums over the completion positions of some held-out traces."""
 
-    kl: float
+    kl: float = 0.0
     """Forward KL to the teacher over top-k and tail, nats."""
-    cross_entropy: float
+    cross_entropy: float = 0.0
     """On the tokens that the teacher drew, nats."""
-    positions: int
-    predictions: PredictionSums
+    positions: int = 0
+    predictions: PredictionSums = PredictionSums()  # noqa: RUF009  # frozen
     """Agreement with the teacher, and calibration."""
+
+    def __add__(self, other: HeldOutSums) -> HeldOutSums:
+        """Both together."""
+        return HeldOutSums(
+            self.kl + other.kl,
+            self.cross_entropy + other.cross_entropy,
+            self.positions + other.positions,
+            self.predictions + other.predictions,
+        )
 
 
 def evaluate(
@@ -60,7 +70,8 @@ def evaluate(
     predictions = PredictionSums()
     student.train(False)
     sizes = PieceSizes(micro_batch_tokens, max_sequence_tokens)
-    for piece in collate(traces, sizes, vocab_size=student.vocab_size):
+    pieces = collate(traces, sizes, vocab_size=student.vocab_size)
+    for piece in even_out(pieces, student, idle_piece):
         on_device = piece.to(student.device)
         with torch.no_grad():
             hidden_NH = student.hidden_states(on_device.input_ids_BL).flatten(0, 1)[on_device.positions_N]

@@ -18,6 +18,7 @@ from typing import Any, cast
 import torch
 
 from lynearm.student.model import StudentModel
+from lynearm.student.sharding import even_out
 from lynearm.wire.errors import PromptFileError
 
 BATCH_QUESTIONS = 8
@@ -104,9 +105,12 @@ class ExactMatch:
         """How many questions the student answers with the right number; it is in training mode afterwards."""
         student.train(False)
         correct = 0
-        for start in range(0, len(questions), BATCH_QUESTIONS):
-            batch = questions[start : start + BATCH_QUESTIONS]
-            answers = self._write(student, [self._prompt(question.text) for question in batch])
+        starts = range(0, len(questions), BATCH_QUESTIONS)
+        batches = [questions[start : start + BATCH_QUESTIONS] for start in starts]
+        for batch in even_out(batches, student, tuple[Question]):
+            # Something has to be written where there is nothing to ask.
+            prompts = [self._prompt(question.text) for question in batch] or ["0"]
+            answers = self._write(student, prompts)[: len(batch)]
             correct += sum(
                 final_number(answer) == question.answer
                 for answer, question in zip(answers, batch, strict=True)
@@ -137,6 +141,8 @@ class ExactMatch:
                 top_p=None,
                 top_k=None,
                 pad_token_id=self._tokenizer.pad_token_id,
+                # Ranks that hold parts of the student go on until all have written their answers.
+                synced_gpus=student.shards is not None,
             )
         completions = written[:, encoded["input_ids"].shape[1] :]
         return cast("list[str]", self._tokenizer.batch_decode(completions, skip_special_tokens=True))

@@ -70,16 +70,16 @@ def read_lineage(directory: Path) -> JsonObject:
 
 
 def extend_lineage(
-    before: Mapping[str, Any], use: StreamUse, *, run: Mapping[str, Any] | None = None
+    before: Mapping[str, Any], uses: Sequence[StreamUse], *, run: Mapping[str, Any] | None = None
 ) -> JsonObject:
-    """The manifest of a model that began with one manifest and was trained on a stream.
+    """The manifest of a model that began with one manifest and was trained on streams.
 
     Args:
         before: Of the model that training began with.
-        use: All that the run has taken so far, so that each checkpoint extends the same `before`.
+        uses: All that the run has taken so far, so that each checkpoint extends the same `before`.
         run: What `run_account.describe_run` says of the run.
     """
-    streams = [*cast("Sequence[JsonObject]", before.get("streams", [])), _stream_entry(use)]
+    streams = [*cast("Sequence[JsonObject]", before.get("streams", [])), *map(_stream_entry, uses)]
     runs = [*cast("Sequence[JsonObject]", before.get("runs", [])), *([dict(run)] if run else [])]
     return {**before, "format": LINEAGE_FORMAT, "streams": streams, "runs": runs}
 

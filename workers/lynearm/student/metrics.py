@@ -14,12 +14,12 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import IO, Any, cast
 
-from lynearm.student.progress import EvaluationRecord, StepRecord
+from lynearm.student.progress import EvaluationRecord, StepRecord, StreamEvaluation
 from lynearm.wire.errors import CheckpointError
 
 METRICS_FILE = "metrics.jsonl"
@@ -113,12 +113,20 @@ def metric_values(record: StepRecord | EvaluationRecord) -> dict[str, float]:
         busy = {"train/seconds": record.seconds, "train/waiting_seconds": record.waiting_seconds}
         learnt = ("loss", "kl", "cross_entropy", "learning_rate", "gradient_norm", "tokens")
         values = {f"train/{name}": float(getattr(record, name)) for name in learnt} | busy
+        values |= {f"train/tokens/{name}": float(tokens) for name, tokens in record.stream_tokens.items()}
         if record.hidden is not None:
             values["train/hidden"] = record.hidden
     else:
         measured = ("kl", "cross_entropy", "perplexity", "agreement", "calibration_error", "exact_match")
         found = {name: cast("float | None", getattr(record, name)) for name in measured}
         values = {f"held_out/{name}": value for name, value in found.items() if value is not None}
+        for stream, part in record.streams.items():
+            values |= {
+                f"held_out/kl/{stream}": part.kl,
+                f"held_out/cross_entropy/{stream}": part.cross_entropy,
+            }
+            if part.agreement is not None:
+                values[f"held_out/agreement/{stream}"] = part.agreement
     return {name: value for name, value in values.items() if math.isfinite(value)}
 
 
@@ -131,11 +139,13 @@ def _line(record: StepRecord | EvaluationRecord) -> str:
     values: dict[str, object] = {"kind": kind, **asdict(record)}
     if isinstance(record, EvaluationRecord):
         values["perplexity"] = record.perplexity
-    plain = {
-        name: None if isinstance(value, float) and not math.isfinite(value) else value
-        for name, value in values.items()
-    }
-    return json.dumps(plain, allow_nan=False) + "\n"
+    return json.dumps(_finite(values), allow_nan=False) + "\n"
+
+
+def _finite(value: object) -> object:
+    if isinstance(value, Mapping):
+        return {name: _finite(one) for name, one in cast("Mapping[str, object]", value).items()}
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 _CAN_BE_NONE = frozenset({"agreement", "calibration_error", "exact_match", "hidden"})
@@ -143,15 +153,18 @@ _CAN_BE_NONE = frozenset({"agreement", "calibration_error", "exact_match", "hidd
 
 def _parse(line: str) -> StepRecord | EvaluationRecord:
     values = cast("dict[str, Any]", json.loads(line))
-    kinds: dict[str, type[StepRecord] | type[EvaluationRecord]] = {
-        "step": StepRecord,
-        "evaluation": EvaluationRecord,
-    }
-    record_class = kinds[values.pop("kind")]
+    if values.pop("kind") == "step":
+        return StepRecord(**_restore(values, StepRecord))
+    streams = cast("dict[str, dict[str, Any]]", values.get("streams", {}))
+    measured = {name: _restore(one, StreamEvaluation) for name, one in streams.items()}
+    return EvaluationRecord.from_values(_restore({**values, "streams": measured}, EvaluationRecord))
+
+
+def _restore(values: Mapping[str, Any], record_class: type[Any]) -> dict[str, Any]:
+    """The known fields, with what was not finite as NaN."""
     known = {field.name for field in fields(record_class)}
-    given: dict[str, Any] = {
+    return {
         name: math.nan if value is None and name not in _CAN_BE_NONE else value
         for name, value in values.items()
         if name in known
     }
-    return record_class(**given)

@@ -6,7 +6,7 @@ import json
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +16,9 @@ from lynearm.student.lora_settings import LoraSettings
 from lynearm.wire.errors import CheckpointError, ConfigError
 from lynearm.wire.hidden import FINAL_NORM, Layer
 from lynearm.wire.specs import TokenizerSpec, hash_chat_template, hash_vocab
+
+if TYPE_CHECKING:
+    from lynearm.student.sharding import Shards
 
 _PLAIN_HEAD_TOLERANCE = 1e-3
 """Largest difference of logits that rounding explains; a soft cap or a logit scale is far above."""
@@ -39,6 +42,9 @@ class StudentModel:
     """Of the decoder's matrix products; weights stay float32."""
     adapter: Adapter | None = None
     """What is trained on the model, where that is an adapter; within `model` already."""
+    shards: Shards | None = None
+    """What gathers the parameters, where they are spread over the ranks: `head_weight` and `head_bias` are
+    then whole only after `hidden_states`, until the backward pass has ended."""
 
     @property
     def vocab_size(self) -> int:
@@ -76,7 +82,8 @@ class StudentModel:
         with torch.autocast(
             self.device.type, self.compute_dtype, enabled=self.compute_dtype != torch.float32
         ):
-            outputs = self.model.base_model(input_ids=input_ids, position_ids=position_ids, use_cache=False)
+            decode = self.model.base_model if self.shards is None else self.shards.decode
+            outputs = decode(input_ids=input_ids, position_ids=position_ids, use_cache=False)
         return cast(Tensor, outputs.last_hidden_state)
 
     def layer_states(
@@ -107,6 +114,8 @@ class StudentModel:
 
     def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
         """Name and parameter, each parameter once though it may be tied."""
+        if self.shards is not None:
+            self.shards.reshard()
         return cast("Iterator[tuple[str, nn.Parameter]]", self.model.named_parameters())
 
     def trainable_parameters(self) -> dict[str, nn.Parameter]:
@@ -142,6 +151,7 @@ def load_student(
     *,
     device: str = "auto",
     dtype: str = "auto",
+    on_host: bool = False,
     lora: LoraSettings | None = None,
     seed: int = 0,
 ) -> StudentModel:
@@ -151,6 +161,7 @@ def load_student(
         directory: In the layout of transformers' `save_pretrained`, or an adapter in peft's.
         device: A torch device; "auto" is CUDA where there is one, else the CPU.
         dtype: "float32", "bfloat16", or "auto": bfloat16 on CUDA.
+        on_host: Leave the weights on the CPU, for `shard_student` to spread over the devices.
         lora: Put a new adapter of this kind on it.
         seed: Of the new adapter.
 
@@ -175,8 +186,10 @@ def load_student(
     tokenizer = read_tokenizer_spec(directory)
     model = load_causal_lm(base)
     adapter = _put_adapter(model, directory, base=base, lora=lora, seed=seed)
+    if not on_host:
+        model = model.to(place)
     compute_dtype = torch.bfloat16 if half else torch.float32
-    student = StudentModel(directory, model.to(place), tokenizer, place, compute_dtype, adapter)
+    student = StudentModel(directory, model, tokenizer, place, compute_dtype, adapter)
     _check_plain_head(student)
     return student
 
@@ -312,7 +325,7 @@ def _generation_ends(directory: Path) -> list[int]:
 def _check_plain_head(student: StudentModel) -> None:
     # The loss applies the head itself; soft caps, logit scales and the like would be left out in silence.
     student.train(False)
-    input_ids = torch.arange(4, device=student.device)[None] % student.vocab_size
+    input_ids = torch.arange(4, device=student.head_weight.device)[None] % student.vocab_size
     with torch.no_grad():
         states_H = student.model.base_model(input_ids=input_ids, use_cache=False).last_hidden_state[0, -1]
         ours_V = states_H @ student.head_weight.T

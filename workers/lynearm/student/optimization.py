@@ -5,18 +5,19 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
-from lynearm.student.batches import Batch, MicroBatch, PieceSizes, collate, completion_positions
+from lynearm.student.batches import Batch, MicroBatch, PieceSizes, collate, completion_positions, idle_piece
 from lynearm.student.config import TrainConfig
 from lynearm.student.hidden_terms import HiddenTerms
 from lynearm.student.losses import backpropagate_loss
 from lynearm.student.model import StudentModel, packs_without_leaks
 from lynearm.student.objective import Objective, parse_terms
-from lynearm.student.ranks import Ranks
+from lynearm.student.ranks import Ranks, is_sharded
+from lynearm.student.sharding import clip_gradients, even_out, gather_all, shard_like
 from lynearm.student.weighting import PositionWeighting
 from lynearm.wire.errors import CheckpointError, ConfigError, InvalidInputError
 
@@ -51,7 +52,8 @@ class Optimization:
     Args:
         student: Its parameters that require a gradient are trained.
         config: Rates, weights and sizes.
-        objective: What is brought down; the terms of `config` if not given.
+        objectives: What is brought down, on each stream; the terms of `config` if not given. Their hidden
+            terms are the same.
         ranks: Who shares the work.
     """
 
@@ -60,26 +62,21 @@ class Optimization:
         student: StudentModel,
         config: TrainConfig,
         *,
-        objective: Objective | None = None,
+        objectives: Sequence[Objective] = (),
         ranks: Ranks | None = None,
     ) -> None:
         self._student = student
         self._ranks = ranks or Ranks()
         self._config = config
-        self._objective = objective or Objective(parse_terms(config.loss))
+        self._objectives = tuple(objectives) or (Objective(parse_terms(config.loss)),)
         self._weighting = PositionWeighting(config.span_weights, config.tag_weights)
         self._sizes = PieceSizes(
             config.micro_batch_tokens, config.max_sequence_tokens, packed=_packs(student, config.packing)
         )
-        self._hidden = HiddenTerms(student, self._objective, seed=config.seed)
+        self._hidden = HiddenTerms(student, self._objectives[0], seed=config.seed)
         self._parameters = student.trainable_parameters() | self._hidden.parameters()
-        matrices = [parameter for parameter in self._parameters.values() if parameter.ndim > 1]
-        vectors = [parameter for parameter in self._parameters.values() if parameter.ndim <= 1]
         self._optimizer = torch.optim.AdamW(
-            [
-                {"params": matrices, "weight_decay": config.weight_decay},
-                {"params": vectors, "weight_decay": 0.0},
-            ],
+            _group(self._parameters.values(), config.weight_decay),
             lr=config.learning_rate,
             betas=(config.beta1, config.beta2),
             fused=student.device.type in ("cpu", "cuda"),
@@ -97,25 +94,21 @@ class Optimization:
         positions = [completion_positions(trace, config.max_sequence_tokens) for trace in batch.traces]
         # Those of the other ranks too: all of them refuse, where one would leave the others waiting.
         self._hidden.check(batch.traces)
-        mine = self._ranks.share(batch.traces, positions)
-        pieces = collate(
-            mine,
-            self._sizes,
-            vocab_size=self._student.vocab_size,
-            weighting=self._weighting,
-            states=self._hidden.wanted,
-        )
+        pieces = self._collate(batch, positions)
         # Of the whole batch, on every rank: the sum of their gradients is then the batch's mean.
         weight = self._weighting.total(batch.traces, config.max_sequence_tokens) or 1.0
-        squares = self._hidden.sum_squares(pieces)
+        squares = self._hidden.sum_squares([piece for piece, _ in pieces])
         mean_squares = [square / weight for square in self._ranks.sum(*squares)] if squares else []
         tokens = sum(positions)
         rate = learning_rate(config, step)
         for group in self._optimizer.param_groups:
             group["lr"] = rate
         sums = [0.0] * 4
-        for piece in pieces:
-            part = self._backward(piece.to(self._student.device), weight, mean_squares)
+        pieces = even_out(pieces, self._student, lambda: (idle_piece(), self._objectives[0]))
+        for number, (piece, objective) in enumerate(pieces, 1):
+            if self._student.shards is not None:
+                self._student.shards.accumulate(is_last=number == len(pieces))
+            part = self._backward(piece.to(self._student.device), objective, weight, mean_squares)
             sums = [total + value for total, value in zip(sums, part, strict=True)]
         self._ranks.sum_gradients(self._parameters.values())
         loss, kl, cross_entropy, hidden = self._ranks.sum(*sums)
@@ -129,7 +122,7 @@ class Optimization:
         self._optimizer.step()  # pyright: ignore[reportUnknownMemberType]  # torch leaves it half typed
         self._optimizer.zero_grad(set_to_none=True)
         kl, cross_entropy = kl / tokens, cross_entropy / tokens
-        hidden_loss = hidden if self._objective.hidden_terms else None
+        hidden_loss = hidden if self._hidden.wanted else None
         return StepResult(loss + hidden, kl, cross_entropy, tokens, rate, norm, hidden_loss)
 
     def parameters(self) -> Iterable[nn.Parameter]:
@@ -137,7 +130,10 @@ class Optimization:
         return self._parameters.values()
 
     def state(self) -> dict[str, Tensor]:
-        """Moments by parameter name, projections, and the state of the random generators."""
+        """Moments by parameter name, projections, and the state of the random generators.
+
+        With a sharded student, called by all ranks: moments are gathered, and the rank that writes gets them.
+        """
         tensors: dict[str, Tensor] = {"rng.cpu": torch.get_rng_state()}
         if self._student.device.type == "cuda":
             tensors["rng.cuda"] = torch.cuda.get_rng_state(self._student.device)
@@ -148,7 +144,7 @@ class Optimization:
                     tensors[f"{moment}.{name}"] = moments[moment]
         for name, projection in self._hidden.parameters().items():
             tensors[f"{_PROJECTION}.{name}"] = projection.detach()
-        return tensors
+        return tensors if self._student.shards is None else gather_all(tensors, keep=self._ranks.writes)
 
     def restore(self, tensors: dict[str, Tensor], step: int) -> None:
         """Take over a `state` that was saved after `step` steps.
@@ -179,8 +175,30 @@ class Optimization:
         if self._student.device.type == "cuda" and "rng.cuda" in tensors:
             torch.cuda.set_rng_state(tensors["rng.cuda"].cpu(), self._student.device)
 
+    def _collate(self, batch: Batch, positions: Sequence[int]) -> list[tuple[MicroBatch, Objective]]:
+        """This rank's part of a batch, in pieces of one objective each.
+
+        Teachers mostly differ in nothing that the loss has to know; then traces of all streams share pieces.
+        """
+        streams = batch.streams or [0] * len(batch.traces)
+        pairs = [
+            (trace, self._objectives[stream]) for trace, stream in zip(batch.traces, streams, strict=True)
+        ]
+        mine = self._ranks.share(pairs, positions)
+        return [
+            (piece, objective)
+            for objective in dict.fromkeys(self._objectives)
+            for piece in collate(
+                [trace for trace, its_objective in mine if its_objective == objective],
+                self._sizes,
+                vocab_size=self._student.vocab_size,
+                weighting=self._weighting,
+                states=self._hidden.wanted,
+            )
+        ]
+
     def _backward(
-        self, piece: MicroBatch, weight: float, mean_squares: Sequence[float]
+        self, piece: MicroBatch, objective: Objective, weight: float, mean_squares: Sequence[float]
     ) -> tuple[float, float, float, float]:
         """Add a piece's gradients.
 
@@ -204,7 +222,7 @@ class Optimization:
             student.head_weight,
             piece.targets,
             bias_V=student.head_bias,
-            objective=self._objective,
+            objective=objective,
             divisor=weight,
             beside=beside,
         )
@@ -213,13 +231,15 @@ class Optimization:
 
     def _clip(self) -> float:
         limit = self._config.grad_clip or math.inf
+        if self._student.shards is not None:
+            return clip_gradients(self._parameters.values(), limit, self._ranks)
         return float(nn.utils.clip_grad_norm_(self._parameters.values(), limit))
 
     def _parameter_state(
         self, name: str, parameter: nn.Parameter, tensors: dict[str, Tensor], step: int
     ) -> dict[str, Tensor]:
         moments = {
-            moment: _of_shape(tensors[f"{moment}.{name}"], parameter, name).to(parameter.device)
+            moment: shard_like(_of_shape(tensors[f"{moment}.{name}"], parameter, name), parameter)
             for moment in _MOMENTS
         }
         return {"step": torch.tensor(float(step), device=parameter.device), **moments}
@@ -229,6 +249,17 @@ def _of_shape(saved: Tensor, parameter: nn.Parameter, name: str) -> Tensor:
     if saved.shape != parameter.shape:
         raise CheckpointError(f"the optimizer state of {name} has another shape than the parameter")
     return saved
+
+
+def _group(parameters: Iterable[nn.Parameter], weight_decay: float) -> list[dict[str, Any]]:
+    """Matrices decay, vectors do not; a fused step is of sharded parameters or of whole ones."""
+    groups: dict[tuple[bool, bool], list[nn.Parameter]] = {}
+    for parameter in parameters:
+        groups.setdefault((parameter.ndim > 1, is_sharded(parameter)), []).append(parameter)
+    return [
+        {"params": group, "weight_decay": weight_decay if is_matrix else 0.0}
+        for (is_matrix, _), group in groups.items()
+    ]
 
 
 def _packs(student: StudentModel, packing: str) -> bool:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal, TypeAlias
+from typing import Any, Literal, TypeAlias, cast
+
+from lynearm.rollouts import RolloutStatus
 
 Stage: TypeAlias = Literal["loading", "collecting", "evaluating", "training", "waiting", "saving", "done"]
 StopReason: TypeAlias = Literal["stream_end", "max_steps", "max_seconds", "interrupted", "no_improvement"]
@@ -19,7 +21,7 @@ class StepRecord:
     step: int
     """From 1, over the whole run, resumed parts included."""
     epoch: int
-    """From 0."""
+    """Complete passes over every stream."""
     loss: float
     """Weighted sum of the terms, mean over the batch's completion positions."""
     kl: float
@@ -38,11 +40,27 @@ class StepRecord:
     """Wall time before the step without a trace to train on."""
     hidden: float | None = None
     """Weighted sum of the terms that compare hidden states, part of `loss`; None without any."""
+    stream_tokens: Mapping[str, int] = field(default_factory=dict[str, int])
+    """Completion tokens of this step by stream; empty where there is one stream."""
+    staleness: float | None = None
+    """Steps by which the rollouts of this step were behind the student that learns from them, on average;
+    None without any."""
+
+
+@dataclass(frozen=True, slots=True)
+class StreamEvaluation:
+    """The part of a measurement on one stream's held-out traces; fields as in `EvaluationRecord`."""
+
+    kl: float
+    cross_entropy: float
+    positions: int
+    agreement: float | None = None
+    calibration_error: float | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class EvaluationRecord:
-    """One measurement on the held-out traces."""
+    """One measurement on the held-out traces, those of all streams together."""
 
     step: int
     """Steps done when it was taken."""
@@ -61,6 +79,20 @@ class EvaluationRecord:
     """Expected calibration error on the tokens that the teacher drew, 0 to 1; see `calibration`."""
     exact_match: float | None = None
     """Part of the questions that were answered with the right number; None where none were asked."""
+    streams: Mapping[str, StreamEvaluation] = field(default_factory=dict[str, StreamEvaluation])
+    """By stream, for those with held-out traces; empty where there is one stream."""
+
+    @classmethod
+    def from_values(cls, values: Mapping[str, Any]) -> EvaluationRecord:
+        """A record out of what `dataclasses.asdict` made of it.
+
+        Raises:
+            TypeError: if a field is missing or unknown.
+        """
+        streams = cast("Mapping[str, dict[str, Any]]", values.get("streams", {}))
+        measured = {name: StreamEvaluation(**one) for name, one in streams.items()}
+        known: dict[str, Any] = {**values, "streams": measured}
+        return cls(**known)
 
     @property
     def perplexity(self) -> float:
@@ -83,6 +115,8 @@ class TrainProgress:
     """Blocks of the stream that are known to be there and were not trained on yet."""
     held_out: EvaluationRecord | None = None
     """The latest measurement."""
+    rollouts: RolloutStatus | None = None
+    """How the student's own writing goes; None in runs without."""
     waiting_share: float = 0.0
     """Part of the time since the first step without traces at hand, 0 to 1; measuring and saving left out."""
 
@@ -104,7 +138,7 @@ class TrainReport:
     steps: int
     """Of the whole run, resumed parts included; the same for the counts below."""
     epochs: int
-    """Complete passes over the stream."""
+    """Complete passes over every stream."""
     traces: int
     """Trained on, repetitions included."""
     tokens: int
@@ -119,7 +153,7 @@ class TrainReport:
     evaluations: tuple[EvaluationRecord, ...]
     """The first is from before the first step; empty without held-out traces."""
     how_to_go_on: str = ""
-    """What to type to go on; empty when the stream has been used up."""
+    """What to type to go on; empty when the streams have been used up."""
     best_checkpoint: Path | None = None
     """The measured one with the lowest held-out KL; None where none was measured."""
 

@@ -1,8 +1,9 @@
 """Several processes that train one student: each computes its share of a batch, and all make the same step.
 
-Invariants: every rank holds the same weights and reads the same batches in the same order, so that the
-sequence of examples does not depend on their number. A step is taken by all or by none: before it the ranks
-agree that each has the batch, and after it whether to stop. Only rank 0 writes.
+Invariants: every rank holds the same weights, or its part of them (see `sharding`), and reads the same
+batches in the same order, so that the sequence of examples does not depend on their number. A step is taken
+by all or by none: before it the ranks agree that each has the batch, and after it whether to stop. Only rank
+0 writes.
 
 The gradients of a batch are summed once, after all of its pieces, so that ranks may cut their shares into
 different numbers of pieces.
@@ -19,9 +20,10 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as torch_distributed
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from lynearm.student.launch import launched_local_rank, launched_world_size
-from lynearm.wire.errors import ConfigError, InternalError
+from lynearm.wire.errors import ConfigError, InternalError, LynearmError
 
 _dist: Any = torch_distributed  # half typed
 
@@ -30,6 +32,9 @@ _BUCKET_ELEMENTS = 8 << 20
 
 _PATIENCE = datetime.timedelta(days=365)
 """How long ranks wait for each other: as long as the teacher takes. A dead rank is the launcher's affair."""
+
+_MEETING = datetime.timedelta(seconds=60)
+"""How long a rank that fails waits for the others to do so as well."""
 
 _Item = TypeVar("_Item")
 
@@ -45,6 +50,8 @@ class Ranks:
     world_size: int = 1
     control: Any = None
     """Group for what ranks agree on, on the CPU, whatever the gradients use."""
+    failed: Any = None
+    """Group of those that fail, on the CPU: the others may wait for something else on `control`."""
 
     @property
     def writes(self) -> bool:
@@ -70,11 +77,16 @@ class Ranks:
         return [item for item, owner in zip(items, owners, strict=True) if owner == self.rank]
 
     def sum_gradients(self, parameters: Iterable[nn.Parameter]) -> None:
-        """Replace every parameter's gradient by the sum over the ranks; a rank without one adds nothing."""
+        """Replace every parameter's gradient by the sum over the ranks; a rank without one adds nothing.
+
+        Those of sharded parameters are summed in the backward pass already.
+        """
         if self.world_size == 1:
             return
         bucket: list[Tensor] = []
         for parameter in parameters:
+            if is_sharded(parameter):
+                continue
             if parameter.grad is None:
                 parameter.grad = torch.zeros_like(parameter)
             fits = sum(gradient.numel() for gradient in bucket) + parameter.numel() <= _BUCKET_ELEMENTS
@@ -105,15 +117,38 @@ class Ranks:
         """Whether a condition holds on every rank."""
         return self.most(int(not condition)) == 0
 
+    def raise_together(self, error: LynearmError | None) -> None:
+        """Raise an error that some ranks have met with on all of them.
+
+        Raises:
+            LynearmError: this rank's own.
+            InternalError: on the others.
+        """
+        if not self.all_hold(error is None):
+            raise error or InternalError("another rank failed: its log says why")
+
+    def meet(self) -> bool:
+        """For a rank that fails: whether all of them do, so that they can still do something together."""
+        if self.world_size == 1:
+            return True
+        try:
+            _dist.monitored_barrier(group=self.failed, timeout=_MEETING)
+        except RuntimeError:
+            return False
+        return True
+
     def check_equal(self, parameters: Iterable[nn.Parameter]) -> None:
-        """Make sure that the ranks still hold the same weights.
+        """Make sure that the ranks still hold the same weights, as far as they hold the same ones at all.
 
         Raises:
             InternalError: on every rank, if they do not.
         """
         if self.world_size == 1:
             return
-        sums = torch.stack([parameter.detach().double().sum().cpu() for parameter in parameters])
+        shared = [parameter for parameter in parameters if not is_sharded(parameter)]
+        if not shared:
+            return
+        sums = torch.stack([parameter.detach().double().sum().cpu() for parameter in shared])
         least, largest = sums.clone(), sums.clone()
         _dist.all_reduce(least, op=_dist.ReduceOp.MIN, group=self.control)
         _dist.all_reduce(largest, op=_dist.ReduceOp.MAX, group=self.control)
@@ -141,10 +176,16 @@ def join_ranks(device: str) -> Generator[Ranks]:
         _initialize(device)
     try:
         control = _dist.new_group(backend="gloo", timeout=_PATIENCE)
-        yield Ranks(_dist.get_rank(), _dist.get_world_size(), control)
+        failed = _dist.new_group(backend="gloo", timeout=_MEETING)
+        yield Ranks(_dist.get_rank(), _dist.get_world_size(), control, failed)
     finally:
         if ours:
             _dist.destroy_process_group()
+
+
+def is_sharded(tensor: Tensor) -> bool:
+    """Whether this rank holds a part of the tensor only."""
+    return isinstance(tensor, DTensor)
 
 
 def _initialize(device: str) -> None:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import time
 from collections import deque
+from collections.abc import Callable
 
+from lynearm.rollouts import RolloutStatus
 from lynearm.student.progress import EvaluationRecord, OnProgress, Stage, StepRecord, TrainProgress
 
 _RATE_STEPS = 16
@@ -20,6 +22,7 @@ class Reporter:
 
     def __init__(self, on_progress: OnProgress) -> None:
         self._on_progress = on_progress
+        self._rollouts: Callable[[], RolloutStatus | None] = lambda: None
         self._steps: deque[tuple[int, float]] = deque(maxlen=_RATE_STEPS)
         self._started = time.monotonic()
         self._record: StepRecord | None = None
@@ -53,6 +56,10 @@ class Reporter:
         self._waited_before = self.waiting_seconds
         return seconds
 
+    def watch_rollouts(self, status: Callable[[], RolloutStatus]) -> None:
+        """Tell with everything else how the student's own writing goes."""
+        self._rollouts = status
+
     def stage(self, stage: Stage, message: str = "") -> None:
         """Announce what the run turns to."""
         self._on_progress(
@@ -63,6 +70,7 @@ class Reporter:
                 tokens_per_second=self.tokens_per_second,
                 lag_blocks=self._lag_blocks,
                 held_out=self._held_out,
+                rollouts=self._rollouts(),
                 waiting_share=self.waiting_share,
             )
         )

@@ -18,10 +18,9 @@ from lynearm.wire.specs import StreamSpec
 PACKAGES = ("lynearm", "torch", "transformers")
 """Whose versions may change what a run computes."""
 
-_NOT_TOLD = frozenset(
+NOT_TOLD = frozenset(
     {
         "student",
-        "stream",
         "questions",
         "out",
         "resume",
@@ -33,13 +32,15 @@ _NOT_TOLD = frozenset(
     | {"service", "service_timeout_seconds", "patience_seconds", "wait_seconds", "prefetch_blocks"}
     | {"checkpoint_every_steps", "keep_checkpoints", "async_checkpoints"}
     | {"threads", "replay_threads", "ray", "ray_address"}
+    | {"teacher", "rollout_stream", "rollout_prompts", "rollout_threads", "rollout_kv_cache_mib"}
+    | {"rollout_gpus", "rollout_weights"}
 )
 """Settings that do not change the student, name a machine's paths, or are among the overrides."""
 
 
 def describe_run(
     config: TrainConfig,
-    spec: StreamSpec,
+    specs: Sequence[StreamSpec],
     *,
     differences: Sequence[str] = (),
     evaluations: Sequence[EvaluationRecord] = (),
@@ -49,18 +50,18 @@ def describe_run(
 
     Args:
         config: What the run was told.
-        spec: Of its stream.
-        differences: What the student does not share with the stream, where that was overridden.
+        specs: Of its streams.
+        differences: What the student does not share with its streams, where that was overridden.
         evaluations: Of the run so far.
         world_size: Processes that share each batch.
     """
-    settings = {name: value for name, value in asdict(config).items() if name not in _NOT_TOLD}
+    settings = {name: value for name, value in asdict(config).items() if name not in NOT_TOLD}
     account: JsonObject = {
-        "streams": [spec.name],
+        "streams": [spec.name for spec in specs],
         "settings": cast(JsonObject, _plain(settings)),
         "ranks": world_size,
         "code": code_versions(*(["peft"] if config.lora else [])),
-        "overrides": _overrides(spec, differences),
+        "overrides": _overrides(specs, differences),
     }
     if evaluations:
         account["held_out"] = {"before": _measured(evaluations[0]), "last": _measured(evaluations[-1])}
@@ -82,12 +83,17 @@ def code_versions(*more: str) -> dict[str, str]:
     return versions
 
 
-def _overrides(spec: StreamSpec, differences: Sequence[str]) -> JsonObject:
+def _overrides(specs: Sequence[StreamSpec], differences: Sequence[str]) -> JsonObject:
     """What would have been refused without a flag, by the flag's name."""
     overrides: JsonObject = {}
-    terms = read_terms(spec)
-    if terms.verdict == "forbidden":
-        overrides["allow_terms"] = f"licence {spec.license!r} of stream {spec.name!r}: {terms.reason}"
+    terms = [(spec, read_terms(spec)) for spec in specs]
+    forbidden = [
+        f"licence {spec.license!r} of stream {spec.name!r}: {said.reason}"
+        for spec, said in terms
+        if said.verdict == "forbidden"
+    ]
+    if forbidden:
+        overrides["allow_terms"] = "; ".join(forbidden)
     if differences:
         overrides["allow_misaligned"] = list(differences)
     return overrides

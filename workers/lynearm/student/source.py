@@ -1,13 +1,16 @@
-"""Waits for the next trace, and says what for."""
+"""One stream as a run reads it: pass after pass, ahead of the trainer, waited for with a word on why."""
 
 from __future__ import annotations
 
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 
+from lynearm.client import Subscription, TraceClient
 from lynearm.student.reader import PositionedTrace, TraceReader
 from lynearm.student.reporting import Reporter
+from lynearm.wire.traces import Cursor
 
 _POLL_SECONDS = 0.2
 """How often a run that waits looks whether it should stop."""
@@ -16,34 +19,82 @@ _ANNOUNCE_SECONDS = 1.0
 """Shorter gaps are not worth a change of the display."""
 
 
-class WatchedSource:
-    """The traces of one pass, until they end or the run should stop.
+class StreamSource:
+    """The traces of one stream in its order; every pass has a subscription and a reader of its own.
 
     Args:
-        reader: Gives the traces.
-        waiting_reason: Why the subscription receives nothing; empty while it is connected.
+        client: Of the service that has the stream.
+        name: Of the stream.
+        prefetch_blocks: Decoded blocks that may wait.
         should_stop: Whether to give up waiting.
         reporter: Hears of waiting.
+        named: Whether to say the stream's name with what is waited for, as where there are several.
     """
 
     def __init__(
         self,
-        reader: TraceReader,
+        client: TraceClient,
+        name: str,
         *,
-        waiting_reason: Callable[[], str],
+        prefetch_blocks: int,
         should_stop: Callable[[], bool],
         reporter: Reporter,
+        named: bool = False,
     ) -> None:
-        self._reader = reader
-        self._waiting_reason = waiting_reason
+        self._client = client
+        self._name = name
+        self._prefetch_blocks = prefetch_blocks
         self._should_stop = should_stop
         self._reporter = reporter
+        self._named = named
         self._returned: deque[PositionedTrace] = deque()
+        self._stack = ExitStack()
+        self._subscription: Subscription | None = None
+        self._reader: TraceReader | None = None
+
+    @property
+    def is_open(self) -> bool:
+        """Whether a pass is in progress."""
+        return self._reader is not None
+
+    @property
+    def next_offset(self) -> int:
+        """Blocks that the stream is known to have; 0 when closed."""
+        return self._reader.next_offset if self._reader else 0
+
+    @property
+    def received_all(self) -> bool:
+        """Whether the stream's last block has arrived; True when closed."""
+        return self._reader is None or self._reader.received_all
 
     @property
     def exhausted(self) -> bool:
         """Whether every trace of the pass has been taken."""
-        return not self._returned and self._reader.exhausted
+        return not self._returned and (self._reader is None or self._reader.exhausted)
+
+    def open(self, start: Cursor) -> None:
+        """Begin, or begin again, at a trace.
+
+        Raises:
+            LynearmError: as for `TraceClient.subscribe`.
+        """
+        self.close()
+        self._subscription = self._stack.enter_context(self._client.subscribe(self._name, start=start.offset))
+        self._reader = self._stack.enter_context(
+            TraceReader(
+                self._subscription,
+                start=start,
+                prefetch_blocks=self._prefetch_blocks,
+                dictionaries=self._client.dictionaries(self._name, wait=True),
+                on_close=self._subscription.close,
+            )
+        )
+
+    def close(self) -> None:
+        """End the pass; what was not taken is forgotten."""
+        self._reader = self._subscription = None
+        self._returned.clear()
+        self._stack.close()
 
     def take(self) -> PositionedTrace | None:
         """The next trace; waits for it. None when all have been taken, or the run should stop.
@@ -53,25 +104,32 @@ class WatchedSource:
         """
         if self._returned:
             return self._returned.popleft()
+        if self._reader is None:
+            return None
         positioned = self._reader.poll(0.0)
         if positioned is not None or self._reader.exhausted:
             return positioned
-        return self._wait()
+        return self._wait(self._reader)
 
     def give_back(self, traces: Sequence[PositionedTrace]) -> None:
         """Traces that were taken and come first again, in their order."""
         self._returned.extendleft(reversed(traces))
 
-    def _wait(self) -> PositionedTrace | None:
+    def _wait(self, reader: TraceReader) -> PositionedTrace | None:
         started = time.monotonic()
         announced = ""
         positioned: PositionedTrace | None = None
-        while positioned is None and not self._reader.exhausted and not self._should_stop():
-            positioned = self._reader.poll(_POLL_SECONDS)
-            reason = self._waiting_reason() or "the teacher's next block"
+        while positioned is None and not reader.exhausted and not self._should_stop():
+            positioned = reader.poll(_POLL_SECONDS)
+            reason = self._waiting_reason()
             waited_seconds = time.monotonic() - started
             if positioned is None and waited_seconds > _ANNOUNCE_SECONDS and reason != announced:
                 self._reporter.stage("waiting", reason)
                 announced = reason
         self._reporter.waiting_seconds += time.monotonic() - started
         return positioned
+
+    def _waiting_reason(self) -> str:
+        reason = self._subscription.waiting_reason if self._subscription else ""
+        reason = reason or "the teacher's next block"
+        return f"stream {self._name}: {reason}" if self._named else reason

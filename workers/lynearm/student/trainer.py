@@ -1,8 +1,9 @@
-"""The training loop: follows a stream while it is written, measures, saves, and stops where it can go on.
+"""The training loop: follows streams while they are written, measures, saves, and stops where it can go on.
 
-Invariants: every trace that the split rule gives to training is trained on once a pass, in stream order;
-the cursor in a checkpoint is exactly after what its weights have seen. The teacher is never waited for with
-traces at hand. A service that goes away is waited for; nothing is lost by it.
+Invariants: every trace that the split rule gives to training is trained on once a pass, in the order that
+`mixed_source` keeps; the cursors in a checkpoint are exactly after what its weights have seen. No teacher is
+waited for while the stream that has the turn holds traces. A service that goes away is waited for; nothing is
+lost by it.
 """
 
 from __future__ import annotations
@@ -11,25 +12,35 @@ import logging
 import math
 import threading
 import time
-from collections.abc import Generator, Iterator
+from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
+from typing import TypeAlias
 
 import torch
+from torch import Tensor
 
 from lynearm.client import TraceClient, stop_on_interrupt
-from lynearm.student.alignment import check_rows, find_differences
-from lynearm.student.batches import Batch, Batcher, SplitRule, is_usable
+from lynearm.student.alignment import check_rows, list_differences
+from lynearm.student.batches import Batch, Batcher, SplitRule
 from lynearm.student.beginning import Beginning, begin
-from lynearm.student.calibration import PredictionSums
 from lynearm.student.checkpoint import Checkpoint, refresh_checkpoint, save_checkpoint, step_name
 from lynearm.student.checkpoint_writer import CheckpointWriter, copy_tensors, copy_weights
 from lynearm.student.config import TrainConfig
-from lynearm.student.evaluation import evaluate
-from lynearm.student.exact_match import ExactMatch, load_questions
+from lynearm.student.held_out import choose_held_out, split_held_out
 from lynearm.student.lineage import StreamUse, extend_lineage
+from lynearm.student.measuring import Measurer
+from lynearm.student.mixed_source import MixedSource, Selection, TraceSource
+from lynearm.student.mixing import StreamPlan, parse_streams
+from lynearm.student.on_policy import OnPolicy
+from lynearm.student.on_policy_plan import (
+    account_for_rollouts,
+    add_rollouts,
+    mean_staleness,
+    open_rollout_stream,
+)
 from lynearm.student.progress import (
     EvaluationRecord,
     OnProgress,
@@ -39,15 +50,16 @@ from lynearm.student.progress import (
     ignore_progress,
 )
 from lynearm.student.ranks import Ranks, join_ranks
-from lynearm.student.reader import PositionedTrace, TraceReader
 from lynearm.student.recording import Recorder, has_stalled
 from lynearm.student.reporting import Reporter
 from lynearm.student.run_account import describe_run
 from lynearm.student.run_directory import best_checkpoint
-from lynearm.student.source import WatchedSource
+from lynearm.student.source import StreamSource
 from lynearm.wire.errors import CheckpointError, LynearmError, ServiceUnavailableError, StreamNotFoundError
 from lynearm.wire.protobuf import StreamInfo
-from lynearm.wire.traces import Cursor, Trace
+from lynearm.wire.specs import StreamSpec
+
+_Tensors: TypeAlias = dict[str, Tensor]
 
 logger = logging.getLogger(__name__)
 
@@ -64,9 +76,13 @@ _STOP_REASONS: tuple[StopReason | None, ...] = (
 
 
 def run_train(
-    config: TrainConfig, on_progress: OnProgress = ignore_progress, *, stop: threading.Event | None = None
+    config: TrainConfig,
+    on_progress: OnProgress = ignore_progress,
+    *,
+    stop: threading.Event | None = None,
+    plans: Sequence[StreamPlan] = (),
 ) -> TrainReport:
-    """Train a student on a stream until the stream, or a bound in the configuration, ends.
+    """Train a student on streams until they, or a bound in the configuration, end.
 
     Ctrl-C ends it after the step that runs, with a checkpoint to resume from; a second one ends it at once.
 
@@ -74,13 +90,15 @@ def run_train(
         config: What to do.
         on_progress: Called at every change of stage and after every step, on this thread.
         stop: Set it, from any thread, for what Ctrl-C does.
+        plans: How streams take part, for programs that filter what they take from them; what
+            `config.streams` says, if not given.
 
     Raises:
         StreamNotFoundError: if there is no such stream.
         ServiceUnavailableError: if no service answers, or it stayed away for `patience_seconds`.
-        MisalignmentError: if student and stream are not aligned.
+        MisalignmentError: if student and streams are not aligned.
         CheckpointError: if the student or checkpoint cannot be loaded, or a checkpoint not be saved.
-        DistillationForbiddenError: if the stream's terms forbid to learn from it, unless `allow_terms`.
+        DistillationForbiddenError: if a stream's terms forbid to learn from it, unless `allow_terms`.
         PromptFileError: if the questions cannot be read.
         MissingDependencyError: if a tracker's package is not installed.
         ConfigError: as for `beginning.begin`.
@@ -93,30 +111,61 @@ def run_train(
     )
     with client, stop_on_interrupt(stop) as event, _keep_threads(), join_ranks(config.device) as ranks:
         reporter = Reporter(on_progress if ranks.writes else ignore_progress)
-        stream = _find_stream(client, config, event, reporter)
+        plans = tuple(plans) or parse_streams(config.streams)
+        deadline = time.monotonic() + config.wait_seconds
+        streams = [_find_stream(client, plan.name, deadline, stop=event, reporter=reporter) for plan in plans]
+        if config.on_policy:
+            streams.append(open_rollout_stream(client, config, streams))
+            plans = add_rollouts(plans, config)
         reporter.stage("loading", str(config.out if config.resume else config.student))
         if config.threads:
             torch.set_num_threads(config.threads)
-        beginning = begin(config, stream, ranks)
-        return _Run(config, client, beginning, ranks=ranks, stream=stream, stop=event, reporter=reporter).go()
+        beginning = begin(config, streams, ranks)
+        inputs = _Inputs(client, plans, tuple(stream.spec for stream in streams))
+        return _Run(config, inputs, beginning, ranks=ranks, stop=event, reporter=reporter).go()
 
 
 def _find_stream(
-    client: TraceClient, config: TrainConfig, stop: threading.Event, reporter: Reporter
+    client: TraceClient, name: str, deadline: float, *, stop: threading.Event, reporter: Reporter
 ) -> StreamInfo:
-    """The stream, waited for as long as the configuration says."""
-    deadline = time.monotonic() + config.wait_seconds
+    """A stream, waited for until the deadline."""
     announced = False
     while True:
         try:
-            return client.get_stream(config.stream)
+            return client.get_stream(name)
         except (StreamNotFoundError, ServiceUnavailableError):
             if stop.is_set() or time.monotonic() >= deadline:
                 raise
         if not announced:
-            reporter.stage("waiting", f"stream {config.stream!r} to be created")
+            reporter.stage("waiting", f"stream {name!r} to be created")
             announced = True
         stop.wait(_LOOK_FOR_STREAM_SECONDS)
+
+
+@dataclass(frozen=True, slots=True)
+class _Inputs:
+    """What a run reads."""
+
+    client: TraceClient
+    plans: tuple[StreamPlan, ...]
+    specs: tuple[StreamSpec, ...]
+    """Of each plan's stream."""
+
+    def sources(
+        self, *, prefetch_blocks: int, should_stop: Callable[[], bool], reporter: Reporter
+    ) -> list[StreamSource]:
+        """One for each stream, closed."""
+        return [
+            StreamSource(
+                self.client,
+                plan.name,
+                prefetch_blocks=prefetch_blocks,
+                should_stop=should_stop,
+                reporter=reporter,
+                named=len(self.plans) > 1,
+            )
+            for plan in self.plans
+        ]
 
 
 class _Run:
@@ -125,37 +174,42 @@ class _Run:
     def __init__(
         self,
         config: TrainConfig,
-        client: TraceClient,
+        inputs: _Inputs,
         beginning: Beginning,
         *,
         ranks: Ranks,
-        stream: StreamInfo,
         stop: threading.Event,
         reporter: Reporter,
     ) -> None:
         self._config = config
-        self._client = client
+        self._inputs = inputs
         self._ranks = ranks
         self._writer = CheckpointWriter()
         self._student = beginning.student
-        self._objective = beginning.objective
-        self._rows_checked = not config.check_alignment
+        self._objectives = beginning.objectives
         self._optimization = beginning.optimization
         self._state = beginning.state
-        self._held_out: tuple[Trace, ...] = beginning.held_out
+        self._held_out = split_held_out(beginning.held_out, beginning.state.held_out_traces)
         self._base_lineage = beginning.base_lineage
-        self._spec = stream.spec
+        self._on_policy: OnPolicy | None = None
+        if config.on_policy and ranks.writes:
+            self._on_policy = OnPolicy(config, inputs.plans)
+            self._inputs = replace(inputs, plans=self._on_policy.watch(inputs.plans))
+            reporter.watch_rollouts(self._on_policy.read_status)
         self._stop = stop
         self._reporter = reporter
-        self._rule = SplitRule(config.held_out_fraction, config.seed)
+        self._selection = Selection(
+            SplitRule(config.held_out_fraction, config.seed), config.max_sequence_tokens
+        )
+        self._unchecked = set(range(len(inputs.specs))) if config.check_alignment else set[int]()
         self._saved_step: int | None = self._state.step if config.resume else None
         self._skipped_traces = 0
         # Not empty only where that was allowed: what the manifest says was overridden.
-        self._differences = find_differences(self._spec, self._student)
-        self._questions = load_questions(config.questions) if config.questions else ()
-        self._exact_match = (
-            ExactMatch(self._student, max_new_tokens=config.question_tokens) if self._questions else None
-        )
+        self._differences = list_differences(inputs.specs, self._student)
+        objectives = {
+            spec.name: objective for spec, objective in zip(inputs.specs, self._objectives, strict=True)
+        }
+        self._measurer = Measurer(config, self._student, objectives, ranks=ranks, reporter=reporter)
         self._recorder = Recorder(config, self._state) if ranks.writes else None
 
     def go(self) -> TrainReport:
@@ -163,18 +217,25 @@ class _Run:
         try:
             return self._go()
         finally:
+            if self._on_policy is not None:
+                self._on_policy.close()
             if self._recorder is not None:
                 self._recorder.close()
 
     def _go(self) -> TrainReport:
-        reason: StopReason | None = None
         try:
-            while reason is None and self._state.epoch < self._config.epochs:
-                reason = self._pass()
+            reason = self._train()
         except LynearmError:
-            # The other ranks may be anywhere: nothing here waits for them.
-            self._save(last=True, alone=True)
-            logger.warning("the run was saved; go on with: %s", self._how_to_go_on())
+            # The other ranks may be anywhere: nothing here waits for them, unless they hold parts of it.
+            if self._student.shards is None or self._ranks.meet():
+                self._save(last=True, alone=True)
+                logger.warning("the run was saved; go on with: %s", self._how_to_go_on())
+            else:
+                logger.warning(
+                    "the run was not saved since step %s: the other ranks, which hold parts of the student, "
+                    "did not end with this one",
+                    self._saved_step or 0,
+                )
             raise
         if reason != "interrupted":
             self._measure()
@@ -182,82 +243,71 @@ class _Run:
         self._reporter.stage("done")
         return self._report(reason or "stream_end", checkpoint)
 
-    def _pass(self) -> StopReason | None:
-        """Train on the rest of one pass; why the run should stop, or None when the pass is complete."""
-        start, client = self._state.cursor, self._client
-        with (
-            client.subscribe(self._config.stream, start=start.offset) as subscription,
-            TraceReader(
-                subscription,
-                start=start,
-                prefetch_blocks=self._config.prefetch_blocks,
-                dictionaries=client.dictionaries(self._config.stream, wait=True),
-                on_close=subscription.close,
-            ) as reader,
-        ):
-            source = WatchedSource(
-                reader,
-                waiting_reason=lambda: subscription.waiting_reason,
-                should_stop=lambda: self._why_stop() is not None,
-                reporter=self._reporter,
-            )
-            if not self._state.held_out_chosen and not self._choose_held_out(source):
+    def _train(self) -> StopReason | None:
+        """Train on the rest of the streams; why the run stops before their end, or None."""
+        sources = self._inputs.sources(
+            prefetch_blocks=self._config.prefetch_blocks,
+            should_stop=lambda: self._why_stop() is not None,
+            reporter=self._reporter,
+        )
+        source = MixedSource(
+            self._inputs.plans,
+            self._state.streams,
+            sources,
+            selection=self._selection,
+            epochs=self._config.epochs,
+            reporter=self._reporter,
+        )
+        if reason := self._agree(self._why_stop()):
+            return reason
+        with source:
+            if not self._state.held_out_traces and not self._choose_held_out(sources):
                 return self._agree(self._why_stop())
             batches = self._batches(source)
             # A batch that some rank cannot take, since it was interrupted, is left for the next run by all.
             while self._ranks.all_hold((batch := next(batches, None)) is not None) and batch is not None:
-                self._use_threads(live=self._state.epoch == 0 and not reader.received_all)
-                self._step(batch, reader)
+                self._use_threads(live=source.is_live)
+                self._step(batch, source)
                 if reason := self._agree(self._why_stop()):
                     return reason
             if reason := self._agree(None if source.exhausted else self._why_stop()):
                 return reason
-        self._state = replace(self._state, epoch=self._state.epoch + 1, cursor=Cursor())
-        return None
+            self._state = replace(self._state, streams=source.states)
+            return None
 
-    def _choose_held_out(self, source: WatchedSource) -> bool:
+    def _choose_held_out(self, sources: Sequence[TraceSource]) -> bool:
         """Settle the held-out set and measure on it; False if the run should stop first."""
-        wanted, passed, held_out = self._config.held_out_traces, list[PositionedTrace](), list[Trace]()
-        self._reporter.stage("collecting", f"{wanted} held-out traces")
-        while len(held_out) < wanted and len(passed) < self._config.held_out_window:
-            positioned = source.take()
-            if positioned is None:
-                break
-            if not self._rule.holds_out(positioned.trace):
-                passed.append(positioned)
-            elif is_usable(positioned.trace, self._config.max_sequence_tokens):
-                # Measured without hidden states, which would fill the checkpoint's blocks.
-                held_out.append(replace(positioned.trace, hidden=None))
+        held_out = choose_held_out(
+            self._inputs.plans,
+            sources,
+            config=self._config,
+            selection=self._selection,
+            reporter=self._reporter,
+        )
         if not self._ranks.all_hold(self._why_stop() is None):
             return False
-        source.give_back(passed)
-        self._held_out = tuple(held_out)
-        self._state = replace(self._state, held_out_chosen=True)
+        self._held_out = held_out
+        self._state = replace(self._state, held_out_traces=tuple(map(len, held_out)))
         self._measure()
         return True
 
-    def _batches(self, source: WatchedSource) -> Iterator[Batch]:
+    def _batches(self, source: MixedSource) -> Iterator[Batch]:
         batcher = Batcher(
             batch_sequences=self._config.batch_sequences,
             batch_tokens=self._config.batch_tokens,
             max_sequence_tokens=self._config.max_sequence_tokens,
-            rule=self._rule,
         )
-        while (positioned := source.take()) is not None:
-            if batch := batcher.add(positioned):
+        while (drawn := source.take(self._state.step)) is not None:
+            if batch := batcher.add(drawn):
                 yield batch
-        self._skipped_traces += batcher.skipped_traces
+        self._skipped_traces = source.skipped_traces
         if source.exhausted and (batch := batcher.rest()):
             yield batch
 
-    def _step(self, batch: Batch, reader: TraceReader) -> None:
+    def _step(self, batch: Batch, source: MixedSource) -> None:
         started = time.monotonic()
         step = self._state.step + 1
-        if not self._rows_checked:
-            check_rows(
-                self._student, batch.traces, self._objective, allow_misaligned=self._config.allow_misaligned
-            )
-            self._rows_checked = True
+        self._check_rows(batch)
         result = self._optimization.step(batch, step)
         record = StepRecord(
             step=step,
@@ -269,24 +319,14 @@ class _Run:
             learning_rate=result.learning_rate,
             gradient_norm=result.gradient_norm,
             hidden=result.hidden,
+            stream_tokens=self._stream_tokens(batch),
+            staleness=self._staleness(batch),
             seconds=time.monotonic() - started,
             waiting_seconds=self._reporter.take_waiting_seconds(),
         )
         self._record(record)
-        self._state = replace(
-            self._state,
-            step=step,
-            cursor=batch.after,
-            furthest=max(self._state.furthest, batch.after),
-            traces=self._state.traces + len(batch.traces),
-            tokens=record.tokens,
-            curve=(*self._state.curve, record),
-        )
-        self._reporter.stepped(
-            record,
-            tokens=result.tokens,
-            lag_blocks=max(0, reader.next_offset - batch.after.offset) if self._state.epoch == 0 else 0,
-        )
+        self._state = replace(self._state, step=step, streams=batch.after, curve=(*self._state.curve, record))
+        self._reporter.stepped(record, tokens=result.tokens, lag_blocks=source.lag_blocks)
         if self._config.eval_every_steps and step % self._config.eval_every_steps == 0:
             self._measure()
         if self._config.checkpoint_every_steps and step % self._config.checkpoint_every_steps == 0:
@@ -294,46 +334,38 @@ class _Run:
                 self._measure()  # the best checkpoint is one of those that were measured
             self._save()
 
+    def _check_rows(self, batch: Batch) -> None:
+        """Look at the first traces of each stream whether their rows stand where they should."""
+        for stream in sorted(self._unchecked.intersection(batch.streams)):
+            traces = [trace for trace, its in zip(batch.traces, batch.streams, strict=True) if its == stream]
+            allow_misaligned = self._config.allow_misaligned
+            check_rows(self._student, traces, self._objectives[stream], allow_misaligned=allow_misaligned)
+            self._unchecked.remove(stream)
+
+    def _staleness(self, batch: Batch) -> float | None:
+        """Steps by which a batch's rollouts are behind, on average; None without any."""
+        if not self._config.on_policy:
+            return None
+        last = len(self._inputs.plans) - 1
+        pairs = zip(batch.traces, batch.streams, strict=True)
+        return mean_staleness([trace for trace, stream in pairs if stream == last], self._state.step)
+
+    def _stream_tokens(self, batch: Batch) -> dict[str, int]:
+        """Completion tokens of a batch by stream; none where there is one stream."""
+        if len(self._inputs.plans) == 1:
+            return {}
+        pairs = zip(batch.after, self._state.streams, strict=True)
+        return {after.name: after.tokens - before.tokens for after, before in pairs}
+
     def _measure(self) -> None:
         """Measure on the held-out traces, unless that was done at this very step."""
-        evaluations = self._state.evaluations
-        if not self._held_out or (evaluations and evaluations[-1].step == self._state.step):
+        state, evaluations = self._state, self._state.evaluations
+        if not any(self._held_out) or (evaluations and evaluations[-1].step == state.step):
             return
-        self._reporter.stage("evaluating", f"{len(self._held_out)} held-out traces")
-        lengths = [len(trace.completion_token_ids) for trace in self._held_out]
-        sums = evaluate(
-            self._student,
-            self._ranks.share(self._held_out, lengths),
-            micro_batch_tokens=self._config.micro_batch_tokens,
-            max_sequence_tokens=self._config.max_sequence_tokens,
-            objective=self._objective,
-        )
-        kl, cross_entropy, positions, *counts = self._ranks.sum(
-            sums.kl, sums.cross_entropy, sums.positions, *sums.predictions.values()
-        )
-        predictions = PredictionSums.from_values(counts)
-        record = EvaluationRecord(
-            self._state.step,
-            self._state.tokens,
-            kl / positions,
-            cross_entropy / positions,
-            int(positions),
-            predictions.agreement,
-            predictions.calibration_error,
-            self._ask(),
-        )
+        record = self._measurer.measure(self._held_out, step=state.step, tokens=state.tokens)
         self._record(record)
-        self._state = replace(self._state, evaluations=(*evaluations, record))
+        self._state = replace(state, evaluations=(*evaluations, record))
         self._reporter.evaluated(record)
-
-    def _ask(self) -> float | None:
-        """Part of the questions that the student answers exactly; None without questions."""
-        if self._exact_match is None:
-            return None
-        self._reporter.stage("evaluating", f"{len(self._questions)} questions")
-        mine = self._ranks.share(self._questions, [1] * len(self._questions))
-        (correct,) = self._ranks.sum(self._exact_match.count_correct(self._student, mine))
-        return correct / len(self._questions)
 
     def _record(self, record: StepRecord | EvaluationRecord) -> None:
         if self._recorder is not None:
@@ -349,50 +381,73 @@ class _Run:
         state, directory = self._state, self._config.out / step_name(self._state.step)
         if not alone:
             self._ranks.check_equal(self._optimization.parameters())
+        failure: CheckpointError | None = None
         if self._ranks.writes:
             self._reporter.stage("saving", f"step {state.step}")
-            self._finish_writing(last=last)
-            self._write(directory, beside=self._config.async_checkpoints and not last)
+            failure = self._finish_writing(last=last)
+        if not alone:
+            self._ranks.raise_together(failure)
+        gathered = self._gather()
+        if self._ranks.writes:
+            self._write(directory, gathered, beside=self._config.async_checkpoints and not last)
         # A resumed run was loaded from a checkpoint that will be removed; the newest one stays.
         self._student = replace(self._student, directory=directory)
         self._saved_step = state.step
         if last and not alone:
             self._ranks.all_hold(True)
+        elif self._student.shards is not None and alone:
+            self._ranks.meet()  # a launcher ends the rank that writes when it finds that another has ended
         return directory
 
-    def _finish_writing(self, *, last: bool) -> None:
+    def _gather(self) -> tuple[_Tensors, _Tensors] | None:
+        """Weights and optimizer state of a sharded student, which all ranks gather; None if of no use."""
+        if self._student.shards is None or not self._ranks.most(int(self._saved_step != self._state.step)):
+            return None
+        weights = self._student.shards.gather_weights(keep=self._ranks.writes)
+        return weights, self._optimization.state()
+
+    def _finish_writing(self, *, last: bool) -> CheckpointError | None:
+        """Wait for the write before; what it failed with, unless this is the last."""
         try:
             self._writer.wait()
         except CheckpointError as error:
             if not last:
-                raise
+                return error
             # The last chance to save: it may be of the very step that failed.
             logger.warning("%s; trying once more", error)
             self._saved_step = None
+        return None
 
-    def _write(self, directory: Path, *, beside: bool) -> None:
+    def _write(self, directory: Path, gathered: tuple[_Tensors, _Tensors] | None, *, beside: bool) -> None:
         student, state, config = self._student, self._state, self._config
-        use = StreamUse(self._spec, state.furthest, state.epoch, state.traces, state.tokens)
+        uses = [
+            StreamUse(spec, stream.furthest, stream.epoch, stream.traces, stream.tokens)
+            for spec, stream in zip(self._inputs.specs, state.streams, strict=True)
+        ]
         run = describe_run(
             config,
-            self._spec,
+            self._inputs.specs,
             differences=self._differences,
             evaluations=state.evaluations,
             world_size=self._ranks.world_size,
         )
-        lineage = extend_lineage(self._base_lineage, use, run=run)
-        optimizer = self._optimization.state()
-        checkpoint = Checkpoint(directory, state, optimizer, self._held_out, self._base_lineage)
+        if config.on_policy:
+            run["on_policy"] = account_for_rollouts(state.streams, self._inputs.specs[-1])
+        lineage = extend_lineage(self._base_lineage, uses, run=run)
+        held_out = tuple(trace for traces in self._held_out for trace in traces)
+        checkpoint = Checkpoint(directory, state, {}, held_out, self._base_lineage)
         if self._saved_step == state.step:
             refresh_checkpoint(checkpoint, config=config, lineage=lineage)
-        elif not beside:
-            save_checkpoint(student, checkpoint, config=config, lineage=lineage)
+            return
+        weights, optimizer = gathered or (None, self._optimization.state())
+        if beside and gathered is None:
+            weights, optimizer = copy_weights(student), copy_tensors(optimizer)
+        checkpoint = replace(checkpoint, optimizer=optimizer)
+        save = partial(save_checkpoint, student, checkpoint, config=config, lineage=lineage, weights=weights)
+        if beside:
+            self._writer.submit(save)
         else:
-            weights = copy_weights(student)
-            copied = replace(checkpoint, optimizer=copy_tensors(optimizer))
-            self._writer.submit(
-                partial(save_checkpoint, student, copied, config=config, lineage=lineage, weights=weights)
-            )
+            save()
 
     def _agree(self, reason: StopReason | None) -> StopReason | None:
         """Why all ranks should stop: any rank's reason is every rank's."""
@@ -406,7 +461,12 @@ class _Run:
             return "max_steps"
         if has_stalled(self._state.evaluations, self._config.early_stop_patience):
             return "no_improvement"
-        return "max_seconds" if self._seconds_left() <= 0 else None
+        if self._seconds_left() <= 0:
+            return "max_seconds"
+        # What is asked after each step, and again and again while the run waits, tends the rollouts too.
+        if self._on_policy is not None:
+            self._on_policy.tend(self._student, self._state)
+        return None
 
     def _seconds_left(self) -> float:
         return self._config.max_seconds - self._reporter.seconds if self._config.max_seconds else math.inf
@@ -418,9 +478,9 @@ class _Run:
 
     def _how_to_go_on(self) -> str:
         config = self._config
-        return (
-            f"lynearm train --resume --out {config.out} --stream {config.stream} --service {config.service}"
-        )
+        streams = "".join(f" --stream {stream}" for stream in config.streams)
+        rollouts = f" --on-policy --teacher {config.teacher}" if config.on_policy else ""
+        return f"lynearm train --resume --out {config.out}{streams} --service {config.service}{rollouts}"
 
     def _report(self, reason: StopReason, checkpoint: Path) -> TrainReport:
         state = self._state

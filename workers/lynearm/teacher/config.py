@@ -10,7 +10,9 @@ from lynearm.teacher.inside_options import parse_capture, parse_stats
 from lynearm.teacher.routing import PromptRoute
 from lynearm.wire.blocks import MAX_PAYLOAD_BYTES
 from lynearm.wire.errors import ConfigError, InvalidInputError
+from lynearm.wire.sampling import sampling_problem
 from lynearm.wire.specs import BYTES_PER_ENTRY, CODEC_MODES, MAX_TOP_K, CodecMode, check_name
+from lynearm.wire.traces import SamplingParams
 
 Dtype: TypeAlias = Literal["auto", "float32", "bfloat16", "float16"]
 Keep: TypeAlias = Literal["all", "correct", "shortest-correct"]
@@ -102,6 +104,20 @@ class TeachConfig:
     """Draw from this many of the likeliest tokens; 0 from all. Not to be confused with `top_k`."""
     min_p: float = 0.0
     """Draw from tokens with at least this share of the likeliest one's probability."""
+    presence_penalty: float = 0.0
+    """Of sampling, -2 to 2: taken from the logit of each token that the completion has so far. Recorded
+    distributions and logprobs stay the model's own, with this and the other penalties."""
+    frequency_penalty: float = 0.0
+    """-2 to 2: the same for each time that it has it."""
+    repetition_penalty: float = 1.0
+    """Divides positive logits, and multiplies negative ones, of tokens that prompt or completion have so far;
+    1 changes nothing."""
+    stop: tuple[str, ...] = ()
+    """Texts of which the first one to appear ends a completion, and is its end; the trace says which."""
+    stop_token_ids: tuple[int, ...] = ()
+    """Tokens that end a completion as its end tokens do."""
+    min_tokens: int = 0
+    """Tokens before which neither an end token nor any of these ends it; less where the context ends."""
     max_tokens: int = 256
     """Bound on a completion, tokens; less where the context ends before."""
     completions: int = 1
@@ -206,6 +222,9 @@ class TeachConfig:
                 self.completions == 1 or self.temperature > 0
             ),
             f"max_tokens {self.max_tokens} is below 1": self.max_tokens >= 1,
+            f"min_tokens {self.min_tokens} is above max_tokens {self.max_tokens}": (
+                self.min_tokens <= self.max_tokens
+            ),
             f"completions {self.completions} is below 1": self.completions >= 1,
             f"max_model_len {self.max_model_len} is below 2": self.max_model_len >= 2,
             f"verify_seconds {self.verify_seconds} is not positive": self.verify_seconds > 0,
@@ -232,8 +251,27 @@ class TeachConfig:
         for problem, holds in checks.items():
             if not holds:
                 raise ConfigError(problem)
+        problem = sampling_problem(self.sampling())
+        if problem:
+            raise ConfigError(problem)
         parse_capture(self.capture)
         parse_stats(self.stats)
+
+    def sampling(self) -> SamplingParams:
+        """How completions are drawn; without a seed, of which each has its own."""
+        return SamplingParams(
+            temperature=self.temperature,
+            top_p=self.top_p,
+            top_k=self.sample_top_k,
+            min_p=self.min_p,
+            max_tokens=self.max_tokens,
+            presence_penalty=self.presence_penalty,
+            frequency_penalty=self.frequency_penalty,
+            repetition_penalty=self.repetition_penalty,
+            min_tokens=self.min_tokens,
+            stop=self.stop,
+            stop_token_ids=self.stop_token_ids,
+        )
 
     def bytes_per_token(self) -> float:
         """Upper estimate of an encoded position, bytes."""

@@ -20,6 +20,7 @@ import numpy.typing as npt
 from lynearm.teacher.capture import CaptureReport, CaptureWish
 from lynearm.teacher.config import TeachConfig
 from lynearm.teacher.draws import draw_rows
+from lynearm.teacher.engine_sampling import engine_sampling, leave_candidates_as_ids
 from lynearm.teacher.extension import EXTENSION
 from lynearm.teacher.inside import LookInside, check_block_room
 from lynearm.teacher.inside_options import HiddenCapture, LayerStats, parse_capture, parse_stats
@@ -35,6 +36,7 @@ from lynearm.teacher.model_source import prepare_model
 from lynearm.teacher.scoring import EngineScoring
 from lynearm.teacher.tokenizer import PromptTokenizer, describe_tokenizer, end_tokens
 from lynearm.teacher.vllm_internals import say_slower
+from lynearm.teacher.weight_refresh import refresh_weights
 from lynearm.wire.errors import ConfigError, LynearmError, MissingDependencyError, TeacherError
 from lynearm.wire.hidden import HiddenStates, HiddenStatesSpec
 from lynearm.wire.profiles import LayerStatistics
@@ -74,6 +76,8 @@ class Completion:
     """Shape [T]."""
     top_k: TopK
     finish_reason: FinishReason
+    stop_string: str = ""
+    """Which of the sampling's stop strings ended it; the last token completed it. Empty: none did."""
     hidden: HiddenStates | None = None
     """At the T positions; None unless they are captured."""
 
@@ -187,12 +191,11 @@ class TeacherEngine:
     def sampling(self, prompt_id: str, sample_index: int, prompt_tokens: int) -> SamplingParams:
         """How one completion is to be drawn."""
         config = self._config
-        return SamplingParams(
-            temperature=config.temperature,
-            top_p=config.top_p,
-            top_k=config.sample_top_k,
-            min_p=config.min_p,
-            max_tokens=min(config.max_tokens, self.max_model_len - prompt_tokens),
+        max_tokens = min(config.max_tokens, self.max_model_len - prompt_tokens)
+        return replace(
+            config.sampling(),
+            max_tokens=max_tokens,
+            min_tokens=min(config.min_tokens, max_tokens),
             seed=None if config.seed is None else completion_seed(config.seed, prompt_id, sample_index),
         )
 
@@ -217,27 +220,15 @@ class TeacherEngine:
         Raises:
             TeacherError: if vLLM refuses it.
         """
-        from vllm import SamplingParams as EngineSampling
-        from vllm.sampling_params import RequestOutputKind
-
-        # No detokenising: doing so for every candidate would cost four times what collecting them does.
-        parameters: Untyped = EngineSampling(
-            temperature=sampling.temperature,
-            top_p=sampling.top_p,
-            top_k=sampling.top_k,
-            min_p=sampling.min_p,
-            max_tokens=sampling.max_tokens,
-            seed=sampling.seed,
-            logprobs=self._logprob_count if top_k is None else top_k,
-            flat_logprobs=True,
-            detokenize=False,
-            output_kind=RequestOutputKind.CUMULATIVE if streamed else RequestOutputKind.FINAL_ONLY,
-        )
+        logprobs = self._logprob_count if top_k is None else top_k
+        parameters = engine_sampling(sampling, logprobs, streamed=streamed)
         prompt = {"prompt_token_ids": [int(token_id) for token_id in prompt_token_ids]}
         try:
             internal_id = self._engine.add_request(request_id, prompt, parameters)
         except ValueError as error:
             raise TeacherError(f"vLLM refuses request {request_id!r}: {_first_line(error)}") from error
+        if sampling.stop:
+            leave_candidates_as_ids(self._engine, str(internal_id))
         if top_k is not None:
             self._own_top_k[request_id] = top_k
         if self._inside is not None:
@@ -263,6 +254,14 @@ class TeacherEngine:
             self._own_top_k.pop(request_id, None)
             if self._inside is not None:
                 self._inside.drop(request_id)
+
+    def refresh(self, directory: Path) -> None:
+        """Take the weights of another checkpoint of the same model; only between requests.
+
+        Raises:
+            PreconditionError, TeacherError: as for `refresh_weights`.
+        """
+        refresh_weights(self._engine, directory)
 
     def close(self) -> None:
         """Undo the changes to vLLM's logprob collection."""
@@ -306,12 +305,15 @@ class TeacherEngine:
             sampled_logprobs, top_k = top_k_from_rows(made.logprobs, token_ids, own_top_k)
         reason = made.finish_reason
         request_id = str(output.request_id)
+        stopped_by: str | int | None = made.stop_reason
+        by_text = isinstance(stopped_by, str) and token_ids[-1] not in self.eos_token_ids
         return Completion(
             request_id=request_id,
             token_ids=np.asarray(token_ids, np.int32),
             sampled_logprobs=sampled_logprobs,
             top_k=top_k,
             finish_reason=reason if reason in FINISH_REASONS else "abort",
+            stop_string=str(stopped_by) if by_text else "",
             hidden=None if self._inside is None else self._inside.finish(request_id, len(token_ids)),
         )
 

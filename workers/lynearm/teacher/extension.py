@@ -9,9 +9,10 @@ from __future__ import annotations
 from lynearm.teacher.capture import CaptureWorker
 from lynearm.teacher.inside_worker import InsideWorker
 from lynearm.teacher.scoring_rows import ScoringWorker
+from lynearm.teacher.weight_refresh import RefreshWorker
 
 
-class WorkerExtension(CaptureWorker, ScoringWorker, InsideWorker):
+class WorkerExtension(CaptureWorker, ScoringWorker, InsideWorker, RefreshWorker):
     """All of our features of a vLLM worker, as one class."""
 
 

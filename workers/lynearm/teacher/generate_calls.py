@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import hashlib
 from collections.abc import AsyncGenerator, Callable, Sequence
+from dataclasses import replace
 
 import numpy as np
 
@@ -18,6 +19,7 @@ from lynearm.teacher.tokenizer import PromptTokenizer
 from lynearm.v1 import teacher_service_pb2 as pb
 from lynearm.wire.codec import encode_block
 from lynearm.wire.errors import InternalError, InvalidInputError, PromptTooLongError
+from lynearm.wire.sampling import sampling_from_proto, sampling_problem, stop_token_problem
 from lynearm.wire.scoring import (
     MAX_RESULT_BYTES,
     ScoreSettings,
@@ -128,13 +130,16 @@ class GenerateCalls:
         for problem, holds in checks.items():
             if not holds:
                 raise InvalidInputError(f"sampling: {problem}")
-        return SamplingParams(
-            temperature=given.temperature,
+        asked = sampling_from_proto(given)
+        problem = sampling_problem(asked) or stop_token_problem(asked, self._teacher.spec.vocab_size)
+        if problem:
+            raise InvalidInputError(f"sampling: {problem}")
+        max_tokens = min(given.max_tokens or room, room)
+        return replace(
+            asked,
             top_p=given.top_p or 1.0,
-            top_k=given.top_k,
-            min_p=given.min_p,
-            max_tokens=min(given.max_tokens or room, room),
-            seed=given.seed if given.HasField("seed") else None,
+            max_tokens=max_tokens,
+            min_tokens=min(asked.min_tokens, max_tokens),
         )
 
     def _check_trace(self, request: pb.GenerateRequest, max_tokens: int) -> None:
@@ -168,6 +173,7 @@ class GenerateCalls:
             finish_reason=finish_reason_to_proto(completion.finish_reason),
             prompt_token_count=prompt_ids.size,
             completion_token_count=completion.token_ids.size,
+            stop_string=completion.stop_string,
         )
         if request.with_trace:
             trace = Trace(
@@ -178,6 +184,7 @@ class GenerateCalls:
                 completion.top_k,
                 completion.finish_reason,
                 sampling=sampling,
+                stop_string=completion.stop_string,
             )
             codec = codec_mode_from_proto(request.codec_mode)
             block = encode_block([trace], codec=codec, vocab_size=self._teacher.spec.vocab_size)

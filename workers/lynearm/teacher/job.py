@@ -10,7 +10,7 @@ from __future__ import annotations
 import importlib.util
 import os
 import time
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Collection, Generator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import TypeAlias
@@ -26,8 +26,9 @@ from lynearm.teacher.rates import RateMeter
 from lynearm.teacher.ray_actor import RayWorkers, ray_session
 from lynearm.teacher.ray_cluster import Untyped
 from lynearm.teacher.slot import Totals
-from lynearm.teacher.supervisor import Supervisor
+from lynearm.teacher.supervisor import Allow, Supervisor
 from lynearm.wire.errors import (
+    InternalError,
     JobCancelledError,
     MissingDependencyError,
     StreamNotFoundError,
@@ -36,7 +37,9 @@ from lynearm.wire.errors import (
 
 __all__ = ["OnProgress", "TeachProgress", "TeachReport", "run_teach"]
 
-_POLL_SECONDS = 0.25
+POLL_SECONDS = 0.25
+"""Between two looks at a job's workers."""
+
 _REPORT_SECONDS = 0.5
 _MESSAGE_SECONDS = 10.0
 """How long it is said what happened: those who print a line now and then shall not miss it."""
@@ -67,16 +70,44 @@ def run_teach(config: TeachConfig, on_progress: OnProgress = lambda progress: No
         TeacherError: if workers keep dying.
         LynearmError: what else the engine or the service said.
     """
-    _check_installed()
-    address = "local" if runs_here(config) else config.ray_address or "auto"
-    settled = replace(pin_model(config), ray_address=address)
     with TraceClient(config.service) as client:
-        return _Job(settled, client, on_progress).run()
+        job = TeachJob(settled(config), client, on_progress)
+        if job.look():
+            job.prepare_for_ray()
+            try:
+                with ray_session(job.config.ray_address, local_cpus([job.config])) as ray:
+                    _run_alone(job, ray)
+            except KeyboardInterrupt:
+                job.interrupted = True
+        return job.conclude()
 
 
-class _Job:
+def settled(config: TeachConfig) -> TeachConfig:
+    """A configuration in which nothing depends any more on when and where it is read.
+
+    Raises:
+        MissingDependencyError, ConfigError: as for `run_teach`.
+    """
+    check_installed()
+    address = "local" if runs_here(config) else config.ray_address or "auto"
+    return replace(pin_model(config), ray_address=address)
+
+
+class TeachJob:
+    """One job from its first look at the service to its report.
+
+    In this order: `look`; where there is work, `begin` on a connected Ray, `tick` until `has_ended`, `close`;
+    `conclude`. `tick` waits for nothing, so that one loop may run several jobs; the others may wait for the
+    service.
+
+    Args:
+        config: From `settled`.
+        client: Of its service.
+        on_progress: Called on the thread that calls the job, about twice a second.
+    """
+
     def __init__(self, config: TeachConfig, client: TraceClient, on_progress: OnProgress) -> None:
-        self._config = config
+        self.config = config
         self._client = client
         self._on_progress = on_progress
         self._started = time.monotonic()
@@ -86,99 +117,138 @@ class _Job:
         self._prompt_count = 0
         self._skipped_count = 0
         self._finished_before = 0
+        self._prompts: JobPrompts | None = None
+        self._work: PromptJob | None = None
+        self._before: StreamInfo | None = None
         self._supervisor: Supervisor | None = None
-        self._interrupted = False
+        self.interrupted = False
+        """Whether it was told to stop before its end."""
         self._tokens = RateMeter()
         self._units = RateMeter(_ETA_WINDOW_SECONDS)
         self._reported_at = float("-inf")
         self._message = ("", float("-inf"))
 
-    def run(self) -> TeachReport:
-        prompts = JobPrompts(self._config)
+    @property
+    def supervisor(self) -> Supervisor | None:
+        """Of its workers; None before `begin`."""
+        return self._supervisor
+
+    @property
+    def has_ended(self) -> bool:
+        """Whether there is nothing left to look at."""
+        return self._supervisor is None or self._supervisor.has_ended
+
+    def look(self) -> bool:
+        """Read the prompts, and see what the stream has of them; whether there is work.
+
+        Raises:
+            PromptFileError, StreamSealedError, JobCancelledError, LynearmError: as for `run_teach`.
+        """
+        self._prompts = prompts = JobPrompts(self.config)
         self._prompt_count, self._skipped_count = prompts.count, prompts.bad_line_count
-        work = PromptJob(self._client, self._config, prompts)
+        self._work = PromptJob(self._client, self.config, prompts)
         self._wait_for_service()
-        before = self._stream()
-        job = work.find()
-        self._finished_before = work.count_finished(before, job)
+        self._before = self._stream()
+        job = self._work.find()
+        self._finished_before = self._work.count_finished(self._before, job)
         is_done = job is not None and job.state == "done"
         remaining = 0 if is_done else prompts.count - self._finished_before
         if remaining:
-            self._refuse_in_vain(before, job, remaining)
-            self._teach(work)
-        sealed = self._seal()
+            self._refuse_in_vain(self._before, job, remaining)
+        return remaining > 0
+
+    def prepare_for_ray(self) -> None:
+        """Close what must not be open while Ray starts; before `begin`, unless Ray is connected."""
+        # Ray forks its servers from this process, and while a channel is open gRPC's fork handlers abort such
+        # a child now and then, for which Ray then waits half a minute. The next call opens a channel again.
+        self._client.close()
+        self._enter("starting")
+
+    def begin(self, ray: Untyped, allow: Allow = lambda count: count) -> None:
+        """Start to place workers.
+
+        Args:
+            ray: The connected module.
+            allow: As `Supervisor` takes it.
+        """
+        self._enter("loading")
+        workers = RayWorkers(ray, self.config)
+        self._supervisor = Supervisor(self.config, workers, self._looked_at_work, allow=allow)
+
+    def tick(self) -> None:
+        """Look at everything once; waits for nothing.
+
+        Raises:
+            LynearmError: what makes the job impossible; TeacherError if workers keep dying.
+        """
+        supervisor = self._supervisor
+        if supervisor is None:
+            return
+        supervisor.tick()
+        if self._stage == "loading" and supervisor.has_connected:
+            self._enter("generating")
+        self._report_now_and_then(supervisor)
+
+    def stop(self) -> None:
+        """End soon: what is finished is published, and the report says `interrupted`."""
+        self.interrupted = True
+        if self._supervisor is not None:
+            self._supervisor.stop()
+
+    def close(self) -> None:
+        """End every worker at once. Idempotent."""
+        if self._supervisor is not None:
+            self._supervisor.close()
+        if self._work is not None:
+            self._work.close()
+
+    def conclude(self, *, seal: bool = True) -> TeachReport:
+        """What the job did; seals the stream where its config says so, unless it was interrupted.
+
+        Args:
+            seal: False leaves it to others.
+        """
+        sealed = self._seal() if seal else False
         self._wait_for_service()
         self._enter("done")
         self._report_progress()
-        return self._report(work, prompts, before, sealed=sealed)
+        return self._report(self._looked_at_work, sealed=sealed)
+
+    @property
+    def _looked_at_work(self) -> PromptJob:
+        if self._work is None:
+            raise InternalError("the job was used before it looked at its prompts")
+        return self._work
 
     def _refuse_in_vain(self, stream: StreamInfo | None, job: JobInfo | None, remaining: int) -> None:
         """Start nothing that can publish nothing."""
         if stream is not None and stream.sealed:
             raise StreamSealedError(
-                f"stream {self._config.stream!r} is sealed, and {remaining} prompts are not in it",
+                f"stream {self.config.stream!r} is sealed, and {remaining} prompts are not in it",
                 "write them to a stream of another name",
             )
         if job is not None and job.state == "cancelled":
             raise JobCancelledError(
-                f"job {job.name!r} of stream {self._config.stream!r} was cancelled",
+                f"job {job.name!r} of stream {self.config.stream!r} was cancelled",
                 "to answer its prompts after all, name another job: what is done stays done",
             )
 
-    def _teach(self, work: PromptJob) -> None:
-        # Ray forks its servers from this process, and while a channel is open gRPC's fork handlers abort such
-        # a child now and then, for which Ray then waits half a minute. The next call opens a channel again.
-        self._client.close()
-        self._enter("starting")
-        try:
-            with ray_session(self._config.ray_address, _local_cpus(self._config)) as ray:
-                self._enter("loading")
-                self._supervise(ray, work)
-        except KeyboardInterrupt:
-            self._interrupted = True
-
-    def _supervise(self, ray: Untyped, work: PromptJob) -> None:
-        supervisor = Supervisor(self._config, RayWorkers(ray, self._config), work)
-        self._supervisor = supervisor
-        try:
-            while not supervisor.has_ended:
-                with self._stopping_once(supervisor):
-                    supervisor.tick()
-                    if self._stage == "loading" and supervisor.has_connected:
-                        self._enter("generating")
-                    self._report_now_and_then(supervisor)
-                    time.sleep(_POLL_SECONDS)
-        finally:
-            supervisor.close()
-            work.close()
-
-    @contextmanager
-    def _stopping_once(self, supervisor: Supervisor) -> Generator[None]:
-        """Let the first Ctrl-C end the work, and the second one everything."""
-        try:
-            yield
-        except KeyboardInterrupt:
-            if self._interrupted:
-                raise
-            self._interrupted = True
-            supervisor.stop()
-
     def _wait_for_service(self) -> None:
-        message = f"waiting for the trace service at {self._config.service}"
+        message = f"waiting for the trace service at {self.config.service}"
         self._client.wait_until_ready(on_wait=lambda: self._report_progress(message))
 
     def _stream(self) -> StreamInfo | None:
         try:
-            return self._client.get_stream(self._config.stream)
+            return self._client.get_stream(self.config.stream)
         except StreamNotFoundError:
             return None
 
     def _seal(self) -> bool:
-        if self._interrupted or not self._config.seal:
+        if self.interrupted or not self.config.seal:
             return False
         self._enter("sealing")
         self._wait_for_service()
-        return self._client.seal_stream(self._config.stream).sealed
+        return self._client.seal_stream(self.config.stream).sealed
 
     def _enter(self, stage: Stage) -> None:
         now = time.monotonic()
@@ -195,7 +265,7 @@ class _Job:
             return
         self._reported_at = now
         message, until = self._message
-        if self._interrupted:
+        if self.interrupted:
             message = "stopping"
         elif now > until:
             message = next((slot.progress.waiting_reason for slot in supervisor.slots), "")
@@ -206,7 +276,7 @@ class _Job:
     def _report_progress(self, message: str = "") -> None:
         supervisor = self._supervisor
         totals = supervisor.totals() if supervisor else Totals()
-        max_batch = self._config.max_batch
+        max_batch = self.config.max_batch
         done = self._done_prompts(totals)
         self._on_progress(
             TeachProgress(
@@ -230,7 +300,7 @@ class _Job:
     def _done_prompts(self, totals: Totals) -> int:
         """By what workers generated, or by what the service said, which counts those of other commands."""
         here = self._finished_before + totals.generated_prompts
-        heard = self._supervisor.done_units() // self._config.completions if self._supervisor else 0
+        heard = self._supervisor.done_units() // self.config.completions if self._supervisor else 0
         return min(max(here, heard), self._prompt_count)
 
     def _eta_seconds(self, done_prompts: int) -> float | None:
@@ -239,17 +309,15 @@ class _Job:
         rate = self._units.update(done_prompts)
         return (self._prompt_count - done_prompts) / rate if rate > 0 else None
 
-    def _report(
-        self, work: PromptJob, prompts: JobPrompts, before: StreamInfo | None, *, sealed: bool
-    ) -> TeachReport:
-        after, job = self._stream(), work.find()
+    def _report(self, work: PromptJob, *, sealed: bool) -> TeachReport:
+        before, after, job = self._before, self._stream(), work.find()
         supervisor = self._supervisor
         totals = supervisor.totals() if supervisor else Totals()
         failed = work.failures(job)
         return TeachReport(
-            stream=self._config.stream,
+            stream=self.config.stream,
             job=_name(job),
-            prompts=prompts.count,
+            prompts=self._prompt_count,
             finished_before=self._finished_before,
             completed=work.count_finished(after, job) - self._finished_before,
             completions=_growth(before, after, "trace_count"),
@@ -257,7 +325,7 @@ class _Job:
             completion_tokens=_growth(before, after, "completion_token_count"),
             prompt_tokens=_growth(before, after, "prompt_token_count"),
             generated_tokens=totals.generated_tokens,
-            skipped=prompts.bad_lines,
+            skipped=self._prompts.bad_lines if self._prompts else (),
             failed=failed[:MAX_REPORTED_FAILURES],
             blocks=_growth(before, after, "next_offset"),
             size_bytes=_growth(before, after, "size_bytes"),
@@ -268,7 +336,7 @@ class _Job:
             stage_seconds=self._stage_seconds | {"encoding": totals.encode_seconds},
             verdicts=dict(totals.verdicts),
             left_out=totals.left_out,
-            interrupted=self._interrupted,
+            interrupted=self.interrupted,
             sealed=sealed,
         )
 
@@ -281,12 +349,42 @@ def _growth(before: StreamInfo | None, after: StreamInfo | None, name: str) -> i
     return int(getattr(after, name, 0)) - int(getattr(before, name, 0))
 
 
-def _local_cpus(config: TeachConfig) -> int:
-    """CPUs of a Ray that is started for this job."""
-    return config.threads * max(1, config.workers) or len(os.sched_getaffinity(0))
+def local_cpus(configs: Sequence[TeachConfig]) -> int:
+    """CPUs of a Ray that is started for these jobs: for a worker of each, as far as the machine has them."""
+    machine = len(os.sched_getaffinity(0))
+    wanted = [config.threads * max(1, config.workers) or machine for config in configs]
+    return max(*wanted, min(sum(wanted), machine))
 
 
-def _check_installed() -> None:
+def _run_alone(job: TeachJob, ray: Untyped) -> None:
+    job.begin(ray)
+    try:
+        while not job.has_ended:
+            with stopping_once([job]):
+                job.tick()
+                time.sleep(POLL_SECONDS)
+    finally:
+        job.close()
+
+
+@contextmanager
+def stopping_once(jobs: Collection[TeachJob]) -> Generator[None]:
+    """Let the first Ctrl-C end the work of jobs, and the second one everything."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        if not jobs or any(job.interrupted for job in jobs):
+            raise
+        for job in jobs:
+            job.stop()
+
+
+def check_installed() -> None:
+    """Refuse to begin without Ray or vLLM.
+
+    Raises:
+        MissingDependencyError: naming what is missing.
+    """
     # Found, not imported: that takes half a minute, and happens in the actors.
     missing = [name for name in ("ray", "vllm") if importlib.util.find_spec(name) is None]
     if missing:

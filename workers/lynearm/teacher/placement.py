@@ -13,7 +13,7 @@ import json
 import math
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import cast
 
@@ -87,6 +87,17 @@ def room_on(node: NodeView, share: WorkerShare) -> int:
     if node.is_draining:
         return 0
     return _fitting(node.available, share)
+
+
+def take_share(nodes: Sequence[NodeView], share: WorkerShare) -> list[NodeView] | None:
+    """The nodes once a worker has taken its share of the first that has room; None if none has."""
+    for index, node in enumerate(nodes):
+        if room_on(node, share):
+            left = {
+                name: amount - share.resources().get(name, 0.0) for name, amount in node.available.items()
+            }
+            return [*nodes[:index], replace(node, available=left), *nodes[index + 1 :]]
+    return None
 
 
 def workers_to_add(

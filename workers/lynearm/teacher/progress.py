@@ -51,6 +51,23 @@ class WorkerStatus:
 
 
 @dataclass(frozen=True, slots=True)
+class TeacherStatus:
+    """One of several teachers, at one moment."""
+
+    name: str
+    stage: Stage
+    message: str = ""
+    """What a person should know now; empty while all is well."""
+    prompts: int = 0
+    """Prompts that are its part."""
+    done_prompts: int = 0
+    """Of these, as in `TeachProgress`."""
+    tokens_per_second: float = 0.0
+    workers: int = 0
+    """That it has now."""
+
+
+@dataclass(frozen=True, slots=True)
 class TeachProgress:
     """How far a job is; given to `on_progress` about twice a second."""
 
@@ -81,6 +98,8 @@ class TeachProgress:
     """Until the last prompt is done, as things go now; None while that cannot be said."""
     workers: tuple[WorkerStatus, ...] = ()
     """By name."""
+    teachers: tuple[TeacherStatus, ...] = ()
+    """Of a job of several, in their order: all else is then of all of them together. Empty for one."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -140,3 +159,5 @@ class TeachReport:
     interrupted: bool = False
     """Stopped before the end; the same command goes on from here."""
     sealed: bool = False
+    shares_stream: bool = False
+    """Other teachers wrote to the stream meanwhile: what it holds more than before is theirs, too."""

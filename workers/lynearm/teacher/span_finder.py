@@ -97,6 +97,7 @@ class SpanFinder:
         prompt_token_ids: Sequence[int],
         completion_token_ids: Sequence[int],
         finish_reason: FinishReason,
+        stop_string: str = "",
     ) -> tuple[TokenSpan, ...]:
         """Spans that together cover a completion; empty where nothing tells reasoning from answer.
 
@@ -104,6 +105,7 @@ class SpanFinder:
             prompt_token_ids: The prompt, which may have opened the reasoning.
             completion_token_ids: The completion, its end token included.
             finish_reason: Why it ended: by "stop", with an end token; by "length", perhaps before its answer.
+            stop_string: The text that ended it; empty where none did.
         """
         prompt, completion = _integers(prompt_token_ids), _integers(completion_token_ids)
         spans: tuple[TokenSpan, ...] = ()
@@ -115,8 +117,8 @@ class SpanFinder:
             spans = find_spans(completion, self._markers, opened_by_prompt=self.opens_reasoning(prompt))
         if spans or self._pattern is None:
             return spans
-        positions = TokenPositions(self._text_ids(completion, finish_reason), self._decode)
-        found = self._pattern.find(positions.text)
+        positions = TokenPositions(self._text_ids(completion, finish_reason, stop_string), self._decode)
+        found = self._pattern.find(_before(stop_string, positions.text))
         start = None if found is None else positions.first(found[0])
         return split_at_answer(start, len(completion), was_cut_off=finish_reason == "length")
 
@@ -129,9 +131,13 @@ class SpanFinder:
         return after is not None and not self._decode(after).strip()
 
     def answer_text(
-        self, completion_token_ids: Sequence[int], spans: Sequence[TokenSpan], finish_reason: FinishReason
+        self,
+        completion_token_ids: Sequence[int],
+        spans: Sequence[TokenSpan],
+        finish_reason: FinishReason,
+        stop_string: str = "",
     ) -> str:
-        """What a completion answers, without special tokens around it.
+        """What a completion answers, without special tokens around it, and without the stop string.
 
         The text of its answer spans; all of it, where nothing tells reasoning from answer. Of that, what the
         answer pattern finds, where there is a pattern and it finds something. Empty without an answer.
@@ -140,17 +146,18 @@ class SpanFinder:
             completion_token_ids: The completion, its end token included.
             spans: What `find` found in it.
             finish_reason: Why it ended.
+            stop_string: The text that ended it; empty where none did.
         """
-        completion = self._text_ids(_integers(completion_token_ids), finish_reason)
+        completion = self._text_ids(_integers(completion_token_ids), finish_reason, stop_string)
         parts = [completion[span.start : span.end] for span in spans if span.kind == "answer"]
         if not spans:
             parts = [completion]
         if self._pattern is not None:
-            whole = self._decode(completion)
+            whole = _before(stop_string, self._decode(completion))
             found = self._pattern.find(whole) if parts else None
             if found is not None:
                 return whole[found[0] : found[1]].strip()
-        return "".join(self._decode(self._content(part)) for part in parts).strip()
+        return _before(stop_string, "".join(self._decode(self._content(part)) for part in parts)).strip()
 
     def _by_text(self, prompt: Sequence[int], completion: Sequence[int]) -> tuple[TokenSpan, ...]:
         """As `find_spans`, with the markers found in the text and then put at the tokens that hold them."""
@@ -177,9 +184,12 @@ class SpanFinder:
             token_ids = token_ids[token_ids.index(self._harmony.message_id) + 1 :]
         return self._without_special_end(token_ids)
 
-    def _text_ids(self, token_ids: tuple[int, ...], finish_reason: FinishReason) -> tuple[int, ...]:
+    def _text_ids(
+        self, token_ids: tuple[int, ...], finish_reason: FinishReason, stop_string: str
+    ) -> tuple[int, ...]:
         """Tokens of a completion's text. The end token goes, which need not be a special one."""
-        return self._without_special_end(token_ids[:-1] if finish_reason == "stop" else token_ids)
+        has_end_token = finish_reason == "stop" and not stop_string
+        return self._without_special_end(token_ids[:-1] if has_end_token else token_ids)
 
     def _without_special_end(self, token_ids: tuple[int, ...]) -> tuple[int, ...]:
         end = len(token_ids)
@@ -193,6 +203,12 @@ class SpanFinder:
                 list(token_ids), skip_special_tokens=False, clean_up_tokenization_spaces=False
             )
         )
+
+
+def _before(stop_string: str, text: str) -> str:
+    """What precedes the stop string that ended a text; all of it where none did."""
+    end = text.rfind(stop_string) if stop_string else -1
+    return text if end < 0 else text[:end]
 
 
 def compile_pattern(pattern: str, *, what: str) -> Untyped:

@@ -17,7 +17,7 @@ import logging
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
-from typing import Protocol
+from typing import Protocol, TypeAlias
 
 from lynearm.client.job_calls import JobInfo
 from lynearm.teacher.config import TeachConfig
@@ -68,6 +68,10 @@ _STALL_SECONDS = 900.0
 """A worker with prompts in its engine that makes no token for so long is replaced. No step takes minutes."""
 
 
+Allow: TypeAlias = "Callable[[int], int]"
+"""Of some workers that a supervisor sees room for, how many it may place now."""
+
+
 class WorkerCluster(Protocol):
     """Where workers run."""
 
@@ -109,6 +113,7 @@ class Supervisor:
         config: How many, and what each is.
         cluster: Where they run.
         queue: The job.
+        allow: Asked before workers are placed, where others share the cluster.
         clock: Seconds that only grow.
     """
 
@@ -118,11 +123,13 @@ class Supervisor:
         cluster: WorkerCluster,
         queue: JobQueue,
         *,
+        allow: Allow = lambda count: count,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._config = config
         self._cluster = cluster
         self._queue = queue
+        self._allow = allow
         self._clock = clock
         self._nodes: Sequence[NodeView] = ()
         self._looked_at = float("-inf")
@@ -139,6 +146,8 @@ class Supervisor:
         self._job: JobInfo | None = None
         self._stopping_since: float | None = None
         self._is_done = False
+        self.sees_room = False
+        """Whether there was room and work for more workers than it has when it looked last."""
         self.restarts = 0
         """Processes that ended and were replaced."""
         self.most_workers = 0
@@ -160,6 +169,12 @@ class Supervisor:
     def given_up(self) -> int:
         """Prompts that ended engines."""
         return self._recovery.given_up
+
+    @property
+    def is_settled(self) -> bool:
+        """Whether every worker has its place, and Ray's account of what is free counts them in."""
+        is_waiting = any(slot.state == "waiting" for slot in self._slots.values())
+        return not is_waiting and self._clock() - self._placed_at > _SETTLE_SECONDS
 
     @property
     def has_ended(self) -> bool:
@@ -254,9 +269,7 @@ class Supervisor:
     def _grow(self) -> None:
         if self._stopping_since is not None or self._is_done:
             return
-        is_waiting = any(slot.state == "waiting" for slot in self._slots.values())
-        is_settled = not is_waiting and self._clock() - self._placed_at > _SETTLE_SECONDS
-        if not self._config.workers and not is_settled:
+        if not self._config.workers and not self.is_settled:
             return  # Ray has not said yet what the last one left
         left = self._queue.unit_count - self.done_units()
         count = workers_to_add(
@@ -266,7 +279,8 @@ class Supervisor:
             present=len(self._slots),
             useful=-(-left // self._config.max_batch),
         )
-        for _ in range(count):
+        self.sees_room = count > 0
+        for _ in range(self._allow(count) if count else 0):
             number = next(number for number in range(len(self._slots) + 1) if number not in self._slots)
             name = f"{self._config.producer_id}-{number}"
             slot = Slot(name, self._cluster.reserve(self._share), self._clock)

@@ -14,6 +14,7 @@ from lynearm.teacher.config import TeachConfig
 from lynearm.teacher.prompts import ChatMessage, Prompt
 from lynearm.teacher.span_finder import SpanFinder
 from lynearm.wire.errors import ConfigError, PromptTooLongError
+from lynearm.wire.sampling import stop_token_problem
 from lynearm.wire.specs import TokenizerSpec, hash_chat_template, hash_vocab
 from lynearm.wire.traces import Int32Array
 
@@ -31,8 +32,9 @@ class PromptTokenizer:
         vocab_size: Width of the logits; 0 for the tokenizer's own size.
 
     Raises:
-        ConfigError: for reasoning markers or an answer pattern that `SpanFinder` refuses, or if the chat
-            template has no switch for thinking, though the config sets it.
+        ConfigError: for stop tokens outside the vocabulary, for reasoning markers or an answer pattern that
+            `SpanFinder` refuses, or if the chat template has no switch for thinking, though the config sets
+            it.
     """
 
     def __init__(
@@ -41,6 +43,9 @@ class PromptTokenizer:
         self._tokenizer = tokenizer
         self._max_model_len = max_model_len
         self._vocab_size = vocab_size or len(tokenizer)
+        problem = stop_token_problem(config.sampling(), self._vocab_size)
+        if problem:
+            raise ConfigError(problem, "look its id up in the teacher's own tokenizer")
         self._chat = config.chat
         self._template = ChatTemplate(tokenizer, config)
         self.spans = SpanFinder(tokenizer, config)

@@ -276,7 +276,7 @@ class TeacherWorker:
             verifier_of(self._config),
             self._config.keep,
             lambda trace: spans.answer_text(
-                trace.completion_token_ids.tolist(), trace.spans, trace.finish_reason
+                trace.completion_token_ids.tolist(), trace.spans, trace.finish_reason, trace.stop_string
             ),
         )
 
@@ -394,11 +394,12 @@ class TeacherWorker:
             finish_reason=completion.finish_reason,
             sample_index=sample_index,
             spans=engine.tokenizer.spans.find(
-                pending.token_ids.tolist(), token_ids, completion.finish_reason
+                pending.token_ids.tolist(), token_ids, completion.finish_reason, completion.stop_string
             ),
             sampling=engine.sampling(prompt.prompt_id, sample_index, pending.token_ids.size),
             tags=prompt.tags,
             completion_text=engine.tokenizer.decode(token_ids, engine.eos_token_ids),
+            stop_string=completion.stop_string,
             hidden=completion.hidden,
         )
 

@@ -5,7 +5,8 @@ width, V = vocabulary, K = entries kept per position.
 
 The gradient of the logits is worked out where the logits were, right after them, and at once multiplied
 into the gradients of states and head. So the backward pass costs nothing; what costs is the three matrix
-products, and the few times that [C, V] goes through memory.
+products, and the few times that [C, V] goes through memory. On a CPU, the first H positions take the place
+of the head's gradient, where that is made anew (see `in_place`): up to there the peak is the gradient itself.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from typing import Any, TypeAlias, cast
 import torch
 from torch import Tensor
 
+from lynearm.student.losses.in_place import room_for_logits, spread_gradient
 from lynearm.student.losses.rows import RowLosses, row_losses
 from lynearm.student.losses.targets import Targets
 from lynearm.student.objective import Objective
@@ -233,6 +235,31 @@ class _Gradients:
     bias_V: Tensor | None
     is_empty: bool = True
 
+    def room(self, head: _Head, objective: Objective, vocab_size: int, dtype: torch.dtype) -> Tensor | None:
+        """Where logits of the first positions may be made as [V, C]: in the head's gradient, still empty.
+
+        None where there is no such place, or where they would be copied to another type or temperature.
+        """
+        if self.head_VH is None or not self.is_empty or objective.temperature != 1.0:
+            return None
+        if not self.head_VH.dtype == head.hidden_NH.dtype == dtype == _exact_type(dtype):
+            return None
+        return room_for_logits(self.head_VH, len(head.hidden_NH), vocab_size)
+
+    def put_first(self, grad_VC: Tensor, hidden_CH: Tensor, head_VH: Tensor) -> None:
+        """The part of the first positions, whose logits were made in `room`."""
+        vocab_size, positions = grad_VC.shape
+        if self.bias_V is not None:
+            self.bias_V[vocab_size:] = 0.0
+            self.bias_V[:vocab_size] = grad_VC.sum(1, dtype=self.bias_V.dtype)
+        hidden_grad_CH = None if self.hidden_NH is None else self.hidden_NH[:positions]
+        if self.head_VH is not None:
+            spread_gradient(
+                grad_VC, hidden_CH, head_VH, head_grad_VH=self.head_VH, hidden_grad_CH=hidden_grad_CH
+            )
+            self.head_VH[vocab_size:] = 0.0
+        self.is_empty = False
+
     def add(self, start: int, grad_CV: Tensor, hidden_CH: Tensor, head_VH: Tensor) -> None:
         """The part of the chunk that begins at `start`; all of one type, head and logits as wide as V."""
         vocab_size = grad_CV.shape[1]
@@ -286,7 +313,19 @@ def _run(
     with torch.autocast(device, enabled=False):
         head_VH = head.head_VH[:vocab_size].to(dtype)
         bias_V = None if head.bias_V is None else head.bias_V[:vocab_size].to(dtype)
-        for start, end, logits_CV in _chunks(head.hidden_NH, vocab_size, dtype):
+        first = 0
+        if (
+            gradients is not None
+            and (room_VC := gradients.room(head, objective, vocab_size, dtype)) is not None
+        ):
+            first = room_VC.shape[1]
+            hidden_CH, rows = head.hidden_NH[:first], targets.rows(0, first)
+            torch.mm(head_VH, hidden_CH.T, out=room_VC)
+            if bias_V is not None:
+                room_VC += bias_V[:, None]
+            parts.append(row_losses(room_VC.T, rows, objective, _row_scales(rows, scale, room_VC)))
+            gradients.put_first(room_VC, hidden_CH, head_VH)
+        for start, end, logits_CV in _chunks(head.hidden_NH, vocab_size, dtype, first=first):
             hidden_CH, rows = head.hidden_NH[start:end].to(dtype), targets.rows(start, end)
             torch.mm(hidden_CH, head_VH.T, out=logits_CV)
             if bias_V is not None:
@@ -307,15 +346,17 @@ def _run(
     )
 
 
-def _chunks(hidden_NH: Tensor, vocab_size: int, dtype: torch.dtype) -> Iterator[tuple[int, int, Tensor]]:
-    """First and last position of each chunk, and room for its logits, the same memory each time."""
-    positions = len(hidden_NH)
+def _chunks(
+    hidden_NH: Tensor, vocab_size: int, dtype: torch.dtype, *, first: int
+) -> Iterator[tuple[int, int, Tensor]]:
+    """First and last position of each chunk from `first` on, and room for its logits, the same each time."""
+    positions = len(hidden_NH) - first
     rows = max(1, CHUNK_BYTES // (vocab_size * dtype.itemsize))
     # Chunks of one size: a last one of a few rows would cost as much as a large one.
     rows = -(-positions // -(-positions // rows)) if positions else 0
     buffer_CV = torch.empty((rows, vocab_size), dtype=dtype, device=hidden_NH.device)
-    for start in range(0, positions, max(1, rows)):
-        end = min(start + rows, positions)
+    for start in range(first, len(hidden_NH), max(1, rows)):
+        end = min(start + rows, len(hidden_NH))
         yield start, end, buffer_CV[: end - start]
 
 

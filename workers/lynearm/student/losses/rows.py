@@ -149,7 +149,11 @@ def _cross_entropy(logits_RV: Tensor, targets: Targets, scale_R: Tensor | None) 
 
 def _softmax_in_place(logits_RV: Tensor) -> None:
     # One kernel that goes over a row while it is in the cache; torch has no public spelling of it in place.
-    torch.ops.aten._softmax.out(logits_RV, 1, False, out=logits_RV)  # pyright: ignore
+    # Of other layouts it would make a copy: those that are laid out the other way round are given as such.
+    if logits_RV.T.is_contiguous():
+        torch.ops.aten._softmax.out(logits_RV.T, 0, False, out=logits_RV.T)  # pyright: ignore
+    else:
+        torch.ops.aten._softmax.out(logits_RV, 1, False, out=logits_RV)  # pyright: ignore
 
 
 def _with_least_tail(log_p_RB: Tensor, log_q_RB: Tensor) -> Tensor:
