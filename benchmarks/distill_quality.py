@@ -213,12 +213,13 @@ class Bench:
         return 16.0 * int(self._teacher.config.vocab_size)
 
     def _cut(self, teacher_dir: Path) -> Path:
-        from lynearm.student.cutting import cut_student
+        from lynearm.student.cutting.config import CutConfig
+        from lynearm.student.cutting.cut import cut_student
 
         directory = self.out / f"{teacher_dir.name}-{self.settings.layers}-layers"
         if not directory.is_dir():
             say(f"student: choosing {self.settings.layers} layers")
-            cut_student(teacher_dir, directory, num_layers=self.settings.layers)
+            cut_student(teacher_dir, directory, CutConfig(layers=self.settings.layers))
         return directory
 
     def _traces(self, teacher_dir: Path, data: Path) -> Corpus:

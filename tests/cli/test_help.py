@@ -50,6 +50,7 @@ COMMANDS = (
     ("student", "lineage"),
     ("student", "report"),
     ("student", "cut"),
+    ("student", "merge"),
     ("export",),
     ("export", "mlx"),
     ("export", "coreml"),

@@ -104,6 +104,17 @@ def test_teacher_overhead_benchmark_ends_with_its_figures_as_json() -> None:
 
 
 @pytest.mark.slow
+def test_student_forms_benchmark_ends_with_its_figures_as_json(tmp_path: Path) -> None:
+    model = build_tiny_llama(tmp_path / "tiny", num_layers=4)
+    output = run_benchmark("student_forms.py", str(model), "--tokens", "64", "--rank", "2")
+    figures = json.loads(output.splitlines()[-1])
+    assert set(figures) == {"peak_mib", "cpu_seconds", "trained"}
+    trained = figures["trained"]
+    assert trained["lora"] < trained["frozen embeddings and lower half"] < trained["frozen embeddings"]
+    assert trained["everything"] == trained["gradient checkpointing"]
+
+
+@pytest.mark.slow
 def test_loss_benchmark_ends_with_its_figures_as_json() -> None:
     figures = json.loads(run_benchmark("loss.py", "--quick").splitlines()[-1])
     assert set(figures) == {

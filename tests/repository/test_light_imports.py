@@ -32,6 +32,7 @@ VERBS = [
     ("student", "lineage"),
     ("student", "report"),
     ("student", "cut"),
+    ("student", "merge"),
     ("export", "mlx"),
     ("export", "coreml"),
     ("streams", "list"),

@@ -116,7 +116,9 @@ def test_leaving_out_units_that_are_zero_changes_nothing(
             layer.self_attn.o_proj.weight *= loud.repeat_interleave(SHAPE.head_dim)
             loud = torch.zeros(SHAPE.neurons)
             loud[neurons] = 1
-            layer.mlp.down_proj.weight *= loud
+            layer.mlp.up_proj.weight *= loud[:, None]
+            if layer.mlp.up_proj.bias is not None:
+                layer.mlp.up_proj.bias *= loud
 
     teacher = change(directory, tmp_path / "teacher", silence)
     report = cut_student(teacher, tmp_path / "student", CutConfig(**wanted))

@@ -355,7 +355,7 @@ def test_a_run_is_not_overwritten_and_not_resumed_from_nothing(
         run_train(configure(stream))
     with pytest.raises(ConfigError, match="batch_sequences was 4 and is 5"):
         run_train(configure(stream, resume=True, batch_sequences=5))
-    with pytest.raises(CheckpointError, match="of other parameters"):
+    with pytest.raises(ConfigError, match="freeze_embeddings was False and is True"):
         run_train(configure(stream, resume=True, freeze_embeddings=True))
 
 

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import tempfile
+from collections.abc import Generator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -67,7 +70,8 @@ def export_mlx(
     from lynearm.export import mlx_export
 
     with Reporter("export", progress, describe) as report:
-        made = mlx_export.export_mlx(checkpoint, out, settings, report)
+        with _plain(checkpoint) as plain:
+            made = mlx_export.export_mlx(plain, out, settings, report)
         report.conclude(made)
     if report.for_people:
         typer.echo(_summary(made.path, made.size_bytes, made.parity))
@@ -104,7 +108,8 @@ def export_coreml(
     from lynearm.export import coreml_export
 
     with Reporter("export", progress, describe) as report:
-        made = coreml_export.export_coreml(checkpoint, out, settings, report)
+        with _plain(checkpoint) as plain:
+            made = coreml_export.export_coreml(plain, out, settings, report)
         report.conclude(made)
     if report.for_people:
         typer.echo(_summary(made.path, made.size_bytes, made.parity))
@@ -115,6 +120,24 @@ def describe(event: ExportProgress) -> Status:
     from lynearm.cli.progress import Status
 
     return Status("exporting", event.stage, event.fraction, 1.0)
+
+
+@contextmanager
+def _plain(checkpoint: Path) -> Generator[Path]:
+    """The checkpoint; of an adapter, what it makes with its base, for as long as the block runs."""
+    from lynearm.student.run_directory import find_adapter
+
+    adapter = find_adapter(checkpoint)
+    if adapter is None:
+        yield checkpoint
+        return
+    from lynearm.student.merging import merge_student
+
+    with tempfile.TemporaryDirectory(prefix="lynearm-merged-") as place:
+        # Packages are named after the checkpoint's directory.
+        merged = Path(place, adapter.resolve().name)
+        merge_student(adapter, merged)
+        yield merged
 
 
 def _summary(path: Path, size_bytes: int, parity: Parity | None) -> str:

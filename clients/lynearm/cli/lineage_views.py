@@ -38,6 +38,11 @@ def _origin(manifest: Mapping[str, Any]) -> Table:
         table.add_row("  layers", _text(layers))
         for unit, kept, available in cut_widths(cut):
             table.add_row(f"  {unit}", _text(f"{kept} of {available}"))
+    if adapter := _part(manifest, "adapter"):
+        base = _part(adapter, "base")
+        merged = ", merged" if adapter.get("merged") else ""
+        table.add_row("adapter", _text(f"LoRA r={adapter.get('r')}, alpha={adapter.get('alpha')}{merged}"))
+        table.add_row("  on", _text(f"{base.get('name', '-')}, {_short(base.get('revision', ''))}"))
     return table
 
 

@@ -1,4 +1,4 @@
-"""`lynearm student`: cut a student out of its teacher, and see what went into one and how it learnt."""
+"""`lynearm student`: make a student, merge its adapter, and see what went into it and how it learnt."""
 
 from __future__ import annotations
 
@@ -56,3 +56,23 @@ def report(
 
 
 student_app.command("cut")(cut)
+
+
+@student_app.command("merge")
+@reported("nothing is left half written; the same command begins again")
+def merge(
+    directory: Annotated[
+        Path,
+        typer.Argument(metavar="DIR", help="Directory of an adapter, or a run of `lynearm train --lora`."),
+    ],
+    out: Annotated[Path, typer.Option(help="Directory of the merged student; must not exist.")],
+    debug: Debug = False,
+) -> None:
+    """Add an adapter to its base.
+
+    What comes out is a plain model that needs neither.
+    """
+    from lynearm.student.merging import merge_student
+
+    merged = merge_student(directory, out)
+    typer.echo(f"{out}: {merged} merged into its base")

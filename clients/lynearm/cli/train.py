@@ -91,6 +91,26 @@ def train(
             help="How much traces with this tag count. May be repeated.",
         ),
     ] = None,
+    lora: Annotated[
+        str | None,
+        typer.Option(
+            metavar="r=16,alpha=32,…",
+            help="Train a low-rank adapter, and leave the student's own weights as they are; also targets=, "
+            'dropout=. "default" takes r=16,alpha=32,targets=all-linear.',
+        ),
+    ] = None,
+    freeze: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="WHAT,…",
+            help="Leave embeddings, head, norms, layers.0-9, or parameters like *.mlp.* as they are. "
+            "May be repeated.",
+        ),
+    ] = None,
+    gradient_checkpointing: Annotated[
+        bool | None,
+        typer.Option("--gradient-checkpointing", help="Compute layers twice, in much less memory."),
+    ] = None,
     learning_rate: Annotated[float | None, typer.Option(help="Peak rate.", show_default="5e-4")] = None,
     batch_sequences: Annotated[
         int | None, typer.Option(help="Traces for each step.", show_default="8")
@@ -228,6 +248,7 @@ def train(
         "span_weights": weights(span_weights, "--span-weight"),
         "tag_weights": weights(tag_weights, "--tag-weight"),
         "trackers": trackers or None,
+        "freeze": freeze or None,
     }
     settings = load_settings(TrainConfig, "train", file=config, flags=given, assignments=assignments or ())
     # Of several ranks, one speaks.

@@ -175,6 +175,11 @@ def read_json(path: Path) -> JsonObject:
 def _check_files(directory: Path) -> None:
     if not directory.is_dir():
         raise CheckpointError(f"{directory} is not a directory", "name a directory in Hugging Face layout")
+    if (directory / "adapter_config.json").is_file() and not (directory / "config.json").is_file():
+        raise CheckpointError(
+            f"{directory} is an adapter without its base",
+            "merge it with lynearm student merge, as the export command does by itself",
+        )
     missing = [name for name in REQUIRED_FILES if not (directory / name).is_file()]
     if missing == ["model.safetensors"] and (directory / "model.safetensors.index.json").is_file():
         raise CheckpointError(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -10,10 +11,12 @@ from pathlib import Path
 import torch
 
 from lynearm.student.alignment import check_alignment
-from lynearm.student.checkpoint import TrainState, latest_checkpoint, load_checkpoint
+from lynearm.student.checkpoint import Checkpoint, TrainState, latest_checkpoint, load_checkpoint
 from lynearm.student.config import TrainConfig
+from lynearm.student.freezing import freeze
 from lynearm.student.layer_pairs import format_pairs
 from lynearm.student.lineage import JsonObject, read_lineage
+from lynearm.student.lora_settings import LoraSettings, parse_lora
 from lynearm.student.mixing import StreamState
 from lynearm.student.model import StudentModel, load_student
 from lynearm.student.objective import Objective, make_objective
@@ -30,6 +33,9 @@ logger = logging.getLogger(__name__)
 
 _FIXED_FIELDS = ("batch_sequences", "batch_tokens", "max_sequence_tokens", "held_out_fraction", "seed")
 """What decides which traces a step trains on: a resumed run must go on with it."""
+
+_FORM_FIELDS = ("lora", "freeze", "freeze_embeddings")
+"""What decides which parameters are trained: the optimizer's state is of those."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,11 +79,15 @@ def begin(config: TrainConfig, streams: Sequence[StreamInfo], ranks: Ranks) -> B
             "go on from it with --resume, or name another directory with --out",
         )
     torch.manual_seed(config.seed + ranks.rank)  # pyright: ignore[reportUnknownMemberType]  # torch leaves it half typed
-    student = _load_aligned(config, streams, config.student, ranks)
+    lora = parse_lora(config.lora) if config.lora else None
+    student = _load_aligned(config, streams, config.student, ranks, lora=lora)
     state = TrainState(tuple(StreamState(one.spec.name, one.created_unix_nano) for one in streams))
     objectives = _choose_objectives(config, streams, student)
     optimization = Optimization(student, config, objectives=objectives, ranks=ranks)
-    return Beginning(student, objectives, optimization, state, (), read_lineage(config.student))
+    lineage = read_lineage(config.student)
+    if lora and student.adapter:
+        lineage["adapter"] = student.adapter.account()
+    return Beginning(student, objectives, optimization, state, (), lineage)
 
 
 def _resume(
@@ -91,14 +101,7 @@ def _resume(
     checkpoint = load_checkpoint(directory)
     state = checkpoint.state
     _check_streams(directory, state.streams, streams)
-    # A checkpoint from before a field existed was written with what is now its default.
-    before = {name: checkpoint.written_by.get(name, getattr(TrainConfig(), name)) for name in _FIXED_FIELDS}
-    changed = [
-        f"{name} was {value} and is {getattr(config, name)}"
-        for name, value in before.items()
-        if value != getattr(config, name)
-    ]
-    if changed:
+    if changed := _changed(config, checkpoint):
         raise ConfigError(
             f"the run in {config.out} cannot go on: {'; '.join(changed)}", "resume with the earlier values"
         )
@@ -113,6 +116,19 @@ def _resume(
         logger.info("resumed from %s at %s of pass %d over %s",
                     directory, stream.cursor, stream.epoch + 1, stream.name)  # fmt: skip
     return Beginning(student, objectives, optimization, state, checkpoint.held_out, checkpoint.base_lineage)
+
+
+def _changed(config: TrainConfig, checkpoint: Checkpoint) -> list[str]:
+    """Fields that a resumed run must go on with, and does not."""
+    changed: list[str] = []
+    for name in (*_FIXED_FIELDS, *_FORM_FIELDS):
+        # A checkpoint from before a field existed was written with what is now its default.
+        before = checkpoint.written_by.get(name, getattr(TrainConfig(), name))
+        now: object = getattr(config, name)
+        # JSON makes lists of tuples.
+        if json.dumps(before) != json.dumps(now):
+            changed.append(f"{name} was {before} and is {now}")
+    return changed
 
 
 def _check_streams(directory: Path, before: Sequence[StreamState], streams: Sequence[StreamInfo]) -> None:
@@ -170,14 +186,34 @@ def _compared(objective: Objective) -> str:
 
 
 def _load_aligned(
-    config: TrainConfig, streams: Sequence[StreamInfo], directory: Path, ranks: Ranks
+    config: TrainConfig,
+    streams: Sequence[StreamInfo],
+    directory: Path,
+    ranks: Ranks,
+    *,
+    lora: LoraSettings | None = None,
 ) -> StudentModel:
     sharded = config.sharding == "full"
-    student = load_student(directory, device=config.device, dtype=config.dtype, on_host=sharded)
+    student = load_student(
+        directory,
+        device=config.device,
+        dtype=config.dtype,
+        on_host=sharded,
+        lora=lora,
+        seed=config.seed,
+    )
     for stream in streams:
         check_alignment(stream.spec, student, allow_misaligned=config.allow_misaligned)
+    if student.adapter is not None and (sharded or config.on_policy):
+        raise ConfigError(
+            f"{directory} is an adapter, which is neither sharded nor asked for rollouts",
+            "merge it with lynearm student merge, or train it without sharding and on_policy",
+        )
     if config.freeze_embeddings:
         student.freeze_embeddings()
+    freeze(student, config.freeze)
+    if config.gradient_checkpointing:
+        student.checkpoint_gradients()
     if sharded:
         student = shard_student(student, ranks)
     student.train(True)

@@ -48,17 +48,19 @@ def _front_matter(lineage: Mapping[str, Any], streams: Sequence[JsonObject]) -> 
     licenses = _distinct(streams, "license")
     lowered = licenses[0].lower() if len(licenses) == 1 else ""
     simple = _SPDX.fullmatch(lowered) is not None and lowered not in _NO_LICENSE
+    adapter = _is_adapter(lineage)
     front: dict[str, object] = {
-        "library_name": "transformers",
+        "library_name": "peft" if adapter else "transformers",
         "pipeline_tag": "text-generation",
         "license": lowered if simple else "other",
         "tags": ["lynearm", "distillation", "knowledge-distillation"],
     }
-    base = str(
-        cast("Mapping[str, Any]", lineage.get("cut_from") or {}).get("name") or lineage.get("name", "")
-    )
+    origin = _part(lineage, "cut_from").get("name") or lineage.get("name", "")
+    base = str(_part(_part(lineage, "adapter"), "base").get("name", "") if adapter else origin)
     if _HUB_NAME.fullmatch(base):
         front["base_model"] = [base]
+    if adapter:
+        front["base_model_relation"] = "adapter"
     datasets = [one for one in _distinct(streams, "prompts") if one != "unknown" and _HUB_NAME.fullmatch(one)]
     if datasets:
         front["datasets"] = datasets
@@ -79,6 +81,8 @@ def _introduction(lineage: Mapping[str, Any], streams: Sequence[JsonObject]) -> 
         )
         for unit, kept, available in cut_widths(cut):
             origin += f", {kept} of {available} {unit}"
+    if adapter := _part(lineage, "adapter"):
+        origin += f". {_adapter(adapter)}"
     return "\n".join(
         [
             f"# A student of {', '.join(map(_quote, teachers)) or 'no teacher yet'}",
@@ -87,6 +91,18 @@ def _introduction(lineage: Mapping[str, Any], streams: Sequence[JsonObject]) -> 
             f"{origin}. `{LINEAGE_FILE}` beside this file is the account for programs.",
         ]
     )
+
+
+def _is_adapter(lineage: Mapping[str, Any]) -> bool:
+    adapter = _part(lineage, "adapter")
+    return bool(adapter) and not adapter.get("merged")
+
+
+def _adapter(adapter: Mapping[str, Any]) -> str:
+    base = _part(adapter, "base")
+    form = f"LoRA adapter (r={adapter.get('r')}, alpha={adapter.get('alpha')})"
+    on = f"{_quote(base.get('name', ''))} at {_quote(str(base.get('revision', ''))[:24])}"
+    return f"It is a {form} merged into {on}" if adapter.get("merged") else f"It is a {form} on {on}"
 
 
 def _teachers(streams: Sequence[JsonObject]) -> str:

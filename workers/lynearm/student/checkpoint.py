@@ -1,7 +1,8 @@
 """Checkpoints: weights, optimizer and the place in each stream, saved as one.
 
     OUT/LATEST, OUT/BEST            see `run_directory`
-    OUT/step-00000120/              model in Hugging Face layout, loadable by transformers, and
+    OUT/step-00000120/              model in Hugging Face layout, loadable by transformers, or its adapter in
+                                    peft's, and
         optimizer.safetensors       AdamW's moments and the random generators
         trainer.json                step, cursors, curve, configuration
         held_out.block              held-out traces, if any; held_out.1.block and so on for many
@@ -138,7 +139,7 @@ def save_checkpoint(
         checkpoint: Everything else, and the directory: named by `step_name`, in the run's own.
         config: What the run was told.
         lineage: The manifest.
-        weights: A copy of the model's state, for a model that is trained meanwhile; its own if not given.
+        weights: From `copy_weights`, for a model that is trained meanwhile; its own if not given.
 
     Raises:
         CheckpointError: if it could not be written; earlier checkpoints are as they were.
@@ -153,7 +154,11 @@ def save_checkpoint(
         ) from error
     try:
         unfinished.chmod(0o755)  # mkdtemp makes it private; a model is not
-        save_model(student.model, unfinished, tokenizer_from=student.directory, weights=weights)
+        if student.adapter is None:
+            save_model(student.model, unfinished, tokenizer_from=student.directory, weights=weights)
+        else:
+            student.adapter.save(unfinished, weights)
+            copy_tokenizer(student.directory, unfinished)
         _SAFETENSORS.save_file(checkpoint.optimizer, unfinished / OPTIMIZER_FILE)
         if checkpoint.held_out:
             save_held_out(unfinished, checkpoint.held_out, student.vocab_size)
@@ -211,12 +216,17 @@ def save_model(
         weights: What to write instead of the model's own state.
     """
     model.save_pretrained(str(directory), state_dict=weights, max_shard_size="1TB")
-    for name in TOKENIZER_FILES:
-        if (tokenizer_from / name).is_file():
-            shutil.copyfile(tokenizer_from / name, directory / name)
+    copy_tokenizer(tokenizer_from, directory)
     path = directory / "config.json"
     config = cast(JsonObject, json.loads(path.read_text(encoding="utf-8")))
     path.write_text(json.dumps(_with_older_names(config), indent=2) + "\n", encoding="utf-8")
+
+
+def copy_tokenizer(source: Path, directory: Path) -> None:
+    """Copy the tokenizer files of a model's directory, as they are."""
+    for name in TOKENIZER_FILES:
+        if (source / name).is_file():
+            shutil.copyfile(source / name, directory / name)
 
 
 def load_checkpoint(directory: Path) -> Checkpoint:

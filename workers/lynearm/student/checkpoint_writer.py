@@ -55,7 +55,12 @@ class CheckpointWriter:
 
 
 def copy_weights(student: StudentModel) -> dict[str, Tensor]:
-    """The model's state on the CPU, in memory of its own; tensors that are tied stay tied."""
+    """What a checkpoint holds of the model, on the CPU and in memory of its own: all of it, or its adapter.
+
+    Tensors that are tied stay tied.
+    """
+    if student.adapter is not None:
+        return copy_tensors(student.adapter.weights())
     copies: dict[tuple[int, tuple[int, ...]], Tensor] = {}
     weights: dict[str, Tensor] = {}
     for name, tensor in student.model.state_dict().items():

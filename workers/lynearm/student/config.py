@@ -8,6 +8,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from lynearm.rollouts.config import SUPPORTS, Support
+from lynearm.student.freezing import parse_patterns
+from lynearm.student.lora_settings import parse_lora
 from lynearm.student.mixing import parse_streams
 from lynearm.student.objective import Objective, parse_terms
 from lynearm.student.rollout_share import parse_share
@@ -167,8 +169,20 @@ class TrainConfig:
     """Leave token embeddings and output head as they are: saves a third of the head's cost and its optimizer
     state. Right for a student cut from its teacher, whose embeddings are the teacher's."""
 
+    freeze: tuple[str, ...] = ()
+    """What else stays as it is: embeddings, head, norms, layers.0-9, or parameters by name with wildcards;
+    docs/students.md lists the patterns."""
+
+    lora: str = ""
+    """Train a low-rank adapter instead of the weights, for example "r=16,alpha=32,targets=all-linear", or
+    "default". Checkpoints then hold the adapter alone."""
+
+    gradient_checkpointing: bool = False
+    """Keep only the input of each layer for the backward pass and compute the rest again: the same gradients,
+    a third more time, much less memory."""
+
     seed: int = 0
-    """Of the held-out hash and of dropout."""
+    """Of the held-out hash, of dropout and of a new adapter."""
 
     threads: int = 0
     """CPU threads while the stream is live; 0 takes torch's own choice."""
@@ -276,6 +290,9 @@ class TrainConfig:
         for problem, holds in self._checks().items():
             if not holds:
                 raise ConfigError(problem)
+        parse_patterns(self.freeze)
+        if self.lora:
+            parse_lora(self.lora)
         Objective(parse_terms(self.loss))
         Objective(parse_terms(self.rollout_loss))
         parse_share(self.on_policy_share)
@@ -343,5 +360,7 @@ class TrainConfig:
             "on_policy hands over weights that one rank holds whole: not with sharding 'full'": not (
                 self.on_policy and self.sharding == "full"
             ),
+            "lora does not go with sharding or on_policy: an adapter is whole on every rank, and is not handed "
+            "to rollouts": not (self.lora and (self.sharding == "full" or self.on_policy)),
             "schedule 'cosine' needs max_steps": self.schedule != "cosine" or self.max_steps > 0,
         }

@@ -23,6 +23,7 @@ from lynearm.wire.errors import CheckpointError, LynearmError
 from lynearm.wire.traces import Trace
 
 HELD_OUT_FILE = "held_out.block"
+HELD_OUT_PATTERN = "held_out*.block"
 """In a checkpoint: the held-out traces, float32 logprobs bit for bit."""
 
 

@@ -7,6 +7,8 @@
     cut_from  teacher, its revision and what was kept of it, for a student that was cut: layers; query heads
               of each kept layer; neurons of each, and channels, as hexadecimal masks whose bit i, from the
               lowest, is unit i
+    adapter   its kind, rank and targets, and name and revision of its base, for a student that is an adapter;
+              merged: true where it has been added to the base
     streams   one entry for each run and stream: offsets, tokens, teacher, terms, codec, labels
     runs      one entry for each run: settings, versions, what was overridden, what was measured
 """

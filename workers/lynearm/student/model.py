@@ -11,7 +11,9 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 from torch import Tensor, nn
 
-from lynearm.wire.errors import CheckpointError
+from lynearm.student.adapters import Adapter, add_adapter, find_base, load_adapter
+from lynearm.student.lora_settings import LoraSettings
+from lynearm.wire.errors import CheckpointError, ConfigError
 from lynearm.wire.hidden import FINAL_NORM, Layer
 from lynearm.wire.specs import TokenizerSpec, hash_chat_template, hash_vocab
 
@@ -38,6 +40,8 @@ class StudentModel:
     device: torch.device
     compute_dtype: torch.dtype
     """Of the decoder's matrix products; weights stay float32."""
+    adapter: Adapter | None = None
+    """What is trained on the model, where that is an adapter; within `model` already."""
     shards: Shards | None = None
     """What gathers the parameters, where they are spread over the ranks: `head_weight` and `head_bias` are
     then whole only after `hidden_states`, until the backward pass has ended."""
@@ -124,26 +128,51 @@ class StudentModel:
             for parameter in cast("Iterable[nn.Parameter]", module.parameters()):
                 parameter.requires_grad_(False)
 
+    def checkpoint_gradients(self) -> None:
+        """Compute each layer again in the backward pass, instead of keeping what it computed.
+
+        Raises:
+            ConfigError: if the architecture cannot.
+        """
+        if not getattr(self.model, "supports_gradient_checkpointing", False):
+            raise ConfigError(
+                f"{type(self.model).__name__} has no gradient checkpointing", "train without it"
+            )
+        # The reentrant kind leaves out layers whose input needs no gradient, as behind frozen embeddings.
+        self.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+
     def train(self, training: bool) -> None:
         """Turn dropout on or off."""
         self.model.train(training)
 
 
 def load_student(
-    directory: Path, *, device: str = "auto", dtype: str = "auto", on_host: bool = False
+    directory: Path,
+    *,
+    device: str = "auto",
+    dtype: str = "auto",
+    on_host: bool = False,
+    lora: LoraSettings | None = None,
+    seed: int = 0,
 ) -> StudentModel:
-    """Load a causal LM with its tokenizer.
+    """Load a causal LM with its tokenizer, or an adapter on its base.
 
     Args:
-        directory: In the layout of transformers' `save_pretrained`.
+        directory: In the layout of transformers' `save_pretrained`, or an adapter in peft's.
         device: A torch device; "auto" is CUDA where there is one, else the CPU.
         dtype: "float32", "bfloat16", or "auto": bfloat16 on CUDA.
         on_host: Leave the weights on the CPU, for `shard_student` to spread over the devices.
+        lora: Put a new adapter of this kind on it.
+        seed: Of the new adapter.
 
     Raises:
-        CheckpointError: if there is no such model, or its logits are not a plain head over its states.
+        CheckpointError: if there is no such model, its logits are not a plain head over its states, or the
+            base of an adapter is not there.
+        ConfigError: if no adapter of this kind fits, or there is one already.
+        MissingDependencyError: if an adapter needs peft, and it is not installed.
     """
-    if not (directory / "config.json").is_file():
+    base = find_base(directory)
+    if not (base / "config.json").is_file():
         raise CheckpointError(
             f"{directory} is not a model: it has no config.json",
             "name a directory with config.json, model.safetensors and a tokenizer",
@@ -155,10 +184,12 @@ def load_student(
     )
     half = dtype == "bfloat16" or (dtype == "auto" and place.type == "cuda")
     tokenizer = read_tokenizer_spec(directory)
-    model = load_causal_lm(directory)
+    model = load_causal_lm(base)
+    adapter = _put_adapter(model, directory, base=base, lora=lora, seed=seed)
     if not on_host:
         model = model.to(place)
-    student = StudentModel(directory, model, tokenizer, place, torch.bfloat16 if half else torch.float32)
+    compute_dtype = torch.bfloat16 if half else torch.float32
+    student = StudentModel(directory, model, tokenizer, place, compute_dtype, adapter)
     _check_plain_head(student)
     return student
 
@@ -266,6 +297,19 @@ def _keep(
         found[number] = output if isinstance(output, Tensor) else output[0]
 
     return hook
+
+
+def _put_adapter(
+    model: Any, directory: Path, *, base: Path, lora: LoraSettings | None, seed: int
+) -> Adapter | None:
+    if base == directory:
+        return add_adapter(model, lora, base=base, seed=seed) if lora else None
+    if lora:
+        raise ConfigError(
+            f"{directory} is an adapter already",
+            "go on training it without --lora, or merge it first with lynearm student merge",
+        )
+    return load_adapter(model, directory, base=base)
 
 
 def _generation_ends(directory: Path) -> list[int]:

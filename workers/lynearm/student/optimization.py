@@ -163,7 +163,7 @@ class Optimization:
             raise CheckpointError(
                 f"the optimizer state is of other parameters: {different[0]} and "
                 f"{len(different) - 1} more differ",
-                "resume with the freeze_embeddings and the hidden terms of the loss that the run began with",
+                "resume with the hidden terms of the loss that the run began with",
             )
         with torch.no_grad():
             for name, projection in projections.items():

@@ -60,7 +60,7 @@ def describe_run(
         "streams": [spec.name for spec in specs],
         "settings": cast(JsonObject, _plain(settings)),
         "ranks": world_size,
-        "code": code_versions(),
+        "code": code_versions(*(["peft"] if config.lora else [])),
         "overrides": _overrides(specs, differences),
     }
     if evaluations:
@@ -68,10 +68,14 @@ def describe_run(
     return account
 
 
-def code_versions() -> dict[str, str]:
-    """Versions of the packages that decide what a run computes; "unknown" for one that is not installed."""
+def code_versions(*more: str) -> dict[str, str]:
+    """Versions of the packages that decide what a run computes; "unknown" for one that is not installed.
+
+    Args:
+        more: Packages besides `PACKAGES`.
+    """
     versions: dict[str, str] = {}
-    for package in PACKAGES:
+    for package in (*PACKAGES, *more):
         try:
             versions[package] = metadata.version(package)
         except metadata.PackageNotFoundError:

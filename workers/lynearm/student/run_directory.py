@@ -23,6 +23,7 @@ from lynearm.wire.errors import CheckpointError
 LATEST_FILE = "LATEST"
 BEST_FILE = "BEST"
 UNFINISHED_PREFIX = ".unfinished-"
+ADAPTER_CONFIG_FILE = "adapter_config.json"
 
 _STEP_NAME = re.compile(r"step-(\d{8,})")
 
@@ -50,13 +51,28 @@ def best_checkpoint(out: Path) -> Path | None:
     return _follow(out / BEST_FILE)
 
 
+def is_adapter(directory: Path) -> bool:
+    """Whether a directory holds an adapter without the model that it changes."""
+    return (directory / ADAPTER_CONFIG_FILE).is_file() and not (directory / "config.json").is_file()
+
+
+def find_adapter(directory: Path) -> Path | None:
+    """The adapter that a directory is, or that the run in it saved last; None where that is no adapter.
+
+    Raises:
+        CheckpointError: if LATEST names a directory that is not there.
+    """
+    found = directory if is_adapter(directory) else latest_checkpoint(directory)
+    return found if found is not None and is_adapter(found) else None
+
+
 def resolve_checkpoint(directory: Path) -> Path:
-    """The directory itself where it is a model, else the newest checkpoint of the run that it is.
+    """The directory itself where it is a model or an adapter, else the newest checkpoint of a run.
 
     Raises:
         CheckpointError: if it is neither.
     """
-    if (directory / "config.json").is_file():
+    if (directory / "config.json").is_file() or is_adapter(directory):
         return directory
     found = latest_checkpoint(directory)
     if found is None:

@@ -11,7 +11,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
-import numpy as np
 from torch import nn
 
 from lynearm.student.checkpoint import save_model
@@ -202,10 +201,7 @@ class _Cut:
         return self._profile.layers[layer].head_contributions
 
     def _neuron_importance(self, layer: int) -> Float64Array:
-        """Activation times what the down projection makes of it: what the neuron adds, in the mean."""
-        weight_HF = self.model.base_model.layers[layer].mlp.down_proj.weight.detach().double().numpy()
-        lengths_F: Float64Array = np.linalg.norm(weight_HF, axis=0)
-        return self._profile.layers[layer].neuron_activations * lengths_F
+        return self._profile.layers[layer].neuron_activations
 
 
 def _check_profile(profile: TeacherProfile, shape: DecoderShape, config: CutConfig) -> None:

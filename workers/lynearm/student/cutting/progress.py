@@ -32,7 +32,7 @@ class LayerRow:
     head_share: float = 1.0
     """Of what all heads of the layer add to the residual stream, the part that stays."""
     neuron_share: float = 1.0
-    """The same of the neurons."""
+    """The same of the neurons' activations."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,9 +1,11 @@
 """Which heads, neurons and channels a student keeps: those that put out most.
 
 After Muralidharan et al., "Compact Language Models via Pruning and Knowledge Distillation" (Minitron,
-arXiv:2407.14679), which ranks units by the size of their activations over a small calibration set. Here a
-head counts by what it adds to the residual stream, behind its part of the output projection, and a neuron by
-its activation times the length of its column of the down projection, which is the same thing for it.
+arXiv:2407.14679), which ranks units by the size of their activations over a small calibration set. A neuron
+counts by its mean absolute activation, and a head by the norm of what it adds to the residual stream. SmolLM2
+on GSM8K, KL before training: 6 of 9 heads 1.36 so, 1.65 by the norms of their own outputs, 1.97 at random;
+1,024 of 1,536 neurons 0.50 so, 0.58 by activation times the length of the neuron's output weights; 1,280 of
+them 0.24 either way, 1.51 at random.
 
 All layers keep as many, since one number in the configuration speaks for all; which ones differs from layer
 to layer. Only the channels of the residual stream are the same everywhere.
