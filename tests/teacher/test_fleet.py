@@ -44,6 +44,9 @@ PROMPT_COUNT = 1000
 
 STEPS = ("drain_a_node", "kill_the_service", "lose_a_node", "join_a_node")
 
+OUTAGE_SECONDS = float(os.environ.get("LYNEARM_TEST_OUTAGE_SECONDS", "5"))
+"""How long the service is away. At 60, leases and blocks wait as they would in production."""
+
 _PREEMPTION = 2
 """A reason to drain a node, as Ray numbers them."""
 
@@ -100,13 +103,18 @@ class Trouble:
         self.cluster = cluster
         self.service = service
         self.seen: list[TeachProgress] = []
+        self.is_away = threading.Event()
         self.pids: set[int] = set()
         self.done: list[str] = []
         self.acked_blocks = 0
         self.worked_after_join: set[int] = set()
+        self.outage: list[TeachProgress] = []
+        """What was said while the service was away."""
 
     def __call__(self, progress: TeachProgress) -> None:
         self.seen.append(progress)
+        if self.is_away.is_set():
+            self.outage.append(progress)
         self.pids |= {worker.process_id for worker in progress.workers if worker.process_id}
         if len(self.done) == len(STEPS):
             self.worked_after_join |= {worker.process_id for worker in self.at_work(progress)}
@@ -132,8 +140,13 @@ class Trouble:
             return False
         self.acked_blocks = progress.acked_blocks
         self.service.kill()
-        threading.Timer(5.0, self.service.start).start()
+        self.is_away.set()
+        threading.Timer(OUTAGE_SECONDS, self.bring_service_back).start()
         return True
+
+    def bring_service_back(self) -> None:
+        self.is_away.clear()
+        self.service.start()
 
     def lose_a_node(self, progress: TeachProgress) -> bool:
         # Blocks come through again.
@@ -211,6 +224,13 @@ def test_no_prompt_is_lost_or_doubled_whatever_dies(
     assert report.workers == 3
     # The poison ended an engine among others, and a process alone. Leaving a node is no restart.
     assert report.restarts == 2
+    # While the service was away, engines went on with what they had leased, and it was said why they waited.
+    away = trouble.outage
+    assert away[-1].generated_tokens > away[0].generated_tokens
+    assert any("no trace service answers" in progress.message for progress in away)
+    meanwhile = away[-1].generated_tokens - away[0].generated_tokens
+    again = report.generated_tokens - report.completion_tokens
+    print(f"away {OUTAGE_SECONDS:g} s: {meanwhile} tokens meanwhile, {again} of all generated again")
     states = {worker.state for progress in trouble.seen for worker in progress.workers}
     assert {"loading", "generating", "draining", "retrying", "replacing"} <= states
     messages = {progress.message for progress in trouble.seen}
