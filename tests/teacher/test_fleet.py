@@ -21,7 +21,8 @@ from models.tiny_llama import build_tiny_llama
 from lynearm.client import TraceClient
 from lynearm.teacher import TeachProgress, WorkerStatus, ray_actor, run_teach
 from lynearm.teacher.job_file import parse_job_file
-from lynearm.teacher.several import TeachersFailedError, assign_teachers, prepare_teachers, run_several
+from lynearm.teacher.run_several import TeachersFailedError, run_several
+from lynearm.teacher.several import assign_teachers, prepare_teachers
 from lynearm.teacher.worker import TeacherWorker
 from lynearm.wire.codec import decode_block
 from lynearm.wire.errors import ConfigError, StreamNotFoundError
