@@ -33,7 +33,7 @@ from lynearm.teacher.quarantine import by_lease
 from lynearm.teacher.ray_actor import WorkerLostError, WorkerOutOfReachError
 from lynearm.teacher.recovery import DEATH_REMEDY, Errands, EstateQueue, Recovery
 from lynearm.teacher.slot import Actor, Place, Slot, Totals
-from lynearm.teacher.worker import LeasedWork
+from lynearm.teacher.worker_progress import LeasedWork
 from lynearm.wire.errors import ConfigError, LynearmError, TeacherError
 from lynearm.wire.specs import StreamSpec
 
