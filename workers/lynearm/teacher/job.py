@@ -17,6 +17,7 @@ from dataclasses import replace
 from lynearm.client import StreamInfo, TraceClient
 from lynearm.client.job_calls import JobInfo
 from lynearm.teacher.config import TeachConfig
+from lynearm.teacher.crew import Allow
 from lynearm.teacher.job_progress import JobProgress, OnProgress
 from lynearm.teacher.model_source import pin_model
 from lynearm.teacher.preflight import runs_here
@@ -25,7 +26,7 @@ from lynearm.teacher.prompt_job import MAX_REPORTED_FAILURES, JobPrompts, Prompt
 from lynearm.teacher.ray_actor import RayWorkers, ray_session
 from lynearm.teacher.ray_cluster import Untyped
 from lynearm.teacher.slot import Totals
-from lynearm.teacher.supervisor import Allow, Supervisor
+from lynearm.teacher.supervisor import Supervisor
 from lynearm.wire.errors import (
     InternalError,
     JobCancelledError,
