@@ -8,8 +8,8 @@ has a process of its own for each shape; a round goes once through all of them, 
 is the peak of the process's resident memory in its first step over what it had before. The gradient of the
 head is in it, which alone is 108 and 334 MiB, 0.18 and 0.37 of plain cross-entropy's peak: whatever hands it
 over in float32 cannot be below that. CPU time is user and system time of a step by the process's
-own clock, the least of all rounds, since other work on the machine only adds to it. Takes about five
-minutes; --quick takes half of one, with small shapes and forward KL alone, and shows that it runs and no
+own clock, the least of all rounds, since other work on the machine only adds to it. Takes about seven
+CPU-minutes; --quick takes half of one, with small shapes and forward KL alone, and shows that it runs and no
 more. Linux only.
 
 The last line is JSON, about forward KL:
