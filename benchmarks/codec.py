@@ -6,8 +6,9 @@ Dictionaries are trained on 60 % of the completions; bits and KL are measured on
 a trainer needs is in the bits: sampled token and logprob, kept tokens and logprobs, tail mass, and header,
 checksum and metadata of each block. Prompts are left out, since their share depends on the job. Rows are
 decoded before they are compared, and a block whose tokens, or in exact mode bits, come back changed ends the
-run. Speed is that of one core, in CPU time, over the whole corpus: quote it from a quiet machine. The last
-line is one JSON object.
+run. Speed is that of one core, in CPU time, over the whole corpus: quote it from a quiet machine. As in any
+process with a client of the service, freed memory is kept (`lynearm.wire.allocation`); where it is not, pages
+that the system clears anew take a quarter of a decoder's time. The last line is one JSON object.
 
 Takes about a minute, with --quick about 10 s. Without --corpus, the rows of SmolLM2-135M in ../shared/data
 are used where they are, and a made-up teacher's elsewhere. `codec_corpus.py` describes the file.
@@ -40,6 +41,7 @@ from codec_corpus import (
 from codec_measure import Blocks, Coder, Distances, Rows, Speed, decode_checked, measure_speed, rows_bytes
 from codec_tables import print_table
 
+from lynearm.wire.allocation import keep_freed_memory
 from lynearm.wire.specs import CodecSpec
 from lynearm.wire.traces import Trace
 
@@ -139,6 +141,7 @@ def main() -> int:
         print(f"no corpus at {arguments.corpus}: name one with --corpus, or leave it out", file=sys.stderr)
         return 2
     use_one_core()
+    keep_freed_memory()
     corpus = choose_corpus(arguments.corpus, synthetic=arguments.synthetic, quick=arguments.quick)
     bench = Bench(corpus, runs=5 if arguments.quick else 9)
     print_opening(bench)

@@ -12,7 +12,7 @@ import dataclasses
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, TypeAlias
 
 import numpy as np
 import torch
@@ -27,6 +27,10 @@ from lynearm.student.reader import PositionedTrace
 from lynearm.wire.specs import CodecSpec
 from lynearm.wire.traces import Cursor, TopK, Trace
 
+Rows: TypeAlias = Literal["likely", "draws", "none", "drawn tail"]
+"""What a row holds: the likeliest entries and the tail's mass, draws, nothing, or the likeliest entries and
+draws of the tail."""
+
 
 @dataclass(frozen=True, slots=True)
 class Method:
@@ -34,10 +38,13 @@ class Method:
 
     name: str
     title: str
-    loss: str
-    """One term, as `docs/losses.md` explains."""
+    losses: tuple[str, ...]
+    """Terms as `docs/losses.md` explains them."""
     codec: CodecSpec | None
     """What carries the rows; None: the teacher's whole distributions, which no stream carries."""
+    rows: Rows = "likely"
+    min_probability: float = 0.0
+    """Of the rows, where it is applied before they are made; else the codec's own."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -133,7 +140,7 @@ def train(
 
     Args:
         student_dir: Where every student begins.
-        method: Its loss; the dense one asks the teacher for its rows.
+        method: Its losses; the dense one asks the teacher for its rows.
         traces: In the order of training, enough for all steps, as the method's stream carries them.
         training: Steps, sizes and rates.
         teacher: A transformers model, float32.
@@ -143,7 +150,7 @@ def train(
     student = load_student(student_dir, device="cpu", dtype=training.dtype)
     config = TrainConfig(
         student=student_dir,
-        loss=(method.loss,),
+        loss=method.losses,
         learning_rate=training.learning_rate,
         schedule="cosine",
         warmup_steps=max(1, training.steps // 10),

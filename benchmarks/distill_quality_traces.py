@@ -20,9 +20,11 @@ from typing import Any
 
 import numpy as np
 from codec_corpus import count_tokens, group_traces
+from distill_quality_runs import Rows
 
 from lynearm.teacher.dictionary import TRAINING_POSITIONS
 from lynearm.teacher.draws import draw_from_logits
+from lynearm.wire.adaptive import keep_likely
 from lynearm.wire.codec import decode_block, encode_block, train_dictionary
 from lynearm.wire.dictionaries import Dictionary, DictionaryReader
 from lynearm.wire.specs import CodecSpec
@@ -288,6 +290,24 @@ def pass_through_codec(traces: Sequence[Trace], codec: CodecSpec, vocab_size: in
     )
 
 
+def make_rows(corpus: Corpus, rows: Rows, min_probability: float = 0.0) -> list[Trace]:
+    """The corpus as traces of one kind of rows.
+
+    Args:
+        corpus: All of it.
+        rows: Which.
+        min_probability: Of a likely entry; less likely ones go into the tail.
+    """
+    if rows == "draws":
+        return corpus.draws
+    likely = [keep_likely(trace, min_probability) for trace in corpus.top_k]
+    if rows == "none":
+        return [without_rows(trace) for trace in likely]
+    if rows == "drawn tail":
+        return [with_drawn_tail(trace, drawn) for trace, drawn in zip(likely, corpus.draws, strict=True)]
+    return likely
+
+
 def without_rows(trace: Trace) -> Trace:
     """The trace as a stream of k = 0 has it: its tokens, and no distributions."""
     positions = trace.completion_token_ids.size
@@ -297,6 +317,33 @@ def without_rows(trace: Trace) -> Trace:
         np.ones(positions, np.float32),
     )
     return replace(trace, top_k=nothing)
+
+
+def with_drawn_tail(trace: Trace, drawn: Trace) -> Trace:
+    """The trace with rows whose tail stands on tokens that were drawn from it, in place of a mass.
+
+    Draws from the whole distribution that fall outside the kept entries are draws from the tail: they share
+    its mass by their counts. Forward KL against such a row has the gradient of the whole KL in expectation,
+    but where no draw fell into the tail, which then stays a mass: the smaller it is, the more often.
+
+    Args:
+        trace: Rows of likely entries.
+        drawn: The same completion with rows of draws.
+    """
+    kept, draws = trace.top_k, drawn.top_k
+    is_kept_TK = kept.logprobs > -np.inf
+    among_kept_TD = ((draws.token_ids[:, :, None] == kept.token_ids[:, None]) & is_kept_TK[:, None]).any(2)
+    counts_TD = np.where(among_kept_TD, 0.0, np.exp(draws.logprobs.astype(np.float64)))
+    total_T1 = counts_TD.sum(1, keepdims=True)
+    share_TD = kept.tail_mass[:, None] * counts_TD / np.maximum(total_T1, 1e-300)
+    with np.errstate(divide="ignore"):
+        logprobs = np.concatenate([kept.logprobs, np.log(share_TD).astype(np.float32)], axis=1)
+    token_ids = np.concatenate([kept.token_ids, draws.token_ids], axis=1)
+    order = np.argsort(-logprobs, axis=1, kind="stable")[:, : int((logprobs > -np.inf).sum(1).max())]
+    logprobs = np.take_along_axis(logprobs, order, 1)
+    token_ids = np.where(logprobs > -np.inf, np.take_along_axis(token_ids, order, 1), 0).astype(np.int32)
+    tail_T = np.where(total_T1[:, 0] > 0, 0.0, kept.tail_mass).astype(np.float32)
+    return replace(trace, top_k=TopK(token_ids, logprobs, tail_T))
 
 
 def _read_lines(path: Path) -> list[dict[str, Any]]:

@@ -324,6 +324,14 @@ def test_serve_tells_people_where_it_listens_and_how_it_stopped(tmp_path: Path) 
     ("command", "complaint"),
     [
         (("teach",), "teach needs model, prompts and stream"),
+        (
+            ("teach", "--model=m", "--prompts=p", "--stream=s", "--presence-penalty=3"),
+            "presence_penalty 3.0 is outside -2..2",
+        ),
+        (
+            ("teach", "--model=m", "--prompts=p", "--stream=s", "--stop=a", "--stop=a"),
+            "a stop string is there twice",
+        ),
         (("teach", "--set", "max_tokns=1"), "did you mean 'max_tokens'"),
         (("train", "--set", "epochs=0"), "epochs is 0"),
         (("train", "--config", "absent.toml"), "cannot read absent.toml"),

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from lynearm.cli.export import describe as describe_export
 from lynearm.cli.teach_progress import describe as describe_teach
 from lynearm.cli.train import describe as describe_train
 from lynearm.export.progress import ExportProgress
+from lynearm.rollouts import RolloutStatus
 from lynearm.student.progress import EvaluationRecord, StepRecord, TrainProgress
 from lynearm.teacher.progress import TeachProgress, WorkerStatus
 
@@ -100,3 +103,35 @@ def test_an_export_shows_its_stage_and_share() -> None:
 def test_the_end_is_left_to_the_summary() -> None:
     assert describe_teach(TeachProgress("done")) is None
     assert describe_train(TrainProgress("done", record=STEP)) is None
+
+
+def test_a_trainer_shows_how_its_student_writes() -> None:
+    rollouts = RolloutStatus(
+        activity="waiting for the teacher at a:1",
+        loaded_step=8,
+        rollouts=40,
+        tokens=2400,
+        tokens_per_second=63.4,
+        scored_tokens=2300,
+        divergence=0.402,
+        waiting_teacher_seconds=75.0,
+        waiting_trainer_seconds=3.0,
+        restarts=1,
+        stale_rollouts=2,
+    )
+    status = describe_train(
+        TrainProgress("training", record=replace(STEP, staleness=3.25), rollouts=rollouts)
+    )
+    assert status is not None
+    for fact in (
+        "rollouts: waiting for the teacher at a:1",
+        "63 tokens/s written",
+        "3.2 steps old",
+        "reverse KL about 0.402",
+        "2.3k tokens scored",
+        "1 min 15 s for the teacher",
+        "2 too old",
+        "1 restarts",
+    ):
+        assert fact in status.text
+    assert "rollouts" not in (describe_train(TrainProgress("training", record=STEP)) or status).text

@@ -8,7 +8,8 @@ import time
 from collections.abc import Sequence
 from typing import Any
 
-from lynearm.teacher.worker import LeasedWork, TeacherWorker
+from lynearm.teacher.worker import TeacherWorker
+from lynearm.teacher.worker_progress import LeasedWork
 
 POISON = "poison"
 """A prompt whose id begins with it makes the engine raise an error, and ends the process when it is alone."""

@@ -83,6 +83,14 @@ def test_transport_benchmark_ends_with_its_figures_as_json() -> None:
     assert figures["lynearm_bytes_per_token"] < figures["pickle_zeromq_bytes_per_token"]
 
 
+def test_prompt_queue_benchmark_ends_with_its_figures_as_json() -> None:
+    figures = json.loads(run_benchmark("prompt_queue.py", "--quick").splitlines()[-1])
+    for step in ("read", "create", "lease", "finish", "fail", "list_failed"):
+        assert figures[f"{step}_prompts_per_second"] > 0
+    assert figures["lease_last_tenth_vs_first"] > 0
+    assert figures["create_client_mib"] < 100
+
+
 @pytest.mark.slow
 def test_scoring_benchmark_ends_with_its_figures_as_json(tmp_path: Path) -> None:
     model = build_tiny_llama(tmp_path / "tiny")

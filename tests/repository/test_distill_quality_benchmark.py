@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
 
@@ -22,7 +23,16 @@ from lynearm.student.optimization import Optimization
 from lynearm.wire.traces import Cursor, TopK, Trace
 
 BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
-METHODS = ("standard_k64", "standard_adaptive", "compact_adaptive", "sampled", "hard_labels")
+METHODS = (
+    "standard_k64",
+    "standard_adaptive",
+    "compact_adaptive",
+    "sampled",
+    "hard_labels",
+    "k64_default_loss",
+    "k64_drawn_tail",
+    "adaptive_drawn_tail",
+)
 
 
 @pytest.fixture(scope="module")
@@ -36,6 +46,14 @@ def runs(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     import distill_quality_runs
 
     return distill_quality_runs
+
+
+@pytest.fixture
+def made_traces(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    import distill_quality_traces
+
+    return distill_quality_traces
 
 
 def run_quick(teacher_dir: Path, out: Path) -> subprocess.CompletedProcess[str]:
@@ -127,3 +145,32 @@ def test_a_teacher_is_at_no_distance_from_itself_and_parts_add_up(
     other = held_out.measure(load_causal_lm(build_tiny_llama(tmp_path / "other", seed=1)))
     assert 0 < other.kl_of_top < other.kl
     assert other.agreement < 1.0
+
+
+def test_a_drawn_tail_keeps_the_likely_entries_and_its_mass_is_right_in_the_mean(
+    made_traces: ModuleType,
+) -> None:
+    vocab_size, positions, draws = 12, 4000, 50
+    rng = np.random.default_rng(0)
+    p_V = np.sort(rng.dirichlet(np.full(vocab_size, 0.7)))[::-1]
+    kept = TopK(
+        np.tile(np.arange(3, dtype=np.int32), (positions, 1)),
+        np.tile(np.log(p_V[:3]).astype(np.float32), (positions, 1)),
+        np.full(positions, p_V[3:].sum(), np.float32),
+    )
+    counts_TV = rng.multinomial(draws, p_V, positions)
+    with np.errstate(divide="ignore"):
+        drawn = TopK(
+            np.tile(np.arange(vocab_size, dtype=np.int32), (positions, 1)),
+            np.log(counts_TV / draws).astype(np.float32),
+            np.zeros(positions, np.float32),
+        )
+    trace = replace(make_trace(vocab_size, positions), top_k=kept)
+    rows = made_traces.with_drawn_tail(trace, replace(trace, top_k=drawn)).top_k
+    assert (rows.logprobs[:, 1:] <= rows.logprobs[:, :-1]).all()
+    mass_TV = np.zeros((positions, vocab_size))
+    np.add.at(mass_TV, (np.arange(positions)[:, None], rows.token_ids), np.exp(rows.logprobs.astype(float)))
+    assert mass_TV.sum(1) + rows.tail_mass == pytest.approx(1.0, abs=1e-5)
+    assert mass_TV[:, :3] == pytest.approx(np.tile(p_V[:3], (positions, 1)), rel=1e-5)
+    # Of tokens outside: a mean of 4,000 rows, each of a handful of draws.
+    assert mass_TV.mean(0) == pytest.approx(p_V, abs=4 * np.sqrt(p_V[3] / positions))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -155,3 +156,30 @@ def test_configurations_out_of_range_are_refused(changes: dict[str, object], pro
 def test_a_configuration_that_is_none_is_refused(line: str) -> None:
     with pytest.raises(ConfigError):
         RolloutConfig.from_json(line)
+
+
+def test_a_process_ends_with_its_trainer() -> None:
+    ended = subprocess.run(
+        [sys.executable, "-m", "lynearm.rollouts"],
+        input=CONFIG.to_json() + "\n" + encode_message(Taken(1, 0)).decode(),
+        capture_output=True,
+        text=True,
+        timeout=240,
+        check=True,
+    )
+    assert ended.stdout == ""
+
+
+def test_a_process_says_why_it_cannot_begin() -> None:
+    ended = subprocess.run(
+        [sys.executable, "-m", "lynearm.rollouts"],
+        input='{"dance": 1}\n',
+        capture_output=True,
+        text=True,
+        timeout=240,
+        check=False,
+    )
+    message = decode_message(ended.stdout.encode())
+    assert isinstance(message, Failed)
+    assert (message.error, message.is_lasting, ended.returncode) == ("ConfigError", True, 1)
+    assert "dance" in ended.stderr

@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import datetime
+import itertools
 import json
-from collections.abc import Sequence
+import math
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor, nn
 
+from lynearm.student import optimization as optimization_module
 from lynearm.student import ranks as ranks_module
 from lynearm.student.batches import Batch
 from lynearm.student.config import TrainConfig
@@ -21,7 +25,9 @@ from lynearm.student.model import StudentModel, load_student
 from lynearm.student.objective import Objective, parse_terms
 from lynearm.student.optimization import Optimization, StepResult
 from lynearm.student.ranks import Ranks, is_sharded, join_ranks
-from lynearm.student.sharding import shard_student
+from lynearm.student.sharding import clip_gradients, shard_student
+from lynearm.student.trainer import run_train
+from lynearm.wire.errors import CheckpointError, InvalidInputError
 from lynearm.wire.traces import Trace
 
 
@@ -33,6 +39,8 @@ class Case:
     teacher_hidden_size: int = 0
     tied: bool = True
     checkpointing: bool = False
+    frozen: str = ""
+    """Part of the names of parameters that are not trained."""
 
 
 @dataclass
@@ -83,13 +91,29 @@ def compare(directory: Path, cases: dict[str, Case], lessons: Lessons, out: Path
 
 def meet(out: Path) -> None:
     """Run by each rank: both meet, and then the first one waits for the other in vain."""
-    ranks_module._MEETING = datetime.timedelta(seconds=1)
-    with join_ranks("cpu") as ranks:
+    with pytest.MonkeyPatch.context() as patch, join_ranks("cpu") as ranks:
+        with pytest.raises(CheckpointError, match="the disk is full"):
+            ranks.raise_together(CheckpointError("the disk is full") if ranks.writes else None)
+        ranks.raise_together(None)
         met = [ranks.meet()]
         if ranks.writes:
+            patch.setattr(ranks_module, "_MEETING", datetime.timedelta(seconds=1))
             met.append(ranks.meet())
             out.write_text(json.dumps(met))
         ranks.all_hold(True)
+
+
+def train_until_broken(config: TrainConfig) -> None:
+    """Run by each rank: the gradient of the third step is not finite."""
+    numbers = itertools.count(1)
+
+    def clip(parameters: Iterable[nn.Parameter], limit: float, ranks: Ranks) -> float:
+        return math.nan if next(numbers) == 3 else clip_gradients(parameters, limit, ranks)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(optimization_module, "clip_gradients", clip)
+        with pytest.raises(InvalidInputError, match="step 3 is not finite"):
+            run_train(config)
 
 
 def train(directory: Path, case: Case, lessons: Lessons, ranks: Ranks, *, sharded: bool) -> Outcome:
@@ -136,6 +160,9 @@ def prepare(directory: Path, case: Case) -> StudentModel:
         head.weight = nn.Parameter(head.weight.detach() * 0.9)
     if case.config.freeze_embeddings:
         student.freeze_embeddings()
+    for name, parameter in student.named_parameters():
+        if case.frozen and case.frozen in name:
+            parameter.requires_grad_(False)
     if case.checkpointing:
         student.model.gradient_checkpointing_enable({"use_reentrant": False})
     return student

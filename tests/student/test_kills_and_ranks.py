@@ -14,7 +14,7 @@ import pytest
 import torch
 from models.service_process import ServiceProcess
 from student.run_processes import join, run_ranks, start_run
-from student.teaching_material import offer
+from student.teaching_material import offer, write_traces
 
 from lynearm.student.checkpoint import Checkpoint, latest_checkpoint, load_checkpoint
 from lynearm.student.config import TrainConfig
@@ -70,6 +70,21 @@ def losses(config: TrainConfig) -> list[float]:
     return [record.loss for record in last(config).state.curve]
 
 
+def kill_until_done(config: TrainConfig, run_seconds: float, kills: int) -> int:
+    """Start a run again and again, and kill it at random instants; how often it was killed."""
+    generator = random.Random(5)
+    killed = 0
+    while True:
+        process = start_run(replace(config, resume=latest_checkpoint(config.out) is not None))
+        process.join(None if killed >= kills else generator.uniform(0.05, 0.6) * run_seconds)
+        if process.exitcode is not None:
+            assert process.exitcode == 0
+            return killed
+        process.kill()
+        process.join()
+        killed += 1
+
+
 @pytest.mark.slow
 def test_a_run_that_is_killed_again_and_again_ends_with_the_same_weights(
     configure: Callable[..., TrainConfig],
@@ -79,18 +94,7 @@ def test_a_run_that_is_killed_again_and_again_ends_with_the_same_weights(
     started = time.monotonic()
     join([start_run(whole)])
     run_seconds = time.monotonic() - started
-    generator = random.Random(5)
-    kills = 0
-    while True:
-        process = start_run(replace(killed, resume=latest_checkpoint(killed.out) is not None))
-        process.join(None if kills >= 10 else generator.uniform(0.05, 0.6) * run_seconds)
-        if process.exitcode is not None:
-            break
-        process.kill()
-        process.join()
-        kills += 1
-    assert process.exitcode == 0
-    assert kills > 1
+    assert kill_until_done(killed, run_seconds, kills=10) > 1
     assert last(killed).state.step == last(whole).state.step == 26
     assert losses(killed) == losses(whole)
     assert last(killed).state.traces == 2 * 52
@@ -129,6 +133,35 @@ def test_ranks_take_the_same_steps_as_one_process_and_can_take_turns(
     theirs = weights(alone)
     for name, mine in weights(together).items():
         torch.testing.assert_close(mine, theirs[name], rtol=1e-2, atol=2e-4)
+
+
+@pytest.mark.slow
+def test_a_mixture_of_streams_survives_kills_and_is_the_same_for_any_number_of_ranks(
+    service: ServiceProcess, teacher: StudentModel, configure: Callable[..., TrainConfig]
+) -> None:
+    second = f"kills-{next(numbers)}"
+    more = write_traces(teacher, 30, seed=9, held_out=4)
+    offer(service.target, teacher, more, name=second, traces_per_block=4)
+    (first,) = configure("any").streams
+    whole = configure("whole", streams=(f"{first}:0.8..0.4@10", f"{second}:0.3"), epochs=1)
+    killed, together = (replace(whole, out=whole.out.with_name(name)) for name in ("killed", "together"))
+    started = time.monotonic()
+    join([start_run(whole)])
+    assert kill_until_done(killed, time.monotonic() - started, kills=4) > 0
+    run_ranks(together, 2)
+    wanted = last(whole).state
+    assert [stream.traces for stream in wanted.streams] == [52, 26]
+    assert last(killed).state == wanted
+    theirs = weights(whole)
+    for name, mine in weights(killed).items():
+        assert torch.equal(mine, theirs[name]), name
+    by_two = last(together).state
+    assert (by_two.step, by_two.streams) == (wanted.step, wanted.streams)
+    assert [record.stream_tokens for record in by_two.curve] == [one.stream_tokens for one in wanted.curve]
+    assert losses(together) == pytest.approx(losses(whole), rel=2e-3)
+    ours = by_two.evaluations[-1].streams
+    for name, part in wanted.evaluations[-1].streams.items():
+        assert ours[name].kl == pytest.approx(part.kl, rel=2e-3)
 
 
 def test_checkpoints_beside_the_training_are_those_of_their_step(

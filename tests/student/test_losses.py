@@ -303,16 +303,18 @@ def test_chunks_and_blocks_change_neither_loss_nor_gradient(
     assert float((grad_VH - whole[-1]).norm() / whole[-1].norm()) < 0.03
 
 
-@pytest.mark.parametrize("positions", [1, 2, HIDDEN - 1, HIDDEN, HIDDEN + 1])
+@pytest.mark.parametrize(
+    ("positions", "k"), [(1, 4), (2, VOCAB), (HIDDEN - 1, 0), (HIDDEN, 4), (HIDDEN + 1, 4)]
+)
 @pytest.mark.parametrize("rows_bytes", [1, 4 * HIDDEN * 8, 8 << 20])
 @pytest.mark.parametrize("vocab_size", [VOCAB - 4, VOCAB])
 def test_logits_in_the_place_of_the_gradient_leave_the_gradient_of_any_shape(
-    positions: int, rows_bytes: int, vocab_size: int, monkeypatch: pytest.MonkeyPatch
+    positions: int, k: int, rows_bytes: int, vocab_size: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(in_place, "_ROWS_BYTES", rows_bytes)
-    case = make_case(positions)
+    case = make_case(positions, k)
     case.targets = replace(case.targets, sampled_ids_N=case.targets.sampled_ids_N % vocab_size)
-    objective = Objective((LossTerm("jsd", mix=0.5), LossTerm("cross-entropy", 0.1)), vocab_size=vocab_size)
+    objective = Objective(EVERY_LOSS, vocab_size=vocab_size)
     check_against_dense(case, objective)
     # A gradient that is there already is added to, and not written over.
     head_VH = case.head_VH.detach().requires_grad_()

@@ -15,7 +15,7 @@ import pytest
 import torch
 from models.service_process import ServiceProcess
 from student.run_processes import join, run_ranks, start_ranks, start_run, train
-from student.sharded_steps import Case, Lessons, Outcome, compare, meet
+from student.sharded_steps import Case, Lessons, Outcome, compare, meet, train_until_broken
 from student.teaching_material import offer
 from student.test_hidden_terms import carry_states
 from torch import Tensor
@@ -50,8 +50,9 @@ def outcomes(
             teacher_hidden_size=teacher.hidden_size,
             tied=False,
             checkpointing=True,
+            frozen="up_proj",
         ),
-        "half": Case(replace(CONFIG, dtype="bfloat16", freeze_embeddings=True)),
+        "half": Case(replace(CONFIG, dtype="bfloat16", freeze_embeddings=True, packing="on")),
     }
     deep = [carry_states(teacher, trace) for trace in traces[:12]]
     # One rank has nothing to do in the second step, and less to write than the other.
@@ -78,12 +79,13 @@ def test_steps_on_shards_are_bit_for_bit_those_on_the_whole_student(
     assert norms[0] == pytest.approx(norms[1], rel=1e-5)
 
 
-def test_clipping_heads_of_their_own_hidden_terms_and_recomputing_change_rounding_only(
+def test_clipping_own_heads_hidden_terms_frozen_parts_and_recomputing_change_rounding_only(
     outcomes: Mapping[str, tuple[Outcome, Outcome]],
 ) -> None:
     whole, sharded = outcomes["clipped"]
     assert min(step.gradient_norm for step in whole.steps) > 0.5
     assert any(name.startswith("projection.") for name in sharded.optimizer)
+    assert not any("up_proj" in name for name in sharded.optimizer)
     assert not torch.equal(whole.weights["lm_head.weight"], whole.weights["model.embed_tokens.weight"])
     check_close(sharded.weights, whole.weights, tolerance=1e-5)
     check_close(sharded.optimizer, whole.optimizer, tolerance=1e-5)
@@ -102,7 +104,9 @@ def test_layers_that_are_gathered_in_bfloat16_learn_what_those_under_autocast_do
     assert sharded.held_out_kl == pytest.approx(whole.held_out_kl, rel=1e-2)
 
 
-def test_a_rank_that_fails_learns_whether_the_others_do(tmp_path: Path) -> None:
+def test_an_error_of_one_rank_is_raised_on_all_and_ranks_that_fail_learn_whether_all_do(
+    tmp_path: Path,
+) -> None:
     join(start_ranks(2, meet, tmp_path / "met"))
     assert json.loads((tmp_path / "met").read_text()) == [True, False]
 
@@ -117,6 +121,8 @@ def test_what_cannot_be_sharded_is_refused(student_dir: Path) -> None:
         shard_student(student, Ranks(0, 2))
     with pytest.raises(ConfigError, match="sharding is 'half', expected one of"):
         TrainConfig(sharding="half")
+    with pytest.raises(ConfigError, match="not with sharding 'full'"):
+        TrainConfig(sharding="full", on_policy=True)
 
 
 @pytest.fixture
@@ -174,6 +180,14 @@ def test_a_sharded_run_needs_several_processes(configure: Callable[..., TrainCon
 
 
 @pytest.mark.slow
+def test_a_failure_of_all_ranks_is_saved_before_they_end(configure: Callable[..., TrainConfig]) -> None:
+    config = configure("broken", checkpoint_every_steps=0, eval_every_steps=0)
+    join(start_ranks(2, train_until_broken, config))
+    assert last(config).state.step == 2
+    assert set(weights(config)) == set(load_student(config.student, device="cpu").trainable_parameters())
+
+
+@pytest.mark.slow
 def test_a_sharded_run_may_be_killed_and_go_on_with_other_ranks_and_whole(
     configure: Callable[..., TrainConfig],
 ) -> None:
@@ -194,7 +208,7 @@ def test_a_sharded_run_may_be_killed_and_go_on_with_other_ranks_and_whole(
 
     step = last(turns).state.step
     join([start_run(replace(turns, resume=True, sharding="none", max_steps=step + 2))])
-    run_ranks(replace(turns, resume=True), 2)
+    run_ranks(replace(turns, resume=True), 3)  # which its sizes do not divide by
     join([start_run(alone)])
     for config in (whole, turns):
         state, wanted = last(config).state, last(alone).state

@@ -20,7 +20,13 @@ from models.tiny_llama import build_tiny_llama
 
 from lynearm.client import TraceClient
 from lynearm.teacher import TeachProgress, WorkerStatus, ray_actor, run_teach
+from lynearm.teacher.job_file import parse_job_file
+from lynearm.teacher.run_several import TeachersFailedError, run_several
+from lynearm.teacher.several import assign_teachers, prepare_teachers
+from lynearm.teacher.worker import TeacherWorker
 from lynearm.wire.codec import decode_block
+from lynearm.wire.errors import ConfigError, StreamNotFoundError
+from lynearm.wire.specs import StreamSpec
 
 pytestmark = [
     pytest.mark.slow,
@@ -38,6 +44,9 @@ NODE = {"num_cpus": 1, "object_store_memory": 80 << 20, "memory": 8 << 30}
 PROMPT_COUNT = 1000
 
 STEPS = ("drain_a_node", "kill_the_service", "lose_a_node", "join_a_node")
+
+OUTAGE_SECONDS = float(os.environ.get("LYNEARM_TEST_OUTAGE_SECONDS", "5"))
+"""How long the service is away. At 60, leases and blocks wait as they would in production."""
 
 _PREEMPTION = 2
 """A reason to drain a node, as Ray numbers them."""
@@ -95,13 +104,18 @@ class Trouble:
         self.cluster = cluster
         self.service = service
         self.seen: list[TeachProgress] = []
+        self.is_away = threading.Event()
         self.pids: set[int] = set()
         self.done: list[str] = []
         self.acked_blocks = 0
         self.worked_after_join: set[int] = set()
+        self.outage: list[TeachProgress] = []
+        """What was said while the service was away."""
 
     def __call__(self, progress: TeachProgress) -> None:
         self.seen.append(progress)
+        if self.is_away.is_set():
+            self.outage.append(progress)
         self.pids |= {worker.process_id for worker in progress.workers if worker.process_id}
         if len(self.done) == len(STEPS):
             self.worked_after_join |= {worker.process_id for worker in self.at_work(progress)}
@@ -127,8 +141,13 @@ class Trouble:
             return False
         self.acked_blocks = progress.acked_blocks
         self.service.kill()
-        threading.Timer(5.0, self.service.start).start()
+        self.is_away.set()
+        threading.Timer(OUTAGE_SECONDS, self.bring_service_back).start()
         return True
+
+    def bring_service_back(self) -> None:
+        self.is_away.clear()
+        self.service.start()
 
     def lose_a_node(self, progress: TeachProgress) -> bool:
         # Blocks come through again.
@@ -145,9 +164,18 @@ class Trouble:
         return True
 
 
-def count_samples(target: str) -> Counter[tuple[str, int]]:
-    with TraceClient(target) as client, client.subscribe("lessons", follow=False) as blocks:
-        dictionaries = client.dictionaries("lessons")
+class FussyWorker(TeacherWorker):
+    """Real but for one model, which it does not load."""
+
+    def load(self) -> StreamSpec:
+        if self._config.model_name == "broken":
+            raise ConfigError("cannot load teacher 'broken': of course not")
+        return super().load()
+
+
+def count_samples(target: str, stream: str = "lessons") -> Counter[tuple[str, int]]:
+    with TraceClient(target) as client, client.subscribe(stream, follow=False) as blocks:
+        dictionaries = client.dictionaries(stream)
         decoded = (decode_block(block.block, dictionaries=dictionaries) for block in blocks)
         return Counter((trace.prompt_id, trace.sample_index) for traces in decoded for trace in traces)
 
@@ -197,6 +225,13 @@ def test_no_prompt_is_lost_or_doubled_whatever_dies(
     assert report.workers == 3
     # The poison ended an engine among others, and a process alone. Leaving a node is no restart.
     assert report.restarts == 2
+    # While the service was away, engines went on with what they had leased, and it was said why they waited.
+    away = trouble.outage
+    assert away[-1].generated_tokens > away[0].generated_tokens
+    assert any("no trace service answers" in progress.message for progress in away)
+    meanwhile = away[-1].generated_tokens - away[0].generated_tokens
+    again = report.generated_tokens - report.completion_tokens
+    print(f"away {OUTAGE_SECONDS:g} s: {meanwhile} tokens meanwhile, {again} of all generated again")
     states = {worker.state for progress in trouble.seen for worker in progress.workers}
     assert {"loading", "generating", "draining", "retrying", "replacing"} <= states
     messages = {progress.message for progress in trouble.seen}
@@ -208,3 +243,52 @@ def test_no_prompt_is_lost_or_doubled_whatever_dies(
     assert not [process_id for process_id in trouble.pids if is_alive(process_id)]
     table: Any = ray.util.placement_group_table()
     assert {place["state"] for place in table.values()} == {"REMOVED"}
+
+
+def test_teachers_of_a_job_work_side_by_side_and_one_that_fails_ends_alone(
+    cluster: Any, service: ServiceProcess, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ray_actor, "TeacherWorker", FussyWorker)
+    names = ("maths", "code", "broken")
+    prompts = tmp_path / "prompts.jsonl"
+    rows = [
+        {"id": f"{name}-{n}", "prompt": f"{n}?", "tags": {"to": name}} for n in range(80) for name in names
+    ]
+    prompts.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    job = "".join(f"[[teacher]]\nname = '{name}'\nwhen = {{ to = '{name}' }}\n" for name in names)
+    models = {name: build_tiny_llama(tmp_path / name, seed=seed) for seed, name in enumerate(names)}
+    configs = assign_teachers(
+        parse_job_file(job, name="job.toml").table,
+        [
+            teach_config(
+                models[name],
+                model_name=name,
+                service=service.target,
+                prompts=prompts,
+                stream="apart" if name == "broken" else "lessons",
+                ray_address=cluster.address,
+                completions=1,
+                max_tokens=60,
+                max_batch=4,
+                block_bytes=4000,
+                kv_cache_mib=64,
+            )
+            for name in names
+        ],
+    )
+    seen: list[TeachProgress] = []
+    with pytest.raises(TeachersFailedError, match="teacher broken: cannot load teacher 'broken'") as caught:
+        run_several(prepare_teachers(configs), seen.append)
+
+    at_work = [{one.name for one in moment.teachers if one.tokens_per_second} for moment in seen]
+    assert {"maths", "code"} in at_work, "they worked one after another"
+    assert any("broken: failed: cannot load" in moment.message for moment in seen)
+    reports = caught.value.reports
+    assert [(name, one.completed, one.sealed) for name, one in reports.items()] == [
+        ("maths", 80, True),
+        ("code", 80, True),
+    ]
+    expected = {(f"{name}-{n}", 0): 1 for name in ("maths", "code") for n in range(80)}
+    assert count_samples(service.target) == Counter(expected)
+    with TraceClient(service.target) as client, pytest.raises(StreamNotFoundError):
+        client.get_stream("apart")

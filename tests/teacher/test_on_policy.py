@@ -11,17 +11,25 @@ from pathlib import Path
 
 import pytest
 import torch
-from models.service_process import ServiceProcess
+from models.service_process import ServiceProcess, unused_target
 from models.teacher_thread import TeacherThread
 from models.tiny_llama import build_tiny_llama
 from safetensors.torch import load_file
 
 from lynearm.client import TeacherClient, TraceClient
 from lynearm.student.config import TrainConfig
+from lynearm.student.on_policy_plan import open_rollout_stream
 from lynearm.student.progress import TrainProgress
 from lynearm.student.trainer import run_train
 from lynearm.teacher.engine import TeacherEngine
 from lynearm.wire.codec import decode_block, encode_block
+from lynearm.wire.errors import (
+    ConfigError,
+    ServiceUnavailableError,
+    StreamExistsError,
+    StreamNotFoundError,
+)
+from lynearm.wire.protobuf import StreamInfo
 from lynearm.wire.scoring import ScoreSettings, StudentCompletion
 from lynearm.wire.specs import CodecSpec, StreamSpec
 from lynearm.wire.traces import Trace
@@ -80,6 +88,7 @@ def read_stream(target: str, stream: str) -> list[Trace]:
         return [trace for one in blocks for trace in decode_block(one.block)]
 
 
+@pytest.mark.slow
 def test_a_student_learns_from_its_own_text_through_kill_and_resume(
     service: ServiceProcess, teacher: TeacherThread, stream: str, student_dir: Path, tmp_path: Path
 ) -> None:
@@ -169,3 +178,37 @@ def children() -> list[int]:
             if parent == os.getpid() and b"lynearm.rollouts" in command:
                 found.append(int(path.name))
     return found
+
+
+def test_a_stream_of_rollouts_belongs_to_one_run(
+    service: ServiceProcess, teacher: TeacherThread, student_dir: Path, tmp_path: Path
+) -> None:
+    config = TrainConfig(
+        student=student_dir,
+        streams=("lessons",),
+        teacher=teacher.target,
+        out=tmp_path / "run",
+        on_policy=True,
+        rollout_top_k=8,
+    )
+    with TraceClient(service.target) as client, TeacherClient(teacher.target) as served:
+        others = [StreamInfo(spec_of(served), False, 1, 0)]
+        with pytest.raises(StreamNotFoundError):
+            open_rollout_stream(client, replace(config, resume=True), others)
+        made = open_rollout_stream(client, config, others)
+        # A run that was killed before its first checkpoint, and is begun again.
+        assert open_rollout_stream(client, replace(config, threads=2), others) == made
+        assert open_rollout_stream(client, replace(config, resume=True, seed=3), others) == made
+        with pytest.raises(StreamExistsError, match="labels is"):
+            open_rollout_stream(client, replace(config, learning_rate=1e-5), others)
+        elsewhere = replace(config, rollout_stream="another", rollout_top_k=64)
+        with pytest.raises(ConfigError, match="rollout_top_k is 64, and the teacher .* scores 16"):
+            open_rollout_stream(client, elsewhere, others)
+        with pytest.raises(ServiceUnavailableError):
+            open_rollout_stream(client, replace(elsewhere, teacher=unused_target()), others)
+
+
+def spec_of(served: TeacherClient) -> StreamSpec:
+    """A stream of the same teacher."""
+    info = served.describe()
+    return StreamSpec("lessons", info.spec, info.tokenizer, CodecSpec("exact", 8), "Apache-2.0")

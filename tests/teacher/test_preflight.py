@@ -230,9 +230,9 @@ def test_a_job_on_this_machine_is_refused_before_ray_starts(
 
 
 def test_an_engine_is_refused_before_it_loads(tiny_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from lynearm.teacher import engine
+    from lynearm.teacher import engine_start
 
-    monkeypatch.setattr(engine, "free_memory", lambda: 1000)
+    monkeypatch.setattr(engine_start, "free_memory", lambda: 1000)
     with pytest.raises(ConfigError, match=r"^teacher '.*' needs 0\.00 GiB .*of weights"):
         TeacherEngine(teach_config(tiny_model))
 

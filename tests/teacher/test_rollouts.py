@@ -104,6 +104,7 @@ def make_prompts(path: Path, count: int) -> Path:
     return path
 
 
+@pytest.mark.slow
 def test_a_student_is_refreshed_scored_published_and_outlives_a_kill(
     service: ServiceProcess, teacher: TeacherThread, students: list[Path], tiny_model: Path, tmp_path: Path
 ) -> None:

@@ -24,7 +24,8 @@ from lynearm.teacher.routing import (
     count_routes,
     original_prompt_id,
 )
-from lynearm.teacher.several import assign_teachers, prepare_teachers, run_several
+from lynearm.teacher.run_several import run_several
+from lynearm.teacher.several import assign_teachers, prepare_teachers
 from lynearm.teacher.shared_streams import join_licenses, refuse_misaligned, shared_spec, teachers_of
 from lynearm.wire.errors import ConfigError, MisalignmentError
 from lynearm.wire.specs import CodecSpec, StreamSpec, TeacherSpec, TokenizerSpec

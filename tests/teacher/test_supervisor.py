@@ -20,7 +20,7 @@ from lynearm.teacher.quarantine import Suspect, SuspectGroup
 from lynearm.teacher.ray_actor import WorkerLostError, WorkerOutOfReachError
 from lynearm.teacher.recovery import MAX_VERDICTS
 from lynearm.teacher.supervisor import MAX_BARREN_DEATHS, Supervisor
-from lynearm.teacher.worker import LeasedWork, WorkerProgress
+from lynearm.teacher.worker_progress import LeasedWork, WorkerProgress
 from lynearm.wire.errors import ConfigError, StreamExistsError, TeacherError
 from lynearm.wire.work import LeasedPrompt, LeaseKey
 

@@ -18,9 +18,11 @@ from lynearm.teacher.engine import TeacherEngine
 from lynearm.teacher.prompt_content import encode_prompt
 from lynearm.teacher.prompts import Prompt
 from lynearm.teacher.routing import PromptRoute, RouteRule, RoutingTable, original_prompt_id
-from lynearm.teacher.several import assign_teachers, prepare_teachers, run_several
+from lynearm.teacher.run_several import run_several
+from lynearm.teacher.several import assign_teachers, prepare_teachers
 from lynearm.teacher.shared_streams import join_stream
-from lynearm.teacher.worker import TeacherWorker, WorkerProgress
+from lynearm.teacher.worker import TeacherWorker
+from lynearm.teacher.worker_progress import WorkerProgress
 from lynearm.wire.codec import decode_block
 from lynearm.wire.errors import MisalignmentError
 from lynearm.wire.labels import TraceFilter

@@ -16,7 +16,8 @@ from lynearm.client.job_calls import JobInfo
 from lynearm.teacher.engine import TeacherEngine
 from lynearm.teacher.prompt_content import encode_prompt
 from lynearm.teacher.prompts import ChatMessage, Prompt
-from lynearm.teacher.worker import EngineFailedError, LeasedWork, TeacherWorker
+from lynearm.teacher.worker import EngineFailedError, TeacherWorker
+from lynearm.teacher.worker_progress import LeasedWork
 from lynearm.wire.codec import decode_block
 from lynearm.wire.errors import StreamExistsError
 from lynearm.wire.specs import CodecSpec, StreamSpec

@@ -90,6 +90,9 @@ def _run(number: int, run: Mapping[str, Any]) -> Table:
     for flag, why in _part(run, "overrides").items():
         reasons = cast("Sequence[object]", why) if isinstance(why, list) else [why]
         table.add_row("  overridden", _text(f"{flag}: {'; '.join(map(str, reasons))}"))
+    if own := _part(run, "on_policy"):
+        share, tokens = float(own.get("share_of_tokens", 0)), float(own.get("completion_tokens", 0))
+        table.add_row("  on-policy", _text(f"{share:.0%} of the tokens, {count(tokens)}, were its own text"))
     held_out = _part(run, "held_out")
     before, after = _part(held_out, "before"), _part(held_out, "last")
     for name in ("kl", "perplexity", "agreement", "calibration_error", "exact_match"):

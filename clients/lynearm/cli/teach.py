@@ -243,7 +243,7 @@ def _teach_several(
     with Reporter("teach", progress, describe) as report, redirect_stdout(sys.stderr):
         report.announce(Status("reading", f"prompts and tokenizers of {job}"))
         configs = load_job(job, flags(context), assignments)
-        from lynearm.teacher.several import TeachersFailedError, run_several
+        from lynearm.teacher.run_several import TeachersFailedError, run_several
 
         failure: TeachersFailedError | None = None
         try:

@@ -184,8 +184,8 @@ def train(
         str | None,
         typer.Option(
             metavar="SOURCE",
-            help="With --on-policy: what the student answers, as for `lynearm teach`.",
-            show_default="the prompts of the first stream",
+            help="With --on-policy: what the student answers, as for `lynearm teach`; else the prompts of "
+            "the first stream.",
         ),
     ] = None,
     rollout_loss: Annotated[
@@ -308,6 +308,8 @@ def _rollout_facts(rollouts: RolloutStatus, record: StepRecord | None) -> list[s
         facts.append(f"{count(rollouts.scored_tokens)} tokens scored")
     if rollouts.waiting_teacher_seconds >= 1:
         facts.append(f"{duration(rollouts.waiting_teacher_seconds)} for the teacher")
+    if rollouts.stale_rollouts:
+        facts.append(f"{rollouts.stale_rollouts} too old")
     if rollouts.restarts:
         facts.append(f"{rollouts.restarts} restarts")
     return facts

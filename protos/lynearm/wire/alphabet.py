@@ -23,6 +23,7 @@ import numpy.typing as npt
 from lynearm.wire.jit import Scalar, compiled, highest_bit, inlined
 
 Uint8Array = npt.NDArray[np.uint8]
+Uint16Array = npt.NDArray[np.uint16]
 Uint32Array = npt.NDArray[np.uint32]
 Uint64Array = npt.NDArray[np.uint64]
 
@@ -133,14 +134,6 @@ def token_symbol(step: Scalar, token_code: Scalar) -> Scalar:
 
 
 @inlined
-def token_open_value(token_code: Scalar) -> Scalar:
-    """What the class's open bits are taken from: the token code in its own part of all."""
-    if token_code < RECENT_START:
-        return token_code & (LIST_PLACES - 1)
-    return token_code - RECENT_START if token_code < RANK_START else token_code - RANK_START
-
-
-@inlined
 def number_symbol(number: Scalar) -> Scalar:
     """Symbol of a number."""
     if number < 8:
@@ -180,7 +173,21 @@ def _number_tables() -> tuple[Uint32Array, Uint8Array]:
     return np.array([base for base, _ in pairs], np.uint32), np.array([width for _, width in pairs], np.uint8)
 
 
+def _symbols_below(bases: Uint32Array, size: int) -> Uint16Array:
+    """Number of the base at or below each of the first integers; bases ascend."""
+    symbols: Uint16Array = (np.searchsorted(bases, np.arange(size), side="right") - 1).astype(np.uint16)
+    return symbols
+
+
 STEP_BASES, STEP_WIDTHS = _step_tables()
+NEAR_SYMBOLS: Final[Uint16Array] = np.stack(
+    [
+        GAP_CLASSES + _symbols_below(STEP_BASES[GAP_CLASSES : GAP_CLASSES + TOKEN_CLASSES], RANK_START),
+        _symbols_below(STEP_BASES[:GAP_CLASSES], RANK_START),
+    ]
+)
+"""`token_symbol` with step 0 of the token codes below `RANK_START`, and `gap_symbol` of the gaps below it."""
+
 NUMBER_BASES, NUMBER_WIDTHS = _number_tables()
 
 BUCKET_OF_RANK: Final[Uint8Array] = np.minimum(

@@ -32,7 +32,7 @@ from lynearm.wire.alphabet import (
 )
 from lynearm.wire.errors import CorruptBlockError
 from lynearm.wire.jit import compiled
-from lynearm.wire.kernels import LONG_STEP_CONTEXTS, REST_OCTAVES, STEP_ESCAPE_TOTAL, TAIL_STEPS
+from lynearm.wire.kernels import LONG_STEP_CONTEXTS, STEP_ESCAPE_TOTAL
 from lynearm.wire.prefix_codes import (
     MAX_CODE_LENGTH,
     canonical_codes,
@@ -40,6 +40,7 @@ from lynearm.wire.prefix_codes import (
     code_lengths,
     fill_tables,
 )
+from lynearm.wire.value_kernels import REST_OCTAVES, TAIL_STEPS
 
 Int64Array = npt.NDArray[np.int64]
 Uint8Array = npt.NDArray[np.uint8]
@@ -377,9 +378,14 @@ def _number_entries() -> Uint64Array:
     return np.append(entries, np.uint64(_NUMBER_ESCAPE_BITS)).astype(np.uint64)
 
 
+_LONG_STEP_MASKS = np.array([0] * LONG_STEP + [(1 << 64) - 1], np.uint64)
 _STEP_ENTRIES = _step_entries()
 _NUMBER_ENTRIES = _number_entries()
 PLAIN_STEP_ENTRIES: Final[Uint32Array] = np.concatenate(
-    [[0]*6,[0xffffffff]*2,_STEP_ENTRIES[:STEP_SYMBOLS], np.full((1 << SYMBOL_BITS) - STEP_SYMBOLS, _NO_STEP)]
+    [
+        _LONG_STEP_MASKS.view(np.uint32),
+        _STEP_ENTRIES[:STEP_SYMBOLS],
+        np.full((1 << SYMBOL_BITS) - STEP_SYMBOLS, _NO_STEP),
+    ]
 ).astype(np.uint32)
-"""Elements for the symbols that an escape may name."""
+"""Masks of what is read as a long step behind each step, as uint64; elements for the symbols of escapes."""

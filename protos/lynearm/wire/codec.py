@@ -418,7 +418,8 @@ def _read_payload(
         last = -1
         if prompt:
             prompt_tokens += len(prompt)
-            highest = max(highest, max(prompt))
+            largest = max(prompt)
+            highest = max(highest, largest)
             last = prompt[-1]
         # What is no token id is refused below; until then it is none.
         before.append(last if last < MAX_VOCAB_SIZE else -1)

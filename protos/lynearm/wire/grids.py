@@ -27,8 +27,8 @@ import numpy.typing as npt
 
 from lynearm.wire.errors import CorruptBlockError
 from lynearm.wire.jit import Scalar, compiled
-from lynearm.wire.kernels import exponentials
 from lynearm.wire.specs import MAX_DRAWS, CodecMode
+from lynearm.wire.value_kernels import exponentials
 
 Float32Array = npt.NDArray[np.float32]
 Float64Array = npt.NDArray[np.float64]

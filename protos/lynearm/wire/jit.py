@@ -83,36 +83,6 @@ def _store(bits: int) -> Any:
     return store
 
 
-_WIDE_BYTES = 32
-
-
-def _wide_pointer(builder: Any, address: Any) -> Any:
-    return builder.inttoptr(address, ir.VectorType(ir.IntType(64), _WIDE_BYTES // 8).as_pointer())
-
-
-@intrinsic  # type: ignore[untyped-decorator]
-def _copy_wide(_context: Any, to: Any, source: Any) -> Any:  # pyright: ignore  # as above
-    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        del signature
-        loaded = builder.load(_wide_pointer(builder, arguments[1]))
-        loaded.align = 1
-        builder.store(loaded, _wide_pointer(builder, arguments[0])).align = 1
-        return context.get_dummy_value()
-
-    return types.void(types.uint64, types.uint64), generate
-
-
-@intrinsic  # type: ignore[untyped-decorator]
-def _fill_wide(_context: Any, to: Any) -> Any:  # pyright: ignore  # as above
-    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        del signature
-        ones = ir.Constant(ir.VectorType(ir.IntType(64), _WIDE_BYTES // 8), [-1] * (_WIDE_BYTES // 8))
-        builder.store(ones, _wide_pointer(builder, arguments[0])).align = 1
-        return context.get_dummy_value()
-
-    return types.void(types.uint64), generate
-
-
 @intrinsic  # type: ignore[untyped-decorator]
 def _highest_bit(_context: Any, value: Any) -> Any:  # pyright: ignore  # as above
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
@@ -136,13 +106,6 @@ load64 = cast("Callable[[Any], Any]", _load(64))
 store32 = cast("Callable[[Any, Any], None]", _store(32))
 store64 = cast("Callable[[Any, Any], None]", _store(64))
 """Puts the low bits of a uint64 at an address, at any alignment; the caller checks bounds."""
-
-
-copy_wide = cast("Callable[[Any, Any], None]", _copy_wide)
-"""Puts the 32 bytes at the second address at the first one, at any alignment; the caller checks bounds."""
-
-fill_wide = cast("Callable[[Any], None]", _fill_wide)
-"""Puts 32 bytes of ones at an address, likewise."""
 
 
 @inlined

@@ -8,8 +8,6 @@ Shape legend: N = positions of a block, K = entries of the widest row, V = vocab
 
 from __future__ import annotations
 
-import math
-
 import numpy as np
 import numpy.typing as npt
 
@@ -19,6 +17,7 @@ from lynearm.wire.alphabet import (
     LIST_PLACES,
     LISTS_USED,
     LONG_STEP,
+    NEAR_SYMBOLS,
     NUMBER_ESCAPE,
     NUMBER_WIDTHS,
     RANK_START,
@@ -26,13 +25,15 @@ from lynearm.wire.alphabet import (
     RECENT_WINDOW,
     REFRESH_DISTANCE,
     STATE_RUNS,
+    STEP_BASES,
+    STEP_CLASSES,
     STEP_ESCAPE,
     STEP_WIDTHS,
     SYMBOL_BITS,
+    TOKEN_CLASSES,
     gap_symbol,
     next_state,
     number_symbol,
-    token_open_value,
     token_symbol,
 )
 from lynearm.wire.jit import (
@@ -68,12 +69,6 @@ MAX_ENTRY_BITS = 2 * MAX_CODE_LENGTH + SYMBOL_BITS + 20 + 32
 STEP_ESCAPE_TOTAL = 31
 """Marks an escape in a decoding table: a code and its open bits have 30 bits at most."""
 
-_RECIPROCAL_FACTORIALS = 1.0 / np.array([math.factorial(term) for term in range(14)], np.float64)
-
-_LOWEST_POWER = 1010
-_POWERS_OF_TWO = 2.0 ** np.arange(-_LOWEST_POWER, 3)
-"""e^−700 is about 2^−1010."""
-
 RECENT_RING = 4096
 """Power of two, at least the window and the entries that one row adds."""
 
@@ -85,20 +80,21 @@ _CODE_MASK = U64((1 << MAX_CODE_LENGTH) - 1)
 _LATE_RANK = 8
 """From there on, a long step is rare enough to guess that there is none."""
 
-_SHORT_SORT = 64
-"""Up to so many entries of one level are sorted by counting."""
+_SHORT_SORT = 128
+"""Up to so many entries are sorted by counting."""
+
+_CODE_BITS = 21
+"""Of a token code: ranks are below 2^20."""
 
 _NEVER = -1
-_FAR = 1 << 30
+_NEVER_NAMED = U64(1 << 31)
+_NEVER_LISTED = U64(0xFFFFFFFF)
+_NAMED = U64(1 << 31)
 
 _MARK_BITS = 7
 """Of a code in one of the two lists."""
 
 LONG_STEP_CONTEXTS = 8
-
-TAIL_STEPS = 8
-REST_OCTAVES = 8
-"""How many last levels, and how many sizes of a rest, the tables of tails tell apart."""
 
 MAX_GROWN_LISTS = 1 << 14
 """Grown lists of a block: 4 MiB of them."""
@@ -117,9 +113,10 @@ def assign_token_codes(
     grown_sizes: Int32Array,
     previous_N: Int32Array,
     sampled_ids_N: Int32Array,
+    state_V2: Uint32Array,
     token_codes_NK: Uint32Array,
     sampled_index_N: Uint32Array,
-) -> int:
+) -> np.int64:
     """Sort each row by (level, token code), in place, and find the sampled token in it.
 
     Args:
@@ -135,105 +132,103 @@ def assign_token_codes(
         grown_sizes: Their sizes, shape [n].
         previous_N: Token before each position; −1 for none.
         sampled_ids_N: Sampled tokens.
+        state_V2: To work in, shape [V, 2]. Where a token stands in the list of recent ones, or its rank and
+            `_NEVER_NAMED`; the latest row in whose lists it was and its code there, or the latest row that
+            named it and `_NAMED`. Side by side, since they are asked for together. The caller's: see
+            `read_rows`.
         token_codes_NK: Filled.
         sampled_index_N: Filled with 1 + index of the sampled token's entry, 0 when it is not there.
 
     Returns:
         −1, or the number of a row that holds one token twice.
     """
-    # Side by side, since they are asked for together: where a token stands in the list of recent ones, the
-    # latest row in whose lists it was and its code there (or the latest row that named it), its rank.
-    state_V4 = np.full((rank_of_V.size, 4), _NEVER, np.int32)
-    state_V4[:, 2] = rank_of_V
-    keys = np.empty(token_ids_NK.shape[1], np.int64)
-    ordered = np.empty(token_ids_NK.shape[1], np.int64)
-    codes = np.empty(token_ids_NK.shape[1], np.int32)
+    state_at, rank_at, list_rows_at = address_of(state_V2), address_of(rank_of_V), address_of(list_rows_V2)
+    ids_at, lists_at, sizes_at = address_of(token_ids_NK), address_of(lists), address_of(list_sizes)
+    grows = grown_sizes.size > 0
+    latest_at = address_of(grown) if grows else ids_at
+    latest_sizes_at = address_of(grown_sizes) if grows else address_of(kept_N)
+    latest_width = U64(LIST_PLACES) if grows else U64(token_ids_NK.shape[1])
+    skipped = U64(0) if grows else U64(1)
+    vocab_size = U64(rank_of_V.size)
     # The list begins with the commonest tokens, the commonest nearest.
-    head = min(rank_of_V.size, RECENT_WINDOW)
-    for token in range(rank_of_V.size):
-        if rank_of_V[token] < head:
-            state_V4[token, 0] = head - 1 - rank_of_V[token]
+    head = min(vocab_size, U64(RECENT_WINDOW))
+    for index in range(vocab_size):
+        rank = U64(rank_of_V[index])
+        state_V2[index, 0] = head - U64(1) - rank if rank < head else _NEVER_NAMED | rank
+        state_V2[index, 1] = _NEVER_LISTED
+    codes = np.empty(token_ids_NK.shape[1], np.uint32)
+    keys = np.empty(token_ids_NK.shape[1], np.uint32)
+    places = np.empty(token_ids_NK.shape[1], np.uint32)
     lists_grown = 0
-    stamps_V = np.full(rank_of_V.size if grown_sizes.size else 0, _NEVER, np.int32)
-    for t in range(kept_N.size):
-        kept = np.int64(kept_N[t])
+    stamps_V = np.full(rank_of_V.size if grows else 0, _NEVER, np.int32)
+    for t in range(U64(0), U64(kept_N.size)):
+        kept = U64(kept_N[t])
         sampled_index_N[t] = 0
-        if kept == 0:
+        if kept == U64(0):
             continue
-        _mark_list(
-            previous_N[t],
-            0,
-            t,
-            token_ids_NK,
-            kept_N,
-            list_rows_V2,
-            lists,
-            list_sizes,
-            grown,
-            grown_sizes,
-            state_V4,
+        previous_at = U64(0)
+        if 0 <= previous_N[t] < list_rows_V2.shape[0]:
+            previous_at = list_rows_at + U64(previous_N[t]) * U64(8)
+            list_at, size = _find_list(
+                load32(previous_at), U64(0), latest_at, latest_width, latest_sizes_at, lists_at, sizes_at
+            )
+            _mark_followers(list_at, size, t, state_at)
+        # By the number of its level in the row, and by its token code, an entry finds its place.
+        keys[0] = 0
+        for i in range(U64(1), kept):
+            level, before = levels_NK[t, i], levels_NK[t, i - U64(1)]
+            levels_NK[t, i] = max(level, before)
+            keys[i] = keys[i - U64(1)] + (U64(level > before) << U64(_CODE_BITS))
+        first_code, first, end = U64(1 << 32), U64(0), U64(0)
+        while end < kept and keys[end] == 0:
+            entry = U64(token_ids_NK[t, end])
+            code = _token_code(entry, t, head, rank_at, state_at)
+            codes[end] = code
+            first = entry if code < first_code else first
+            first_code = min(code, first_code)
+            end += U64(1)
+        # From here on, the row's first token is known.
+        first_at = list_rows_at + first * U64(8) + U64(4)
+        list_row = load32(first_at)
+        list_at, size = _find_list(
+            list_row, skipped, latest_at, latest_width, latest_sizes_at, lists_at, sizes_at
         )
-        for i in range(1, kept):
-            levels_NK[t, i] = max(levels_NK[t, i], levels_NK[t, i - 1])
-        start = 0
-        while start < kept:
-            end = start + 1
-            while end < kept and levels_NK[t, end] == levels_NK[t, start]:
-                end += 1
-            for i in range(start, end):
-                entry = np.int64(token_ids_NK[t, i])
-                codes[i] = _token_code(entry, t, head, state_V4)
-                keys[i] = np.int64(codes[i]) << 20 | entry
-                # Where one token is named twice, the places below are too few: something must be there.
-                ordered[i] = keys[i]
-            if end - start > _SHORT_SORT:
-                ordered[start:end] = np.sort(keys[start:end])
-            else:
-                # Every entry counts the smaller ones: quadratic, but without a branch to guess, and eight at
-                # a time.
-                for i in range(start, end):
-                    code = codes[i]
-                    place = np.int32(0)
-                    for j in range(start, end):
-                        place += np.int32(codes[j] < code)
-                    ordered[start + place] = keys[i]
-            if start == 0:
-                # From here on, the row's first token is known.
-                first = ordered[0] & 0xFFFFF
-                _mark_list(
-                    first,
-                    1,
-                    t,
-                    token_ids_NK,
-                    kept_N,
-                    list_rows_V2,
-                    lists,
-                    list_sizes,
-                    grown,
-                    grown_sizes,
-                    state_V4,
-                )
-            start = end
+        _mark_companions(list_at, size, t, state_at)
+        for i in range(end, kept):
+            codes[i] = _token_code(U64(token_ids_NK[t, i]), t, head, rank_at, state_at)
+        for i in range(kept):
+            keys[i] |= codes[i]
+        if not _find_places(keys, places, kept):
+            return np.int64(t)
+        for i in range(kept):
+            place = U64(places[i])
+            token_codes_NK[t, place] = codes[i]
+            keys[place] = token_ids_NK[t, i]
         # The likeliest enters the recent list last, so that it lies nearest.
-        for i in range(kept - 1, -1, -1):
-            code = ordered[i] >> 20
-            token = ordered[i] & 0xFFFFF
-            token_codes_NK[t, i] = code
-            token_ids_NK[t, i] = token
-            if state_V4[token, 1] == -2 - t:
-                return t
-            state_V4[token, 1] = -2 - t
-            if token == sampled_ids_N[t]:
-                sampled_index_N[t] = i + 1
-            if not RECENT_START <= code < RECENT_START + REFRESH_DISTANCE:
-                state_V4[token, 0] = head
-                head += 1
-        if grown_sizes.size:
+        sampled_index = U64(0)
+        sampled = U64(sampled_ids_N[t])
+        for back in range(U64(1), kept + U64(1)):
+            last = kept - back
+            code = U64(token_codes_NK[t, last])
+            token = U64(keys[last])
+            token_ids_NK[t, last] = token
+            state = load64(state_at + (token << U64(3)))
+            if state >> U64(32) == _NAMED | t:
+                return np.int64(t)
+            sampled_index = last + U64(1) if token == sampled else sampled_index
+            # Without a branch: whether an entry lies near is hard to guess. Unsigned: places in lists wrap
+            # round to the largest numbers, and enter too.
+            enters = U64(code - U64(RECENT_START) >= U64(REFRESH_DISTANCE))
+            stands = head if enters else state & U64(0xFFFFFFFF)
+            store64(state_at + (token << U64(3)), stands | (_NAMED | t) << U64(32))
+            head += enters
+        sampled_index_N[t] = sampled_index
+        if grows:
             lists_grown = grow_lists(
-                t,
-                previous_N[t],
+                np.int64(t),
+                np.int64(previous_N[t]),
                 token_ids_NK,
-                kept,
+                np.int64(kept),
                 list_rows_V2,
                 lists,
                 list_sizes,
@@ -243,66 +238,70 @@ def assign_token_codes(
                 stamps_V,
             )
             continue
-        if 0 <= previous_N[t] < list_rows_V2.shape[0]:
-            list_rows_V2[previous_N[t], 0] = -1 - t
+        this_row = U64(0xFFFFFFFF) - t
+        if previous_at:
+            store32(previous_at, this_row)
         # A dictionary's companions are the better ones.
-        if list_rows_V2[token_ids_NK[t, 0], 1] <= 0:
-            list_rows_V2[token_ids_NK[t, 0], 1] = -1 - t
-    return -1
+        store32(first_at, this_row if list_row - U64(1) >= U64(0x7FFFFFFF) else list_row)
+    return np.int64(-1)
+
+
+@compiled
+def _find_places(keys: Uint32Array, places: Uint32Array, size: Scalar) -> bool:
+    """Where each of the first keys stands in ascending order; whether they are all different."""
+    if size > U64(_SHORT_SORT):
+        order = np.argsort(keys[:size])
+        for place in range(size):
+            places[order[place]] = place
+            if place and keys[order[place]] == keys[order[place - U64(1)]]:
+                return False
+        return True
+    # Every key is compared with every other one: quadratic, but many at a time, without a branch to guess.
+    for i in range(size):
+        places[i] = 0
+    for j in range(size):
+        key = keys[j]
+        for i in range(size):
+            places[i] += np.uint32(key < keys[i])
+    total = U64(0)
+    for i in range(size):
+        total += U64(places[i])
+    # Equal keys get one place, the lowest.
+    return bool(U64(2) * total == size * (size - U64(1)))
 
 
 @inlined
-def _token_code(token: Scalar, t: Scalar, head: Scalar, state_V4: Scalar) -> Scalar:
+def _token_code(token: Scalar, t: Scalar, head: Scalar, rank_at: Scalar, state_at: Scalar) -> Scalar:
     """The smallest of a token's places and its distance, a place before an equal distance; or its rank."""
-    last = np.int64(state_V4[token, 0])
-    mark = np.int64(state_V4[token, 1])
-    distance = head - 1 - last if last >= 0 else _FAR
-    distance = distance if distance < RECENT_WINDOW else _FAR
-    place = mark & (LIST_PLACES - 1) if mark >> _MARK_BITS == t else _FAR + 1
-    code = RECENT_START + distance if distance < _FAR else RANK_START + np.int64(state_V4[token, 2])
-    return mark & (RECENT_START - 1) if place <= distance else code
+    state = load64(state_at + (token << U64(3)))
+    last, mark = state & U64(0xFFFFFFFF), state >> U64(32)
+    distance = head - U64(1) - last
+    code = U64(RECENT_START) + distance
+    if distance >= U64(RECENT_WINDOW):
+        code = U64(RANK_START) + (last ^ _NEVER_NAMED)
+        if last < _NEVER_NAMED:
+            code = U64(RANK_START) + load32(rank_at + (token << U64(2)))
+    # An equal distance is the larger code.
+    is_near = (mark & U64(LIST_PLACES - 1)) + U64(RECENT_START) <= code
+    return mark & U64(RECENT_START - 1) if (mark >> U64(_MARK_BITS) == t) & is_near else code
 
 
 @inlined
-def _mark_list(
-    token: Scalar,
-    kind: Scalar,
-    t: Scalar,
-    token_ids_NK: Scalar,
-    kept_N: Scalar,
-    list_rows_V2: Scalar,
-    lists: Scalar,
-    list_sizes: Scalar,
-    grown: Scalar,
-    grown_sizes: Scalar,
-    state_V4: Scalar,
-) -> None:
-    """Note the places of a list's tokens for row t: a token's followers (kind 0) or companions (1)."""
-    if 0 <= token < list_rows_V2.shape[0]:
-        row = list_rows_V2[token, kind]
-        if row < 0:
-            row = -1 - row
-            if grown_sizes.size:
-                for place in range(grown_sizes[row]):
-                    _mark(grown[row, place], kind, place, t, state_V4)
-            else:
-                size = min(np.int64(kept_N[row]) - kind, LIST_PLACES)
-                for place in range(size):
-                    _mark(token_ids_NK[row, place + kind], kind, place, t, state_V4)
-        else:
-            for place in range(list_sizes[row]):
-                _mark(lists[row, place], kind, place, t, state_V4)
+def _mark_followers(list_at: Scalar, size: Scalar, t: Scalar, state_at: Scalar) -> None:
+    """Note the places of a list's tokens for row t."""
+    for place in range(size):
+        token = load32(list_at + (place << U64(2)))
+        store32(state_at + (token << U64(3)) + U64(4), t << U64(_MARK_BITS) | place)
 
 
 @inlined
-def _mark(token: Scalar, kind: Scalar, place: Scalar, t: Scalar, state_V4: Scalar) -> None:
-    mark = np.int64(t) << _MARK_BITS | kind * COMPANION_START | place
-    if kind:
-        # A follower stays one, unless its place is the larger number.
-        old = np.int64(state_V4[token, 1])
-        stays = (old >> _MARK_BITS == t) & (old & (LIST_PLACES - 1) <= place)
-        mark = old if stays else mark
-    state_V4[token, 1] = mark
+def _mark_companions(list_at: Scalar, size: Scalar, t: Scalar, state_at: Scalar) -> None:
+    """The same; but a follower stays one, unless its place is the larger number."""
+    for place in range(size):
+        mark_at = state_at + (load32(list_at + (place << U64(2))) << U64(3)) + U64(4)
+        old = load32(mark_at)
+        stays = (old >> U64(_MARK_BITS) == t) & (old & U64(LIST_PLACES - 1) <= place)
+        store32(mark_at, old if stays else t << U64(_MARK_BITS) | U64(COMPANION_START) | place)
 
 
 @compiled
@@ -376,7 +375,7 @@ def grow_lists(
 @inlined
 def _step_context(level: Scalar, level_shift: Scalar) -> Scalar:
     """Context of a long step from a level."""
-    return min(level >> level_shift, LONG_STEP_CONTEXTS - 1)
+    return min(level >> level_shift, U64(LONG_STEP_CONTEXTS - 1))
 
 
 @compiled
@@ -404,30 +403,29 @@ def name_entries(
         counts: Adds to shape [contexts, STEP_SYMBOLS + 1].
         step_counts: Adds the symbols of long steps to shape [LONG_STEP_CONTEXTS, NUMBER_SYMBOLS + 1].
     """
-    for t in range(kept_N.size):
-        previous_code = np.int64(-1)
-        previous_level = np.int64(0)
-        state = U64(0)
-        for i in range(np.int64(kept_N[t])):
-            code = np.int64(token_codes_NK[t, i])
-            level = np.int64(levels_NK[t, i])
-            step = level - previous_level if i else 0
-            context = np.int64(bucket_of_rank[i]) * ENTRY_STATES + np.int64(state)
-            if step == 0 and i > 0:
-                value = code - previous_code - 1
-                symbol = gap_symbol(value)
+    for t in range(U64(0), U64(kept_N.size)):
+        previous_code, previous_level, state = U64(0), U64(0), U64(0)
+        for i in range(U64(0), U64(kept_N[t])):
+            code, level = U64(token_codes_NK[t, i]), U64(levels_NK[t, i])
+            step = level - previous_level if i else U64(0)
+            is_gap = U64(step == U64(0)) & U64(i > U64(0))
+            # Without a branch on what is as likely as not: gaps and token codes are named by one table.
+            value = code - previous_code - U64(1) if is_gap else code
+            if value < U64(RANK_START):
+                symbol = U64(NEAR_SYMBOLS[is_gap, value])
             else:
-                value = token_open_value(code)
-                symbol = token_symbol(step, code)
-            symbols_NK[t, i] = context << SYMBOL_BITS | symbol
-            open_bits_NK[t, i] = value & ((1 << np.int64(STEP_WIDTHS[symbol])) - 1)
+                symbol = U64(gap_symbol(np.int64(value)) if is_gap else token_symbol(0, np.int64(value)))
+            symbol += U64(0) if is_gap else min(step, U64(LONG_STEP)) * U64(TOKEN_CLASSES)
+            context = U64(bucket_of_rank[i]) * U64(ENTRY_STATES) + state
+            symbols_NK[t, i] = context << U64(SYMBOL_BITS) | symbol
+            open_bits_NK[t, i] = value - U64(STEP_BASES[symbol])
             counts[context, symbol] += 1
-            if step >= LONG_STEP:
-                context = _step_context(previous_level, level_shift)
-                step_counts[context, number_symbol(step - LONG_STEP)] += 1
+            if step >= U64(LONG_STEP):
+                step_context = _step_context(previous_level, U64(level_shift))
+                step_counts[step_context, number_symbol(np.int64(step) - LONG_STEP)] += 1
             previous_code = code
             previous_level = level
-            state = next_state(state, U64(code), U64(LISTS_USED))
+            state = next_state(state, code, U64(LISTS_USED))
 
 
 @inlined
@@ -544,7 +542,7 @@ def write_rows(
             )
             step = np.int64(levels_NK[t, i]) - level
             if step >= LONG_STEP:
-                context = U64(_step_context(level, level_shift))
+                context = _step_context(U64(level), U64(level_shift))
                 row_at = step_codes_at + context * U64(4 * (NUMBER_ESCAPE + 1))
                 at, waiting, count = _put_number(at, waiting, count, step - LONG_STEP, row_at, widths_at)
             level += step
@@ -623,7 +621,8 @@ def _read_entry(
     Where no code fits, tables hold a token code, or a step, that no block may have: that is noticed later.
 
     Whether a step is long is a coin's toss for a row's first entries: to look up a number that is not there
-    costs less than to guess wrong, which undoes the work of four rows.
+    costs less than to guess wrong, which undoes the work of four rows. The mask is loaded, too, since LLVM
+    makes a branch of one that is computed.
     """
     position, code, step, word = _read_symbol(stream_at, position, table_at, plain_at, previous)
     table_at = _long_step_table(long_steps_at, level_shift, level)
@@ -646,7 +645,7 @@ def _read_late_entry(
     previous: Scalar,
     level: Scalar,
 ) -> tuple[Scalar, Scalar, Scalar]:
-    """As `_read_entry`, where long steps are rare: escapes, whose step is long in the tables, lie behind them."""
+    """As `_read_entry`, where long steps are rare: one test finds them and the escapes, also long."""
     word = load64(stream_at + (position >> U64(3))) >> (position & U64(7))
     entry = load32(table_at + ((word & _CODE_MASK) << U64(2)))
     total = entry & U64(31)
@@ -704,7 +703,7 @@ def _read_escaped(
     position += length + U64(SYMBOL_BITS)
     return (
         position,
-        load32(plain_at + U64(32) + (symbol << U64(2))),
+        load32(plain_at + U64(8 * STEP_CLASSES) + (symbol << U64(2))),
         load64(stream_at + (position >> U64(3))) >> (position & U64(7)),
     )
 
@@ -756,7 +755,8 @@ def read_rows(
         states: Where the tables of a state are, in bytes from those of state 0, which is how a state is known
             here: behind a token code of so many 64s, in a row that has named no other, shape [`STATE_RUNS`].
         remembered: Bits of such a number that stay along a row.
-        plain: Elements for symbols without a code, length 0, shape [2^SYMBOL_BITS].
+        plain: Masks by step, of two elements each: all ones for a long step, else zeros. Behind them elements
+            for symbols without a code, length 0, shape [2^SYMBOL_BITS].
         long_steps: Decoding tables of long steps, shape [LONG_STEP_CONTEXTS · 2^11].
         level_shift: As for `name_entries`.
         bucket_of_rank: Shape [≥ K].
@@ -843,8 +843,14 @@ def read_rows(
                 p3, c3, l3 = _read_entry(
                     stream_at, p3, context_at + s3, plain_at, long_steps_at, shift, c3, l3
                 )
-                s0, s1 = _next_tables(s0, c0, kept_bits, states_at), _next_tables(s1, c1, kept_bits, states_at)
-                s2, s3 = _next_tables(s2, c2, kept_bits, states_at), _next_tables(s3, c3, kept_bits, states_at)
+                s0, s1 = (
+                    _next_tables(s0, c0, kept_bits, states_at),
+                    _next_tables(s1, c1, kept_bits, states_at),
+                )
+                s2, s3 = (
+                    _next_tables(s2, c2, kept_bits, states_at),
+                    _next_tables(s3, c3, kept_bits, states_at),
+                )
                 code_at = codes_at + (i << U64(2))
                 _put_entry(code_at, to_levels, c0, l0)
                 _put_entry(code_at + by_row, to_levels, c1, l1)
@@ -864,8 +870,14 @@ def read_rows(
                 p3, c3, l3 = _read_late_entry(
                     stream_at, p3, context_at + s3, plain_at, long_steps_at, shift, c3, l3
                 )
-                s0, s1 = _next_tables(s0, c0, kept_bits, states_at), _next_tables(s1, c1, kept_bits, states_at)
-                s2, s3 = _next_tables(s2, c2, kept_bits, states_at), _next_tables(s3, c3, kept_bits, states_at)
+                s0, s1 = (
+                    _next_tables(s0, c0, kept_bits, states_at),
+                    _next_tables(s1, c1, kept_bits, states_at),
+                )
+                s2, s3 = (
+                    _next_tables(s2, c2, kept_bits, states_at),
+                    _next_tables(s3, c3, kept_bits, states_at),
+                )
                 code_at = codes_at + (i << U64(2))
                 _put_entry(code_at, to_levels, c0, l0)
                 _put_entry(code_at + by_row, to_levels, c1, l1)
@@ -1046,154 +1058,3 @@ def _find_list(
         size = load32(sizes_at + (list_row << U64(2)))
         list_at = lists_at + list_row * U64(4 * LIST_PLACES)
     return list_at, size
-
-
-@compiled
-def look_up(levels_NK: Uint32Array, kept_N: Uint32Array, table: Float32Array, out_NK: Float32Array) -> None:
-    """Value of every level, each below the table's size; −inf where a row keeps less than K entries.
-
-    Args:
-        levels_NK: Levels.
-        kept_N: Entries of each row.
-        table: Value of each level.
-        out_NK: Filled; may be the memory of `levels_NK`.
-    """
-    width = U64(levels_NK.shape[1])
-    for t in range(U64(0), U64(kept_N.size)):
-        kept = U64(kept_N[t])
-        for i in range(U64(0), kept):
-            out_NK[t, i] = table[levels_NK[t, i]]
-        for i in range(kept, width):
-            out_NK[t, i] = -np.inf
-
-
-@compiled
-def foresee_tails(
-    levels_NK: Uint32Array,
-    kept_N: Uint32Array,
-    last_levels_N: Uint32Array,
-    rule: tuple[int, int, int, int],
-    masses: Int64Array,
-    scale: float,
-    contexts_N: Uint8Array,
-    expected_N: Int64Array,
-) -> None:
-    """What a row's entries foretell of its tail: the context of its number, and its level.
-
-    Args:
-        levels_NK: Levels; below the size of `masses`, if that has any.
-        kept_N: Entries of each row.
-        last_levels_N: Level of each row's last entry; 0 for a row without entries.
-        rule: Origin, shift, base and slope of a `LevelRule`.
-        masses: Of a grid: probability of each level, in units of 2^−40, since sums of integers are the same
-            on every machine. Of other scales: none.
-        scale: The grid's.
-        contexts_N: Filled: `TAIL_STEPS` contexts by the last level, then those by what the masses leave of 1.
-        expected_N: Filled.
-    """
-    origin, shift, base, slope = rule
-    for t in range(kept_N.size):
-        step = min(max(np.int64(last_levels_N[t]) - origin, 0) >> shift, TAIL_STEPS - 1)
-        context = step
-        expected = base + slope * step
-        if masses.size:
-            rest = np.int64(1 << 40)
-            for i in range(np.int64(kept_N[t])):
-                rest -= masses[levels_NK[t, i]]
-            if rest > 0:
-                mass = np.float64(rest) * 2.0**-40
-                # The rest is known about as well as an entry of mass scale² / 12.
-                octave = min(_exponent(mass / scale) + 3, REST_OCTAVES)
-                if octave > 0:
-                    context = TAIL_STEPS - 1 + octave
-                    expected = np.int64(np.rint((1.0 - np.sqrt(mass)) * (2.0 / scale)))
-        contexts_N[t] = context
-        expected_N[t] = expected
-
-
-@inlined
-def _exponent(value: Scalar) -> Scalar:
-    """⌊log2⌋ of a float64 above 2^−1022."""
-    return (np.float64(value).view(np.int64) >> 52) - 1023
-
-
-@compiled
-def read_tails(
-    numbers_N: Uint32Array, expected_N: Int64Array, max_level: int, levels_N: Int64Array
-) -> int:
-    """Level of each row's tail mass, −1 where there is none.
-
-    Args:
-        numbers_N: The tails' numbers.
-        expected_N: Level that each is expected at.
-        max_level: Largest level allowed.
-        levels_N: Filled.
-
-    Returns:
-        The highest one; −2 when one is out of range.
-    """
-    highest = np.int64(-1)
-    lowest = np.int64(0)
-    for t in range(numbers_N.size):
-        number = np.int64(numbers_N[t])
-        zigzag = number - 1
-        level = expected_N[t] + ((zigzag >> 1) ^ -(zigzag & 1))
-        level = level if number > 0 else np.int64(-1)
-        lowest = min(lowest, level if number > 0 else np.int64(0))
-        highest = max(highest, level)
-        levels_N[t] = level
-    return highest if lowest >= 0 and highest <= max_level else -2
-
-
-@compiled
-def pick_sampled(
-    sampled_index_N: Uint32Array, loose: Float32Array, logprobs_NK: Float32Array, out_N: Float32Array
-) -> None:
-    """Logprob of each sampled token: its entry's, or the next loose one where it has none (index 0)."""
-    next_loose = 0
-    for t in range(sampled_index_N.size):
-        index = np.int64(sampled_index_N[t])
-        if index > 0:
-            out_N[t] = logprobs_NK[t, index - 1]
-        else:
-            out_N[t] = loose[next_loose]
-            next_loose += 1
-
-
-@compiled
-def exponentials(values: Float64Array) -> Float64Array:
-    """e^x of values up to 1, the same to the bit on every machine."""
-    results = np.empty_like(values)
-    for index in range(values.size):
-        results[index] = _exponential(values[index])
-    return results
-
-
-@compiled
-def predict_tails(logprobs_NK: Float32Array, kept_N: Uint32Array, tails_N: Float32Array) -> None:
-    """Fill in 1 − Σ p of each row, at least 0, the same to the bit on every machine.
-
-    Sums and products of float64, in this order and never fused: library exponentials differ between
-    machines.
-    """
-    for t in range(kept_N.size):
-        rest = 1.0
-        for i in range(np.int64(kept_N[t])):
-            rest -= _exponential(np.float64(logprobs_NK[t, i]))
-        tails_N[t] = max(rest, 0.0)
-
-
-@inlined
-def _exponential(x: Scalar) -> Scalar:
-    """e^x to about 1e-15, 0 below −700: e^x = 2^n · e^r, |r| ≤ ln 2 / 2, and Taylor's polynomial for e^r.
-
-    A logprob above 1, or NaN, has some value here: blocks with such are refused by others.
-    """
-    bounded = min(x, 1.0) if x >= -700.0 else 0.0
-    n = np.rint(bounded * 1.4426950408889634)
-    r = (bounded - n * 0.6931471803691238) - n * 1.9082149292705877e-10
-    result = 0.0
-    for term in range(13, -1, -1):
-        result = result * r + _RECIPROCAL_FACTORIALS[term]
-    result *= _POWERS_OF_TWO[np.int64(n) + _LOWEST_POWER]
-    return result if x >= -700.0 else 0.0

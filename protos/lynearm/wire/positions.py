@@ -18,10 +18,9 @@ from typing import Final
 import numpy as np
 import numpy.typing as npt
 
-from lynearm.wire.alphabet import BUCKET_OF_RANK, LIST_PLACES, RECENT_START, number_symbols
+from lynearm.wire.alphabet import BUCKET_OF_RANK, LIST_PLACES, number_symbols
 from lynearm.wire.code_tables import (
     PLAIN_STEP_ENTRIES,
-    REST_CONTEXTS,
     CodeTables,
     LevelRule,
     NumberContext,
@@ -50,15 +49,10 @@ from lynearm.wire.kernels import (
     MAX_GROWN_LISTS,
     RECENT_RING,
     assign_token_codes,
-    foresee_tails,
-    look_up,
     name_entries,
-    pick_sampled,
-    predict_tails,
     read_fixed,
     read_numbers,
     read_rows,
-    read_tails,
     write_fixed,
     write_numbers,
     write_rows,
@@ -66,6 +60,7 @@ from lynearm.wire.kernels import (
 from lynearm.wire.logit_grids import PLAIN, LogitRows, find_logit_grid, logprobs_of
 from lynearm.wire.specs import MAX_VOCAB_SIZE, CodecMode
 from lynearm.wire.traces import Float32Array, Int32Array
+from lynearm.wire.value_kernels import foresee_tails, look_up, pick_sampled, predict_tails, read_tails
 
 BoolArray = npt.NDArray[np.bool_]
 Int64Array = npt.NDArray[np.int64]
@@ -207,6 +202,7 @@ def name_rows(
         *_grown_lists(kept.size if varies else 0),
         np.where(first_previous == AS_SAMPLED, np.roll(positions.sampled_ids, 1), first_previous),
         positions.sampled_ids,
+        np.empty((order.rank_of_token.size, 2), np.uint32),
         codes,
         sampled_index,
     )
@@ -607,12 +603,11 @@ def _foresee_tails(
 ) -> tuple[Uint8Array, Int64Array]:
     """Number context of each row's tail mass, and the level that it is expected at."""
     contexts, expected = np.empty(kept.size, np.uint8), np.empty(kept.size, np.int64)
-    is_grid = isinstance(scale, Grid)
-    masses = scale.masses(int(last_levels.max(initial=0)) + 1) if is_grid else _NO_MASSES
+    masses, unit = _NO_MASSES, 1.0
+    if isinstance(scale, Grid):
+        masses, unit = scale.masses(int(last_levels.max(initial=0)) + 1), scale.scale
     numbers = (rule.origin, rule.shift, rule.base, rule.slope)
-    foresee_tails(
-        levels, kept, last_levels, numbers, masses, scale.scale if is_grid else 1.0, contexts, expected
-    )
+    foresee_tails(levels, kept, last_levels, numbers, masses, unit, contexts, expected)
     contexts += np.uint8(NumberContext.TAIL)
     return contexts, expected
 

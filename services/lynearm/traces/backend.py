@@ -120,6 +120,8 @@ async def open_backend(config: ServeConfig, observation: Observation = UNWATCHED
         await stack.enter_async_context(committer)
         committer = observation.watch_committer(committer)
         reader = BlockReader(catalog, store, cache)
+        silence = SilenceWatch(config.lease_silence_seconds)
+        await stack.enter_async_context(_running(silence.run))
         yield Backend(
             catalog,
             store,
@@ -131,7 +133,7 @@ async def open_backend(config: ServeConfig, observation: Observation = UNWATCHED
             storage.space,
             collector,
             LagGates(catalog),
-            SilenceWatch(config.lease_silence_seconds),
+            silence,
         )
 
 

@@ -12,6 +12,7 @@
     waves       rollouts that belong together
     spool       keeps what is not in the stream yet, through a kill
     scoring     from rollouts and the teacher's scores to traces
+    writing     lets the student answer prompts
     pipeline    scores and publishes on a thread of its own
 """
 

@@ -14,7 +14,8 @@ from lynearm.rollouts.config import RolloutConfig
 from lynearm.rollouts.handover import read_probe
 from lynearm.rollouts.probe import FIRST_TOLERANCE, Probe, tolerance_after
 from lynearm.teacher.config import TeachConfig
-from lynearm.teacher.engine import Completion, TeacherEngine, prefer_first_runner
+from lynearm.teacher.engine import Completion, TeacherEngine
+from lynearm.teacher.engine_start import prefer_first_runner
 from lynearm.wire.errors import TeacherError
 from lynearm.wire.traces import Int32Array, SamplingParams
 

@@ -65,6 +65,7 @@ class Status:
     """Mean of log q − log p over the tokens of the last rollouts, nats: an estimate of the reverse KL on the
     student's own text, unbiased where it was drawn at temperature 1. None before the first."""
     waiting_teacher_seconds: float = 0.0
+    """With a wave that the teacher has no time for yet."""
     waiting_trainer_seconds: float = 0.0
     """Without room, or with weights too old to write with."""
 

@@ -112,7 +112,6 @@ class Pipeline:
         self._bytes_per_token = 16 + config.top_k * BYTES_PER_ENTRY[spec.codec.mode]
         self.waiting_reason = ""
         """Why nothing goes on; empty while it does."""
-        self.waiting_teacher_seconds = 0.0
         self._closed = threading.Event()
         self._thread = threading.Thread(target=self._run, name="score-rollouts", daemon=True)
         self._watcher = threading.Thread(target=self._watch, name="watch-teacher", daemon=True)
@@ -149,6 +148,9 @@ class Pipeline:
             if not self._meet_teacher():
                 return
             while (pending := self._next()) is not None:
+                # Another one may have been started at the address; and one that is away is waited for here.
+                if not pending.blocks and not self._meet_teacher():
+                    return
                 self._on_finished(self._finish(pending))
         # Whatever it is, the thread that writes raises it.
         except BaseException as error:
@@ -240,17 +242,13 @@ class Pipeline:
 
     def _watch(self) -> None:
         """Notice a teacher that is away: scoring itself waits for it without a word."""
-        before = time.monotonic()
         while self._thread.is_alive():
             time.sleep(_LOOK_SECONDS)
-            now, heard = time.monotonic(), self._heard
-            is_silent = heard is not None and now - heard > 2 * _LOOK_SECONDS
+            heard = self._heard
+            is_silent = heard is not None and time.monotonic() - heard > 2 * _LOOK_SECONDS
             away = self._is_teacher_away() if is_silent else ""
             if self._has_met:
                 self.waiting_reason = away or self._publisher.waiting_reason
-            if heard is not None:
-                self.waiting_teacher_seconds += now - before
-            before = now
 
     def _is_teacher_away(self) -> str:
         try:

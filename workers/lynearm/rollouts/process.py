@@ -64,6 +64,8 @@ class RolloutStatus:
     waiting_teacher_seconds: float
     waiting_trainer_seconds: float
     restarts: int
+    stale_rollouts: int = 0
+    """That were too old when the trainer came to them."""
 
 
 class RolloutProcess:

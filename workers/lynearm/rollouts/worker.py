@@ -12,26 +12,22 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import ExitStack
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
 from lynearm.client import Publisher, TeacherClient, TraceClient
 from lynearm.rollouts.config import RolloutConfig
 from lynearm.rollouts.demand import Demand
-from lynearm.rollouts.engine import RolloutRequest, StudentEngine, engine_config
+from lynearm.rollouts.engine import StudentEngine
 from lynearm.rollouts.messages import Loaded, Message, Status, Stop, Taken, Weights
 from lynearm.rollouts.pipeline import FinishedWave, PendingWave, Pipeline
-from lynearm.rollouts.prompts import PromptCycle, RolloutPrompt, source_prompts, stream_prompts
 from lynearm.rollouts.spool import Spool, SpoolPosition
-from lynearm.rollouts.waves import Wave, rollout_tags
-from lynearm.teacher.engine import Completion, completion_seed
+from lynearm.rollouts.waves import Wave
+from lynearm.rollouts.writing import RolloutWriter
 from lynearm.wire.codec import decode_block
-from lynearm.wire.protobuf import StreamInfo
-from lynearm.wire.splits import SplitRule
-from lynearm.wire.traces import SamplingParams, Trace
 
 logger = logging.getLogger(__name__)
 
@@ -43,17 +39,6 @@ _EMPTY_SECONDS = 1.0
 """Until a stream without prompts is looked at again."""
 _FAREWELL_SECONDS = 20.0
 """For what is being scored when the process is stopped: it is paid for."""
-
-
-@dataclass(frozen=True, slots=True)
-class _Found:
-    """What the stream says when a process begins."""
-
-    waiting: int
-    """Traces that the trainer has not looked at."""
-    numbers: frozenset[int]
-    """Of rollouts that are there, from the first offset on that a spooled wave may be at."""
-    next_number: int
 
 
 class RolloutWorker:
@@ -137,7 +122,7 @@ class RolloutWorker:
                 on_finished=self._note_finished,
             )
             stack.callback(pipeline.close, _FAREWELL_SECONDS)
-            writer = _Writer(config, engine, client, info)
+            writer = RolloutWriter(config, engine, client, info)
             self._go_on(spool, pipeline, writer)
             self._loop(spool, pipeline, writer)
 
@@ -146,7 +131,7 @@ class RolloutWorker:
             self._changed.wait_for(lambda: self._weights is not None or self._stopped)
             return None if self._stopped else self._weights
 
-    def _go_on(self, spool: Spool, pipeline: Pipeline, writer: _Writer) -> None:
+    def _go_on(self, spool: Spool, pipeline: Pipeline, writer: RolloutWriter) -> None:
         """Finish what a process before this one left."""
         unfinished = list(spool.unfinished())
         found = writer.look_into_stream(from_offset=min((one.offset for one in unfinished), default=None))
@@ -155,20 +140,19 @@ class RolloutWorker:
         position = spool.position()
         for one in unfinished:
             rest = tuple(trace for trace in one.wave.rollouts if trace.sample_index not in found.numbers)
+            blocks = tuple(block for block in one.blocks if not _numbers(block) <= found.numbers)
             is_too_old = not one.blocks and self._demand.is_too_old(one.wave.step)
-            if not rest or is_too_old:
+            if not rest or is_too_old or (one.blocks and not blocks):
                 spool.forget(one.name)
                 continue
-            blocks = tuple(block for block in one.blocks if not _numbers(block) <= found.numbers)
             logger.info("rollouts %d to %d were left unfinished", rest[0].sample_index, rest[-1].sample_index)
             self._count_under_way(len(rest))
-            put = partial(self._says_stop, "waiting for the teacher's scores", pipeline)
-            pipeline.put(PendingWave(one.name, Wave(rest), blocks), put)
+            self._pass_on(PendingWave(one.name, Wave(rest), blocks), pipeline)
         last = max((one.wave.rollouts[-1].sample_index for one in unfinished), default=-1)
         number = max(position.number, found.next_number, last + 1)
         writer.begin(SpoolPosition(number, position.prompt))
 
-    def _loop(self, spool: Spool, pipeline: Pipeline, writer: _Writer) -> None:
+    def _loop(self, spool: Spool, pipeline: Pipeline, writer: RolloutWriter) -> None:
         while not self._is_stopped():
             pipeline.check()
             self._refresh(writer.engine)
@@ -185,8 +169,15 @@ class RolloutWorker:
             self._note_written(wave)
             name = spool.keep_rollouts(wave, offset=writer.least_offset, vocab_size=writer.engine.vocab_size)
             spool.move_to(writer.position)
-            put = partial(self._says_stop, "waiting for the teacher's scores", pipeline)
-            pipeline.put(PendingWave(name, wave), put)
+            self._pass_on(PendingWave(name, wave), pipeline)
+
+    def _pass_on(self, pending: PendingWave, pipeline: Pipeline) -> None:
+        """Hand a wave over to be scored; waits while another one waits."""
+        started = time.monotonic()
+        pipeline.put(pending, partial(self._says_stop, "waiting for the teacher's scores", pipeline))
+        with self._changed:
+            waited_seconds = self._status.waiting_teacher_seconds + time.monotonic() - started
+            self._status = replace(self._status, waiting_teacher_seconds=waited_seconds)
 
     def _refresh(self, engine: StudentEngine) -> None:
         with self._changed:
@@ -258,116 +249,8 @@ class RolloutWorker:
         if pipeline.waiting_reason:
             activity = f"waiting for {pipeline.waiting_reason}"
         with self._changed:
-            self._status = status = replace(
-                self._status, activity=activity, waiting_teacher_seconds=pipeline.waiting_teacher_seconds
-            )
+            self._status = status = replace(self._status, activity=activity)
         self._send(status)
-
-
-class _Writer:
-    """Lets the student answer prompts."""
-
-    def __init__(
-        self, config: RolloutConfig, engine: StudentEngine, client: TraceClient, info: StreamInfo
-    ) -> None:
-        self._config = config
-        self.engine = engine
-        self._client = client
-        self.least_offset = info.next_offset
-        """No block that is published from now on is before."""
-        self._number = 0
-        self._top_k = config.top_k if config.support == "student" else 0
-        self._prompts = self._make_cycle(0)
-
-    @property
-    def position(self) -> SpoolPosition:
-        """Where the writing goes on."""
-        return SpoolPosition(self._number, self._prompts.position)
-
-    def begin(self, position: SpoolPosition) -> None:
-        """Go on there."""
-        self._number = position.number
-        self._prompts = self._make_cycle(position.prompt)
-
-    def look_into_stream(self, *, from_offset: int | None) -> _Found:
-        """What is in the stream from where the trainer is, and from an offset, where one is given."""
-        config = self._config
-        info = self._client.get_stream(config.stream)
-        wanted = [config.start.offset, info.next_offset - 1, *([] if from_offset is None else [from_offset])]
-        first = max(0, min(wanted))
-        waiting, numbers = 0, set[int]()
-        dictionaries = self._client.dictionaries(config.stream, wait=True)
-        with self._client.subscribe(config.stream, start=first, follow=False, on_corrupt="skip") as blocks:
-            for received in blocks:
-                traces = decode_block(received.block, dictionaries=dictionaries)
-                numbers |= {trace.sample_index for trace in traces}
-                if received.offset >= config.start.offset:
-                    used = config.start.trace_index if received.offset == config.start.offset else 0
-                    waiting += len(traces) - used
-        self.least_offset = info.next_offset
-        return _Found(waiting, frozenset(numbers), max(numbers, default=-1) + 1)
-
-    def write(self, count: int, step: int, should_stop: Callable[[], bool]) -> Wave | None:
-        """A wave of rollouts; None without prompts, or if it should stop."""
-        prompts = self._prompts.take(count)
-        asked = {str(self._number + index): prompt for index, prompt in enumerate(prompts)}
-        sampling = {number: self._sampling(number, prompt) for number, prompt in asked.items()}
-        requests = [
-            RolloutRequest(number, prompt.token_ids, sampling[number], self._top_k)
-            for number, prompt in asked.items()
-        ]
-        rollouts: dict[int, Trace] = {}
-        for completion in self.engine.generate(requests, should_stop):
-            number = completion.request_id
-            trace = self._trace(completion, asked[number], sampling[number], step)
-            rollouts[trace.sample_index] = trace
-        if not prompts or len(rollouts) < len(prompts):
-            return None
-        self._number += len(prompts)
-        return Wave(tuple(trace for _, trace in sorted(rollouts.items())))
-
-    def _sampling(self, number: str, prompt: RolloutPrompt) -> SamplingParams:
-        config = self._config
-        room = min(config.max_model_len, self.engine.base.max_model_len) - prompt.token_ids.size
-        return SamplingParams(
-            temperature=config.temperature,
-            top_p=config.top_p,
-            max_tokens=min(config.max_tokens, room),
-            seed=completion_seed(config.seed, prompt.prompt_id, int(number)),
-        )
-
-    def _trace(
-        self, completion: Completion, prompt: RolloutPrompt, sampling: SamplingParams, step: int
-    ) -> Trace:
-        engine = self.engine.base
-        token_ids = completion.token_ids.tolist()
-        mean_logprob = float(completion.sampled_logprobs.mean()) if token_ids else 0.0
-        return Trace(
-            prompt_id=prompt.prompt_id,
-            prompt_token_ids=prompt.token_ids,
-            completion_token_ids=completion.token_ids,
-            sampled_logprobs=completion.sampled_logprobs,
-            top_k=completion.top_k,
-            finish_reason=completion.finish_reason,
-            sample_index=int(completion.request_id),
-            spans=engine.tokenizer.spans.find(prompt.token_ids.tolist(), token_ids, completion.finish_reason),
-            sampling=sampling,
-            tags=rollout_tags(prompt.tags, step, mean_logprob),
-            completion_text=engine.tokenizer.decode(token_ids, engine.eos_token_ids),
-        )
-
-    def _make_cycle(self, skip: int) -> PromptCycle:
-        config = self._config
-        longest = min(config.max_model_len, self.engine.base.max_model_len) - 1
-        rule = SplitRule(config.held_out_fraction, config.split_seed)
-        return PromptCycle(self._begin_pass, rule=rule, max_tokens=longest, skip=skip)
-
-    def _begin_pass(self) -> Iterator[RolloutPrompt]:
-        config = self._config
-        if config.prompts:
-            teach = engine_config(config, self.engine.directory)
-            return source_prompts(teach, self.engine.base.tokenizer)
-        return stream_prompts(self._client, config.prompt_stream)
 
 
 def _numbers(block: bytes) -> frozenset[int]:

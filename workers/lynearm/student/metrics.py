@@ -116,6 +116,8 @@ def metric_values(record: StepRecord | EvaluationRecord) -> dict[str, float]:
         values |= {f"train/tokens/{name}": float(tokens) for name, tokens in record.stream_tokens.items()}
         if record.hidden is not None:
             values["train/hidden"] = record.hidden
+        if record.staleness is not None:
+            values["train/staleness"] = record.staleness
     else:
         measured = ("kl", "cross_entropy", "perplexity", "agreement", "calibration_error", "exact_match")
         found = {name: cast("float | None", getattr(record, name)) for name in measured}
@@ -148,7 +150,7 @@ def _finite(value: object) -> object:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-_CAN_BE_NONE = frozenset({"agreement", "calibration_error", "exact_match", "hidden"})
+_CAN_BE_NONE = frozenset({"agreement", "calibration_error", "exact_match", "hidden", "staleness"})
 
 
 def _parse(line: str) -> StepRecord | EvaluationRecord:

@@ -8,6 +8,7 @@ copied by then.
 
 from __future__ import annotations
 
+import logging
 import shutil
 from collections.abc import Sequence
 from dataclasses import replace
@@ -33,7 +34,10 @@ from lynearm.student.on_policy_plan import (
     rollouts_ahead,
     rollouts_at_once,
 )
+from lynearm.wire.errors import CheckpointError
 from lynearm.wire.traces import Trace
+
+logger = logging.getLogger(__name__)
 
 DIRECTORY = "rollouts"
 """In a run's directory: what is not in the stream yet, weights on their way, and the log."""
@@ -52,7 +56,9 @@ class OnPolicy:
         self._index = [plan.name for plan in plans].index(rollout_stream_name(config))
         self._plan = plans[self._index]
         self._directory = config.out / DIRECTORY
-        self._weights_dir = config.rollout_weights or self._directory / "weights"
+        # In a directory that several runs may be told, each has its own.
+        own = rollout_stream_name(config)
+        self._weights_dir = (config.rollout_weights or self._directory / "weights") / own
         self._tokenizer_dir = self._directory / "tokenizer"
         variables = {"CUDA_VISIBLE_DEVICES": config.rollout_gpus} if config.rollout_gpus else {}
         self._process = RolloutProcess(self._directory, variables)
@@ -68,12 +74,12 @@ class OnPolicy:
         """At the place from which the present process counts."""
         self._step = -1
         self._told: Taken | None = None
-        self.stale_traces = 0
+        self.stale_rollouts = 0
         """Rollouts that were too old when their turn came."""
 
     def read_status(self) -> RolloutStatus:
         """How it goes."""
-        return self._process.status
+        return replace(self._process.status, stale_rollouts=self.stale_rollouts)
 
     def watch(self, plans: Sequence[StreamPlan]) -> tuple[StreamPlan, ...]:
         """The plans, with a filter of the rollouts that says the same and counts what it was asked."""
@@ -111,13 +117,17 @@ class OnPolicy:
     def close(self) -> None:
         """End the process; what it has in hand, the next run goes on with."""
         self._process.stop()
-        self._writer.wait()
-        shutil.rmtree(self._weights_dir, ignore_errors=True)
+        try:
+            self._writer.wait()
+        except CheckpointError as error:
+            # Nobody wants those weights any more, and what ends the run is said already.
+            logger.warning("%s", error)
+        keep_only(self._weights_dir)
 
     def _accepts(self, trace: Trace, step: int) -> bool:
         self._looked_at += 1
         fresh = is_fresh(trace, step, max_staleness=self._config.max_staleness)
-        self.stale_traces += not fresh
+        self.stale_rollouts += not fresh
         return fresh
 
     def _begin(self, student: StudentModel, step: int) -> Weights:

@@ -121,11 +121,15 @@ class Ranks:
         """Raise an error that some ranks have met with on all of them.
 
         Raises:
-            LynearmError: this rank's own.
-            InternalError: on the others.
+            LynearmError: that of the first rank that has one.
         """
-        if not self.all_hold(error is None):
-            raise error or InternalError("another rank failed: its log says why")
+        errors: list[LynearmError | None] = [error]
+        if self.world_size > 1:
+            errors = [None] * self.world_size
+            _dist.all_gather_object(errors, error, group=self.control)
+        for first in errors:
+            if first is not None:
+                raise first
 
     def meet(self) -> bool:
         """For a rank that fails: whether all of them do, so that they can still do something together."""

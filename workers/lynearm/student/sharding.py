@@ -207,7 +207,7 @@ def _sum_gradients(root: FSDPModule) -> None:
     for module in cast(nn.Module, root).modules():
         if isinstance(module, FSDPModule):
             module.set_gradient_divide_factor(1.0)
-            # Gloo has no other reduction.
+            # A factor would else be part of the reduction, and gloo knows plain sums only.
             module.set_force_sum_reduction_for_comms(True)
 
 

@@ -5,7 +5,8 @@ from lynearm.teacher.job import run_teach
 from lynearm.teacher.progress import FailedPrompt, TeachProgress, TeachReport, WorkerStatus
 from lynearm.teacher.prompt_sources import PromptFile, load_prompts
 from lynearm.teacher.prompts import BadLine, Prompt
-from lynearm.teacher.worker import TeacherWorker, WorkerProgress
+from lynearm.teacher.worker import TeacherWorker
+from lynearm.teacher.worker_progress import WorkerProgress
 
 __all__ = [
     "BadLine",

@@ -10,23 +10,23 @@ from __future__ import annotations
 import importlib.util
 import os
 import time
-from collections.abc import Callable, Collection, Generator, Sequence
+from collections.abc import Collection, Generator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
-from typing import TypeAlias
 
 from lynearm.client import StreamInfo, TraceClient
 from lynearm.client.job_calls import JobInfo
 from lynearm.teacher.config import TeachConfig
+from lynearm.teacher.crew import Allow
+from lynearm.teacher.job_progress import JobProgress, OnProgress
 from lynearm.teacher.model_source import pin_model
 from lynearm.teacher.preflight import runs_here
-from lynearm.teacher.progress import Stage, TeachProgress, TeachReport
+from lynearm.teacher.progress import TeachProgress, TeachReport
 from lynearm.teacher.prompt_job import MAX_REPORTED_FAILURES, JobPrompts, PromptJob
-from lynearm.teacher.rates import RateMeter
 from lynearm.teacher.ray_actor import RayWorkers, ray_session
 from lynearm.teacher.ray_cluster import Untyped
 from lynearm.teacher.slot import Totals
-from lynearm.teacher.supervisor import Allow, Supervisor
+from lynearm.teacher.supervisor import Supervisor
 from lynearm.wire.errors import (
     InternalError,
     JobCancelledError,
@@ -39,14 +39,6 @@ __all__ = ["OnProgress", "TeachProgress", "TeachReport", "run_teach"]
 
 POLL_SECONDS = 0.25
 """Between two looks at a job's workers."""
-
-_REPORT_SECONDS = 0.5
-_MESSAGE_SECONDS = 10.0
-"""How long it is said what happened: those who print a line now and then shall not miss it."""
-
-_ETA_WINDOW_SECONDS = 120.0
-
-OnProgress: TypeAlias = Callable[[TeachProgress], None]
 
 
 def run_teach(config: TeachConfig, on_progress: OnProgress = lambda progress: None) -> TeachReport:
@@ -109,24 +101,13 @@ class TeachJob:
     def __init__(self, config: TeachConfig, client: TraceClient, on_progress: OnProgress) -> None:
         self.config = config
         self._client = client
-        self._on_progress = on_progress
-        self._started = time.monotonic()
-        self._stage: Stage = "waiting"
-        self._entered = self._started
-        self._stage_seconds: dict[str, float] = {}
-        self._prompt_count = 0
-        self._skipped_count = 0
-        self._finished_before = 0
+        self._progress = JobProgress(config, on_progress)
         self._prompts: JobPrompts | None = None
         self._work: PromptJob | None = None
         self._before: StreamInfo | None = None
         self._supervisor: Supervisor | None = None
         self.interrupted = False
         """Whether it was told to stop before its end."""
-        self._tokens = RateMeter()
-        self._units = RateMeter(_ETA_WINDOW_SECONDS)
-        self._reported_at = float("-inf")
-        self._message = ("", float("-inf"))
 
     @property
     def supervisor(self) -> Supervisor | None:
@@ -145,14 +126,14 @@ class TeachJob:
             PromptFileError, StreamSealedError, JobCancelledError, LynearmError: as for `run_teach`.
         """
         self._prompts = prompts = JobPrompts(self.config)
-        self._prompt_count, self._skipped_count = prompts.count, prompts.bad_line_count
+        self._progress.prompts, self._progress.skipped_prompts = prompts.count, prompts.bad_line_count
         self._work = PromptJob(self._client, self.config, prompts)
         self._wait_for_service()
         self._before = self._stream()
         job = self._work.find()
-        self._finished_before = self._work.count_finished(self._before, job)
+        self._progress.finished_before = self._work.count_finished(self._before, job)
         is_done = job is not None and job.state == "done"
-        remaining = 0 if is_done else prompts.count - self._finished_before
+        remaining = 0 if is_done else prompts.count - self._progress.finished_before
         if remaining:
             self._refuse_in_vain(self._before, job, remaining)
         return remaining > 0
@@ -162,7 +143,7 @@ class TeachJob:
         # Ray forks its servers from this process, and while a channel is open gRPC's fork handlers abort such
         # a child now and then, for which Ray then waits half a minute. The next call opens a channel again.
         self._client.close()
-        self._enter("starting")
+        self._progress.enter("starting")
 
     def begin(self, ray: Untyped, allow: Allow = lambda count: count) -> None:
         """Start to place workers.
@@ -171,9 +152,10 @@ class TeachJob:
             ray: The connected module.
             allow: As `Supervisor` takes it.
         """
-        self._enter("loading")
+        self._progress.enter("loading")
         workers = RayWorkers(ray, self.config)
         self._supervisor = Supervisor(self.config, workers, self._looked_at_work, allow=allow)
+        self._progress.supervisor = self._supervisor
 
     def tick(self) -> None:
         """Look at everything once; waits for nothing.
@@ -185,9 +167,9 @@ class TeachJob:
         if supervisor is None:
             return
         supervisor.tick()
-        if self._stage == "loading" and supervisor.has_connected:
-            self._enter("generating")
-        self._report_now_and_then(supervisor)
+        if self._progress.stage == "loading" and supervisor.has_connected:
+            self._progress.enter("generating")
+        self._progress.say_now_and_then(supervisor, is_stopping=self.interrupted)
 
     def stop(self) -> None:
         """End soon: what is finished is published, and the report says `interrupted`."""
@@ -210,8 +192,8 @@ class TeachJob:
         """
         sealed = self._seal() if seal else False
         self._wait_for_service()
-        self._enter("done")
-        self._report_progress()
+        self._progress.enter("done")
+        self._progress.say()
         return self._report(self._looked_at_work, sealed=sealed)
 
     @property
@@ -235,7 +217,7 @@ class TeachJob:
 
     def _wait_for_service(self) -> None:
         message = f"waiting for the trace service at {self.config.service}"
-        self._client.wait_until_ready(on_wait=lambda: self._report_progress(message))
+        self._client.wait_until_ready(on_wait=lambda: self._progress.say(message))
 
     def _stream(self) -> StreamInfo | None:
         try:
@@ -246,80 +228,21 @@ class TeachJob:
     def _seal(self) -> bool:
         if self.interrupted or not self.config.seal:
             return False
-        self._enter("sealing")
+        self._progress.enter("sealing")
         self._wait_for_service()
         return self._client.seal_stream(self.config.stream).sealed
 
-    def _enter(self, stage: Stage) -> None:
-        now = time.monotonic()
-        spent = self._stage_seconds.get(self._stage, 0.0) + now - self._entered
-        self._stage_seconds[self._stage] = spent
-        self._stage, self._entered = stage, now
-        self._report_progress()
-
-    def _report_now_and_then(self, supervisor: Supervisor) -> None:
-        now = time.monotonic()
-        if supervisor.message:
-            self._message, supervisor.message = (supervisor.message, now + _MESSAGE_SECONDS), ""
-        if now - self._reported_at < _REPORT_SECONDS:
-            return
-        self._reported_at = now
-        message, until = self._message
-        if self.interrupted:
-            message = "stopping"
-        elif now > until:
-            message = next((slot.progress.waiting_reason for slot in supervisor.slots), "")
-            if self._stage == "loading" and supervisor.slots and not message:
-                message = supervisor.slots[0].reason
-        self._report_progress(message)
-
-    def _report_progress(self, message: str = "") -> None:
-        supervisor = self._supervisor
-        totals = supervisor.totals() if supervisor else Totals()
-        max_batch = self.config.max_batch
-        done = self._done_prompts(totals)
-        self._on_progress(
-            TeachProgress(
-                stage=self._stage,
-                message=message,
-                prompts=self._prompt_count,
-                done_prompts=done,
-                skipped_prompts=self._skipped_count,
-                failed_prompts=totals.failed_prompts + (supervisor.given_up if supervisor else 0),
-                generated_tokens=totals.generated_tokens,
-                tokens_per_second=self._tokens.update(totals.generated_tokens),
-                acked_blocks=totals.acked_blocks,
-                waiting_seconds=totals.waiting_seconds,
-                restarts=supervisor.restarts if supervisor else 0,
-                verdicts=dict(totals.verdicts),
-                eta_seconds=self._eta_seconds(done),
-                workers=tuple(slot.status(max_batch) for slot in supervisor.slots) if supervisor else (),
-            )
-        )
-
-    def _done_prompts(self, totals: Totals) -> int:
-        """By what workers generated, or by what the service said, which counts those of other commands."""
-        here = self._finished_before + totals.generated_prompts
-        heard = self._supervisor.done_units() // self.config.completions if self._supervisor else 0
-        return min(max(here, heard), self._prompt_count)
-
-    def _eta_seconds(self, done_prompts: int) -> float | None:
-        if self._stage != "generating":
-            return None
-        rate = self._units.update(done_prompts)
-        return (self._prompt_count - done_prompts) / rate if rate > 0 else None
-
     def _report(self, work: PromptJob, *, sealed: bool) -> TeachReport:
         before, after, job = self._before, self._stream(), work.find()
-        supervisor = self._supervisor
+        progress, supervisor = self._progress, self._supervisor
         totals = supervisor.totals() if supervisor else Totals()
         failed = work.failures(job)
         return TeachReport(
             stream=self.config.stream,
             job=_name(job),
-            prompts=self._prompt_count,
-            finished_before=self._finished_before,
-            completed=work.count_finished(after, job) - self._finished_before,
+            prompts=progress.prompts,
+            finished_before=progress.finished_before,
+            completed=work.count_finished(after, job) - progress.finished_before,
             completions=_growth(before, after, "trace_count"),
             empty_completions=totals.empty_completions,
             completion_tokens=_growth(before, after, "completion_token_count"),
@@ -330,10 +253,10 @@ class TeachJob:
             blocks=_growth(before, after, "next_offset"),
             size_bytes=_growth(before, after, "size_bytes"),
             restarts=supervisor.restarts if supervisor else 0,
-            seconds=time.monotonic() - self._started,
+            seconds=progress.seconds,
             workers=supervisor.most_workers if supervisor else 0,
             failed_prompts=len(failed),
-            stage_seconds=self._stage_seconds | {"encoding": totals.encode_seconds},
+            stage_seconds=progress.stage_seconds | {"encoding": totals.encode_seconds},
             verdicts=dict(totals.verdicts),
             left_out=totals.left_out,
             interrupted=self.interrupted,

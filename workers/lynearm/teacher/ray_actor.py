@@ -13,7 +13,8 @@ from lynearm.teacher.config import TeachConfig
 from lynearm.teacher.placement import NodeView, WorkerShare, machine_memory_bytes
 from lynearm.teacher.ray_cluster import Reservation, Untyped, live_nodes
 from lynearm.teacher.slot import Place
-from lynearm.teacher.worker import EngineFailedError, TeacherWorker, WorkerProgress
+from lynearm.teacher.worker import EngineFailedError, TeacherWorker
+from lynearm.teacher.worker_progress import WorkerProgress
 from lynearm.wire.errors import LynearmError, MissingDependencyError, TeacherError
 
 logger = logging.getLogger(__name__)

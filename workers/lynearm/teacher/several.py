@@ -1,35 +1,28 @@
-"""A job of several teachers: each answers its part of the prompts, side by side where there is room.
+"""A job of several teachers before it runs: who answers what, and whether they can write what they are to.
 
 Invariants: everything that can be refused is refused before the first model is loaded. Each teacher is a job
 of its own, under a producer of its own, so that the whole goes on where it was, whichever of them was
-stopped. A stream is sealed after the last of its teachers, and only if all of them came to their end.
+stopped.
 """
 
 from __future__ import annotations
 
 import logging
-from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack
 from dataclasses import replace
 from typing import Any, TypeAlias
 
-from lynearm.client import TraceClient
 from lynearm.teacher.config import TeachConfig
 from lynearm.teacher.engine import weights_digest
-from lynearm.teacher.job import OnProgress, TeachJob, TeachReport, local_cpus, settled
 from lynearm.teacher.job_file import TEACHER_PLACE
 from lynearm.teacher.memory import read_model_config
 from lynearm.teacher.model_source import find_model_files, pin_model, prepare_model, source_kind
 from lynearm.teacher.prompt_sources import iterate_prompts
 from lynearm.teacher.prompts import Prompt
-from lynearm.teacher.ray_actor import ray_session
 from lynearm.teacher.routing import PromptRoute, RoutingTable, count_routes
-from lynearm.teacher.shared_progress import SharedProgress
 from lynearm.teacher.shared_streams import join_licenses, refuse_misaligned, teacher_label
-from lynearm.teacher.side_by_side import SideBySide
 from lynearm.teacher.tokenizer import describe_tokenizer, end_tokens
-from lynearm.wire.errors import ConfigError, LynearmError, MissingDependencyError, TeacherError
+from lynearm.wire.errors import ConfigError, MissingDependencyError
 from lynearm.wire.specs import TeacherSpec, TokenizerSpec
 
 logger = logging.getLogger(__name__)
@@ -91,166 +84,23 @@ def prepare_teachers(configs: Sequence[TeachConfig]) -> tuple[TeachConfig, ...]:
     }
     described: dict[str, TeachConfig] = {}
     for sharing in _by_stream([pin_model(config) for config in configs]).values():
-        described |= {_name(config): config for config in _describe(sharing)}
+        described |= {teacher_name(config): config for config in _describe(sharing)}
     busy: list[TeachConfig] = []
     for name, config in described.items():
         if counts[str(config.prompts)][name]:
             busy.append(config)
         else:
             logger.warning("no prompt goes to teacher %s", name)
-    order = [_name(config) for config in configs]
-    return tuple(sorted(busy, key=lambda config: order.index(_name(config))))
+    order = [teacher_name(config) for config in configs]
+    return tuple(sorted(busy, key=lambda config: order.index(teacher_name(config))))
 
 
-class TeachersFailedError(TeacherError):
-    """Some of several teachers came to no good end.
-
-    Args:
-        message: Who, and why.
-        remedy: What to do.
-        reports: What the others did, by teacher.
-        errors: What went wrong, by teacher.
-    """
-
-    def __init__(
-        self,
-        message: str,
-        remedy: str = "",
-        *,
-        reports: Mapping[str, TeachReport] | None = None,
-        errors: Mapping[str, LynearmError] | None = None,
-    ) -> None:
-        super().__init__(message, remedy)
-        self.reports = dict(reports or {})
-        self.errors = dict(errors or {})
-
-
-def run_several(
-    configs: Sequence[TeachConfig],
-    on_progress: OnProgress = lambda progress: None,
-    *,
-    only: str = "",
-) -> dict[str, TeachReport]:
-    """Let each teacher answer its part of the prompts, side by side as far as there is room.
-
-    Args:
-        configs: What `prepare_teachers` returned.
-        on_progress: Called on this thread with the progress of all; as for `run_teach`.
-        only: One teacher to run, as where each has a machine of its own. Nothing is sealed then.
-
-    Returns:
-        By teacher, in their order: what it did. Without those that had not begun when all were interrupted.
+def teacher_name(config: TeachConfig) -> str:
+    """Name of the teacher whose part of a job this is.
 
     Raises:
-        ConfigError: if there is no teacher named `only`.
-        LynearmError: as for `run_teach`, before anything is started; what earlier runs did stays.
-        TeachersFailedError: if some failed later; the others came to their ends. The same call goes on.
+        ConfigError: if `assign_teachers` has not made it.
     """
-    by_name = {_name(config): config for config in configs}
-    if only and only not in by_name:
-        raise ConfigError(f"the job has no teacher {only!r}", f"name one of {', '.join(by_name)}")
-    addresses = {config.ray_address for config in configs}
-    if len(addresses) > 1:
-        raise ConfigError(
-            f"the teachers name {len(addresses)} Rays, {' and '.join(map(repr, sorted(addresses)))}",
-            "write ray_address under [teach]: all of them share one",
-        )
-    wanted = {name: settled(config) for name, config in by_name.items() if only in ("", name)}
-    with ExitStack() as clients:
-        return _Several(wanted, on_progress, clients, may_seal=not only).run()
-
-
-class _Several:
-    """Jobs of teachers from the first look at the service to their reports."""
-
-    def __init__(
-        self,
-        configs: Mapping[str, TeachConfig],
-        on_progress: OnProgress,
-        clients: ExitStack,
-        *,
-        may_seal: bool,
-    ) -> None:
-        self._configs = configs
-        self._progress = SharedProgress(list(configs), on_progress)
-        self._clients = {
-            name: clients.enter_context(TraceClient(config.service)) for name, config in configs.items()
-        }
-        self._jobs = {
-            name: TeachJob(config, self._clients[name], self._progress.of(name))
-            for name, config in configs.items()
-        }
-        self._may_seal = may_seal
-        self._reports: dict[str, TeachReport] = {}
-        self._errors: dict[str, LynearmError] = {}
-
-    def run(self) -> dict[str, TeachReport]:
-        has_work = {name: job.look() for name, job in self._jobs.items()}
-        for name, job in self._jobs.items():
-            if not has_work[name]:
-                self._conclude(name, job)
-        if any(has_work.values()):
-            self._teach({name: job for name, job in self._jobs.items() if has_work[name]})
-        if self._errors:
-            raise self._failure()
-        return self._in_order()
-
-    def _teach(self, jobs: Mapping[str, TeachJob]) -> None:
-        for job in jobs.values():
-            job.prepare_for_ray()
-        configs = [job.config for job in jobs.values()]
-        try:
-            with ray_session(configs[0].ray_address, local_cpus(configs)) as ray:
-                SideBySide(ray, jobs, self._progress.note, self._take_end).run()
-        except KeyboardInterrupt:
-            for name, job in jobs.items():
-                job.interrupted = True
-                if name not in self._reports and job.supervisor is not None:
-                    self._conclude(name, job)
-
-    def _take_end(self, name: str, error: LynearmError | None) -> None:
-        self._progress.note(name, f"failed: {error.message}" if error else "")
-        if error is None:
-            self._conclude(name, self._jobs[name])
-        else:
-            self._errors[name] = error
-
-    def _conclude(self, name: str, job: TeachJob) -> None:
-        # Of a stream with several teachers, the last one seals.
-        sharing = [other for other, config in self._configs.items() if config.stream == job.config.stream]
-        others_are_done = all(
-            other in self._reports and not self._reports[other].interrupted
-            for other in sharing
-            if other != name
-        )
-        self._reports[name] = job.conclude(seal=self._may_seal and others_are_done)
-
-    def _in_order(self) -> dict[str, TeachReport]:
-        """The reports as they are after the last teacher, who seals."""
-        streams = Counter(config.stream for config in self._configs.values())
-        sealed = {report.stream for report in self._reports.values() if report.sealed}
-        return {
-            name: replace(
-                self._reports[name],
-                sealed=self._reports[name].stream in sealed,
-                shares_stream=streams[self._reports[name].stream] > 1,
-            )
-            for name in self._jobs
-            if name in self._reports
-        }
-
-    def _failure(self) -> TeachersFailedError:
-        told = "; ".join(f"teacher {name}: {error.message}" for name, error in self._errors.items())
-        remedies = [error.remedy for error in self._errors.values() if error.remedy]
-        return TeachersFailedError(
-            told,
-            "; ".join([*dict.fromkeys(remedies), "the same command goes on"]),
-            reports=self._in_order(),
-            errors=self._errors,
-        )
-
-
-def _name(config: TeachConfig) -> str:
     if config.route is None:
         raise ConfigError(f"the teacher {config.model!r} has no part in the job", "use assign_teachers")
     return config.route.teacher
@@ -273,8 +123,9 @@ def _refuse_other_codec(sharing: Sequence[TeachConfig]) -> None:
         for field in _CODEC_FIELDS:
             before, own = getattr(first, field), getattr(other, field)
             if before != own:
+                names = f"{teacher_name(first)!r} and {teacher_name(other)!r}"
                 raise ConfigError(
-                    f"teachers {_name(first)!r} and {_name(other)!r} write to stream {first.stream!r}, "
+                    f"teachers {names} write to stream {first.stream!r}, "
                     f"and their {field} is {before!r} and {own!r}",
                     f"write {field} under [teach], or put {TEACHER_PLACE} into the stream's name",
                 )
@@ -286,9 +137,9 @@ def _describe(sharing: Sequence[TeachConfig]) -> list[TeachConfig]:
         return list(sharing)
     specs = [_read_spec(config) for config in sharing]
     for config, own in zip(sharing[1:], specs[1:], strict=True):
-        refuse_misaligned(config.stream, _name(config), specs[0], own)
+        refuse_misaligned(config.stream, teacher_name(config), specs[0], own)
     labels = {
-        teacher_label(_name(config)): f"{teacher.model}@{teacher.revision}, {config.license}"
+        teacher_label(teacher_name(config)): f"{teacher.model}@{teacher.revision}, {config.license}"
         for config, (teacher, _) in zip(sharing, specs, strict=True)
     }
     labels |= {key: value for config in reversed(sharing) for key, value in config.labels.items()}

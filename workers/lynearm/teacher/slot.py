@@ -11,7 +11,7 @@ from typing import Any, Protocol
 from lynearm.teacher.progress import WorkerState, WorkerStatus
 from lynearm.teacher.quarantine import SuspectGroup
 from lynearm.teacher.rates import RateMeter
-from lynearm.teacher.worker import WorkerProgress
+from lynearm.teacher.worker_progress import WorkerProgress
 from lynearm.wire.specs import StreamSpec
 
 

@@ -15,26 +15,18 @@ from __future__ import annotations
 
 import logging
 import time
-from collections import Counter
-from collections.abc import Callable, Sequence
-from typing import Protocol, TypeAlias
+from collections.abc import Callable
+from typing import Protocol
 
 from lynearm.client.job_calls import JobInfo
 from lynearm.teacher.config import TeachConfig
-from lynearm.teacher.placement import (
-    NodeView,
-    WorkerShare,
-    fits_nowhere,
-    waiting_reason,
-    worker_share,
-    workers_to_add,
-)
+from lynearm.teacher.crew import Allow, Crew, WorkerCluster
 from lynearm.teacher.quarantine import by_lease
 from lynearm.teacher.ray_actor import WorkerLostError, WorkerOutOfReachError
 from lynearm.teacher.recovery import DEATH_REMEDY, Errands, EstateQueue, Recovery
-from lynearm.teacher.slot import Actor, Place, Slot, Totals
-from lynearm.teacher.worker import LeasedWork
-from lynearm.wire.errors import ConfigError, LynearmError, TeacherError
+from lynearm.teacher.slot import Actor, Slot, Totals
+from lynearm.teacher.worker_progress import LeasedWork
+from lynearm.wire.errors import LynearmError, TeacherError
 from lynearm.wire.specs import StreamSpec
 
 logger = logging.getLogger(__name__)
@@ -42,9 +34,6 @@ logger = logging.getLogger(__name__)
 MAX_BARREN_DEATHS = 3
 """Processes of one worker that may end in a row without a prompt finished between them, those not counted
 that a prompt ended which was alone in the engine."""
-
-_NODES_SECONDS = 1.0
-"""Between two looks at the cluster."""
 
 _INQUEST_SECONDS = 5.0
 """After a process ended, until its node counts as alive: Ray says so about both, in any order."""
@@ -55,37 +44,11 @@ _LONG_INQUEST_SECONDS = 30.0
 _IDLE_SECONDS = 2.0
 """Until a worker that had nothing to do asks again."""
 
-_SETTLE_SECONDS = 3.0
-"""After a worker was placed, until Ray's account of what is free counts it in."""
-
-_STALE_PLACE_SECONDS = 30.0
-"""How long a place may be outstanding that there seemed to be room for."""
-
 _STOP_SECONDS = 30.0
 """How long workers may take to publish what they have when they are asked to stop."""
 
 _STALL_SECONDS = 900.0
 """A worker with prompts in its engine that makes no token for so long is replaced. No step takes minutes."""
-
-
-Allow: TypeAlias = "Callable[[int], int]"
-"""Of some workers that a supervisor sees room for, how many it may place now."""
-
-
-class WorkerCluster(Protocol):
-    """Where workers run."""
-
-    def nodes(self) -> Sequence[NodeView]:
-        """The nodes that are alive."""
-        ...
-
-    def reserve(self, share: WorkerShare) -> Place:
-        """Ask for a share of some node."""
-        ...
-
-    def start(self, share: WorkerShare, place: Place, *, producer_id: str, holder: str) -> Actor:
-        """Start a worker in a place that it has been given."""
-        ...
 
 
 class JobQueue(EstateQueue, Protocol):
@@ -127,27 +90,16 @@ class Supervisor:
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._config = config
-        self._cluster = cluster
         self._queue = queue
-        self._allow = allow
         self._clock = clock
-        self._nodes: Sequence[NodeView] = ()
-        self._looked_at = float("-inf")
-        self._share = WorkerShare(1)
-        self._slots: dict[int, Slot] = {}
-        # By number, of those that are gone too: what is inherited of one must not be taken for another's.
-        self._lives: Counter[int] = Counter()
+        self._crew = Crew(config, cluster, allow, clock)
         self._errands = Errands()
         self._recovery = Recovery(queue, self._errands, config.max_batch)
-        self._gone = Totals()
         self._heard = 0
-        self._placed_at = float("-inf")
         self._preparing = False
         self._job: JobInfo | None = None
         self._stopping_since: float | None = None
         self._is_done = False
-        self.sees_room = False
-        """Whether there was room and work for more workers than it has when it looked last."""
         self.restarts = 0
         """Processes that ended and were replaced."""
         self.most_workers = 0
@@ -158,7 +110,12 @@ class Supervisor:
     @property
     def slots(self) -> list[Slot]:
         """The workers, by number."""
-        return [slot for _, slot in sorted(self._slots.items())]
+        return [slot for _, slot in sorted(self._crew.slots.items())]
+
+    @property
+    def sees_room(self) -> bool:
+        """Whether there was room and work for more workers than it has when it looked last."""
+        return self._crew.sees_room
 
     @property
     def job(self) -> JobInfo | None:
@@ -173,26 +130,21 @@ class Supervisor:
     @property
     def is_settled(self) -> bool:
         """Whether every worker has its place, and Ray's account of what is free counts them in."""
-        is_waiting = any(slot.state == "waiting" for slot in self._slots.values())
-        return not is_waiting and self._clock() - self._placed_at > _SETTLE_SECONDS
+        return self._crew.is_settled
 
     @property
     def has_ended(self) -> bool:
         """Whether there is nothing left to look at."""
-        return (self._is_done or self._stopping_since is not None) and not self._slots
+        return (self._is_done or self._stopping_since is not None) and not self._crew.slots
 
     @property
     def has_connected(self) -> bool:
         """Whether some worker is, or was, at work."""
-        return any(slot.is_connected for slot in self._slots.values()) or self.most_workers > 0
+        return any(slot.is_connected for slot in self._crew.slots.values()) or self.most_workers > 0
 
     def totals(self) -> Totals:
         """What all workers did, those that are gone too."""
-        total = Totals()
-        total.add(self._gone)
-        for slot in self._slots.values():
-            total.add(slot.all_totals())
-        return total
+        return self._crew.totals()
 
     def done_units(self) -> int:
         """Units of the job that are done, as far as workers have heard."""
@@ -208,11 +160,11 @@ class Supervisor:
         """
         self._collect_errands()
         self._look_at_nodes()
-        for number, slot in list(self._slots.items()):
+        for number, slot in list(self._crew.slots.items()):
             slot.look()
             self._heard = max(self._heard, slot.progress.job_done_units)
             self._advance(number, slot)
-        working = sum(slot.state in ("generating", "retrying") for slot in self._slots.values())
+        working = sum(slot.state in ("generating", "retrying") for slot in self._crew.slots.values())
         self.most_workers = max(self.most_workers, working)
         if self._is_done or self._is_overdue():
             self._end_all()
@@ -220,7 +172,7 @@ class Supervisor:
     def stop(self) -> None:
         """End soon: unfinished completions are dropped, finished prompts are published."""
         self._stopping_since = self._clock()
-        for number, slot in list(self._slots.items()):
+        for number, slot in list(self._crew.slots.items()):
             if slot.method == "run" or slot.method == "attempt":
                 slot.state = "draining"
                 self._order(slot, "stop")
@@ -229,7 +181,7 @@ class Supervisor:
 
     def close(self) -> None:
         """End everything at once."""
-        for number, slot in list(self._slots.items()):
+        for number, slot in list(self._crew.slots.items()):
             slot.is_connected = False
             self._end(number, slot)
 
@@ -244,60 +196,15 @@ class Supervisor:
     # The cluster.
 
     def _look_at_nodes(self) -> None:
-        if self._clock() - self._looked_at < _NODES_SECONDS:
+        if not self._crew.look_at_nodes():
             return
-        self._looked_at = self._clock()
-        self._nodes = self._cluster.nodes()
-        if not self._slots:
-            self._share = worker_share(self._config, self._nodes)
-            self._refuse_what_never_fits()
-        for number, slot in list(self._slots.items()):
+        for number, slot in list(self._crew.slots.items()):
             if slot.state == "waiting":
-                slot.reason = waiting_reason(self._nodes, self._share)
-                self._give_up_stale_place(number, slot)
-            elif self._is_leaving(slot) or (slot.state == "given up" and self._is_gone(slot)):
+                self._crew.wait_for_place(number, slot)
+            elif self._crew.is_leaving(slot) or (slot.state == "given up" and self._crew.is_gone(slot)):
                 self._leave_node(number, slot)
-        self._grow()
-
-    def _refuse_what_never_fits(self) -> None:
-        if self._config.ray_address == "local" and fits_nowhere(self._nodes, self._share):
-            raise ConfigError(
-                f"a worker takes {self._share}, which this machine does not have",
-                "take a smaller model, lower kv_cache_mib or threads, or join a cluster with ray_address",
-            )
-
-    def _grow(self) -> None:
-        if self._stopping_since is not None or self._is_done:
-            return
-        if not self._config.workers and not self.is_settled:
-            return  # Ray has not said yet what the last one left
-        left = self._queue.unit_count - self.done_units()
-        count = workers_to_add(
-            self._nodes,
-            self._share,
-            wanted=self._config.workers,
-            present=len(self._slots),
-            useful=-(-left // self._config.max_batch),
-        )
-        self.sees_room = count > 0
-        for _ in range(self._allow(count) if count else 0):
-            number = next(number for number in range(len(self._slots) + 1) if number not in self._slots)
-            name = f"{self._config.producer_id}-{number}"
-            slot = Slot(name, self._cluster.reserve(self._share), self._clock)
-            slot.lives = slot.earlier_lives = self._lives[number]
-            self._slots[number] = slot
-
-    def _give_up_stale_place(self, number: int, slot: Slot) -> None:
-        is_stale = self._clock() - slot.since > _STALE_PLACE_SECONDS
-        if is_stale and not self._config.workers and len(self._slots) > 1 and not slot.place.node_id():
-            self._remove(number, slot)
-
-    def _is_leaving(self, slot: Slot) -> bool:
-        node = next((node for node in self._nodes if node.node_id == slot.node_id), None)
-        return node is not None and node.is_draining
-
-    def _is_gone(self, slot: Slot) -> bool:
-        return all(node.node_id != slot.node_id for node in self._nodes) or self._is_leaving(slot)
+        if self._stopping_since is None and not self._is_done:
+            self._crew.grow(self._queue.unit_count - self.done_units())
 
     def _leave_node(self, number: int, slot: Slot) -> None:
         """Its node is to go: let it finish what it began, and no more."""
@@ -312,7 +219,7 @@ class Supervisor:
 
     def _advance(self, number: int, slot: Slot) -> None:
         if slot.state == "waiting":
-            self._start_if_placed(slot)
+            self._crew.start_if_placed(slot)
         elif slot.state == "replacing":
             self._replace(number, slot)
         elif slot.reference is not None and slot.actor is not None:
@@ -328,26 +235,11 @@ class Supervisor:
     def _watch(self, number: int, slot: Slot) -> None:
         """Look at one that is at work."""
         if slot.method == "disconnect" and self._clock() - slot.since > _STOP_SECONDS:
-            self._remove(number, slot)
+            self._crew.remove(number, slot)
         elif slot.method in ("run", "attempt") and slot.seconds_without_a_token > _STALL_SECONDS:
             self._bury(slot, f"it made no token for {_STALL_SECONDS:g} s")
         elif slot.state == "idle" and slot.progress.running:
             slot.state = "generating"
-
-    def _start_if_placed(self, slot: Slot) -> None:
-        slot.node_id = slot.place.node_id()
-        if not slot.node_id:
-            return
-        slot.node_host = next((one.host for one in self._nodes if one.node_id == slot.node_id), "")
-        slot.reason = ""
-        self._placed_at = self._clock()
-        self._start(slot)
-
-    def _start(self, slot: Slot) -> None:
-        slot.lives += 1
-        slot.actor = self._cluster.start(self._share, slot.place, producer_id=slot.name, holder=slot.holder)
-        slot.state = "loading"
-        slot.call("load")
 
     def _take_result(self, number: int, slot: Slot, actor: Actor) -> None:
         method, reference = slot.method, slot.reference
@@ -355,7 +247,7 @@ class Supervisor:
             result = actor.result(reference)
         except WorkerLostError as error:
             if method == "disconnect":
-                self._remove(number, slot)
+                self._crew.remove(number, slot)
             else:
                 is_clear = not isinstance(error, WorkerOutOfReachError)
                 self._bury(slot, error.message, _INQUEST_SECONDS if is_clear else _LONG_INQUEST_SECONDS)
@@ -363,7 +255,7 @@ class Supervisor:
         except LynearmError as error:
             if method == "disconnect":  # what it made was durable before
                 logger.warning("stream %s: %s: %s", self._config.stream, slot.name, error)
-                self._remove(number, slot)
+                self._crew.remove(number, slot)
             else:
                 self._refuse(slot, method, error)
             return
@@ -376,7 +268,7 @@ class Supervisor:
             self._assign(number, slot)
         elif method == "disconnect":
             slot.progress = result
-            self._remove(number, slot)
+            self._crew.remove(number, slot)
         elif method == "attempt":
             slot.barren_deaths = 0
             if slot.group is not None:
@@ -395,7 +287,7 @@ class Supervisor:
 
     def _refuse(self, slot: Slot, method: str, error: LynearmError) -> None:
         """An error that another process would meet again."""
-        others = [other for other in self._slots.values() if other is not slot and other.is_connected]
+        others = [other for other in self._crew.slots.values() if other is not slot and other.is_connected]
         if method not in ("load", "connect") or not others:
             raise error
         logger.warning("stream %s: %s on node %s: %s", self._config.stream, slot.name, slot.node_host, error)
@@ -422,7 +314,7 @@ class Supervisor:
 
     def _assign(self, number: int, slot: Slot) -> None:
         """Give a worker that does nothing something to do."""
-        if self._stopping_since is not None or self._is_leaving(slot):
+        if self._stopping_since is not None or self._crew.is_leaving(slot):
             self._end(number, slot)
             return
         slot.group = self._recovery.next()
@@ -447,22 +339,21 @@ class Supervisor:
         logger.warning("stream %s: %s: %s", self._config.stream, slot.name, reason)
         slot.bury(reason, inquest_seconds)
         self.message = f"{slot.name}: {reason}; starting another"
-        # The next look at the nodes says whether its node is there.
-        self._looked_at = float("-inf")
+        self._crew.look_soon()  # whether its node is there
 
     def _replace(self, number: int, slot: Slot) -> None:
-        is_gone = self._is_gone(slot)
+        is_gone = self._crew.is_gone(slot)
         if not is_gone and self._clock() - slot.since < slot.inquest_seconds:
             return
         self._settle_estate(slot, suspicious=not is_gone)
         if self._stopping_since is not None or self._is_done or is_gone:
-            self._remove(number, slot)
+            self._crew.remove(number, slot)
             return
         self.restarts += 1
         if slot.barren_deaths >= MAX_BARREN_DEATHS:
             self._give_up(slot)
         else:
-            self._start(slot)
+            self._crew.start(slot)
 
     def _settle_estate(self, slot: Slot, *, suspicious: bool) -> None:
         group, slot.group = slot.group, None
@@ -481,14 +372,14 @@ class Supervisor:
         reason = (
             f"{slot.reason}; {slot.name} died {slot.barren_deaths} times in a row without a finished prompt"
         )
-        if not any(other.is_connected for other in self._slots.values()):
+        if not any(other.is_connected for other in self._crew.slots.values()):
             raise TeacherError(reason, DEATH_REMEDY)
         slot.state, slot.reason = "given up", reason
 
     # Ends.
 
     def _end_all(self) -> None:
-        for number, slot in list(self._slots.items()):
+        for number, slot in list(self._crew.slots.items()):
             if slot.method != "disconnect" or self._is_overdue():
                 self._end(number, slot)
 
@@ -504,14 +395,7 @@ class Supervisor:
             return
         if slot.is_connected and slot.method == "run" and not self._is_overdue():
             return  # it returns soon: the job is done
-        self._remove(number, slot)
-
-    def _remove(self, number: int, slot: Slot) -> None:
-        slot.forget_process()
-        self._lives[number] = slot.lives
-        self._gone.add(slot.totals)
-        slot.place.release()
-        del self._slots[number]
+        self._crew.remove(number, slot)
 
     def _order(self, slot: Slot, method: str) -> None:
         if slot.actor is not None:

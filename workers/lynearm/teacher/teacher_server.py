@@ -14,8 +14,9 @@ import grpc
 import grpc.aio
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 
-from lynearm.teacher.engine import TeacherEngine, prefer_first_runner
+from lynearm.teacher.engine import TeacherEngine
 from lynearm.teacher.engine_loop import EngineLoop
+from lynearm.teacher.engine_start import prefer_first_runner
 from lynearm.teacher.request_table import RequestTable
 from lynearm.teacher.serving_config import ServeTeacherConfig
 from lynearm.teacher.teacher_access import TokenInterceptor, server_credentials, warn_if_open

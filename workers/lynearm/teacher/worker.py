@@ -13,7 +13,7 @@ import os
 import threading
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Literal, TypeAlias
 
 from lynearm.client.leases import Lease
@@ -25,6 +25,7 @@ from lynearm.teacher.prompt_content import decode_prompt
 from lynearm.teacher.prompts import Prompt
 from lynearm.teacher.publishing import FinishedPrompt
 from lynearm.teacher.selection import TraceSelection, verifier_of
+from lynearm.teacher.worker_progress import LeasedWork, WorkerProgress
 from lynearm.wire.errors import (
     InternalError,
     InvalidInputError,
@@ -35,7 +36,7 @@ from lynearm.wire.errors import (
 )
 from lynearm.wire.specs import CodecSpec, StreamSpec
 from lynearm.wire.traces import Int32Array, Trace
-from lynearm.wire.work import MAX_REASON_BYTES, FailedSamples, LeasedPrompt, LeaseKey
+from lynearm.wire.work import MAX_REASON_BYTES, FailedSamples
 
 logger = logging.getLogger(__name__)
 
@@ -52,48 +53,6 @@ _MAX_REOPENINGS = 5
 
 class EngineFailedError(TeacherError):
     """The engine raised an error that is not about one request: nothing more can be expected of it."""
-
-
-@dataclass(frozen=True, slots=True)
-class LeasedWork:
-    """Some prompts of a lease that somebody else holds, to be answered for them."""
-
-    key: LeaseKey
-    prompts: tuple[LeasedPrompt, ...]
-
-
-@dataclass(frozen=True, slots=True)
-class WorkerProgress:
-    """How far a worker is, since it was made."""
-
-    generated_tokens: int = 0
-    """Completion tokens, those of unfinished completions included."""
-    prompt_tokens: int = 0
-    """Tokens of the prompts that it started on."""
-    generated_prompts: int = 0
-    """Prompts whose completions are all generated; they may not be durable yet."""
-    running: int = 0
-    """Completions in the engine."""
-    empty_completions: int = 0
-    """Completions in which the model said nothing before its end token; recorded like any other."""
-    acked_blocks: int = 0
-    """Blocks of this worker that are durable."""
-    waiting_seconds: float = 0.0
-    """How long blocks waited for a service that did not take them."""
-    waiting_reason: str = ""
-    """Why nothing can be published right now; empty while all is well."""
-    encode_seconds: float = 0.0
-    """Time spent on encoding blocks, beside the engine."""
-    process_id: int = 0
-    """Of the worker's process."""
-    verdicts: Counter[str] = field(default_factory=Counter[str])
-    """How many completions got each verdict; empty without a verifier."""
-    left_out: int = 0
-    """Completions that were judged and not published."""
-    failed_prompts: int = 0
-    """Prompts that the teacher cannot take."""
-    job_done_units: int = 0
-    """Units of the whole job that were done when it leased last."""
 
 
 @dataclass(slots=True)

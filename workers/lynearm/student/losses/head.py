@@ -5,8 +5,8 @@ width, V = vocabulary, K = entries kept per position.
 
 The gradient of the logits is worked out where the logits were, right after them, and at once multiplied
 into the gradients of states and head. So the backward pass costs nothing; what costs is the three matrix
-products, and the few times that [C, V] goes through memory. On a CPU, the first H positions take the place
-of the head's gradient, where that is made anew (see `in_place`): up to there the peak is the gradient itself.
+products, and the few times that [C, V] goes through memory. On a CPU, logits of up to H positions are made in
+the place of the head's gradient, where that is made anew (see `in_place`): the peak is the gradient itself.
 """
 
 from __future__ import annotations
@@ -236,7 +236,7 @@ class _Gradients:
     is_empty: bool = True
 
     def room(self, head: _Head, objective: Objective, vocab_size: int, dtype: torch.dtype) -> Tensor | None:
-        """Where logits of the first positions may be made as [V, C]: in the head's gradient, still empty.
+        """Where the logits may be made as [V, N]: in the head's gradient, still empty.
 
         None where there is no such place, or where they would be copied to another type or temperature.
         """
@@ -246,16 +246,15 @@ class _Gradients:
             return None
         return room_for_logits(self.head_VH, len(head.hidden_NH), vocab_size)
 
-    def put_first(self, grad_VC: Tensor, hidden_CH: Tensor, head_VH: Tensor) -> None:
-        """The part of the first positions, whose logits were made in `room`."""
-        vocab_size, positions = grad_VC.shape
+    def put(self, grad_VN: Tensor, hidden_NH: Tensor, head_VH: Tensor) -> None:
+        """All of them, from the gradient of logits that were made in `room`."""
+        vocab_size = len(grad_VN)
         if self.bias_V is not None:
             self.bias_V[vocab_size:] = 0.0
-            self.bias_V[:vocab_size] = grad_VC.sum(1, dtype=self.bias_V.dtype)
-        hidden_grad_CH = None if self.hidden_NH is None else self.hidden_NH[:positions]
+            self.bias_V[:vocab_size] = grad_VN.sum(1, dtype=self.bias_V.dtype)
         if self.head_VH is not None:
             spread_gradient(
-                grad_VC, hidden_CH, head_VH, head_grad_VH=self.head_VH, hidden_grad_CH=hidden_grad_CH
+                grad_VN, hidden_NH, head_VH, head_grad_VH=self.head_VH, hidden_grad_NH=self.hidden_NH
             )
             self.head_VH[vocab_size:] = 0.0
         self.is_empty = False
@@ -309,31 +308,15 @@ def _run(
     vocab_size = min(objective.vocab_size or head.head_VH.shape[0], head.head_VH.shape[0])
     device = head.hidden_NH.device.type
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else head.hidden_NH.dtype
-    parts: list[RowLosses] = []
     with torch.autocast(device, enabled=False):
         head_VH = head.head_VH[:vocab_size].to(dtype)
         bias_V = None if head.bias_V is None else head.bias_V[:vocab_size].to(dtype)
-        first = 0
-        if (
-            gradients is not None
-            and (room_VC := gradients.room(head, objective, vocab_size, dtype)) is not None
-        ):
-            first = room_VC.shape[1]
-            hidden_CH, rows = head.hidden_NH[:first], targets.rows(0, first)
-            torch.mm(head_VH, hidden_CH.T, out=room_VC)
-            if bias_V is not None:
-                room_VC += bias_V[:, None]
-            parts.append(row_losses(room_VC.T, rows, objective, _row_scales(rows, scale, room_VC)))
-            gradients.put_first(room_VC, hidden_CH, head_VH)
-        for start, end, logits_CV in _chunks(head.hidden_NH, vocab_size, dtype, first=first):
-            hidden_CH, rows = head.hidden_NH[start:end].to(dtype), targets.rows(start, end)
-            torch.mm(hidden_CH, head_VH.T, out=logits_CV)
-            if bias_V is not None:
-                logits_CV += bias_V
-            scale_C = None if gradients is None else _row_scales(rows, scale, logits_CV)
-            parts += _block_losses(logits_CV, rows, objective, scale_C)
-            if gradients is not None:
-                gradients.add(start, logits_CV, hidden_CH, head_VH)
+        room_VN = None if gradients is None else gradients.room(head, objective, vocab_size, dtype)
+        narrow = _Head(head.hidden_NH, head_VH, bias_V)
+        if gradients is not None and room_VN is not None:
+            parts = [_losses_in_place(narrow, room_VN, targets, objective, scale, gradients)]
+        else:
+            parts = _losses_in_chunks(narrow, targets, objective, scale, gradients)
     if gradients is not None:
         gradients.finish()
     if not parts:
@@ -346,17 +329,43 @@ def _run(
     )
 
 
-def _chunks(
-    hidden_NH: Tensor, vocab_size: int, dtype: torch.dtype, *, first: int
-) -> Iterator[tuple[int, int, Tensor]]:
-    """First and last position of each chunk from `first` on, and room for its logits, the same each time."""
-    positions = len(hidden_NH) - first
+def _losses_in_place(
+    head: _Head, room_VN: Tensor, targets: Targets, objective: Objective, scale: float, gradients: _Gradients
+) -> RowLosses:
+    torch.mm(head.head_VH, head.hidden_NH.T, out=room_VN)
+    if head.bias_V is not None:
+        room_VN += head.bias_V[:, None]
+    losses = row_losses(room_VN.T, targets, objective, _row_scales(targets, scale, room_VN))
+    gradients.put(room_VN, head.hidden_NH, head.head_VH)
+    return losses
+
+
+def _losses_in_chunks(
+    head: _Head, targets: Targets, objective: Objective, scale: float, gradients: _Gradients | None
+) -> list[RowLosses]:
+    parts: list[RowLosses] = []
+    dtype = head.head_VH.dtype
+    for start, end, logits_CV in _chunks(head.hidden_NH, len(head.head_VH), dtype):
+        hidden_CH, rows = head.hidden_NH[start:end].to(dtype), targets.rows(start, end)
+        torch.mm(hidden_CH, head.head_VH.T, out=logits_CV)
+        if head.bias_V is not None:
+            logits_CV += head.bias_V
+        scale_C = None if gradients is None else _row_scales(rows, scale, logits_CV)
+        parts += _block_losses(logits_CV, rows, objective, scale_C)
+        if gradients is not None:
+            gradients.add(start, logits_CV, hidden_CH, head.head_VH)
+    return parts
+
+
+def _chunks(hidden_NH: Tensor, vocab_size: int, dtype: torch.dtype) -> Iterator[tuple[int, int, Tensor]]:
+    """First and last position of each chunk, and room for its logits, the same memory each time."""
+    positions = len(hidden_NH)
     rows = max(1, CHUNK_BYTES // (vocab_size * dtype.itemsize))
     # Chunks of one size: a last one of a few rows would cost as much as a large one.
     rows = -(-positions // -(-positions // rows)) if positions else 0
     buffer_CV = torch.empty((rows, vocab_size), dtype=dtype, device=hidden_NH.device)
-    for start in range(first, len(hidden_NH), max(1, rows)):
-        end = min(start + rows, len(hidden_NH))
+    for start in range(0, positions, max(1, rows)):
+        end = min(start + rows, positions)
         yield start, end, buffer_CV[: end - start]
 
 
