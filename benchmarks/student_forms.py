@@ -74,7 +74,6 @@ def work(model: Path, form: str, *, tokens: int, rank: int) -> dict[str, float]:
     from lynearm.student.lora_settings import parse_lora
     from lynearm.student.model import load_student
     from lynearm.student.optimization import Optimization
-    from lynearm.wire.traces import Cursor
 
     torch.set_num_threads(1)
     half = json.loads((model / "config.json").read_text())["num_hidden_layers"] // 2 - 1
@@ -89,7 +88,7 @@ def work(model: Path, form: str, *, tokens: int, rank: int) -> dict[str, float]:
         student=model, packing="off", micro_batch_tokens=tokens + 8, max_sequence_tokens=tokens + 8
     )
     optimization = Optimization(student, config)
-    batch = Batch((make_trace(tokens, student.vocab_size),), Cursor(1))
+    batch = Batch((make_trace(tokens, student.vocab_size),))
     baseline = read_status("VmRSS")
     Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
     optimization.step(batch, 1)

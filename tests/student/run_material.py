@@ -23,7 +23,7 @@ def configure_runs(service: ServiceProcess, student_dir: Path, stream: str, dire
     def make(out: str = "run", **overrides: object) -> TrainConfig:
         config = TrainConfig(
             student=student_dir,
-            stream=stream,
+            streams=(stream,),
             service=service.target,
             out=directory / out,
             learning_rate=3e-3,

@@ -160,7 +160,7 @@ def test_checkpoints_beside_the_training_are_those_of_their_step(configure: Conf
 
 def test_the_command_takes_every_form(configure: Configure, student_dir: Path) -> None:
     config = configure("by command")
-    arguments = ["--student", str(student_dir), "--stream", config.stream, "--service", config.service]
+    arguments = ["--student", str(student_dir), "--stream", config.streams[0], "--service", config.service]
     arguments += ["--out", str(config.out), "--max-steps", "1", "--held-out-traces", "0", "--device", "cpu"]
     arguments += [
         "--lora",

@@ -15,7 +15,7 @@ from lynearm.student.freezing import freeze
 from lynearm.student.model import StudentModel, load_student
 from lynearm.student.optimization import Optimization
 from lynearm.wire.errors import ConfigError
-from lynearm.wire.traces import Cursor, Trace
+from lynearm.wire.traces import Trace
 
 LAYERS = 6
 
@@ -39,7 +39,7 @@ def load(directory: Path, *, checkpointing: bool, frozen: tuple[str, ...] = ()) 
 def test_steps_are_the_same(
     deep_dir: Path, traces: list[Trace], frozen: tuple[str, ...], packing: str
 ) -> None:
-    batch = Batch(tuple(traces[8:14]), Cursor(1))
+    batch = Batch(tuple(traces[8:14]))
     found: list[dict[str, torch.Tensor]] = []
     for checkpointing in (False, True):
         student = load(deep_dir, checkpointing=checkpointing, frozen=frozen)
