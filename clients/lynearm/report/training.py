@@ -143,6 +143,7 @@ def _held_out_charts(evaluations: Sequence[EvaluationRecord]) -> list[Chart]:
         Chart("Questions answered exactly", _TOKENS_LABEL, "part of the questions",
               (Series("exact match", answered, "dotted_line"),)),
     ] if answered else []  # fmt: skip
+    tasks = dict.fromkeys(name for one in evaluations for name in one.tasks)
     return [
         Chart("Held-out KL to the teacher", _TOKENS_LABEL, "nats per token",
               (Series("held-out KL", points("kl"), "dotted_line"),)),
@@ -152,9 +153,15 @@ def _held_out_charts(evaluations: Sequence[EvaluationRecord]) -> list[Chart]:
         Chart("Perplexity on the teacher's tokens", _TOKENS_LABEL, "perplexity",
               (Series("perplexity", points("perplexity"), "dotted_line"),)),
         *exact_match,
+        *(_task_chart(name, evaluations) for name in tasks),
         Chart("Calibration", _TOKENS_LABEL, "expected calibration error",
               (Series("calibration error", points("calibration_error"), "dotted_line"),)),
     ]  # fmt: skip
+
+
+def _task_chart(name: str, evaluations: Sequence[EvaluationRecord]) -> Chart:
+    points = tuple((float(one.tokens), one.tasks[name]) for one in evaluations if name in one.tasks)
+    return Chart(name, _TOKENS_LABEL, "lm-eval's figure", (Series(name, points, "dotted_line"),))
 
 
 def _stream_charts(evaluations: Sequence[EvaluationRecord]) -> list[Chart]:
