@@ -240,6 +240,21 @@ def test_losses_and_weights_come_from_flags_or_a_file(tmp_path: Path) -> None:
     assert settings.tag_weights == {"domain=code": 2.0}
 
 
+def test_one_stream_or_several_come_from_a_file_or_flags(tmp_path: Path) -> None:
+    one = write(tmp_path, '[train]\nstream = "maths"\n')
+    assert load_settings(TrainConfig, "train", file=one).streams == ("maths",)
+    given = {"streams": ["maths:0.7", "code:0.3"]}
+    assert load_settings(TrainConfig, "train", file=one, flags=given).streams == ("maths:0.7", "code:0.3")
+    assert load_settings(TrainConfig, "train", file=one, assignments=["stream=code"]).streams == ("code",)
+    several = write(tmp_path, '[train]\nstreams = ["maths:0.7..0.2@100", "code"]\n')
+    assert load_settings(TrainConfig, "train", file=several).streams == ("maths:0.7..0.2@100", "code")
+    both = write(tmp_path, '[train]\nstream = "maths"\nstreams = ["code"]\n')
+    with pytest.raises(ConfigError, match="both 'stream' and 'streams' are given"):
+        load_settings(TrainConfig, "train", file=both)
+    with pytest.raises(ConfigError, match="0 throughout"):
+        load_settings(TrainConfig, "train", flags={"streams": ["maths:0"]})
+
+
 @pytest.mark.parametrize("wrong", ["reasoning", "reasoning:", "reasoning:half"])
 def test_a_weight_that_is_no_number_is_named(wrong: str) -> None:
     with pytest.raises(ConfigError, match="--span-weight"):

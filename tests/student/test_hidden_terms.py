@@ -397,6 +397,29 @@ def test_a_run_does_not_go_on_with_other_pairs(configure: Callable[..., TrainCon
         assert "hidden terms" in refused.value.remedy
 
 
+def test_streams_whose_states_do_not_fit_together_are_refused(
+    service: ServiceProcess, teacher: StudentModel, configure: Callable[..., TrainConfig]
+) -> None:
+    (deep,) = configure("any").streams
+    names = f"wider-{next(numbers)}", f"fewer-{next(numbers)}"
+    spec = deep_spec(teacher, names[0])
+    assert spec.codec.hidden is not None
+    wider = replace(spec.codec, hidden=replace(spec.codec.hidden, hidden_size=96))
+    with TraceClient(service.target) as client:
+        client.create_stream(replace(spec, codec=wider))
+        client.create_stream(deep_spec(teacher, names[1], (1, FINAL_NORM)))
+        client.seal_stream(names[1])
+    with pytest.raises(
+        MisalignmentError, match=f"64 wide in stream '{deep}', .*96 wide in stream '{names[0]}'"
+    ):
+        run_train(configure("wider", streams=(deep, names[0])))
+    with pytest.raises(MisalignmentError, match=f"in stream '{names[1]}'"):
+        run_train(configure("fewer", streams=(deep, names[1]), loss=("hidden-cosine",)))
+    # The two of them have layers in common.
+    run = configure("named", streams=(deep, names[1]), loss=("hidden-cosine@1=1",), held_out_traces=0)
+    assert run_train(replace(run, max_steps=1)).steps == 1
+
+
 def test_a_trace_without_states_among_others_ends_the_run_before_its_step(
     service: ServiceProcess,
     teacher: StudentModel,

@@ -14,8 +14,11 @@ import torch
 from models.service_process import ServiceProcess
 from models.tiny_llama import build_tiny_llama
 from student.teaching_material import make_blocks, make_spec, offer, write_traces
+from typer.testing import CliRunner
 
+from lynearm.cli.main import app
 from lynearm.client import TraceClient
+from lynearm.report.training import load_training_report, render_training_report
 from lynearm.student.checkpoint import load_checkpoint
 from lynearm.student.config import TrainConfig
 from lynearm.student.metrics import read_metrics
@@ -249,6 +252,27 @@ def offer_as(
                 publisher.publish(block)
         client.seal_stream(name)
     return name
+
+
+def test_a_mixture_is_run_from_the_command_line_and_drawn(
+    service: ServiceProcess, pair: tuple[str, str], student_dir: Path, tmp_path: Path
+) -> None:
+    maths, code = pair
+    out = tmp_path / "run"
+    arguments = ["train", "--student", str(student_dir), "--service", service.target, "--out", str(out)]
+    arguments += ["--stream", f"{maths}:0.7", "--stream", f"{code}:0.3", "--max-steps", "3"]
+    trained = CliRunner().invoke(app, [*arguments, "--device", "cpu", "--threads", "1"])
+    assert trained.exit_code == 0, trained.output
+    assert "3 steps" in trained.output
+    shown = CliRunner().invoke(app, ["student", "lineage", str(out)], env={"COLUMNS": "200"})
+    assert maths in shown.output
+    assert code in shown.output
+    page = render_training_report(load_training_report(out))
+    assert "Shares of the streams" in page
+    assert page.count("<svg") == 10
+    wrong = CliRunner().invoke(app, [*arguments, "--stream", f"{code}:-1"])
+    assert wrong.exit_code == 2
+    assert "the weight" in wrong.output
 
 
 def test_each_stream_has_a_temperature_of_its_own(

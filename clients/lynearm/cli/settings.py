@@ -127,26 +127,26 @@ def _check_tables(document: Mapping[str, object], file: Path) -> None:
                 )
 
 
-def _known_keys(values: Mapping[str, object], fields: _Fields, where: str) -> dict[str, object]:
-    """The values by field; a list of one may be given as that one under the singular that a field names."""
-    singular = {
-        str(field.metadata["singular"]): name
-        for name, field in fields.items()
-        if "singular" in field.metadata
-    }
-    both = [(one, many) for one, many in singular.items() if one in values and many in values]
-    if both:
-        raise ConfigError(f"{where}: both {both[0][0]!r} and {both[0][1]!r} are given", "give one of them")
-    values = {
-        singular.get(name, name): [value] if name in singular else value for name, value in values.items()
-    }
-    known = list(fields)
+def _known_keys(given: Mapping[str, object], fields: _Fields, where: str) -> dict[str, object]:
+    known, values = list(fields), _as_lists(given, fields, where)
     for key in values:
         if key not in known:
             raise ConfigError(
                 f"{where}: there is no key {key!r}", _nearest(key, known) or f"use {_listed(known)}"
             )
-    return dict(values)
+    return values
+
+
+def _as_lists(values: Mapping[str, object], fields: _Fields, where: str) -> dict[str, object]:
+    """The values, where a field's metadata names a singular under which a list of one may be given."""
+    as_lists = dict(values)
+    for name, field in fields.items():
+        singular = str(field.metadata.get("singular", ""))
+        if singular in values and name in values:
+            raise ConfigError(f"{where}: both {singular!r} and {name!r} are given", "give one of them")
+        if singular in values:
+            as_lists[name] = [as_lists.pop(singular)]
+    return as_lists
 
 
 def _assign(given: dict[str, object], assignment: str, fields: _Fields) -> None:

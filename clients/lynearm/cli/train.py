@@ -183,6 +183,15 @@ def train(
         bool | None,
         typer.Option("--allow-terms", help="Train although the stream's terms forbid it; it is recorded."),
     ] = None,
+    lm_eval: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="TASK[,TASK]", help="Tasks of lm-eval to run with each measurement. May be repeated."
+        ),
+    ] = None,
+    lm_eval_path: Annotated[
+        Path | None, typer.Option(help="Folder of further tasks for lm-eval.", show_default="none")
+    ] = None,
     early_stop_patience: Annotated[
         int | None,
         typer.Option(
@@ -220,6 +229,7 @@ def train(
         "span_weights": weights(span_weights, "--span-weight"),
         "tag_weights": weights(tag_weights, "--tag-weight"),
         "trackers": trackers or None,
+        "lm_eval": [task for tasks in lm_eval or () for task in tasks.split(",")] or None,
     }
     settings = load_settings(TrainConfig, "train", file=config, flags=given, assignments=assignments or ())
     # Of several ranks, one speaks.

@@ -25,6 +25,9 @@ LOG_RATIO = 10.0
 MAX_POINTS = 240
 """Of one series: more could not be told apart at this width."""
 
+COLOURS = 4
+"""Of series; more begin again with the first."""
+
 MAX_DOTS = 60
 """A series of more points is drawn without dots."""
 
@@ -206,7 +209,7 @@ def _draw_guide(chart: Chart, plane: _Plane) -> str:
 def _classes(drawn: Sequence[Series], series: Series) -> str:
     if series.style == "faint":
         return "faint"
-    return f"line series-{[one for one in drawn if one.style != 'faint'].index(series)}"
+    return f"line series-{[one for one in drawn if one.style != 'faint'].index(series) % COLOURS}"
 
 
 def _draw_series(classes: str, series: Series, plane: _Plane) -> str:

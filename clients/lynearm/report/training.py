@@ -18,6 +18,8 @@ from lynearm.student.run_directory import best_checkpoint, latest_checkpoint
 __all__ = ["TrainingReport", "load_training_report", "render_training_report"]
 
 _TOKENS_LABEL = "completion tokens of the teacher"
+_LEGEND_WIDTH = 356
+"""Of a chart's 420, what lies between its margins."""
 
 WANTED_WAITING = 0.02
 """Part of the time that a run may spend without traces while its stream has some."""
@@ -65,6 +67,7 @@ def render_training_report(report: TrainingReport) -> str:
                 [
                     _loss_chart(report.metrics.steps),
                     *_held_out_charts(report.metrics.evaluations),
+                    *_share_chart(report.metrics.steps),
                     _gradient_chart(report.metrics.steps),
                 ]
             ),
@@ -140,17 +143,62 @@ def _held_out_charts(evaluations: Sequence[EvaluationRecord]) -> list[Chart]:
         Chart("Questions answered exactly", _TOKENS_LABEL, "part of the questions",
               (Series("exact match", answered, "dotted_line"),)),
     ] if answered else []  # fmt: skip
+    tasks = dict.fromkeys(name for one in evaluations for name in one.tasks)
     return [
         Chart("Held-out KL to the teacher", _TOKENS_LABEL, "nats per token",
               (Series("held-out KL", points("kl"), "dotted_line"),)),
+        *_stream_charts(evaluations),
         Chart("Agreement with the teacher", _TOKENS_LABEL, "part of the held-out tokens",
               (Series("same most likely token", points("agreement"), "dotted_line"),)),
         Chart("Perplexity on the teacher's tokens", _TOKENS_LABEL, "perplexity",
               (Series("perplexity", points("perplexity"), "dotted_line"),)),
         *exact_match,
+        *(_task_chart(name, evaluations) for name in tasks),
         Chart("Calibration", _TOKENS_LABEL, "expected calibration error",
               (Series("calibration error", points("calibration_error"), "dotted_line"),)),
     ]  # fmt: skip
+
+
+def _task_chart(name: str, evaluations: Sequence[EvaluationRecord]) -> Chart:
+    points = tuple((float(one.tokens), one.tasks[name]) for one in evaluations if name in one.tasks)
+    return Chart(name, _TOKENS_LABEL, "lm-eval's figure", (Series(name, points, "dotted_line"),))
+
+
+def _stream_charts(evaluations: Sequence[EvaluationRecord]) -> list[Chart]:
+    """The held-out KL of each stream, where there are several."""
+    names = list(dict.fromkeys(name for one in evaluations for name in one.streams))
+    series = tuple(
+        Series(
+            _legend(name, len(names)),
+            tuple((float(one.tokens), one.streams[name].kl) for one in evaluations if name in one.streams),
+            "dotted_line",
+        )
+        for name in names
+    )
+    return [Chart("Held-out KL by stream", _TOKENS_LABEL, "nats per token", series)] if names else []
+
+
+def _share_chart(steps: Sequence[StepRecord]) -> list[Chart]:
+    """What each stream contributed, where there are several."""
+    names = list(dict.fromkeys(name for step in steps for name in step.stream_tokens))
+    window = max(3, len(steps) // 15)
+    series = tuple(
+        Series(_legend(name, len(names)), smooth([_share(step, name) for step in steps], window))
+        for name in names
+    )
+    label = f"% of the tokens, mean of {window} steps"
+    return [Chart("Shares of the streams", _TOKENS_LABEL, label, series)] if names else []
+
+
+def _share(step: StepRecord, name: str) -> Point:
+    total = sum(step.stream_tokens.values()) or 1
+    return float(step.tokens), 100 * step.stream_tokens.get(name, 0) / total
+
+
+def _legend(name: str, count: int) -> str:
+    """A stream's name, cut so that `count` of them stand side by side above a chart."""
+    letters = max(4, int((_LEGEND_WIDTH / count - 34) / 6.2))
+    return name if len(name) <= letters else f"{name[: letters - 1]}…"
 
 
 def _waiting_chart(steps: Sequence[StepRecord]) -> Chart:

@@ -124,6 +124,11 @@ def _measurements(runs: Sequence[JsonObject]) -> str:
         for name, said in names.items()
         if after.get(name) is not None
     ]
+    tasks = _part(after, "tasks")
+    rows += [
+        f"| {_quote(name)} | {_figure(_part(before, 'tasks').get(name))} | {_figure(value)} |"
+        for name, value in tasks.items()
+    ]
     head = ["| on held-out prompts | before | after |", "|---|---:|---:|"]
     return "## How close it is\n\n" + "\n".join([*head, *rows])
 

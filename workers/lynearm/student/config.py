@@ -144,6 +144,16 @@ class TrainConfig:
     question_tokens: int = 256
     """Longest answer to a question; GSM8K's take about 100."""
 
+    lm_eval: tuple[str, ...] = ()
+    """Tasks of EleutherAI's lm-eval that run with each measurement of the held-out KL. They take long: think
+    of `lm_eval_limit` and `eval_every_steps`."""
+
+    lm_eval_path: Path | None = None
+    """Folder of further tasks, as lm-eval's `--include_path` takes it."""
+
+    lm_eval_limit: int = 100
+    """Examples of each task, the first ones; 0 for all. A hundred show where a run is going."""
+
     early_stop_patience: int = 0
     """Measurements in a row without a lower held-out KL after which the run stops; 0 never stops for that."""
 
@@ -279,8 +289,8 @@ class TrainConfig:
     def _checks(self) -> dict[str, bool]:
         counts_from_zero = (
             "warmup_steps max_steps held_out_traces held_out_window eval_every_steps checkpoint_every_steps "
-            "threads replay_threads seed batch_tokens ranks early_stop_patience max_staleness rollout_batch "
-            "rollout_threads rollout_kv_cache_mib rollout_temperature"
+            "threads replay_threads seed batch_tokens ranks early_stop_patience lm_eval_limit max_staleness "
+            "rollout_batch rollout_threads rollout_kv_cache_mib rollout_temperature"
         )
         counts_from_one = (
             "question_tokens batch_sequences micro_batch_tokens epochs keep_checkpoints prefetch_blocks "
@@ -314,6 +324,8 @@ class TrainConfig:
             <= set(TRACKERS),
             "questions are asked when held-out traces are measured: held_out_traces is 0": self.questions
             is None
+            or self.held_out_traces > 0,
+            "tasks of lm_eval run when held-out traces are measured: held_out_traces is 0": not self.lm_eval
             or self.held_out_traces > 0,
             "early_stop_patience needs held_out_traces and eval_every_steps": not self.early_stop_patience
             or (self.held_out_traces > 0 and self.eval_every_steps > 0),

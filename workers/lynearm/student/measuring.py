@@ -8,6 +8,7 @@ from lynearm.student.calibration import PredictionSums
 from lynearm.student.config import TrainConfig
 from lynearm.student.evaluation import HeldOutSums, evaluate
 from lynearm.student.exact_match import ExactMatch, load_questions
+from lynearm.student.harness import Harness
 from lynearm.student.model import StudentModel
 from lynearm.student.objective import Objective
 from lynearm.student.progress import EvaluationRecord, StreamEvaluation
@@ -28,6 +29,8 @@ class Measurer:
 
     Raises:
         PromptFileError: if the questions cannot be read.
+        MissingDependencyError: if tasks of lm-eval are asked for and it is not installed.
+        ConfigError: if it has no such task.
     """
 
     def __init__(
@@ -44,6 +47,7 @@ class Measurer:
         self._objectives = objectives
         self._ranks = ranks
         self._reporter = reporter
+        self._harness = Harness(config, student) if config.lm_eval else None
         self._questions = load_questions(config.questions) if config.questions else ()
         self._exact_match = (
             ExactMatch(student, max_new_tokens=config.question_tokens) if self._questions else None
@@ -75,6 +79,7 @@ class Measurer:
             together.calibration_error,
             self._ask(),
             {name: _evaluation(part) for name, part in parts.items()} if several else {},
+            self._run_tasks(),
         )
 
     def _sums(self, traces: Sequence[Trace], objective: Objective) -> HeldOutSums:
@@ -99,6 +104,13 @@ class Measurer:
         mine = self._ranks.share(self._questions, [1] * len(self._questions))
         (correct,) = self._ranks.sum(self._exact_match.count_correct(self._student, mine))
         return correct / len(self._questions)
+
+    def _run_tasks(self) -> dict[str, float]:
+        """Figures of lm-eval's tasks; none without any."""
+        if self._harness is None:
+            return {}
+        self._reporter.stage("evaluating", ", ".join(self._config.lm_eval))
+        return self._ranks.from_first(self._harness.measure(self._student) if self._ranks.writes else {})
 
 
 def _evaluation(sums: HeldOutSums) -> StreamEvaluation:

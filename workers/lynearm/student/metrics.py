@@ -129,6 +129,7 @@ def metric_values(record: StepRecord | EvaluationRecord) -> dict[str, float]:
             }
             if part.agreement is not None:
                 values[f"held_out/agreement/{stream}"] = part.agreement
+        values |= {f"tasks/{name}": value for name, value in record.tasks.items()}
     return {name: value for name, value in values.items() if math.isfinite(value)}
 
 

@@ -81,6 +81,8 @@ class EvaluationRecord:
     """Part of the questions that were answered with the right number; None where none were asked."""
     streams: Mapping[str, StreamEvaluation] = field(default_factory=dict[str, StreamEvaluation])
     """By stream, for those with held-out traces; empty where there is one stream."""
+    tasks: Mapping[str, float] = field(default_factory=dict[str, float])
+    """Figures of lm-eval's tasks by TASK/METRIC; empty where none were asked for."""
 
     @classmethod
     def from_values(cls, values: Mapping[str, Any]) -> EvaluationRecord:

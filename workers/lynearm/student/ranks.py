@@ -93,6 +93,14 @@ class Ranks:
         _dist.all_reduce(totals, group=self.control)
         return [float(total) for total in totals]
 
+    def from_first(self, values: dict[str, float]) -> dict[str, float]:
+        """What rank 0 gives, on every rank; the others wait for it."""
+        if self.world_size == 1:
+            return values
+        given = [values]
+        _dist.broadcast_object_list(given, src=0, group=self.control)
+        return given[0]
+
     def most(self, value: int) -> int:
         """The largest value of any rank."""
         if self.world_size == 1:

@@ -22,6 +22,7 @@ NOT_TOLD = frozenset(
     {
         "student",
         "questions",
+        "lm_eval_path",
         "out",
         "resume",
         "max_seconds",
