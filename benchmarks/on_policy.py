@@ -272,7 +272,8 @@ def train(
         "--out", str(out), "--seed", str(seed), "--max-steps", str(steps), "--held-out-traces", "0",
         "--threads", str(options.threads), "--eval-every-steps", "0", "--checkpoint-every-steps", "0",
         "--learning-rate", str(options.learning_rate), "--set", "held_out_fraction=0", "--set",
-        f"batch_tokens={options.batch_tokens}", "--epochs", "2", *loss, *extra,
+        f"batch_tokens={options.batch_tokens}", "--set", f"warmup_steps={min(10, steps // 4)}",
+        "--epochs", "2", *loss, *extra,
     )  # fmt: skip
     say(f"{name}: {steps} steps")
     return resolve_checkpoint(out)

@@ -93,7 +93,7 @@ def test_what_is_ahead_is_used_before_it_is_too_old() -> None:
     assert (rollouts_ahead(strict), rollouts_at_once(strict)) == (4, 2)
     assert rollouts_at_once(replace(config, batch_sequences=512)) == 64
     assert rollouts_ahead(replace(config, rollout_batch=100)) == 100
-    assert expected_per_step(replace(config, batch_tokens=2560, rollout_tokens=128)) == 20
+    assert expected_per_step(replace(config, batch_tokens=2560, rollout_tokens=128)) == 10
 
 
 def test_a_rollout_stream_says_whose_it_is(teacher: StudentModel, student_dir: Path) -> None:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-_PRIOR_STEPS = 8
+_PRIOR_STEPS = 4
 """As so many steps the expectation counts beside what is seen."""
 
 
@@ -36,6 +36,8 @@ class Demand:
     """Written, or being written, and not in the stream yet."""
     taken: int = 0
     """Of `waiting`, those that it has looked at meanwhile."""
+    stale: int = 0
+    """Of these, those that were too old."""
 
     @property
     def outstanding(self) -> int:
@@ -46,7 +48,7 @@ class Demand:
     def per_step(self) -> float:
         """Rollouts that a step takes: what is expected, corrected by what is seen."""
         steps = max(0, self.step - self.first_step)
-        return (self.expected_per_step * _PRIOR_STEPS + self.taken) / (_PRIOR_STEPS + steps)
+        return (self.expected_per_step * _PRIOR_STEPS + self.taken - self.stale) / (_PRIOR_STEPS + steps)
 
     def wanted(self, weights_step: int) -> int:
         """Rollouts to write now with these weights; 0 to wait for room, or for newer weights.
@@ -56,7 +58,7 @@ class Demand:
         """
         room = self.ahead - self.outstanding
         steps_left = self.max_staleness - (self.step - weights_step) + 1
-        fresh = math.ceil(steps_left * self.per_step - self.outstanding)
+        fresh = math.floor(steps_left * self.per_step - self.outstanding)
         if self.outstanding == 0 and steps_left > 0:
             # The trainer waits, or soon will: a step may take more than the average.
             fresh = max(fresh, 1)

@@ -31,6 +31,8 @@ class Taken:
     """Steps done."""
     traces: int
     """Traces of the rollout stream that were trained on or passed over since the process was started."""
+    stale: int = 0
+    """Of these, passed over."""
 
 
 @dataclass(frozen=True, slots=True)

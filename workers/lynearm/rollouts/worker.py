@@ -83,7 +83,8 @@ class RolloutWorker:
             if isinstance(message, Weights):
                 self._weights = message
             elif isinstance(message, Taken):
-                self._demand.step, self._demand.taken = message.step, message.traces
+                demand = self._demand
+                demand.step, demand.taken, demand.stale = message.step, message.traces, message.stale
             elif isinstance(message, Stop):
                 self._stopped = True
             self._changed.notify_all()

@@ -68,10 +68,10 @@ class OnPolicy:
         """The latest that lie ready; set by the thread that hands over."""
         self._is_writing = False
         self._looked_at = 0
-        self._looked_at_before = 0
-        """At the end of the last step."""
-        self._looked_at_start = 0
-        """At the place from which the present process counts."""
+        self._before = (0, 0)
+        """Rollouts that were looked at, and that were too old, at the end of the last step."""
+        self._start = (0, 0)
+        """The same at the place from which the present process counts."""
         self._step = -1
         self._told: Taken | None = None
         self.stale_rollouts = 0
@@ -99,15 +99,15 @@ class OnPolicy:
             LynearmError: what the process says, where another one would say the same.
         """
         if state.step != self._step:
-            self._step, self._looked_at_before = state.step, self._looked_at
+            self._step, self._before = state.step, (self._looked_at, self.stale_rollouts)
         soon = state.step + self._config.max_staleness
         if max(self._plan.weights.at(state.step), self._plan.weights.at(soon)) <= 0:
             return  # None are wanted yet, or any more.
         handed = self._handed or self._begin(student, state.step)
         if self._process.keep_running(partial(self._process_config, state), handed):
-            self._looked_at_start = self._looked_at_before
-            self._told = None
-        taken = Taken(state.step, self._looked_at - self._looked_at_start)
+            self._start, self._told = self._before, None
+        looked_at, stale = self._start
+        taken = Taken(state.step, self._looked_at - looked_at, self.stale_rollouts - stale)
         if taken != self._told:
             self._process.tell(taken)
             self._told = taken

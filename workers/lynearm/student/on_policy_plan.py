@@ -145,8 +145,8 @@ def expected_per_step(config: TrainConfig) -> float:
     """Rollouts that a step should take, where λ is at its highest: an estimate, since λ is of the tokens."""
     share = max(weight for _, weight in parse_share(config.on_policy_share).knots)
     if config.batch_tokens:
-        # Not knowing how long they will be: half of what they may.
-        return max(0.5, share * config.batch_tokens / max(1.0, config.rollout_tokens / 2))
+        # As if all were as long as they may be: of more than are used, some would grow too old.
+        return max(0.5, share * config.batch_tokens / config.rollout_tokens)
     return max(0.1, share * config.batch_sequences)
 
 
