@@ -12,7 +12,7 @@ from typer.testing import CliRunner
 from lynearm.cli.main import app
 from lynearm.cli.teach_job import load_job
 from lynearm.cli.teach_progress import describe
-from lynearm.teacher.job import TeachProgress
+from lynearm.teacher.progress import TeacherStatus, TeachProgress, WorkerStatus
 from lynearm.wire.errors import ConfigError
 
 
@@ -71,3 +71,19 @@ def test_progress_counts_verdicts() -> None:
     status = describe(TeachProgress("generating", verdicts={"incorrect": 3, "correct": 12}))
     assert status is not None
     assert "12 correct, 3 incorrect" in status.text
+
+
+def test_several_teachers_have_a_row_each_above_those_of_their_workers() -> None:
+    teachers = (
+        TeacherStatus("maths", "generating", prompts=10, done_prompts=5, tokens_per_second=42.0, workers=1),
+        TeacherStatus("code", "waiting", "waiting for room for 1 CPUs and 3.0 GiB beside maths", prompts=4),
+    )
+    workers = (WorkerStatus("teacher-maths-0", "generating", running=3, max_batch=4),)
+    status = describe(TeachProgress("generating", prompts=14, teachers=teachers, workers=workers))
+    assert status is not None
+    maths, code, worker = status.rows
+    assert (maths.name, maths.share) == ("maths", 0.5)
+    assert maths.cells == ("generating", "1 worker", "42 tokens/s", "5/10 prompts")
+    assert code.note.startswith("waiting for room")
+    assert worker.name == "teacher-maths-0"
+    assert len({len(row.cells) for row in status.rows}) == 1

@@ -121,10 +121,10 @@ class Trace:
     tags: Mapping[str, str] = field(default_factory=dict[str, str])
     completion_text: str = ""
     """The completion as text, for readers without the tokenizer; empty when not recorded. It holds the stop
-    string that ended it, as the completion holds its tokens."""
+    string that ended it, as the tokens do."""
     stop_string: str = ""
-    """Which of `sampling.stop` ended the completion. Empty: none did; an end token or a stop token that did is
-    the last of `completion_token_ids`."""
+    """Which of `sampling.stop` ended the completion. Empty: none did; an end or stop token that did is the
+    last of `completion_token_ids`."""
     prompt_top_k: TopK | None = None
     """The teacher's distributions over the prompt, where they were scored: P − 1 positions; row i is the
     distribution of prompt token i + 1."""
