@@ -40,7 +40,7 @@ def test_what_fails_on_the_way_leaves_nothing(tmp_path: Path) -> None:
         (target / "model.safetensors").write_bytes(b"half")
         raise OSError(28, "No space left on device")
 
-    with pytest.raises(CheckpointError, match="weights of step 3 cannot be handed over.*No space left"):
+    with pytest.raises(CheckpointError, match=r"weights of step 3 cannot be handed over.*No space left"):
         write_handover(tmp_path / "weights", HandedWeights(3, save, make_probe()))
     assert not list((tmp_path / "weights").iterdir())
 

@@ -202,7 +202,7 @@ def test_a_stream_of_rollouts_belongs_to_one_run(
         with pytest.raises(StreamExistsError, match="labels is"):
             open_rollout_stream(client, replace(config, learning_rate=1e-5), others)
         elsewhere = replace(config, rollout_stream="another", rollout_top_k=64)
-        with pytest.raises(ConfigError, match="rollout_top_k is 64, and the teacher .* scores 16"):
+        with pytest.raises(ConfigError, match=r"rollout_top_k is 64, and the teacher .* scores 16"):
             open_rollout_stream(client, elsewhere, others)
         with pytest.raises(ServiceUnavailableError):
             open_rollout_stream(client, replace(elsewhere, teacher=unused_target()), others)
