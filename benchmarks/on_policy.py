@@ -37,7 +37,8 @@ import torch
 from lynearm.client import TraceClient
 from lynearm.demo.config import PROMPTS
 from lynearm.demo.smollm2 import default_cache_dir, prepare_smollm2
-from lynearm.student.cutting import cut_student
+from lynearm.student.cutting.config import CutConfig
+from lynearm.student.cutting.cut import cut_student
 from lynearm.student.lineage import read_lineage
 from lynearm.student.run_directory import resolve_checkpoint
 from lynearm.wire.codec import decode_block
@@ -85,7 +86,7 @@ def run(options: argparse.Namespace, scratch: Path) -> dict[str, object]:
     """All of it; the figures of the last line."""
     teacher = options.teacher or prepare_smollm2(default_cache_dir())
     layers = spread_layers(teacher, options.layers)
-    student = cut_student(teacher, scratch / "student", layers=layers).directory
+    student = cut_student(teacher, scratch / "student", CutConfig(keep=tuple(layers))).directory
     say(f"student of {options.layers} layers: {', '.join(map(str, layers))}")
     held_out, *halves = split_prompts(options, scratch)
     with ExitStack() as stack:
