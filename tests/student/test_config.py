@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 from student.teaching_material import make_spec
@@ -11,6 +12,7 @@ from lynearm.student.alignment import find_differences
 from lynearm.student.config import TrainConfig
 from lynearm.student.model import StudentModel
 from lynearm.student.optimization import learning_rate
+from lynearm.student.saving import resume_command
 from lynearm.wire.errors import ConfigError
 
 
@@ -61,3 +63,13 @@ def test_other_logprobs_and_end_tokens_are_differences(teacher: StudentModel) ->
     end_tokens, logprobs = find_differences(other, teacher)
     assert "end tokens: teacher [9]" in end_tokens
     assert "processed at temperature 0.7" in logprobs
+
+
+def test_the_command_to_go_on_names_what_has_to_be_the_same() -> None:
+    config = TrainConfig(
+        streams=("maths:0.7", "code:0.3"), out=Path("runs/a b"), lora="r=8", freeze=("norms", "*.mlp.*")
+    )
+    assert resume_command(config) == (
+        "lynearm train --resume --out 'runs/a b' --stream maths:0.7 --stream code:0.3 "
+        "--service 127.0.0.1:7411 --lora r=8 --freeze norms --freeze '*.mlp.*'"
+    )

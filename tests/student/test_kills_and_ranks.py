@@ -187,16 +187,16 @@ def test_a_checkpoint_that_cannot_be_written_beside_ends_the_run(
     configure: Callable[..., TrainConfig], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     config = configure("broken", checkpoint_every_steps=2)
-    from lynearm.student import trainer
+    from lynearm.student import saving
 
-    real, failures = trainer.save_checkpoint, iter([True])
+    real, failures = saving.save_checkpoint, iter([True])
 
     def fail_once(*arguments: object, **named: object) -> None:
         if next(failures, False):
             raise CheckpointError("the disk is full")
         real(*arguments, **named)  # type: ignore[arg-type]  # passed on as they are
 
-    monkeypatch.setattr(trainer, "save_checkpoint", fail_once)
+    monkeypatch.setattr(saving, "save_checkpoint", fail_once)
     with pytest.raises(CheckpointError, match="the disk is full"):
         run_train(config)
     # What it had learnt by then was saved all the same.

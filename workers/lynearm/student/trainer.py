@@ -12,35 +12,25 @@ import logging
 import math
 import threading
 import time
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
-from functools import partial
+from dataclasses import replace
 from pathlib import Path
-from typing import TypeAlias
 
 import torch
-from torch import Tensor
 
 from lynearm.client import TraceClient, stop_on_interrupt
-from lynearm.student.alignment import check_rows, list_differences
+from lynearm.student.alignment import check_rows
 from lynearm.student.batches import Batch, Batcher, SplitRule
 from lynearm.student.beginning import Beginning, begin
-from lynearm.student.checkpoint import Checkpoint, refresh_checkpoint, save_checkpoint, step_name
-from lynearm.student.checkpoint_writer import CheckpointWriter, copy_tensors, copy_weights
 from lynearm.student.config import TrainConfig
 from lynearm.student.held_out import choose_held_out, split_held_out
-from lynearm.student.lineage import StreamUse, extend_lineage
+from lynearm.student.inputs import Inputs, find_stream
 from lynearm.student.measuring import Measurer
 from lynearm.student.mixed_source import MixedSource, Selection, TraceSource
 from lynearm.student.mixing import StreamPlan, parse_streams
 from lynearm.student.on_policy import OnPolicy
-from lynearm.student.on_policy_plan import (
-    account_for_rollouts,
-    add_rollouts,
-    mean_staleness,
-    open_rollout_stream,
-)
+from lynearm.student.on_policy_plan import add_rollouts, mean_staleness, open_rollout_stream
 from lynearm.student.progress import (
     EvaluationRecord,
     OnProgress,
@@ -52,18 +42,11 @@ from lynearm.student.progress import (
 from lynearm.student.ranks import Ranks, join_ranks
 from lynearm.student.recording import Recorder, has_stalled
 from lynearm.student.reporting import Reporter
-from lynearm.student.run_account import describe_run
 from lynearm.student.run_directory import best_checkpoint
-from lynearm.student.source import StreamSource
-from lynearm.wire.errors import CheckpointError, LynearmError, ServiceUnavailableError, StreamNotFoundError
-from lynearm.wire.protobuf import StreamInfo
-from lynearm.wire.specs import StreamSpec
-
-_Tensors: TypeAlias = dict[str, Tensor]
+from lynearm.student.saving import Saver, resume_command
+from lynearm.wire.errors import LynearmError
 
 logger = logging.getLogger(__name__)
-
-_LOOK_FOR_STREAM_SECONDS = 0.5
 
 _STOP_REASONS: tuple[StopReason | None, ...] = (
     None,
@@ -113,7 +96,7 @@ def run_train(
         reporter = Reporter(on_progress if ranks.writes else ignore_progress)
         plans = tuple(plans) or parse_streams(config.streams)
         deadline = time.monotonic() + config.wait_seconds
-        streams = [_find_stream(client, plan.name, deadline, stop=event, reporter=reporter) for plan in plans]
+        streams = [find_stream(client, plan.name, deadline, stop=event, reporter=reporter) for plan in plans]
         if config.on_policy:
             streams.append(open_rollout_stream(client, config, streams))
             plans = add_rollouts(plans, config)
@@ -121,51 +104,8 @@ def run_train(
         if config.threads:
             torch.set_num_threads(config.threads)
         beginning = begin(config, streams, ranks)
-        inputs = _Inputs(client, plans, tuple(stream.spec for stream in streams))
+        inputs = Inputs(client, plans, tuple(stream.spec for stream in streams))
         return _Run(config, inputs, beginning, ranks=ranks, stop=event, reporter=reporter).go()
-
-
-def _find_stream(
-    client: TraceClient, name: str, deadline: float, *, stop: threading.Event, reporter: Reporter
-) -> StreamInfo:
-    """A stream, waited for until the deadline."""
-    announced = False
-    while True:
-        try:
-            return client.get_stream(name)
-        except (StreamNotFoundError, ServiceUnavailableError):
-            if stop.is_set() or time.monotonic() >= deadline:
-                raise
-        if not announced:
-            reporter.stage("waiting", f"stream {name!r} to be created")
-            announced = True
-        stop.wait(_LOOK_FOR_STREAM_SECONDS)
-
-
-@dataclass(frozen=True, slots=True)
-class _Inputs:
-    """What a run reads."""
-
-    client: TraceClient
-    plans: tuple[StreamPlan, ...]
-    specs: tuple[StreamSpec, ...]
-    """Of each plan's stream."""
-
-    def sources(
-        self, *, prefetch_blocks: int, should_stop: Callable[[], bool], reporter: Reporter
-    ) -> list[StreamSource]:
-        """One for each stream, closed."""
-        return [
-            StreamSource(
-                self.client,
-                plan.name,
-                prefetch_blocks=prefetch_blocks,
-                should_stop=should_stop,
-                reporter=reporter,
-                named=len(self.plans) > 1,
-            )
-            for plan in self.plans
-        ]
 
 
 class _Run:
@@ -174,7 +114,7 @@ class _Run:
     def __init__(
         self,
         config: TrainConfig,
-        inputs: _Inputs,
+        inputs: Inputs,
         beginning: Beginning,
         *,
         ranks: Ranks,
@@ -184,13 +124,11 @@ class _Run:
         self._config = config
         self._inputs = inputs
         self._ranks = ranks
-        self._writer = CheckpointWriter()
         self._student = beginning.student
         self._objectives = beginning.objectives
         self._optimization = beginning.optimization
         self._state = beginning.state
         self._held_out = split_held_out(beginning.held_out, beginning.state.held_out_traces)
-        self._base_lineage = beginning.base_lineage
         self._on_policy: OnPolicy | None = None
         if config.on_policy and ranks.writes:
             self._on_policy = OnPolicy(config, inputs.plans)
@@ -202,10 +140,8 @@ class _Run:
             SplitRule(config.held_out_fraction, config.seed), config.max_sequence_tokens
         )
         self._unchecked = set(range(len(inputs.specs))) if config.check_alignment else set[int]()
-        self._saved_step: int | None = self._state.step if config.resume else None
+        self._saver = Saver(config, inputs.specs, beginning, ranks=ranks, reporter=reporter)
         self._skipped_traces = 0
-        # Not empty only where that was allowed: what the manifest says was overridden.
-        self._differences = list_differences(inputs.specs, self._student)
         objectives = {
             spec.name: objective for spec, objective in zip(inputs.specs, self._objectives, strict=True)
         }
@@ -229,12 +165,12 @@ class _Run:
             # The other ranks may be anywhere: nothing here waits for them, unless they hold parts of it.
             if self._student.shards is None or self._ranks.meet():
                 self._save(last=True, alone=True)
-                logger.warning("the run was saved; go on with: %s", self._how_to_go_on())
+                logger.warning("the run was saved; go on with: %s", resume_command(self._config))
             else:
                 logger.warning(
                     "the run was not saved since step %s: the other ranks, which hold parts of the student, "
                     "did not end with this one",
-                    self._saved_step or 0,
+                    self._saver.saved_step or 0,
                 )
             raise
         if reason != "interrupted":
@@ -372,82 +308,11 @@ class _Run:
             self._recorder.add(record)
 
     def _save(self, *, last: bool = False, alone: bool = False) -> Path:
-        """Save on rank 0; beside the training, unless it is the last.
-
-        Args:
-            last: Return when it is on the disk.
-            alone: Do not ask the other ranks whether they hold the same weights.
-        """
-        state, directory = self._state, self._config.out / step_name(self._state.step)
-        if not alone:
-            self._ranks.check_equal(self._optimization.parameters())
-        failure: CheckpointError | None = None
-        if self._ranks.writes:
-            self._reporter.stage("saving", f"step {state.step}")
-            failure = self._finish_writing(last=last)
-        if not alone:
-            self._ranks.raise_together(failure)
-        gathered = self._gather()
-        if self._ranks.writes:
-            self._write(directory, gathered, beside=self._config.async_checkpoints and not last)
+        """Save, as `Saver.save` says."""
+        directory = self._saver.save(self._student, self._state, self._held_out, last=last, alone=alone)
         # A resumed run was loaded from a checkpoint that will be removed; the newest one stays.
         self._student = replace(self._student, directory=directory)
-        self._saved_step = state.step
-        if last and not alone:
-            self._ranks.all_hold(True)
-        elif self._student.shards is not None and alone:
-            self._ranks.meet()  # a launcher ends the rank that writes when it finds that another has ended
         return directory
-
-    def _gather(self) -> tuple[_Tensors, _Tensors] | None:
-        """Weights and optimizer state of a sharded student, which all ranks gather; None if of no use."""
-        if self._student.shards is None or not self._ranks.most(int(self._saved_step != self._state.step)):
-            return None
-        weights = self._student.shards.gather_weights(keep=self._ranks.writes)
-        return weights, self._optimization.state()
-
-    def _finish_writing(self, *, last: bool) -> CheckpointError | None:
-        """Wait for the write before; what it failed with, unless this is the last."""
-        try:
-            self._writer.wait()
-        except CheckpointError as error:
-            if not last:
-                return error
-            # The last chance to save: it may be of the very step that failed.
-            logger.warning("%s; trying once more", error)
-            self._saved_step = None
-        return None
-
-    def _write(self, directory: Path, gathered: tuple[_Tensors, _Tensors] | None, *, beside: bool) -> None:
-        student, state, config = self._student, self._state, self._config
-        uses = [
-            StreamUse(spec, stream.furthest, stream.epoch, stream.traces, stream.tokens)
-            for spec, stream in zip(self._inputs.specs, state.streams, strict=True)
-        ]
-        run = describe_run(
-            config,
-            self._inputs.specs,
-            differences=self._differences,
-            evaluations=state.evaluations,
-            world_size=self._ranks.world_size,
-        )
-        if config.on_policy:
-            run["on_policy"] = account_for_rollouts(state.streams, self._inputs.specs[-1])
-        lineage = extend_lineage(self._base_lineage, uses, run=run)
-        held_out = tuple(trace for traces in self._held_out for trace in traces)
-        checkpoint = Checkpoint(directory, state, {}, held_out, self._base_lineage)
-        if self._saved_step == state.step:
-            refresh_checkpoint(checkpoint, config=config, lineage=lineage)
-            return
-        weights, optimizer = gathered or (None, self._optimization.state())
-        if beside and gathered is None:
-            weights, optimizer = copy_weights(student), copy_tensors(optimizer)
-        checkpoint = replace(checkpoint, optimizer=optimizer)
-        save = partial(save_checkpoint, student, checkpoint, config=config, lineage=lineage, weights=weights)
-        if beside:
-            self._writer.submit(save)
-        else:
-            save()
 
     def _agree(self, reason: StopReason | None) -> StopReason | None:
         """Why all ranks should stop: any rank's reason is every rank's."""
@@ -476,12 +341,6 @@ class _Run:
         if threads and threads != torch.get_num_threads():
             torch.set_num_threads(threads)
 
-    def _how_to_go_on(self) -> str:
-        config = self._config
-        streams = "".join(f" --stream {stream}" for stream in config.streams)
-        rollouts = f" --on-policy --teacher {config.teacher}" if config.on_policy else ""
-        return f"lynearm train --resume --out {config.out}{streams} --service {config.service}{rollouts}"
-
     def _report(self, reason: StopReason, checkpoint: Path) -> TrainReport:
         state = self._state
         return TrainReport(
@@ -496,7 +355,7 @@ class _Run:
             skipped_traces=self._skipped_traces,
             curve=state.curve,
             evaluations=state.evaluations,
-            how_to_go_on="" if reason == "stream_end" else self._how_to_go_on(),
+            how_to_go_on="" if reason == "stream_end" else resume_command(self._config),
             best_checkpoint=best_checkpoint(self._config.out),
         )
 
