@@ -18,14 +18,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lynearm.student.batches import Batch, Batcher, SplitRule
+from lynearm.student.batches import Batch, Batcher, DrawnTrace
 from lynearm.student.config import TrainConfig
 from lynearm.student.model import load_student
 from lynearm.student.objective import Objective, parse_terms
 from lynearm.student.optimization import Optimization
-from lynearm.student.reader import PositionedTrace
 from lynearm.wire.specs import CodecSpec
-from lynearm.wire.traces import Cursor, TopK, Trace
+from lynearm.wire.traces import TopK, Trace
 
 Rows: TypeAlias = Literal["likely", "draws", "none", "drawn tail"]
 """What a row holds: the likeliest entries and the tail's mass, draws, nothing, or the likeliest entries and
@@ -157,7 +156,7 @@ def train(
         max_steps=training.steps,
         batch_sequences=training.sequences,
     )
-    optimization = Optimization(student, config, objective=Objective(parse_terms(config.loss)))
+    optimization = Optimization(student, config, objectives=(Objective(parse_terms(config.loss)),))
     found: dict[int, Quality] = {}
     for step, batch in enumerate(_batches(traces, config), start=1):
         if method.codec is None:
@@ -171,13 +170,9 @@ def train(
 
 
 def _batches(traces: Sequence[Trace], config: TrainConfig) -> Iterator[Batch]:
-    batcher = Batcher(
-        batch_sequences=config.batch_sequences,
-        max_sequence_tokens=config.max_sequence_tokens,
-        rule=SplitRule(0.0),
-    )
-    for number, trace in enumerate(traces):
-        if batch := batcher.add(PositionedTrace(trace, Cursor(0, number + 1))):
+    batcher = Batcher(batch_sequences=config.batch_sequences, max_sequence_tokens=config.max_sequence_tokens)
+    for trace in traces:
+        if batch := batcher.add(DrawnTrace(trace, 0)):
             yield batch
 
 

@@ -89,7 +89,7 @@ def test_a_directory_that_no_demo_made_is_left_alone(prompts: Path, tmp_path: Pa
 @pytest.mark.slow
 def test_a_role_that_fails_ends_the_demo_with_its_last_words(prompts: Path, tmp_path: Path) -> None:
     broken = build_tiny_llama(tmp_path / "broken", hidden_size=128, num_layers=2)
-    (broken / "tokenizer.json").write_text("{}")
+    (broken / "chat_template.jinja").write_text("{{ raise_exception('nobody may ask') }}")
     config = DemoConfig(out=tmp_path / "demo", teacher=broken, prompts=prompts, dropped_layers=())
     with pytest.raises(LynearmError, match="`lynearm teach` ended with code 1"):
         run_demo(config, Console(file=io.StringIO()))

@@ -20,7 +20,7 @@ from lynearm.student.config import TrainConfig
 from lynearm.student.model import load_causal_lm, load_student
 from lynearm.student.objective import Objective, parse_terms
 from lynearm.student.optimization import Optimization
-from lynearm.wire.traces import Cursor, TopK, Trace
+from lynearm.wire.traces import TopK, Trace
 
 BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
 METHODS = (
@@ -113,8 +113,8 @@ def test_rows_of_a_whole_vocabulary_give_the_gradient_of_the_whole_kl(
     dense = runs.with_full_rows(teacher, trace)
     student = load_student(student_dir, device="cpu")
     config = TrainConfig(loss=("forward-kl",), grad_clip=0.0)
-    optimization = Optimization(student, config, objective=Objective(parse_terms(config.loss)))
-    result = optimization.step(Batch((dense,), Cursor(0, 1)), 1)
+    optimization = Optimization(student, config, objectives=(Objective(parse_terms(config.loss)),))
+    result = optimization.step(Batch((dense,)), 1)
 
     plain = load_causal_lm(student_dir)
     token_ids = np.concatenate([trace.prompt_token_ids, trace.completion_token_ids[:-1]]).astype(np.int64)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -17,7 +18,7 @@ from lynearm.student.cutting.layers import drop_evenly, drop_least_influential
 from lynearm.student.cutting.measuring import measure_profile
 from lynearm.student.cutting.profile_files import read_profile_file
 from lynearm.student.cutting.progress import CutProgress
-from lynearm.student.cutting.sequences import CalibrationSequence, sequences_from_traces
+from lynearm.student.cutting.sequences import CalibrationSequence, default_sequences, sequences_from_traces
 from lynearm.student.model import load_student
 from lynearm.wire.errors import CheckpointError, ConfigError, InvalidInputError, MisalignmentError
 from lynearm.wire.traces import Trace
@@ -185,3 +186,15 @@ def test_sequences_are_the_first_traces_up_to_the_bound(traces: list[Trace]) -> 
     assert len(sequences_from_traces(traces[:5], max_tokens=10_000)) == 5
     with pytest.raises(InvalidInputError, match="no trace"):
         sequences_from_traces([], max_tokens=10)
+
+
+def test_a_teacher_without_a_tokenizer_is_refused_and_a_template_that_refuses_is_not_used(
+    deep_dir: Path, tmp_path: Path
+) -> None:
+    teacher = shutil.copytree(deep_dir, tmp_path / "teacher")
+    (teacher / "chat_template.jinja").write_text("{{ raise_exception('nobody may ask') }}")
+    plain = default_sequences(teacher)
+    assert all(one.completion_start > 1 for one in plain)
+    (teacher / "tokenizer.json").write_text("{}")
+    with pytest.raises(CheckpointError, match="no tokenizer that can be loaded"):
+        default_sequences(teacher)

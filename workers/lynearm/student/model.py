@@ -253,6 +253,25 @@ def load_causal_lm(directory: Path) -> Any:
     return model
 
 
+def load_tokenizer(directory: Path) -> Any:
+    """The tokenizer in a model's directory, as transformers has it.
+
+    Raises:
+        CheckpointError: if there is none that transformers can load.
+    """
+    from transformers import AutoTokenizer
+
+    loader: Any = AutoTokenizer  # half typed
+    try:
+        return loader.from_pretrained(str(directory), local_files_only=True)
+    except Exception as error:
+        # As for models: many classes of error, one meaning.
+        raise CheckpointError(
+            f"{directory} has no tokenizer that can be loaded: {type(error).__name__}: {error}",
+            "copy the teacher's tokenizer files beside the model",
+        ) from error
+
+
 def read_tokenizer_spec(directory: Path) -> TokenizerSpec:
     """Identity of the tokenizer in a model's directory.
 
@@ -262,17 +281,7 @@ def read_tokenizer_spec(directory: Path) -> TokenizerSpec:
     Raises:
         CheckpointError: if there is no tokenizer that transformers can load.
     """
-    from transformers import AutoTokenizer
-
-    loader: Any = AutoTokenizer  # half typed
-    try:
-        tokenizer: Any = loader.from_pretrained(str(directory), local_files_only=True)
-    except Exception as error:
-        # As for models: many classes of error, one meaning.
-        raise CheckpointError(
-            f"{directory} has no tokenizer that can be loaded: {error}",
-            "copy the teacher's tokenizer files beside the model",
-        ) from error
+    tokenizer = load_tokenizer(directory)
     vocab = cast("dict[str, int]", tokenizer.get_vocab())
     template = cast("str | dict[str, str] | None", tokenizer.chat_template)
     ends = {tokenizer.eos_token_id, *_generation_ends(directory)} - {None}

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
+from lynearm.student.model import load_tokenizer
 from lynearm.wire.errors import InvalidInputError
 from lynearm.wire.traces import Trace
+
+logger = logging.getLogger(__name__)
 
 CALIBRATION = (
     (
@@ -39,21 +43,32 @@ class CalibrationSequence:
 
 
 def default_sequences(teacher_dir: Path) -> list[CalibrationSequence]:
-    """`CALIBRATION` in the teacher's tokens, through its chat template where it has one."""
-    from transformers import AutoTokenizer
+    """`CALIBRATION` in the teacher's tokens, through its chat template where it has one that takes it.
 
-    loader: Any = AutoTokenizer  # half typed
-    tokenizer: Any = loader.from_pretrained(str(teacher_dir), local_files_only=True)
+    Raises:
+        CheckpointError: if the teacher has no tokenizer that can be loaded.
+    """
+    tokenizer = load_tokenizer(teacher_dir)
     sequences: list[CalibrationSequence] = []
     for question, answer in CALIBRATION:
-        prompt = f"{question}\n"
-        if tokenizer.chat_template is not None:
-            messages = [{"role": "user", "content": question}]
-            prompt = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+        prompt = _ask(tokenizer, question)
         prompt_ids = cast("list[int]", tokenizer.encode(prompt, add_special_tokens=False))
         answer_ids = cast("list[int]", tokenizer.encode(answer, add_special_tokens=False))
         sequences.append(CalibrationSequence((*prompt_ids, *answer_ids), len(prompt_ids)))
     return sequences
+
+
+def _ask(tokenizer: Any, question: str) -> str:
+    if tokenizer.chat_template is not None:
+        messages = [{"role": "user", "content": question}]
+        try:
+            return cast(
+                str, tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+            )
+        except Exception as error:
+            # Templates raise what they like, for example where they ask for a system prompt.
+            logger.warning("the chat template refuses a lone question (%s): measuring without it", error)
+    return f"{question}\n"
 
 
 def sequences_from_traces(traces: Iterable[Trace], *, max_tokens: int) -> list[CalibrationSequence]:
