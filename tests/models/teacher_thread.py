@@ -18,7 +18,8 @@ class TeacherThread:
     """Serves while its context is open. Leaving drains.
 
     Args:
-        engine: Works on the server's thread meanwhile, and is not closed.
+        engine: Works on the server's thread meanwhile, and is closed at the end; `shared_engine`
+            goes on.
         settings: Of `ServeTeacherConfig`.
     """
 

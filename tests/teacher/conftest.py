@@ -34,6 +34,14 @@ def engine(tiny_model: Path) -> Iterator[TeacherEngine]:
         made.close()
 
 
+@pytest.fixture(scope="module")
+def shared_engine(engine: TeacherEngine) -> Iterator[TeacherEngine]:
+    """The engine for a server, which closes its engine at its end: other tests go on with this one."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(engine, "close", lambda: None)
+        yield engine
+
+
 @pytest.fixture
 def service(tmp_path: Path) -> Iterator[ServiceProcess]:
     with ServiceProcess(tmp_path / "data") as process:

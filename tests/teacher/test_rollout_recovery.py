@@ -100,8 +100,8 @@ class Run:
 
 
 @pytest.fixture
-def teacher(engine: TeacherEngine) -> Iterator[TeacherThread]:
-    with TeacherThread(engine, max_model_len=128) as thread:
+def teacher(shared_engine: TeacherEngine) -> Iterator[TeacherThread]:
+    with TeacherThread(shared_engine, max_model_len=128) as thread:
         yield thread
 
 
@@ -194,7 +194,7 @@ def test_a_teacher_that_answered_before_a_kill_is_not_paid_twice(
 
 
 def test_a_teacher_that_is_away_is_waited_for(
-    service: ServiceProcess, engine: TeacherEngine, teacher: TeacherThread, config: RolloutConfig
+    service: ServiceProcess, shared_engine: TeacherEngine, teacher: TeacherThread, config: RolloutConfig
 ) -> None:
     make_stream(service.target, teacher.target)
     teacher.stop()
@@ -205,7 +205,7 @@ def test_a_teacher_that_is_away_is_waited_for(
     spool.keep_rollouts(make_wave(8, 4, 9), offset=0, vocab_size=VOCAB)
     run = Run(replace(config, teacher=target))
     wait_until(lambda: f"waiting for the teacher at {target}" in run.status.activity, PATIENCE_SECONDS)
-    with TeacherThread(engine, max_model_len=128, bind=target):
+    with TeacherThread(shared_engine, max_model_len=128, bind=target):
         wait_until(lambda: len(read_stream(service.target)) == 12, PATIENCE_SECONDS)
         run.stop()
     assert run.error is None

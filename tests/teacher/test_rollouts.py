@@ -82,8 +82,8 @@ def students(tiny_model: Path, tmp_path: Path) -> list[Path]:
 
 
 @pytest.fixture
-def teacher(engine: TeacherEngine) -> Iterator[TeacherThread]:
-    with TeacherThread(engine, max_model_len=128) as thread:
+def teacher(shared_engine: TeacherEngine) -> Iterator[TeacherThread]:
+    with TeacherThread(shared_engine, max_model_len=128) as thread:
         yield thread
 
 

@@ -34,12 +34,6 @@ TOKEN = "lyn_0123456789abcdef"
 COMPLETION = StudentCompletion("one", np.asarray([5, 6], np.int32), np.asarray([7, 8, 9], np.int32))
 
 
-@pytest.fixture
-def shared_engine(engine: TeacherEngine, monkeypatch: pytest.MonkeyPatch) -> TeacherEngine:
-    monkeypatch.setattr(engine, "close", lambda: None)  # other tests go on with it
-    return engine
-
-
 def test_a_teacher_with_tokens_and_tls_serves_who_has_both(
     shared_engine: TeacherEngine, tmp_path: Path
 ) -> None:

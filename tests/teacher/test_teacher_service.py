@@ -75,13 +75,6 @@ def make_completions(count: int, **shape: int) -> list[StudentCompletion]:
     return [make_completion(f"c-{number}", **shape) for number in range(count)]
 
 
-@pytest.fixture(scope="module")
-def shared_engine(engine: TeacherEngine) -> Iterator[TeacherEngine]:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(engine, "close", lambda: None)  # other tests go on with it
-        yield engine
-
-
 @pytest.fixture
 def teacher(shared_engine: TeacherEngine) -> Iterator[TeacherThread]:
     with TeacherThread(shared_engine) as serving:
