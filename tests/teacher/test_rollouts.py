@@ -189,3 +189,4 @@ def test_a_student_is_refreshed_scored_published_and_outlives_a_kill(
         np.testing.assert_allclose(trace.top_k.tail_mass, 1 - judged.gather(1, ids).exp().sum(1), atol=1e-4)
         assert trace.tags["source"] == "student"
     assert process.status.scored_tokens == sum(len(trace.completion_token_ids) for trace in traces)
+    assert process.status.divergence is not None
