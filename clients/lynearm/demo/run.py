@@ -103,7 +103,7 @@ class _Demo:
                 config=self._config,
                 teacher=teacher,
                 student=checkpoint,
-                streams=(stream,),
+                stream=stream,
                 reports=self._heard.reports,
                 timings=self._display.timings,
                 samples=samples,
