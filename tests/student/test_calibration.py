@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 import torch
 
-from lynearm.student.calibration import BINS, PredictionSums, measure_predictions
-from lynearm.student.losses import Targets
+from lynearm.student.calibration import BINS, PredictionSums, count_predictions
+from lynearm.student.losses import Targets, measure_loss
 
 VOCAB, WIDTH = 13, 5
 
@@ -33,6 +33,21 @@ def make_rows(count: int, *, k: int = 4, seed: int = 0) -> tuple[torch.Tensor, t
             torch.randint(0, VOCAB, (count,), generator=generator),
         ),
     )
+
+
+def measure_predictions(
+    hidden_NH: torch.Tensor, head_VH: torch.Tensor, targets: Targets, *, bias_V: torch.Tensor | None = None
+) -> PredictionSums:
+    """As an evaluation does, beside the losses."""
+    counted: list[PredictionSums] = []
+    measure_loss(
+        hidden_NH,
+        head_VH,
+        targets,
+        bias_V=bias_V,
+        look_at=lambda logits_CV, rows: counted.append(count_predictions(logits_CV, rows)),
+    )
+    return sum(counted, PredictionSums())
 
 
 @pytest.mark.parametrize("count", [1, 255, 256, 600])

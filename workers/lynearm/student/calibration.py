@@ -5,7 +5,7 @@ Expected calibration error (Guo et al., 2017): positions are binned by the stude
 whose completion token is the student's most likely one; completions that a teacher drew at a temperature
 below 1 make a student look less sure than it should be.
 
-Shape legend: N = positions, C = positions of one chunk, H = hidden width, V = vocabulary, K = kept entries.
+Shape legend: N = positions, C = positions of one chunk, V = vocabulary, K = kept entries.
 """
 
 from __future__ import annotations
@@ -20,9 +20,6 @@ from lynearm.student.losses import Targets
 
 BINS = 15
 """Of equal width over (0, 1], as in the paper."""
-
-_CHUNK_POSITIONS = 256
-"""Positions whose logits exist at once, as in the losses."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,27 +73,16 @@ class PredictionSums:
 
 
 @torch.no_grad()
-def measure_predictions(
-    hidden_NH: Tensor, head_VH: Tensor, targets: Targets, *, bias_V: Tensor | None = None
-) -> PredictionSums:
-    """Agreement and calibration of hidden states under an output head; [N, V] never exists.
+def count_predictions(logits_CV: Tensor, targets: Targets) -> PredictionSums:
+    """Agreement and calibration of some logits.
 
     Args:
-        hidden_NH: The states that the head is applied to.
-        head_VH: Weight of the output head.
+        logits_CV: In any type; counted in float32.
         targets: The teacher's rows.
-        bias_V: Bias of the output head.
     """
-    sums = PredictionSums()
-    for start in range(0, len(targets), _CHUNK_POSITIONS):
-        rows = targets.rows(start, start + _CHUNK_POSITIONS)
-        logits_CV = (hidden_NH[start : start + _CHUNK_POSITIONS] @ head_VH.to(hidden_NH.dtype).T).float()
-        if bias_V is not None:
-            logits_CV += bias_V.float()
-        highest_C, student_C = logits_CV.max(1)
-        confidence_C = (highest_C - logits_CV.logsumexp(1)).exp().double().cpu()
-        sums += _count(student_C.cpu(), confidence_C, rows)
-    return sums
+    highest_C, student_C = logits_CV.max(1)
+    confidence_C = (highest_C.float() - logits_CV.float().logsumexp(1)).exp().double().cpu()
+    return _count(student_C.cpu(), confidence_C, targets)
 
 
 def _count(student_C: Tensor, confidence_C: Tensor, targets: Targets) -> PredictionSums:

@@ -10,10 +10,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from lynearm.student.batches import PieceSizes, collate, idle_piece
-from lynearm.student.calibration import PredictionSums, measure_predictions
-from lynearm.student.losses import measure_loss
+from lynearm.student.calibration import PredictionSums, count_predictions
+from lynearm.student.losses import Targets, measure_loss
 from lynearm.student.model import StudentModel
 from lynearm.student.objective import Objective
 from lynearm.student.sharding import even_out
@@ -67,7 +68,11 @@ def evaluate(
         objective: Says the temperature of the KL; 1 if not given.
     """
     kl, cross_entropy, positions = 0.0, 0.0, 0
-    predictions = PredictionSums()
+    counted: list[PredictionSums] = []
+
+    def count(logits_CV: Tensor, rows: Targets) -> None:
+        counted.append(count_predictions(logits_CV, rows))
+
     student.train(False)
     sizes = PieceSizes(micro_batch_tokens, max_sequence_tokens)
     pieces = collate(traces, sizes, vocab_size=student.vocab_size)
@@ -81,15 +86,13 @@ def evaluate(
             on_device.targets,
             bias_V=student.head_bias,
             objective=objective,
+            look_at=count,
         )
         kl += float(kl_N.double().sum())
         cross_entropy += float(cross_entropy_N.double().sum())
         positions += len(kl_N)
-        predictions += measure_predictions(
-            hidden_NH, student.head_weight, on_device.targets, bias_V=student.head_bias
-        )
     student.train(True)
-    return HeldOutSums(kl, cross_entropy, positions, predictions)
+    return HeldOutSums(kl, cross_entropy, positions, sum(counted, PredictionSums()))
 
 
 def save_held_out(directory: Path, traces: Sequence[Trace], vocab_size: int) -> None:

@@ -36,6 +36,11 @@ _HEAD_ROWS = 1 << 15
 """Rows of a head whose gradient is made in lower precision and added at once."""
 
 
+LookAt: TypeAlias = Callable[[Tensor, Targets], None]
+"""Is shown logits [C, V], over the tokens that the teacher has too, and their rows; neither changes nor keeps
+them."""
+
+
 @dataclass(frozen=True, slots=True)
 class DistillationLoss:
     """The loss of N positions and its parts."""
@@ -143,11 +148,22 @@ def measure_loss(
     *,
     bias_V: Tensor | None = None,
     objective: Objective | None = None,
+    look_at: LookAt | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Forward KL and cross-entropy per position, shape [N] each, without gradients."""
+    """Forward KL and cross-entropy per position, shape [N] each, without gradients.
+
+    Args:
+        hidden_NH: The states that the head is applied to.
+        head_VH: Weight of the output head.
+        targets: The teacher's rows.
+        bias_V: Bias of the output head.
+        objective: Says the temperature of the KL; 1 if not given.
+        look_at: Shown the logits of each chunk, at temperature 1, so that the head is applied once for all
+            that is measured.
+    """
     with torch.no_grad():
         head = _Head(hidden_NH.detach(), head_VH.detach(), bias_V)
-        losses = _run(head, targets, objective or Objective(), 1.0, None)
+        losses = _run(head, targets, objective or Objective(), 1.0, None, look_at)
     return losses.kl_R, losses.cross_entropy_R
 
 
@@ -302,7 +318,12 @@ class _Gradients:
 
 
 def _run(
-    head: _Head, targets: Targets, objective: Objective, scale: float, gradients: _Gradients | None
+    head: _Head,
+    targets: Targets,
+    objective: Objective,
+    scale: float,
+    gradients: _Gradients | None,
+    look_at: LookAt | None = None,
 ) -> RowLosses:
     """Losses of all positions, and their gradients; the tensors are not followed by autograd."""
     vocab_size = min(objective.vocab_size or head.head_VH.shape[0], head.head_VH.shape[0])
@@ -316,7 +337,7 @@ def _run(
         if gradients is not None and room_VN is not None:
             parts = [_losses_in_place(narrow, room_VN, targets, objective, scale, gradients)]
         else:
-            parts = _losses_in_chunks(narrow, targets, objective, scale, gradients)
+            parts = _losses_in_chunks(narrow, targets, objective, scale, gradients, look_at)
     if gradients is not None:
         gradients.finish()
     if not parts:
@@ -341,7 +362,12 @@ def _losses_in_place(
 
 
 def _losses_in_chunks(
-    head: _Head, targets: Targets, objective: Objective, scale: float, gradients: _Gradients | None
+    head: _Head,
+    targets: Targets,
+    objective: Objective,
+    scale: float,
+    gradients: _Gradients | None,
+    look_at: LookAt | None,
 ) -> list[RowLosses]:
     parts: list[RowLosses] = []
     dtype = head.head_VH.dtype
@@ -350,6 +376,8 @@ def _losses_in_chunks(
         torch.mm(hidden_CH, head.head_VH.T, out=logits_CV)
         if head.bias_V is not None:
             logits_CV += head.bias_V
+        if look_at is not None:
+            look_at(logits_CV, rows)
         scale_C = None if gradients is None else _row_scales(rows, scale, logits_CV)
         parts += _block_losses(logits_CV, rows, objective, scale_C)
         if gradients is not None:
