@@ -165,12 +165,20 @@ class Trouble:
 
 
 class FussyWorker(TeacherWorker):
-    """Real but for one model, which it does not load."""
+    """Real, but does not load one model, and begins with another only once all others are loaded."""
 
     def load(self) -> StreamSpec:
+        model = Path(self._config.model)
         if self._config.model_name == "broken":
             raise ConfigError("cannot load teacher 'broken': of course not")
-        return super().load()
+        spec = super().load()
+        (model / "loaded").touch()
+        deadline = time.monotonic() + 120
+        while not all((model.parent / name / "loaded").exists() for name in ("maths", "code")):
+            if time.monotonic() > deadline:
+                raise ConfigError("the other teacher is not there: they work one after another")
+            time.sleep(0.05)
+        return spec
 
 
 def count_samples(target: str, stream: str = "lessons") -> Counter[tuple[str, int]]:

@@ -6,6 +6,7 @@ import json
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -26,8 +27,14 @@ from lynearm.teacher.routing import (
 )
 from lynearm.teacher.run_several import run_several
 from lynearm.teacher.several import assign_teachers, prepare_teachers
-from lynearm.teacher.shared_streams import join_licenses, refuse_misaligned, shared_spec, teachers_of
-from lynearm.wire.errors import ConfigError, MisalignmentError
+from lynearm.teacher.shared_streams import (
+    join_licenses,
+    open_joined,
+    refuse_misaligned,
+    shared_spec,
+    teachers_of,
+)
+from lynearm.wire.errors import ConfigError, MisalignmentError, StreamExistsError, StreamNotFoundError
 from lynearm.wire.specs import CodecSpec, StreamSpec, TeacherSpec, TokenizerSpec
 
 JOB = """
@@ -310,3 +317,43 @@ def test_an_unknown_teacher_is_refused() -> None:
     configs = job_configs(job, teach_config(Path("a")), teach_config(Path("b")))
     with pytest.raises(ConfigError, match=r"the job has no teacher 'art': name one of maths, rest"):
         run_several(configs, only="art")
+
+
+class LateClient:
+    """Of a stream that another teacher opens just after this one looked for it."""
+
+    def __init__(self, existing: StreamSpec) -> None:
+        self.existing = existing
+        self.looked = 0
+
+    def get_stream(self, name: str) -> SimpleNamespace:
+        self.looked += 1
+        if self.looked == 1:
+            raise StreamNotFoundError(f"there is no stream {name!r}")
+        return SimpleNamespace(spec=self.existing)
+
+    def open_stream(self, spec: StreamSpec) -> None:
+        if spec != self.existing:
+            raise StreamExistsError(f"stream {spec.name!r} exists and is another")
+
+
+def test_teachers_that_open_their_stream_at_the_same_time_share_it() -> None:
+    labels = {"teacher.first": "first@1, MIT", "teacher.second": "second@2, MIT"}
+    existing = make_spec(labels=labels)
+    own = make_spec(labels=labels, teacher=replace(existing.teacher, model="second"))
+    client: Any = LateClient(existing)
+    assert (
+        open_joined(
+            client,
+            own,
+            PromptRoute(
+                "second",
+                RoutingTable((RouteRule("first"), RouteRule("second")), everyone=True),
+                vocab_size=own.teacher.vocab_size,
+            ),
+        )
+        == existing
+    )
+    client = LateClient(existing)
+    with pytest.raises(StreamExistsError):
+        open_joined(client, own, None)

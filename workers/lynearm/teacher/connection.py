@@ -15,7 +15,7 @@ from lynearm.teacher.profile_keeper import ProfileKeeper
 from lynearm.teacher.publishing import BlockWriter
 from lynearm.teacher.selection import TraceSelection
 from lynearm.teacher.service_calls import patiently
-from lynearm.teacher.shared_streams import join_stream
+from lynearm.teacher.shared_streams import open_joined
 from lynearm.wire.errors import LynearmError
 from lynearm.wire.specs import StreamSpec
 from lynearm.wire.work import FailedSamples
@@ -56,8 +56,7 @@ class WorkerConnection:
         self._earlier_blocks = 0
         self._earlier_seconds = (0.0, 0.0)
         self._client.wait_until_ready()
-        self._spec = patiently(self._client, lambda: join_stream(self._client, spec, config.route))
-        patiently(self._client, lambda: self._client.open_stream(self._spec))
+        self._spec = patiently(self._client, lambda: open_joined(self._client, spec, config.route))
         self._lease_units = lease_units(config)
         prompt_worker = self._client.prompt_worker(
             config.stream, job, worker=holder, max_units=self._lease_units

@@ -22,7 +22,7 @@ from lynearm.teacher.prompt_sources import UsablePrompts
 from lynearm.teacher.prompts import BadLine
 from lynearm.teacher.quarantine import Suspect, SuspectGroup
 from lynearm.teacher.service_calls import patiently
-from lynearm.teacher.shared_streams import join_stream
+from lynearm.teacher.shared_streams import open_joined
 from lynearm.wire.errors import JobNotFoundError, StreamNotFoundError
 from lynearm.wire.specs import StreamSpec
 from lynearm.wire.work import DIGEST_OF_NOTHING, JobPrompt, extend_digest
@@ -139,8 +139,7 @@ class PromptJob:
             self._prompts.count,
             self._prompts.digest,
         )
-        joined = patiently(self._client, lambda: join_stream(self._client, spec, self._config.route))
-        patiently(self._client, lambda: self._client.open_stream(joined))
+        patiently(self._client, lambda: open_joined(self._client, spec, self._config.route))
         return patiently(self._client, lambda: self._client.jobs.submit(new, self._prompts))
 
     def give_back(self, holder: str) -> None:

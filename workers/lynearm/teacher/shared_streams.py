@@ -13,7 +13,7 @@ from dataclasses import replace
 
 from lynearm.client import TraceClient
 from lynearm.teacher.routing import PromptRoute
-from lynearm.wire.errors import MisalignmentError, StreamNotFoundError
+from lynearm.wire.errors import MisalignmentError, StreamExistsError, StreamNotFoundError
 from lynearm.wire.specs import StreamSpec, TeacherSpec, TokenizerSpec, alignment_differences
 
 LABEL_PREFIX = "teacher."
@@ -58,6 +58,25 @@ def join_stream(client: TraceClient, spec: StreamSpec, route: PromptRoute | None
     except StreamNotFoundError:
         return own
     return shared_spec(existing, own, route.teacher)
+
+
+def open_joined(client: TraceClient, spec: StreamSpec, route: PromptRoute | None) -> StreamSpec:
+    """Make sure that a teacher's stream is there; the spec under which it writes to it.
+
+    Raises:
+        MisalignmentError: as for `join_stream`.
+        StreamExistsError: if the stream exists with another spec.
+    """
+    joined = join_stream(client, spec, route)
+    try:
+        client.open_stream(joined)
+    except StreamExistsError:
+        if route is None:
+            raise
+        # Another of its teachers, who begin side by side, may have opened it in between.
+        joined = join_stream(client, spec, route)
+        client.open_stream(joined)
+    return joined
 
 
 def shared_spec(existing: StreamSpec, own: StreamSpec, teacher: str) -> StreamSpec:
