@@ -151,7 +151,7 @@ def test_a_student_has_its_teachers_tokenizer_and_says_where_it_is_from(
 )
 def test_impossible_cuts_are_refused(tmp_path: Path, deep_dir: Path, wanted: dict[str, object]) -> None:
     with pytest.raises(ConfigError):
-        cut_student(deep_dir, tmp_path / "student", CutConfig(**wanted))  # type: ignore[arg-type]
+        cut_student(deep_dir, tmp_path / "student", CutConfig(**wanted))  # type: ignore[arg-type]  # by name
     assert not (tmp_path / "student").exists()
 
 

@@ -57,7 +57,7 @@ def test_states_of_layers_keep_their_gradient(deep_dir: Path) -> None:
         student = load(deep_dir, checkpointing=checkpointing)
         states, layers = student.layer_states(torch.arange(12)[None], None, (1, 4))
         (states.square().sum() + sum(layer.square().sum() for layer in layers)).backward()
-        gradients.append([parameter.grad for _, parameter in student.named_parameters()])  # type: ignore[misc]
+        gradients.append([parameter.grad for _, parameter in student.named_parameters()])  # type: ignore[misc]  # each has one
     for ours, theirs in zip(*gradients, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=0, atol=0)
 

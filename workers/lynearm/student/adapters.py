@@ -24,8 +24,8 @@ from torch import Tensor, nn
 from lynearm.student.lineage import JsonObject, read_lineage
 from lynearm.student.lora_settings import ALL_LINEAR, OUTSIDE, LoraSettings
 from lynearm.student.run_directory import ADAPTER_CONFIG_FILE, is_adapter
-from lynearm.student.weight_files import weights_revision
 from lynearm.wire.errors import CheckpointError, ConfigError, MissingDependencyError
+from lynearm.wire.weight_files import weights_revision
 
 ADAPTER_WEIGHTS_FILE = "adapter_model.safetensors"
 

@@ -17,7 +17,7 @@ from typing import Any, cast
 
 import torch
 
-from lynearm.student.model import StudentModel
+from lynearm.student.model import StudentModel, load_tokenizer
 from lynearm.student.sharding import even_out
 from lynearm.wire.errors import PromptFileError
 
@@ -92,10 +92,7 @@ class ExactMatch:
     """
 
     def __init__(self, student: StudentModel, *, max_new_tokens: int) -> None:
-        from transformers import AutoTokenizer
-
-        loader: Any = AutoTokenizer  # half typed
-        self._tokenizer: Any = loader.from_pretrained(str(student.directory), local_files_only=True)
+        self._tokenizer: Any = load_tokenizer(student.directory)
         self._tokenizer.padding_side = "left"
         if self._tokenizer.pad_token_id is None:
             self._tokenizer.pad_token_id = self._tokenizer.eos_token_id or 0

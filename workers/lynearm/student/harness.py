@@ -19,7 +19,7 @@ import numpy as np
 import torch
 
 from lynearm.student.config import TrainConfig
-from lynearm.student.model import StudentModel
+from lynearm.student.model import StudentModel, load_tokenizer
 from lynearm.wire.errors import ConfigError, LynearmError, MissingDependencyError, TrainingError
 
 BATCH_REQUESTS = 8
@@ -41,8 +41,7 @@ class Harness:
     def __init__(self, config: TrainConfig, student: StudentModel) -> None:
         self._evaluator: Any = _import("lm_eval.evaluator")
         self._models: Any = _import("lm_eval.models.huggingface")
-        loader: Any = _import("transformers").AutoTokenizer
-        self._tokenizer: Any = loader.from_pretrained(str(student.directory), local_files_only=True)
+        self._tokenizer: Any = load_tokenizer(student.directory)
         folder = str(config.lm_eval_path) if config.lm_eval_path else None
         try:
             self._tasks: Any = _import("lm_eval.tasks").TaskManager(include_path=folder)

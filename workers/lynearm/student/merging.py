@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import os
 import shutil
-import tempfile
 from pathlib import Path
 
 from lynearm.student.adapters import find_base, load_adapter
@@ -13,6 +11,7 @@ from lynearm.student.checkpoint import save_model
 from lynearm.student.evaluation import HELD_OUT_PATTERN
 from lynearm.student.lineage import read_lineage, write_lineage
 from lynearm.student.model import load_causal_lm
+from lynearm.student.new_model import new_directory, refuse_used
 from lynearm.student.run_directory import is_adapter, resolve_checkpoint
 from lynearm.wire.errors import CheckpointError
 
@@ -34,26 +33,16 @@ def merge_student(directory: Path, out: Path) -> Path:
     found = resolve_checkpoint(directory)
     if not is_adapter(found):
         raise CheckpointError(f"{found} is no adapter", "use it as it is: there is nothing to merge")
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise CheckpointError(f"{out} is in use", "name a new directory for the merged student")
+    refuse_used(out, "merged student")
     base = find_base(found)
     model = load_adapter(load_causal_lm(base), found, base=base).merge()
-    try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        unfinished = Path(tempfile.mkdtemp(prefix=f".{out.name}-", dir=out.parent))
-        unfinished.chmod(0o755)  # mkdtemp makes it private; a model is not
-        try:
-            save_model(model, unfinished, tokenizer_from=found)
-            lineage = read_lineage(found)
-            lineage["adapter"] = {**lineage.get("adapter", {}), "merged": True}
-            write_lineage(unfinished, lineage)
-            write_card(unfinished, lineage)
-            # Exports are calibrated on them.
-            for path in found.glob(HELD_OUT_PATTERN):
-                shutil.copyfile(path, unfinished / path.name)
-            os.replace(unfinished, out)
-        finally:
-            shutil.rmtree(unfinished, ignore_errors=True)
-    except OSError as error:
-        raise CheckpointError(f"{out} could not be written: {error}", "make room") from error
+    with new_directory(out, "merged student") as unfinished:
+        save_model(model, unfinished, tokenizer_from=found)
+        lineage = read_lineage(found)
+        lineage["adapter"] = {**lineage.get("adapter", {}), "merged": True}
+        write_lineage(unfinished, lineage)
+        write_card(unfinished, lineage)
+        # Exports are calibrated on them.
+        for path in found.glob(HELD_OUT_PATTERN):
+            shutil.copyfile(path, unfinished / path.name)
     return found

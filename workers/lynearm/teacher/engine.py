@@ -51,6 +51,7 @@ from lynearm.wire.traces import (
     SamplingParams,
     TopK,
 )
+from lynearm.wire.weight_files import weights_revision
 
 logger = logging.getLogger(__name__)
 
@@ -172,7 +173,7 @@ class TeacherEngine:
         name = self._config.model_name
         teacher = TeacherSpec(
             model=name,
-            revision=self._revision or weights_digest(Path(self._config.model)),
+            revision=self._revision or weights_revision(Path(self._config.model)),
             engine=f"vllm {self._vllm_version}",
             dtype=self._dtype,
             vocab_size=self.vocab_size,
@@ -333,17 +334,6 @@ def completion_seed(seed: int, prompt_id: str, sample_index: int) -> int:
     """The seed of one completion: a digest of the run's seed, the prompt and the sample, below 2^31."""
     digest = hashlib.sha256(f"{seed}\0{sample_index}\0{prompt_id}".encode()).digest()
     return int.from_bytes(digest[:4], "little") >> 1
-
-
-def weights_digest(directory: Path) -> str:
-    """Names the exact weights: "sha256:" and a digest of a directory's weight files."""
-    digest = hashlib.sha256()
-    weights = sorted([*directory.glob("*.safetensors"), *directory.glob("*.bin")])
-    for path in weights:
-        with path.open("rb") as file:
-            digest.update(f"{path.name}\n".encode())
-            digest.update(hashlib.file_digest(file, "sha256").digest())
-    return f"sha256:{digest.hexdigest()}"
 
 
 def _first_line(error: Exception) -> str:

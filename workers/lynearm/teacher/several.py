@@ -13,7 +13,6 @@ from dataclasses import replace
 from typing import Any, TypeAlias
 
 from lynearm.teacher.config import TeachConfig
-from lynearm.teacher.engine import weights_digest
 from lynearm.teacher.job_file import TEACHER_PLACE
 from lynearm.teacher.memory import read_model_config
 from lynearm.teacher.model_source import find_model_files, pin_model, prepare_model, source_kind
@@ -24,6 +23,7 @@ from lynearm.teacher.shared_streams import join_licenses, refuse_misaligned, tea
 from lynearm.teacher.tokenizer import describe_tokenizer, end_tokens
 from lynearm.wire.errors import ConfigError, MissingDependencyError
 from lynearm.wire.specs import TeacherSpec, TokenizerSpec
+from lynearm.wire.weight_files import weights_revision
 
 logger = logging.getLogger(__name__)
 
@@ -188,7 +188,7 @@ def _read_spec(config: TeachConfig) -> tuple[TeacherSpec, TokenizerSpec]:
     width = read_model_config(directory).get("vocab_size")
     teacher = TeacherSpec(
         model=config.model_name,
-        revision=revision or weights_digest(directory),
+        revision=revision or weights_revision(directory),
         engine="",
         dtype="",
         vocab_size=width if isinstance(width, int) else len(tokenizer),

@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import logging
-import os
-import shutil
-import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,9 +27,10 @@ from lynearm.student.cutting.slicing import KeptUnits, make_student
 from lynearm.student.cutting.width import Width, choose_heads, choose_units, settle_width, share
 from lynearm.student.lineage import JsonObject, read_lineage, write_lineage
 from lynearm.student.model import load_causal_lm
-from lynearm.student.weight_files import weights_revision
-from lynearm.wire.errors import CheckpointError, MisalignmentError
+from lynearm.student.new_model import new_directory, refuse_used
+from lynearm.wire.errors import MisalignmentError
 from lynearm.wire.profiles import Float64Array, TeacherProfile
+from lynearm.wire.weight_files import weights_revision
 
 logger = logging.getLogger(__name__)
 
@@ -69,8 +67,7 @@ def cut_student(
         MisalignmentError: if the profile is of a model of another shape.
         CheckpointError: if the teacher cannot be loaded or cut, or `out_dir` is in use.
     """
-    if out_dir.exists() and (not out_dir.is_dir() or any(out_dir.iterdir())):
-        raise CheckpointError(f"{out_dir} is in use", "name a new directory for the student")
+    refuse_used(out_dir, "student")
     on_progress(CutProgress(f"loading {teacher_dir.name}"))
     cut = _Cut(teacher_dir, config, evidence or Evidence())
     dropped = cut.choose_layers(on_progress)
@@ -239,15 +236,6 @@ def _write(model: Any, teacher_dir: Path, out_dir: Path, account: Mapping[str, A
         "name": out_dir.resolve().name,
         "cut_from": {"name": teacher_dir.resolve().name, **account},
     }
-    try:
-        out_dir.parent.mkdir(parents=True, exist_ok=True)
-        unfinished = Path(tempfile.mkdtemp(prefix=f".{out_dir.name}-", dir=out_dir.parent))
-        unfinished.chmod(0o755)  # mkdtemp makes it private; a model is not
-        try:
-            save_model(model, unfinished, tokenizer_from=teacher_dir)
-            write_lineage(unfinished, lineage)
-            os.replace(unfinished, out_dir)
-        finally:
-            shutil.rmtree(unfinished, ignore_errors=True)
-    except OSError as error:
-        raise CheckpointError(f"student {out_dir} could not be written: {error}", "make room") from error
+    with new_directory(out_dir, "student") as unfinished:
+        save_model(model, unfinished, tokenizer_from=teacher_dir)
+        write_lineage(unfinished, lineage)
