@@ -6,6 +6,7 @@ import asyncio
 import inspect
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from client.job_worker import block_of, read_stream
@@ -107,6 +108,36 @@ def test_leases_are_renewed_until_their_worker_is_gone(service: ServiceProcess) 
             assert (await client.jobs.get("s", "j")).state == "cancelled"
 
     asyncio.run(scenario())
+
+
+@pytest.mark.parametrize("slow", ["LeasePrompts", "ReleaseLeases"])
+def test_leaving_waits_for_what_other_tasks_ask(service: ServiceProcess, slow: str) -> None:
+    async def main() -> None:
+        asking = asyncio.Event()
+        async with AsyncTraceClient(service.target) as client:
+            await client.create_stream(make_spec())
+            await client.jobs.create("s", "j", [JobPrompt(f"p{number}", b"x") for number in range(4)])
+
+            async def send(call: Any) -> Any:
+                if call.method == slow:
+                    asking.set()
+                    await asyncio.sleep(0.3)
+                return await client.send(call)
+
+            async def take_and_release() -> None:
+                lease = await worker.take()
+                assert lease is not None
+                await worker.release([lease])
+
+            worker = AsyncPromptWorker(send, "s", "j", worker="w", max_units=4, patience_seconds=0.0)
+            async with worker:
+                work = asyncio.create_task(take_and_release())
+                await asking.wait()
+            assert (await client.jobs.get("s", "j")).leased_units == 0
+            await work
+            assert await worker.take() is None
+
+    asyncio.run(main())
 
 
 def test_samples_are_given_up_and_an_heir_takes_over(service: ServiceProcess) -> None:

@@ -7,7 +7,8 @@ import logging
 import math
 import random
 import time
-from collections.abc import AsyncIterator, Iterable
+from collections.abc import AsyncIterator, Generator, Iterable
+from contextlib import contextmanager
 from types import TracebackType
 from typing import Self
 
@@ -61,6 +62,10 @@ class AsyncPromptWorker:
         self._restarted = not predecessor
         self._silence_seconds = math.inf
         self._held = HeldLeases()
+        self._calls = 0
+        self._idle = asyncio.Event()
+        self._idle.set()
+        self._closed = False
         self._has_leased = asyncio.Event()
         self._task: asyncio.Task[None] | None = None
 
@@ -73,11 +78,14 @@ class AsyncPromptWorker:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         """Give back what is not done; not after a cancellation, which must not wait."""
+        self._closed = True
         if self._task is not None:
             self._task.cancel()
             await asyncio.gather(self._task, return_exceptions=True)
         if isinstance(error, asyncio.CancelledError):
             return
+        # What another task is about to be given has to go back as well, over a client that is open.
+        await self._idle.wait()
         try:
             await self.release(self._held.leases)
         except LynearmError as failure:
@@ -89,7 +97,7 @@ class AsyncPromptWorker:
             lease = await self.take()
             if lease is not None:
                 yield lease
-            elif self.job is not None and self.job.state == "done":
+            elif self._closed or (self.job is not None and self.job.state == "done"):
                 return
             else:
                 await _pause()
@@ -109,7 +117,10 @@ class AsyncPromptWorker:
             restarted=self._restarted,
             predecessor=self._predecessor,
         )
-        grant = await self._send_patiently(call)
+        with self._under_way():
+            return None if self._closed else self._keep(await self._send_patiently(call))
+
+    def _keep(self, grant: Grant) -> Lease | None:
         self._restarted = False
         self.job = grant.job
         if grant.key is None:
@@ -122,9 +133,10 @@ class AsyncPromptWorker:
 
     async def release(self, leases: Iterable[Lease]) -> None:
         """As `PromptWorker.release`."""
-        keys = self._held.remove(leases)
-        if keys:
-            await self._send(job_calls.release_leases(self.stream, keys))
+        with self._under_way():
+            keys = self._held.remove(leases)
+            if keys:
+                await self._send(job_calls.release_leases(self.stream, keys))
 
     async def fail(self, lease: Lease, samples: Iterable[FailedSamples]) -> None:
         """As `PromptWorker.fail`."""
@@ -133,6 +145,18 @@ class AsyncPromptWorker:
             part = failed[first : first + FAILED_PER_CALL]
             await self._send(job_calls.fail_prompts(self.stream, lease.key, part))
             lease.give_up(part)
+
+    @contextmanager
+    def _under_way(self) -> Generator[None]:
+        """What leaving waits for."""
+        self._calls += 1
+        self._idle.clear()
+        try:
+            yield
+        finally:
+            self._calls -= 1
+            if not self._calls:
+                self._idle.set()
 
     async def _renew(self) -> None:
         await self._has_leased.wait()
@@ -153,7 +177,7 @@ class AsyncPromptWorker:
             try:
                 return await self._send(call)
             except (ServiceUnavailableError, DeadlineError):
-                if time.monotonic() - started >= self._patience_seconds:
+                if self._closed or time.monotonic() - started >= self._patience_seconds:
                     raise
             await _pause()
 
