@@ -13,6 +13,7 @@ import safetensors.torch
 import torch
 from models.service_process import ServiceProcess
 from models.tiny_llama import build_tiny_llama
+from student.run_material import short_run
 from student.run_processes import join, run_ranks, start_run
 from student.teaching_material import make_spec
 
@@ -310,22 +311,8 @@ def configure(
     offer_deep(service.target, teacher, deep_traces, stream)
 
     def make(out: str, **overrides: object) -> TrainConfig:
-        config = TrainConfig(
-            student=wide_dir,
-            streams=(stream,),
-            service=service.target,
-            out=tmp_path / out,
-            loss=LOSS,
-            learning_rate=3e-3,
-            warmup_steps=2,
-            batch_sequences=4,
-            held_out_traces=8,
-            eval_every_steps=0,
-            checkpoint_every_steps=0,
-            device="cpu",
-            threads=1,
-        )
-        return replace(config, **overrides)  # type: ignore[arg-type]  # fields by name
+        own: dict[str, object] = {"loss": LOSS}
+        return short_run(service, wide_dir, (stream,), tmp_path / out, **(own | overrides))
 
     return make
 

@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 from models.service_process import ServiceProcess
+from student.run_material import short_run
 from student.run_processes import join, run_ranks, start_run
 from student.teaching_material import offer, write_traces
 
@@ -36,22 +37,8 @@ def configure(
     offer(service.target, teacher, traces, name=stream)
 
     def make(out: str, **overrides: object) -> TrainConfig:
-        config = TrainConfig(
-            student=student_dir,
-            streams=(stream,),
-            service=service.target,
-            out=tmp_path / out,
-            learning_rate=3e-3,
-            warmup_steps=2,
-            batch_sequences=4,
-            epochs=2,
-            held_out_traces=8,
-            eval_every_steps=5,
-            checkpoint_every_steps=2,
-            device="cpu",
-            threads=1,
-        )
-        return replace(config, **overrides)  # type: ignore[arg-type]  # fields by name
+        own: dict[str, object] = {"epochs": 2, "eval_every_steps": 5, "checkpoint_every_steps": 2}
+        return short_run(service, student_dir, (stream,), tmp_path / out, **(own | overrides))
 
     return make
 

@@ -13,6 +13,7 @@ import pytest
 import torch
 import transformers
 from models.service_process import ServiceProcess
+from student.run_material import short_run
 from student.teaching_material import make_blocks, make_spec
 from typer.testing import CliRunner
 
@@ -53,21 +54,8 @@ def configure(
                 for block in make_blocks(teacher, traces, 12):
                     publisher.publish(block)
             client.seal_stream(name)
-        config = TrainConfig(
-            student=student_dir,
-            streams=(name,),
-            service=service.target,
-            out=tmp_path / "run",
-            learning_rate=3e-3,
-            warmup_steps=2,
-            batch_sequences=4,
-            held_out_traces=8,
-            eval_every_steps=2,
-            checkpoint_every_steps=0,
-            device="cpu",
-            threads=1,
-        )
-        return replace(config, **overrides)  # type: ignore[arg-type]  # fields by name
+        own: dict[str, object] = {"eval_every_steps": 2}
+        return short_run(service, student_dir, (name,), tmp_path / "run", **(own | overrides))
 
     return make
 

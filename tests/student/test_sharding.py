@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 from models.service_process import ServiceProcess
+from student.run_material import short_run
 from student.run_processes import join, run_ranks, start_ranks, start_run, train
 from student.sharded_steps import Case, Lessons, Outcome, compare, meet, train_until_broken
 from student.teaching_material import offer
@@ -133,22 +134,14 @@ def configure(
     offer(service.target, teacher, traces, name=stream)
 
     def make(out: str, **overrides: object) -> TrainConfig:
-        config = TrainConfig(
-            student=student_dir,
-            streams=(stream,),
-            service=service.target,
-            out=tmp_path / out,
-            learning_rate=3e-3,
-            warmup_steps=2,
-            batch_sequences=5,
-            held_out_traces=7,
-            eval_every_steps=4,
-            checkpoint_every_steps=2,
-            device="cpu",
-            threads=1,
-            sharding="full",
-        )
-        return replace(config, **overrides)  # type: ignore[arg-type]  # fields by name
+        own: dict[str, object] = {
+            "batch_sequences": 5,
+            "held_out_traces": 7,
+            "eval_every_steps": 4,
+            "checkpoint_every_steps": 2,
+            "sharding": "full",
+        }
+        return short_run(service, student_dir, (stream,), tmp_path / out, **(own | overrides))
 
     return make
 

@@ -17,6 +17,7 @@ import pytest
 import torch
 from models.service_process import ServiceProcess
 from models.tiny_llama import build_tiny_llama
+from student.run_material import short_run
 from student.teaching_material import make_blocks, make_spec, offer
 
 from lynearm.client import TraceClient
@@ -49,21 +50,8 @@ def stream(service: ServiceProcess, teacher: StudentModel, traces: list[Trace]) 
 @pytest.fixture
 def configure(service: ServiceProcess, student_dir: Path, tmp_path: Path) -> Callable[..., TrainConfig]:
     def make(stream: str, out: str = "run", **overrides: object) -> TrainConfig:
-        config = TrainConfig(
-            student=student_dir,
-            streams=(stream,),
-            service=service.target,
-            out=tmp_path / out,
-            learning_rate=3e-3,
-            warmup_steps=2,
-            batch_sequences=4,
-            held_out_traces=8,
-            eval_every_steps=5,
-            checkpoint_every_steps=0,
-            device="cpu",
-            threads=1,
-        )
-        return replace(config, **overrides)  # type: ignore[arg-type]  # fields by name
+        own: dict[str, object] = {"eval_every_steps": 5}
+        return short_run(service, student_dir, (stream,), tmp_path / out, **(own | overrides))
 
     return make
 
