@@ -12,7 +12,7 @@ from models.service_process import ServiceProcess, unused_target
 from models.trace_blocks import make_block, make_spec
 
 from lynearm.client import AsyncTraceClient, Credentials, TraceClient
-from lynearm.wire.errors import PreconditionError
+from lynearm.wire.errors import PreconditionError, StreamNotFoundError
 
 METHODS = ("fork", "spawn")
 
@@ -78,6 +78,24 @@ def test_a_child_of_a_connected_async_client_is_told(shared_service: ServiceProc
         assert run_in_child("fork", read_all, (sync, stream)) == [0, 1, 2]
 
     asyncio.run(scenario())
+
+
+def test_a_closed_async_client_counts_until_nothing_refers_to_its_calls(
+    shared_service: ServiceProcess, stream: str
+) -> None:
+    fill(shared_service, stream)
+
+    async def fail() -> None:
+        async with AsyncTraceClient(shared_service.target) as client, client.subscribe("none") as blocks:
+            assert [one async for one in blocks]
+
+    client = TraceClient(shared_service.target)
+    with pytest.raises(StreamNotFoundError) as kept:  # its traceback holds the call
+        asyncio.run(fail())
+    assert isinstance(run_in_child("fork", read_all, (client, stream)), PreconditionError)
+    assert run_in_child("spawn", read_all, (client, stream)) == [0, 1, 2]
+    del kept
+    assert run_in_child("fork", read_all, (client, stream)) == [0, 1, 2]
 
 
 def test_forks_break_nothing_of_a_parent_that_is_busy(shared_service: ServiceProcess, stream: str) -> None:

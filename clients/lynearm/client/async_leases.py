@@ -85,7 +85,9 @@ class AsyncPromptWorker:
         if isinstance(error, asyncio.CancelledError):
             return
         # What another task is about to be given has to go back as well, over a client that is open.
-        await self._idle.wait()
+        # Whoever ends a call may begin the next one before this task runs again.
+        while self._calls:
+            await self._idle.wait()
         try:
             await self.release(self._held.leases)
         except LynearmError as failure:

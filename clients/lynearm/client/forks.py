@@ -3,11 +3,13 @@
 gRPC survives a fork only while none of its threads is at work. So before one, the channels of every sync
 client are closed, which waits for those threads; publishers and subscriptions connect again by themselves and
 lose nothing. grpc.aio cannot be stopped from outside its event loop: a process that was forked while one of
-our aio channels was open is told so by every client, in place of crashing once in a while.
+our aio channels was open, or its thread still ran, is told so by every client, in place of hanging, or
+crashing once in a while.
 """
 
 from __future__ import annotations
 
+import gc
 import os
 import threading
 from collections.abc import Generator
@@ -41,6 +43,7 @@ class _Forks:
         self.anchor: grpc.Channel | None = None
         """Never connected, never closed: with its last channel gRPC would end its threads in the background,
         and a fork in the midst of that leaves a child that hangs."""
+        self._aio_runs_at_fork = False
         self._inherited: list[object] = []
 
     def leave_to_parent(self, thing: object) -> None:
@@ -50,16 +53,16 @@ class _Forks:
         self.guard.acquire()
         for forkable in list(self.forkables):
             forkable.prepare_fork()
+        self._aio_runs_at_fork = bool(self.aio_channels) or _aio_runs_without_channels()
 
     def after_in_parent(self) -> None:
         self.guard.release()
 
     def after_in_child(self) -> None:
         self.guard = threading.RLock()
-        inherited = list(self.aio_channels)
-        if inherited:
+        if self._aio_runs_at_fork:
             self.is_broken = True
-            self.leave_to_parent(inherited)
+            self.leave_to_parent(list(self.aio_channels))
             self.aio_channels.clear()
 
 
@@ -69,6 +72,19 @@ os.register_at_fork(
     after_in_parent=_forks.after_in_parent,
     after_in_child=_forks.after_in_child,
 )
+
+
+def _aio_runs_without_channels() -> bool:
+    """Whether grpc.aio is at work for others, or for what still refers to a call of a closed channel."""
+    if not _has_aio_thread():
+        return False
+    gc.collect()
+    return _has_aio_thread()
+
+
+def _has_aio_thread() -> bool:
+    # The name is all that grpc shows of it.
+    return any("_poll_wrapper" in thread.name for thread in threading.enumerate())
 
 
 def close_before_forks(forkable: Forkable) -> None:
@@ -97,7 +113,7 @@ def opening() -> Generator[None]:
     if _forks.is_broken:
         raise PreconditionError(
             "this process was forked while an AsyncTraceClient was connected, and gRPC does not work in it",
-            "start it by spawn or forkserver, or close the client before the fork",
+            "start it by spawn or forkserver, or close the client before it and keep no exception of it",
         )
     with _forks.guard:
         if _forks.anchor is None:

@@ -33,6 +33,10 @@ LAST_PAUSE_SECONDS = 5.0
 """Bounds of the waits: what a restart takes at least, and how late a service that is back may be noticed."""
 
 
+_WORDS_OF_A_BROKEN_CALL = ("RST_STREAM", "Internal error from Core")
+"""The second is what grpc.aio makes up when a write fails before it has learnt why the call is over."""
+
+
 class _Status(Protocol):
     """What sync and aio failures have in common; grpc names no type for it."""
 
@@ -157,9 +161,9 @@ def is_transient(failure: grpc.RpcError) -> bool:
         # The service says so where waiting helps: a full disk, a rate, too many calls at a time.
         return _status_details(call).retry_seconds is not None
     # A server that is stopped or killed may also reset the stream, which gRPC reports in these two.
-    reset = "RST_STREAM" in (call.details() or "")
     is_vague = call.code() in (grpc.StatusCode.INTERNAL, grpc.StatusCode.UNKNOWN)
-    return is_vague and reset and not _error_name(call)
+    has_broken_off = any(words in (call.details() or "") for words in _WORDS_OF_A_BROKEN_CALL)
+    return is_vague and has_broken_off and not _error_name(call)
 
 
 def is_deadline(failure: grpc.RpcError) -> bool:
