@@ -98,6 +98,27 @@ def test_a_closed_async_client_counts_until_nothing_refers_to_its_calls(
     assert run_in_child("fork", read_all, (client, stream)) == [0, 1, 2]
 
 
+def test_a_process_may_fork_as_soon_as_its_async_client_is_closed(
+    shared_service: ServiceProcess, stream: str
+) -> None:
+    fill(shared_service, stream)
+    sync = TraceClient(shared_service.target)
+
+    async def scenario() -> None:
+        async with AsyncTraceClient(shared_service.target) as client:
+            async with client.publisher(stream, "other") as publisher:
+                await publisher.publish(make_block(3))
+            async with client.subscribe(stream) as blocks:
+                async for _ in blocks:
+                    break
+        # In a notebook, say: the loop does not turn in between, and all of these can still be named.
+        assert run_in_child("fork", read_all, (sync, stream)) == [0, 1, 2, 3]
+        assert publisher.acked_blocks == 1
+        assert blocks.next_offset == 1
+
+    asyncio.run(scenario())
+
+
 def test_forks_break_nothing_of_a_parent_that_is_busy(shared_service: ServiceProcess, stream: str) -> None:
     fill(shared_service, stream, count=0)
     received: list[bytes] = []

@@ -14,11 +14,20 @@ from lynearm.client import methods
 from lynearm.client.calls import Call
 from lynearm.client.credentials import Credentials
 from lynearm.client.endpoints import Endpoints
-from lynearm.client.forks import forget_aio_channel, leave_to_parent, note_aio_channel, opening
+from lynearm.client.forks import (
+    forget_aio_channel,
+    is_aio_idling,
+    leave_to_parent,
+    note_aio_channel,
+    opening,
+)
 from lynearm.client.retries import client_closed
 from lynearm.v1 import teacher_service_pb2 as teacher_pb
 from lynearm.v1 import trace_service_pb2 as pb
 from lynearm.wire.allocation import keep_freed_memory
+
+_LETTING_GO_SECONDS = 0.001
+"""A few times that is what calls that were cancelled need to let go of their channel."""
 
 Result = TypeVar("Result")
 _Response_co = TypeVar("_Response_co", covariant=True)
@@ -136,9 +145,13 @@ class AsyncConnection:
         self._leave_others()
         self.generation += 1
         channels, self._channels = self._channels, {}
-        for channel in channels.values():
-            await channel.close()
-            forget_aio_channel(channel)
+        while channels:
+            await _close_channel(channels.popitem()[1])
+        for _ in range(50):
+            # Whoever closes a client may fork next, without another turn of the loop.
+            if not is_aio_idling():
+                break
+            await asyncio.sleep(_LETTING_GO_SECONDS)
 
     def _channel(self, target: str) -> grpc.aio.Channel:
         self._leave_others()
@@ -163,6 +176,11 @@ def _open_channel(target: str, credentials: Credentials) -> grpc.aio.Channel:
     if secure is None:
         return grpc.aio.insecure_channel(target, options=options)
     return grpc.aio.secure_channel(target, secure, options=options)
+
+
+async def _close_channel(channel: grpc.aio.Channel) -> None:
+    await channel.close()
+    forget_aio_channel(channel)
 
 
 def is_being_cancelled() -> bool:

@@ -209,6 +209,7 @@ class AsyncPublisher:
         finally:
             finished.set()
             self._changed.send()
+            self._call = None  # what refers to it would keep grpc.aio at work
             call.cancel()
         return None if self._closing else self._retries.lost(service_hung_up(target), target)
 

@@ -53,7 +53,9 @@ class _Forks:
         self.guard.acquire()
         for forkable in list(self.forkables):
             forkable.prepare_fork()
-        self._aio_runs_at_fork = bool(self.aio_channels) or _aio_runs_without_channels()
+        if is_aio_idling():
+            gc.collect()
+        self._aio_runs_at_fork = bool(self.aio_channels) or _has_aio_thread()
 
     def after_in_parent(self) -> None:
         self.guard.release()
@@ -74,19 +76,6 @@ os.register_at_fork(
 )
 
 
-def _aio_runs_without_channels() -> bool:
-    """Whether grpc.aio is at work for others, or for what still refers to a call of a closed channel."""
-    if not _has_aio_thread():
-        return False
-    gc.collect()
-    return _has_aio_thread()
-
-
-def _has_aio_thread() -> bool:
-    # The name is all that grpc shows of it.
-    return any("_poll_wrapper" in thread.name for thread in threading.enumerate())
-
-
 def close_before_forks(forkable: Forkable) -> None:
     """Ask this, before each fork of this process, to close its channels."""
     with _forks.guard:
@@ -103,6 +92,16 @@ def forget_aio_channel(channel: grpc.aio.Channel) -> None:
     _forks.aio_channels.discard(channel)
 
 
+def is_aio_idling() -> bool:
+    """Whether grpc.aio is at work though no client is open: for others, or a closed channel's last calls."""
+    return not _forks.aio_channels and _has_aio_thread()
+
+
+def _has_aio_thread() -> bool:
+    # From the first channel, server or call until the last is gone. The name is all that grpc shows of it.
+    return any("_poll_wrapper" in thread.name for thread in threading.enumerate())
+
+
 @contextmanager
 def opening() -> Generator[None]:
     """A context in which a channel may be opened, and no other thread forks.
@@ -112,7 +111,8 @@ def opening() -> Generator[None]:
     """
     if _forks.is_broken:
         raise PreconditionError(
-            "this process was forked while an AsyncTraceClient was connected, and gRPC does not work in it",
+            "this process was forked while an AsyncTraceClient was connected, or grpc.aio at work for "
+            "something else, and gRPC does not work in it",
             "start it by spawn or forkserver, or close the client before it and keep no exception of it",
         )
     with _forks.guard:
