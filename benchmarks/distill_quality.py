@@ -14,13 +14,15 @@ teacher's whole distribution on prompts that nobody trained on, by transformers 
 - `sampled`: 50 draws and their counts, `sampled-kd`.
 - `hard_labels`: cross-entropy on the teacher's tokens.
 - `k64_default_loss`: as `standard_k64`, with 0.1 cross-entropy: what `lynearm train` does unless told.
+- `k64_tail_token`, `adaptive_tail_token`: with `tail-cross-entropy`, by which the token that the teacher wrote
+  stands for the tail where it fell into it.
 - `k64_drawn_tail`, `adaptive_drawn_tail`: those of 50 draws that fall into the tail stand for it in place of
   its mass. No teacher of lynearm writes such rows yet; here they show what the tail's shape is worth.
 
 Results are kept in --out as they come: run it again with the same settings, and it goes on. Takes about two
-hours on 2 free cores, of which the 9 methods have 11 minutes each; --quick takes half a minute with a small
-teacher (--teacher), and shows that it runs and no more. Questions are those of GSM8K and self-instruct in
---data, or else the demo's. Needs the extras `student`, `teacher` and `demo`.
+hours and a half on 2 free cores, of which the 11 methods have 11 minutes each; --quick takes half a minute
+with a small teacher (--teacher), and shows that it runs and no more. Questions are those of GSM8K and
+self-instruct in --data, or else the demo's. Needs the extras `student`, `teacher` and `demo`.
 
 The last line is JSON. For each METHOD but `dense`: `METHOD_vs_dense`, its held-out KL over that of dense,
 mean over seeds, and `METHOD_vs_dense_spread`, the standard deviation. For each METHOD: `METHOD_kl`, nats per
@@ -138,7 +140,7 @@ def make_methods() -> tuple[Method, ...]:
     adaptive = {"top_k": TOP_K, "min_probability": LEAST_PROBABILITY}
     kl, wide = ("forward-kl",), CodecSpec("standard", TOP_K + DRAWS)
     drawn = CodecSpec("sampled", DRAWS, draws=DRAWS)
-    usual = TrainConfig().loss
+    usual, tail_token = TrainConfig().loss, (*kl, "tail-cross-entropy")
     return (
         Method(DENSE, "dense", kl, None),
         Method("standard_k64", "standard, k = 64", kl, CodecSpec("standard", TOP_K)),
@@ -147,6 +149,8 @@ def make_methods() -> tuple[Method, ...]:
         Method("sampled", "sampled, 50 draws", ("sampled-kd",), drawn, "draws"),
         Method("hard_labels", "hard labels", ("cross-entropy",), CodecSpec("standard", 0), "none"),
         Method("k64_default_loss", "k = 64, 0.1 hard labels", usual, CodecSpec("standard", TOP_K)),
+        Method("k64_tail_token", "k = 64, tail token", tail_token, CodecSpec("standard", TOP_K)),
+        Method("adaptive_tail_token", "adaptive, tail token", tail_token, CodecSpec("standard", **adaptive)),
         Method("k64_drawn_tail", "k = 64, drawn tail", kl, wide, "drawn tail"),
         Method("adaptive_drawn_tail", "adaptive, drawn tail", kl, wide, "drawn tail", LEAST_PROBABILITY),
     )

@@ -25,6 +25,7 @@ EVERY_LOSS = (
     LossTerm("skew-reverse-kl", mix=0.1),
     LossTerm("sampled-kd"),
     LossTerm("cross-entropy"),
+    LossTerm("tail-cross-entropy"),
 )
 
 
@@ -91,6 +92,12 @@ def dense_row(logits_V: Tensor, targets: Targets, row: int, term: LossTerm, obje
     student_V = torch.softmax(logits_V / objective.temperature, 0)
     outside = torch.ones(len(logits_V), dtype=torch.bool)
     outside[ids] = False
+    if term.name == "tail-cross-entropy":
+        token = targets.sampled_ids_N[row]
+        is_draw = targets.drawn_N is None or bool(targets.drawn_N[row])
+        if not is_draw or not outside[token] or not targets.tail_mass_N[row]:
+            return logits_V.sum() * 0.0
+        return -(student_V[token] / student_V[outside].sum()).log()
     student_B = torch.cat([student_V[ids], student_V[outside].sum()[None]])
     return dense_divergence(teacher_B / teacher_B.sum(), student_B, term, has_tail=bool(outside.any()))
 

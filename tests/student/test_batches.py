@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -19,7 +20,7 @@ from lynearm.student.progress import ignore_progress
 from lynearm.student.reader import PositionedTrace, TraceReader
 from lynearm.student.reporting import Reporter
 from lynearm.wire.errors import CorruptBlockError, MisalignmentError
-from lynearm.wire.traces import Cursor, Trace
+from lynearm.wire.traces import Cursor, SamplingParams, Trace
 
 BEGINNING = Cursor()
 
@@ -184,6 +185,44 @@ def test_rows_that_keep_fewer_entries_are_padded(traces: list[Trace]) -> None:
     padded = torch.isinf(piece.targets.logprobs_NK).sum(1)
     assert sorted(set(padded.tolist())) == [0, 5]
     assert int(piece.targets.token_ids_NK[padded == 5][:, 3:].max()) == 0
+
+
+def test_tensors_say_which_tokens_are_draws_of_the_teachers_distribution(traces: list[Trace]) -> None:
+    plain, greedy = (
+        replace(trace, sampling=SamplingParams(temperature, max_tokens=9, seed=1))
+        for trace, temperature in zip(traces[10:12], (1.0, 0.0), strict=True)
+    )
+    together = {"sizes": PieceSizes(512, 64, packed=True), "vocab_size": 384}
+    (piece,) = collate([plain, greedy], **together)
+    assert piece.targets.drawn_N is not None
+    lengths = sorted((len(t.completion_token_ids), t is plain) for t in (plain, greedy))
+    counts = {is_plain: count for count, is_plain in lengths}
+    assert int(piece.targets.drawn_N.sum()) == counts[True]
+    assert len(piece.targets.drawn_N) == counts[True] + counts[False]
+    assert collate([plain], **together)[0].targets.drawn_N is None
+    (at_another,) = collate([plain], **together, temperature=0.7)
+    assert at_another.targets.drawn_N is not None
+    assert not at_another.targets.drawn_N.any()
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"temperature": 0.9},
+        {"top_p": 0.95},
+        {"top_k": 50},
+        {"min_p": 0.1},
+        {"presence_penalty": 0.5},
+        {"frequency_penalty": 0.5},
+        {"repetition_penalty": 1.1},
+        {"min_tokens": 1},
+    ],
+)
+def test_what_changes_a_distribution_makes_draws_of_another(change: dict[str, Any]) -> None:
+    plain = SamplingParams(0.7, max_tokens=5, seed=3, stop=("x",), stop_token_ids=(1,))
+    assert plain.is_plain(0.7)
+    assert plain.is_plain(float(np.float32(0.7)))
+    assert not replace(plain, **change).is_plain(0.7)
 
 
 def test_a_token_beyond_the_vocabulary_is_refused(traces: list[Trace]) -> None:

@@ -89,6 +89,45 @@ def test_positions_count_by_their_weights(term: LossTerm) -> None:
     torch.testing.assert_close(mean.loss, (mean.loss_N * weights_N).sum() / weights_N.sum())
 
 
+def test_a_token_that_was_not_drawn_from_the_row_says_nothing_of_its_tail() -> None:
+    case = make_case()
+    objective = Objective((LossTerm("tail-cross-entropy", 0.7), LossTerm("jsd", mix=0.5)))
+    drawn_N = torch.arange(9) % 3 > 0
+    case.targets = replace(case.targets, drawn_N=drawn_N)
+    check_against_dense(case, objective)
+    no_tail = replace(case.targets, tail_mass_N=torch.zeros_like(case.targets.tail_mass_N))
+    only = Objective((LossTerm("tail-cross-entropy"),))
+    result = distillation_loss(case.hidden_NH, case.head_VH, case.targets, objective=only)
+    assert not result.loss_N[~drawn_N].any()
+    assert result.loss_N[drawn_N].any()
+    assert not distillation_loss(case.hidden_NH, case.head_VH, no_tail, objective=only).loss_N.any()
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+@pytest.mark.parametrize("k", [0, 1, 6])
+def test_drawn_tokens_teach_the_whole_distribution_in_the_mean(k: int, temperature: float) -> None:
+    """Over all tokens that may be drawn, each by its probability: the gradient of KL over the vocabulary."""
+    case = make_case(positions=1, k=VOCAB, padded=False)
+    case.targets.tail_mass_N.zero_()
+    every = replace(case.targets, sampled_ids_N=torch.zeros(1, dtype=torch.int64))
+    settings = {"temperature": temperature, "teacher_temperature": temperature}
+    whole = Objective((LossTerm("forward-kl"),), **settings)
+    expected = gradients(
+        distillation_loss(case.hidden_NH, case.head_VH, every, objective=whole).loss, case.leaves[:2]
+    )
+    logprobs_1K, ids_1K = every.logprobs_NK[:, :k], every.token_ids_NK[:, :k]
+    kept = Targets(ids_1K, logprobs_1K, 1 - logprobs_1K.exp().sum(1), every.sampled_ids_N)
+    both = Objective((LossTerm("forward-kl"), LossTerm("tail-cross-entropy")), **settings)
+    means = [torch.zeros_like(gradient) for gradient in expected]
+    for token, logprob in zip(every.token_ids_NK[0], every.logprobs_NK[0], strict=True):
+        drawn = replace(kept, sampled_ids_N=token[None])
+        loss = distillation_loss(case.hidden_NH, case.head_VH, drawn, objective=both).loss
+        for mean, gradient in zip(means, gradients(loss, case.leaves[:2]), strict=True):
+            mean += logprob.exp() * gradient
+    for mean, gradient in zip(means, expected, strict=True):
+        torch.testing.assert_close(mean, gradient, atol=1e-9, rtol=1e-7)
+
+
 @every_loss
 @pytest.mark.parametrize("vocab_size", [VOCAB - 4, VOCAB])
 def test_rows_of_the_head_beyond_the_vocabulary_have_no_part(term: LossTerm, vocab_size: int) -> None:

@@ -5,6 +5,7 @@ Shape legend: P = prompt tokens, T = completion positions, K = entries kept per 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Literal, TypeAlias, get_args
@@ -96,6 +97,17 @@ class SamplingParams:
     """Texts of which the first one to appear ends the completion; at most MAX_STOPS."""
     stop_token_ids: tuple[int, ...] = ()
     """Tokens that end it as its end tokens do; at most MAX_STOP_TOKENS."""
+
+    def is_plain(self, temperature: float) -> bool:
+        """Whether each token was drawn from the model's whole distribution at a temperature, and no other."""
+        plain = SamplingParams(
+            self.temperature,
+            max_tokens=self.max_tokens,
+            seed=self.seed,
+            stop=self.stop,
+            stop_token_ids=self.stop_token_ids,
+        )
+        return self == plain and math.isclose(self.temperature, temperature, rel_tol=1e-6)
 
 
 @dataclass(frozen=True, slots=True)

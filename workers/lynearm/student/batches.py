@@ -148,6 +148,7 @@ def collate(
     vocab_size: int,
     weighting: PositionWeighting = PositionWeighting(),  # noqa: B008  # frozen
     states: WantedStates | None = None,
+    temperature: float = 1.0,
 ) -> list[MicroBatch]:
     """The traces as tensors, in pieces.
 
@@ -157,6 +158,7 @@ def collate(
         vocab_size: Of the student.
         weighting: How much each position counts.
         states: Hidden states of the teacher to take along.
+        temperature: At which distributions are compared: completions drawn at it are `Targets.drawn_N`.
 
     Raises:
         MisalignmentError: if a token of a prompt or completion is not in the student's vocabulary, or a trace
@@ -165,7 +167,7 @@ def collate(
     """
     longest_first = sorted(traces, key=lambda trace: _length(trace, sizes.max_sequence_tokens), reverse=True)
     pieces = _fill_rows(longest_first, sizes) if sizes.packed else _group_by_length(longest_first, sizes)
-    return [_collate_piece(piece, sizes, vocab_size, weighting, states) for piece in pieces]
+    return [_collate_piece(piece, sizes, vocab_size, weighting, states, temperature) for piece in pieces]
 
 
 def idle_piece() -> MicroBatch:
@@ -222,6 +224,7 @@ def _collate_piece(
     vocab_size: int,
     weighting: PositionWeighting,
     states: WantedStates | None,
+    temperature: float,
 ) -> MicroBatch:
     lengths = [_length(trace, sizes.max_sequence_tokens) for trace in traces]
     if sizes.packed:
@@ -239,7 +242,7 @@ def _collate_piece(
         position_ids[start : start + length] = np.arange(length)
         positions.append(start + np.arange(len(trace.prompt_token_ids) - 1, length))
     counts = [len(rows) for rows in positions]
-    targets = _targets(traces, counts, weighting)
+    targets = _targets(traces, counts, weighting, temperature)
     _check_ids(input_ids, targets.sampled_ids_N, vocab_size)
     return MicroBatch(
         torch.as_tensor(input_ids.reshape(shape)),
@@ -250,7 +253,9 @@ def _collate_piece(
     )
 
 
-def _targets(traces: Sequence[Trace], counts: Sequence[int], weighting: PositionWeighting) -> Targets:
+def _targets(
+    traces: Sequence[Trace], counts: Sequence[int], weighting: PositionWeighting, temperature: float
+) -> Targets:
     k = max(trace.top_k.k for trace in traces)
     token_ids_NK = np.zeros((sum(counts), k), np.int64)
     logprobs_NK = np.full((sum(counts), k), -np.inf, np.float32)
@@ -264,12 +269,14 @@ def _targets(traces: Sequence[Trace], counts: Sequence[int], weighting: Position
     tail_mass_N = np.concatenate([trace.top_k.tail_mass[:count] for trace, count in pairs])
     sampled_N = np.concatenate([trace.completion_token_ids[:count] for trace, count in pairs])
     weights_N = np.concatenate([weighting.weigh(trace)[:count] for trace, count in pairs])
+    drawn = [trace.sampling.is_plain(temperature) for trace in traces]
     return Targets(
         torch.as_tensor(token_ids_NK),
         torch.as_tensor(logprobs_NK),
         torch.as_tensor(tail_mass_N),
         torch.as_tensor(sampled_N.astype(np.int64)),
         None if weighting.is_even else torch.as_tensor(weights_N),
+        None if all(drawn) else torch.as_tensor(np.repeat(drawn, counts)),
     )
 
 

@@ -23,10 +23,15 @@ DivergenceName: TypeAlias = Literal[
     "forward-kl", "reverse-kl", "jsd", "skew-kl", "skew-reverse-kl", "sampled-kd"
 ]
 HiddenLossName: TypeAlias = Literal["hidden-cosine", "hidden-mse"]
-LossName: TypeAlias = DivergenceName | HiddenLossName | Literal["cross-entropy"]
+LossName: TypeAlias = DivergenceName | HiddenLossName | Literal["cross-entropy", "tail-cross-entropy"]
 DIVERGENCE_NAMES: tuple[DivergenceName, ...] = get_args(DivergenceName)
 HIDDEN_LOSS_NAMES: tuple[HiddenLossName, ...] = get_args(HiddenLossName)
-LOSS_NAMES: tuple[LossName, ...] = (*DIVERGENCE_NAMES, "cross-entropy", *HIDDEN_LOSS_NAMES)
+LOSS_NAMES: tuple[LossName, ...] = (
+    *DIVERGENCE_NAMES,
+    "cross-entropy",
+    "tail-cross-entropy",
+    *HIDDEN_LOSS_NAMES,
+)
 
 DEFAULT_MIX: dict[str, float] = {"jsd": 0.5, "skew-kl": 0.1, "skew-reverse-kl": 0.1}
 """The losses that compare with a mixture, and its usual proportion: GKD's β and DistiLLM's α."""
@@ -155,7 +160,15 @@ class Objective:
     @property
     def cross_entropy_weight(self) -> float:
         """Weight of the cross-entropy; 0 without it."""
-        return sum(term.weight for term in self.terms if term.name == "cross-entropy")
+        return self._weight_of("cross-entropy")
+
+    @property
+    def tail_cross_entropy_weight(self) -> float:
+        """Weight of the cross-entropy among the tokens of the tail; 0 without it."""
+        return self._weight_of("tail-cross-entropy")
+
+    def _weight_of(self, name: LossName) -> float:
+        return sum(term.weight for term in self.terms if term.name == name)
 
 
 def make_objective(

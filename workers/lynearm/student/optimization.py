@@ -194,6 +194,7 @@ class Optimization:
                 vocab_size=self._student.vocab_size,
                 weighting=self._weighting,
                 states=self._hidden.wanted,
+                temperature=objective.temperature,
             )
         ]
 

@@ -103,15 +103,30 @@ def _losses_at_once(
             value_R, one_slope_RB = divergence(term, floored_RB, log_q_RB)
         loss_R = loss_R + term.weight * value_R
         slope_RB += term.weight * one_slope_RB
+    token_weight_R = torch.full_like(cross_entropy_R, cross_entropy_weight)
+    tail_weight = objective.tail_cross_entropy_weight
+    if tail_weight:
+        # −log(q(token) / q_0): slope 1 on the tail's bucket, and as much cross-entropy.
+        weight_R = tail_weight * _stands_for_tail(targets, ids_RK, is_kept_RK).to(loss_R.dtype)
+        loss_R = loss_R + weight_R * (cross_entropy_R + log_q_RB[:, -1])
+        slope_RB[:, -1] += weight_R
+        token_weight_R += weight_R
     if scale_R is not None:
         # A q + g for each bucket.
-        grad_RB = (cross_entropy_weight - slope_RB.sum(1, keepdim=True)) * log_q_RB.exp() + slope_RB
+        grad_RB = (token_weight_R[:, None] - slope_RB.sum(1, keepdim=True)) * log_q_RB.exp() + slope_RB
         grad_RB *= scale_R[:, None]
         logits_RV *= grad_RB[:, -1:]
         logits_RV.scatter_add_(1, ids_RK, torch.where(is_kept_RK, grad_RB[:, :-1], 0.0))
-        if cross_entropy_weight:
-            logits_RV.scatter_add_(1, sampled_R1, (-cross_entropy_weight * scale_R)[:, None])
+        if cross_entropy_weight or tail_weight:
+            logits_RV.scatter_add_(1, sampled_R1, (-token_weight_R * scale_R)[:, None])
     return RowLosses(loss_R, kl_R, cross_entropy_R)
+
+
+def _stands_for_tail(targets: Targets, ids_RK: Tensor, is_kept_RK: Tensor) -> Tensor:
+    """Where the token is a draw of the row's distribution that fell outside its entries, bool [R]."""
+    is_kept_R = ((ids_RK == targets.sampled_ids_N[:, None]) & is_kept_RK).any(1)
+    stands_R = ~is_kept_R & (targets.tail_mass_N > 0)
+    return stands_R if targets.drawn_N is None else stands_R & targets.drawn_N
 
 
 def _tail_softmax(logits_RV: Tensor, ids_RK: Tensor, is_kept_RK: Tensor) -> Tensor:

@@ -25,6 +25,9 @@ class Targets:
     """int64: the token that the completion has at this position."""
     weights_N: Tensor | None = None
     """How much each position counts, 0 or more; None: all of them 1."""
+    drawn_N: Tensor | None = None
+    """bool: whether the sampled token was drawn from the row's own distribution, at the temperature at which
+    it is compared; None: all of them were."""
 
     def __len__(self) -> int:
         """N."""
@@ -38,6 +41,7 @@ class Targets:
             self.tail_mass_N[start:end],
             self.sampled_ids_N[start:end],
             None if self.weights_N is None else self.weights_N[start:end],
+            None if self.drawn_N is None else self.drawn_N[start:end],
         )
 
     def to(self, device: torch.device) -> Targets:
@@ -48,4 +52,5 @@ class Targets:
             self.tail_mass_N.to(device),
             self.sampled_ids_N.to(device),
             None if self.weights_N is None else self.weights_N.to(device),
+            None if self.drawn_N is None else self.drawn_N.to(device),
         )
