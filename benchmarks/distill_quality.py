@@ -14,8 +14,8 @@ teacher's whole distribution on prompts that nobody trained on, by transformers 
 - `sampled`: 50 draws and their counts, `sampled-kd`.
 - `hard_labels`: cross-entropy on the teacher's tokens.
 - `k64_default_loss`: as `standard_k64`, with 0.1 cross-entropy: what `lynearm train` does unless told.
-- `k64_tail_token`, `adaptive_tail_token`: with `tail-cross-entropy`, by which the token that the teacher wrote
-  stands for the tail where it fell into it.
+- `k64_tail_token`, `adaptive_tail_token`: with `tail-cross-entropy`, in which the token that the teacher
+  wrote stands for the tail where it fell into it.
 - `k64_drawn_tail`, `adaptive_drawn_tail`: those of 50 draws that fall into the tail stand for it in place of
   its mass. No teacher of lynearm writes such rows yet; here they show what the tail's shape is worth.
 
