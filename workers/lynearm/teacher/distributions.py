@@ -97,11 +97,13 @@ def top_entries(logits_NV: Tensor, k: int) -> tuple[Tensor, Tensor]:
         blocks_NJB = logits_NV[:, :in_blocks].view(rows, blocks, _BLOCK)
         best_NK = _largest(blocks_NJB.amax(-1), k)
         each_N1 = torch.arange(rows, device=logits_NV.device).unsqueeze(1)
-        candidates = torch.cat((blocks_NJB[each_N1, best_NK].flatten(1), logits_NV[:, in_blocks:]), dim=1)
-        ids_of_blocks = best_NK.unsqueeze(2) * _BLOCK + torch.arange(_BLOCK, device=logits_NV.device)
-        ids_of_rest = torch.arange(in_blocks, vocab_size, device=logits_NV.device).expand(rows, -1)
-        ids = torch.cat((ids_of_blocks.flatten(1), ids_of_rest), dim=1)
-        ids_NK = ids.gather(1, _largest(candidates, k))
+        candidates = blocks_NJB[each_N1, best_NK].flatten(1)
+        if in_blocks < vocab_size:
+            # What fills no block comes behind all of them, as in the vocabulary.
+            candidates = torch.cat((candidates, logits_NV[:, in_blocks:]), dim=1)
+            best_NK = torch.nn.functional.pad(best_NK, (0, 1), value=blocks)
+        places_NK = _largest(candidates, k)
+        ids_NK = best_NK.gather(1, places_NK // _BLOCK) * _BLOCK + places_NK % _BLOCK
     values_NK, order_NK = logits_NV.gather(1, ids_NK).sort(dim=1, descending=True)
     return values_NK, ids_NK.gather(1, order_NK)
 
