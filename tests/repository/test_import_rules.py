@@ -12,6 +12,7 @@ ROLE_FOLDERS = ("protos", "services", "workers", "clients")
 EVERYTHING = frozenset(
     {"v1", "wire", "traces", "client", "datasets", "interchange", "report", "demo", "cli"}
 ) | {
+    "cluster",
     "fleet",
     "teacher",
     "rollouts",
@@ -22,11 +23,12 @@ MAY_IMPORT = {
     "v1": frozenset[str](),
     "wire": frozenset({"v1"}),
     "traces": frozenset({"wire", "v1"}),
-    "fleet": frozenset({"traces", "wire"}),
+    "cluster": frozenset({"wire"}),
+    "fleet": frozenset({"traces", "wire", "cluster"}),
     "client": frozenset({"wire", "v1"}),
-    "teacher": frozenset({"wire", "client", "v1"}),
+    "teacher": frozenset({"wire", "client", "v1", "cluster"}),
     "rollouts": frozenset({"wire", "client", "teacher"}),
-    "student": frozenset({"wire", "client", "rollouts"}),
+    "student": frozenset({"wire", "client", "rollouts", "cluster"}),
     "export": frozenset({"wire"}),
     "interchange": frozenset({"v1", "wire", "client"}),
     "datasets": frozenset({"wire", "client"}),

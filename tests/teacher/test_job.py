@@ -53,9 +53,9 @@ def wordy_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def ray_here() -> Iterator[None]:
-    from lynearm.teacher.ray_actor import ray_session
+    from lynearm.teacher.ray_actor import teacher_session
 
-    with ray_session("local", 1):
+    with teacher_session("local", 1):
         yield
 
 
@@ -138,7 +138,7 @@ def test_no_channel_is_open_while_ray_forks_its_servers(
             raise EnoughError
 
     count_channels()
-    monkeypatch.setattr(job, "ray_session", count_channels)
+    monkeypatch.setattr(job, "teacher_session", count_channels)
     with pytest.raises(EnoughError):
         run_teach(teach_config(tmp_path, prompts=prompts, service=service.target))
     assert counts[1] == counts[0]
@@ -209,7 +209,8 @@ def test_a_job_waits_for_the_service_and_says_so(prompts: Path, tmp_path: Path) 
 
 def test_a_ray_that_is_not_there_is_named() -> None:
     # A process of its own: one that is connected to a Ray already goes on using that.
-    code = "from lynearm.teacher.ray_actor import ray_session\nwith ray_session('127.0.0.1:1', 1): pass\n"
+    opening = "with teacher_session('127.0.0.1:1', 1): pass"
+    code = f"from lynearm.teacher.ray_actor import teacher_session\n{opening}\n"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 1
-    assert "cannot reach or start Ray (127.0.0.1:1)" in done.stderr
+    assert "cannot reach Ray (127.0.0.1:1)" in done.stderr

@@ -9,9 +9,10 @@ import time
 from collections.abc import Generator, Sequence
 from typing import Any, TypeAlias
 
+from lynearm.cluster.session import RayUse, last_line, ray_session
 from lynearm.fleet.placement import Cluster, Node, ServerPlan
 from lynearm.fleet.server_actor import ServerReport, TraceServerActor
-from lynearm.wire.errors import FleetError, MissingDependencyError
+from lynearm.wire.errors import FleetError
 
 Untyped: TypeAlias = Any
 """An object of Ray, whose remote calls no checker can follow."""
@@ -20,7 +21,12 @@ NAMESPACE = "lynearm"
 """Of the actors' names; jobs in any namespace find them there."""
 
 _NAME = re.compile(r"trace-server-(\d+)")
-_PROBE_SECONDS = 5.0
+_USE = RayUse(
+    "a server on Ray",
+    "pip install 'lynearm[ray,service]', on each node",
+    error=FleetError,
+    remedy="start it with `ray start`, or name a node's host:port with --ray-address",
+)
 _REMOVAL_SECONDS = 30.0
 """Until Ray has forgotten the name of an actor that it killed."""
 
@@ -67,9 +73,9 @@ class ServerActor:
         except errors.ActorUnavailableError:
             return None
         except (errors.RayActorError, errors.ActorUnschedulableError) as error:
-            raise ServerLostError(f"server {self.number} has ended: {_last_line(error)}") from error
+            raise ServerLostError(f"server {self.number} has ended: {last_line(error)}") from error
         except errors.RayError as error:
-            raise FleetError(f"server {self.number} does not answer: {_last_line(error)}") from error
+            raise FleetError(f"server {self.number} does not answer: {last_line(error)}") from error
         return report
 
     def drain(self) -> Untyped:
@@ -146,7 +152,7 @@ class RayCluster:
         try:
             port: int = self._ray.get(task.remote(host), timeout=timeout_seconds)
         except self._ray.exceptions.RayError as error:
-            raise FleetError(f"node {node.host} finds no free port: {_last_line(error)}") from error
+            raise FleetError(f"node {node.host} finds no free port: {last_line(error)}") from error
         return port
 
     def wait(self, references: Sequence[Untyped], timeout_seconds: float) -> bool:
@@ -189,30 +195,8 @@ def connect(address: str) -> Generator[RayCluster]:
         MissingDependencyError: without Ray.
         FleetError: if it cannot be reached.
     """
-    try:
-        import ray
-    except ImportError as error:
-        raise MissingDependencyError(
-            f"servers on Ray need Ray: {error}", "pip install 'lynearm[ray,service]', on each node"
-        ) from error
-    module: Untyped = ray
-    if module.is_initialized():
-        yield RayCluster(module)
-        return
-    try:
-        _probe(address)
-        module.init(address=address, namespace=NAMESPACE, log_to_driver=False, logging_level="warning")
-    # Ray raises ConnectionError, RuntimeError or a bare Exception, as the case may be.
-    except Exception as error:
-        module.shutdown()
-        raise FleetError(
-            f"cannot reach Ray ({address}): {_last_line(error)}",
-            "start it with `ray start`, or name a node's host:port with --ray-address",
-        ) from error
-    try:
-        yield RayCluster(module)
-    finally:
-        module.shutdown()
+    with ray_session(address, _USE, namespace=NAMESPACE) as ray:
+        yield RayCluster(ray)
 
 
 def find_free_port(host: str) -> int:
@@ -222,15 +206,3 @@ def find_free_port(host: str) -> int:
         probe.bind((host.strip("[]"), 0))
         port: int = probe.getsockname()[1]
         return port
-
-
-def _probe(address: str) -> None:
-    """Fail at once for an address where nobody listens: Ray tries for minutes, then exits the process."""
-    host, _, port = address.rpartition(":")
-    if host and port.isdigit():
-        socket.create_connection((host, int(port)), timeout=_PROBE_SECONDS).close()
-
-
-def _last_line(error: Exception) -> str:
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return lines[-1][:300].rstrip(".") if lines else type(error).__name__

@@ -7,21 +7,19 @@ The driver hears of progress through an actor of its own, and tells the ranks th
 
 from __future__ import annotations
 
-import contextlib
-import importlib
 import logging
-import os
 import tempfile
 import threading
 from collections import Counter, deque
-from collections.abc import Generator
+from contextlib import AbstractContextManager
 from dataclasses import replace
 from typing import Any, TypeAlias
 
 from lynearm.client import stop_on_interrupt
+from lynearm.cluster.session import RayUse, ray_session
 from lynearm.student.config import TrainConfig
 from lynearm.student.progress import OnProgress, TrainProgress, TrainReport, ignore_progress
-from lynearm.wire.errors import ConfigError, LynearmError, MissingDependencyError, TrainingError
+from lynearm.wire.errors import ConfigError, LynearmError, TrainingError
 
 logger = logging.getLogger(__name__)
 
@@ -32,8 +30,12 @@ MAX_LOSSES = 8
 """Times that Ray Train may start the ranks again before it gives up."""
 
 _POLL_SECONDS = 0.5
-_OBJECT_STORE_BYTES = 100 << 20
-"""Nothing large passes through it; Ray's own default takes a third of the machine's memory."""
+_USE = RayUse(
+    "training under Ray",
+    "pip install 'lynearm[student,ray-train]'",
+    error=ConfigError,
+    modules=("ray.train.torch",),
+)
 
 
 class Board:
@@ -94,7 +96,7 @@ def run_on_ray(
         TrainingError: if ranks were lost more than `MAX_LOSSES` times.
         LynearmError: as for `run_train`.
     """
-    with _connected(config) as ray, stop_on_interrupt(stop) as event:
+    with _session(config) as ray, stop_on_interrupt(stop) as event:
         board = ray.remote(num_cpus=0)(Board).remote()
         fit = _Fit(config, ray, board)
         asked = False
@@ -113,6 +115,11 @@ def run_on_ray(
         f"the ranks were lost: {fit.failure or 'Ray Train does not say why'}",
         "see Ray's logs; the same command with --resume goes on from the latest checkpoint",
     )
+
+
+def _session(config: TrainConfig) -> AbstractContextManager[Untyped]:
+    cpus = max(1, config.ranks) * max(1, config.threads)
+    return ray_session(config.ray_address, _USE, local={"num_cpus": cpus})
 
 
 class _Fit:
@@ -191,47 +198,3 @@ def _train_one_rank(loop: dict[str, Untyped]) -> None:
         raise
     if rank == 0:
         module.get(board.conclude.remote(report, None))
-
-
-@contextlib.contextmanager
-def _connected(config: TrainConfig) -> Generator[Untyped]:
-    """The module `ray`, connected; a Ray that was started here is shut down at the end."""
-    try:
-        import ray
-
-        importlib.import_module("ray.train.torch")
-    except ImportError as error:
-        raise MissingDependencyError(
-            f"training under Ray needs Ray Train: {error}", "pip install 'lynearm[student,ray-train]'"
-        ) from error
-    module: Untyped = ray
-    if module.is_initialized():
-        yield module
-        return
-    arguments: dict[str, object] = {
-        "address": config.ray_address,
-        "log_to_driver": False,
-        "logging_level": "warning",
-    }
-    if config.ray_address == "local":
-        # Ray runs workers at nice 15 by default: on a busy machine they would starve.
-        os.environ.setdefault("RAY_worker_niceness", "0")
-        cpus = max(1, config.ranks) * max(1, config.threads)
-        arguments |= {
-            "num_cpus": cpus,
-            "include_dashboard": False,
-            "object_store_memory": _OBJECT_STORE_BYTES,
-        }
-    try:
-        module.init(**arguments)
-    # Ray raises ConnectionError, ValueError and a bare Exception for what it cannot reach or start.
-    except Exception as error:
-        module.shutdown()
-        raise ConfigError(
-            f"cannot reach or start Ray ({config.ray_address}): {str(error).splitlines()[-1][:300]}",
-            "start a Ray and name it with --ray-address, or use --ray-address local",
-        ) from error
-    try:
-        yield module
-    finally:
-        module.shutdown()

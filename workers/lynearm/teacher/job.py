@@ -23,7 +23,7 @@ from lynearm.teacher.model_source import pin_model
 from lynearm.teacher.preflight import runs_here
 from lynearm.teacher.progress import TeachProgress, TeachReport
 from lynearm.teacher.prompt_job import MAX_REPORTED_FAILURES, JobPrompts, PromptJob
-from lynearm.teacher.ray_actor import RayWorkers, ray_session
+from lynearm.teacher.ray_actor import RayWorkers, teacher_session
 from lynearm.teacher.ray_cluster import Untyped
 from lynearm.teacher.slot import Totals
 from lynearm.teacher.supervisor import Supervisor
@@ -67,7 +67,7 @@ def run_teach(config: TeachConfig, on_progress: OnProgress = lambda progress: No
         if job.look():
             job.prepare_for_ray()
             try:
-                with ray_session(job.config.ray_address, local_cpus([job.config])) as ray:
+                with teacher_session(job.config.ray_address, local_cpus([job.config])) as ray:
                     _run_alone(job, ray)
             except KeyboardInterrupt:
                 job.interrupted = True

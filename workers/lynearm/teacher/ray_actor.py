@@ -2,30 +2,22 @@
 
 from __future__ import annotations
 
-import contextlib
 import logging
-import os
-import socket
-from collections.abc import Generator
+from contextlib import AbstractContextManager
 from dataclasses import replace
 
+from lynearm.cluster.session import RayUse, last_line, ray_session
 from lynearm.teacher.config import TeachConfig
 from lynearm.teacher.placement import NodeView, WorkerShare, machine_memory_bytes
 from lynearm.teacher.ray_cluster import Reservation, Untyped, live_nodes
 from lynearm.teacher.slot import Place
 from lynearm.teacher.worker import EngineFailedError, TeacherWorker
 from lynearm.teacher.worker_progress import WorkerProgress
-from lynearm.wire.errors import LynearmError, MissingDependencyError, TeacherError
+from lynearm.wire.errors import LynearmError, TeacherError
 
 logger = logging.getLogger(__name__)
 
-_OBJECT_STORE_BYTES = 100 << 20
-"""Prompts go through it, traces never do; Ray's own default takes a third of the machine's memory."""
-
-_START_TRIES = 3
-"""Ray gives a node 30 s to start, which a machine under load may exceed; the next try is warm."""
-
-_PROBE_SECONDS = 5.0
+_USE = RayUse("the teacher", "pip install 'lynearm[teacher]' or 'lynearm[teacher-cpu]'", error=TeacherError)
 
 
 class WorkerLostError(TeacherError):
@@ -36,44 +28,18 @@ class WorkerOutOfReachError(WorkerLostError):
     """The actor does not answer, and Ray has not found out yet whether its process ended or its node."""
 
 
-@contextlib.contextmanager
-def ray_session(address: str, cpus: int) -> Generator[Untyped]:
-    """The module `ray`, connected; a Ray that was started here is shut down at the end.
+def teacher_session(address: str, cpus: int) -> AbstractContextManager[Untyped]:
+    """The module `ray`, connected: see `ray_session`.
 
     Args:
-        address: "local" starts one; anything else is where to connect. Within a process that is connected
-            already, that connection is used and left open.
+        address: "local" starts one.
         cpus: CPUs that a Ray of our own offers.
 
     Raises:
         MissingDependencyError: without Ray.
         TeacherError: if Ray cannot be started or reached.
     """
-    try:
-        import ray
-    except ImportError as error:
-        raise MissingDependencyError(
-            f"the teacher needs Ray: {error}", "pip install 'lynearm[teacher]' or 'lynearm[teacher-cpu]'"
-        ) from error
-    module: Untyped = ray
-    if module.is_initialized():
-        yield module
-        return
-    arguments: dict[str, object] = {"address": address, "log_to_driver": False, "logging_level": "warning"}
-    if address == "local":
-        # Ray runs workers at nice 15 by default: on a busy machine they would starve.
-        os.environ.setdefault("RAY_worker_niceness", "0")
-        arguments |= {
-            "num_cpus": cpus,
-            "_memory": machine_memory_bytes(),
-            "include_dashboard": False,
-            "object_store_memory": _OBJECT_STORE_BYTES,
-        }
-    _connect(module, address, arguments)
-    try:
-        yield module
-    finally:
-        module.shutdown()
+    return ray_session(address, _USE, local={"num_cpus": cpus, "_memory": machine_memory_bytes()})
 
 
 class WorkerActor:
@@ -191,40 +157,10 @@ class RayWorkers:
         return WorkerActor(self._ray, config, share, place, producer_id=producer_id, holder=holder)
 
 
-def _connect(module: Untyped, address: str, arguments: dict[str, object]) -> None:
-    remedy = "use --ray-address local, or start a Ray and name its address"
-    if address == "local":
-        remedy = "run the same command again; a busy machine may be too slow for Ray to start in time"
-    for attempt in range(1, _START_TRIES + 1):
-        try:
-            _probe(address)
-            module.init(**arguments)
-            return
-        # A local Ray that does not come up in time raises a bare Exception.
-        except Exception as error:
-            module.shutdown()
-            if address != "local" or attempt == _START_TRIES:
-                message = f"cannot reach or start Ray ({address}): {_last_line(error)}"
-                raise TeacherError(message, remedy) from error
-            logger.warning("Ray did not start (%s); trying again", _last_line(error))
-
-
-def _probe(address: str) -> None:
-    """Fail at once for an address where nobody listens: Ray tries for minutes, then exits the process."""
-    host, _, port = address.removeprefix("ray://").rpartition(":")
-    if host and port.isdigit():
-        socket.create_connection((host, int(port)), timeout=_PROBE_SECONDS).close()
-
-
 def _exit_detail(error: Exception) -> str:
     """How a process ended, out of what Ray says at length."""
     text = " ".join(str(error).split())
     _, found, detail = text.partition("Worker exit detail: ")
     if not found:
-        return _last_line(error)
+        return last_line(error)
     return detail.partition(" Some common causes")[0].partition(" There are some")[0][:200].rstrip(". ")
-
-
-def _last_line(error: Exception) -> str:
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return lines[-1][:300] if lines else type(error).__name__

@@ -16,7 +16,7 @@ from lynearm.teacher.config import TeachConfig
 from lynearm.teacher.job import TeachJob, local_cpus, settled
 from lynearm.teacher.job_progress import OnProgress
 from lynearm.teacher.progress import TeachReport
-from lynearm.teacher.ray_actor import ray_session
+from lynearm.teacher.ray_actor import teacher_session
 from lynearm.teacher.several import teacher_name
 from lynearm.teacher.shared_progress import SharedProgress
 from lynearm.teacher.side_by_side import SideBySide
@@ -123,7 +123,7 @@ class _Several:
             job.prepare_for_ray()
         configs = [job.config for job in jobs.values()]
         try:
-            with ray_session(configs[0].ray_address, local_cpus(configs)) as ray:
+            with teacher_session(configs[0].ray_address, local_cpus(configs)) as ray:
                 SideBySide(ray, jobs, self._progress.note, self._take_end).run()
         except KeyboardInterrupt:
             for name, job in jobs.items():
