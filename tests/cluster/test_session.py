@@ -1,5 +1,6 @@
-"""Connecting to Ray: what is tried again, what is refused, and what is shut down. Jobs, fleets and students
-connect to real ones in their own tests.
+"""Connecting to Ray: what is tried again, what is refused, and what is shut down.
+
+Jobs, fleets and students connect to real ones in their own tests.
 """
 
 from __future__ import annotations
