@@ -97,6 +97,9 @@ def test_draws_suit_the_losses_that_they_leave_unbiased(teacher: StudentModel) -
     for loss in ("reverse-kl", "jsd", "skew-kl", "skew-reverse-kl"):
         with pytest.raises(MisalignmentError, match=f"{loss} is biased"):
             make_objective(drawn, [loss])
+    with pytest.raises(MisalignmentError, match="no tail is left over"):
+        make_objective(drawn, ["forward-kl", "tail-cross-entropy"])
+    make_objective(spec, ["forward-kl", "tail-cross-entropy"])
     with pytest.raises(MisalignmentError, match="another temperature is biased"):
         make_objective(drawn, ["sampled-kd"], temperature=2.0, retemper=True)
     with pytest.raises(MisalignmentError, match="holds no draws"):

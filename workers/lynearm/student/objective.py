@@ -214,6 +214,11 @@ def make_objective(
         )
     for term in objective.divergences:
         _check_codec(spec, term, retempered=differs)
+    if objective.tail_cross_entropy_weight and spec.codec.mode == "sampled":
+        raise MisalignmentError(
+            f"stream {spec.name!r} holds draws: no tail is left over for tail-cross-entropy",
+            "train with sampled-kd alone, which learns the whole distribution from them",
+        )
     return objective
 
 
