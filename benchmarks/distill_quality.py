@@ -14,8 +14,8 @@ teacher's whole distribution on prompts that nobody trained on, by transformers 
 - `sampled`: 50 draws and their counts, `sampled-kd`.
 - `hard_labels`: cross-entropy on the teacher's tokens.
 - `k64_default_loss`: as `standard_k64`, with 0.1 cross-entropy: what `lynearm train` does unless told.
-- `k64_tail_token`, `adaptive_tail_token`: with `tail-cross-entropy`, in which the token that the teacher
-  wrote stands for the tail where it fell into it.
+- `k64_tail_token`, `k64_tail_token_03`: with `tail-cross-entropy` at weight 1 or 0.3, in which the token that
+  the teacher wrote stands for the tail where it fell into it.
 - `k64_drawn_tail`, `adaptive_drawn_tail`: those of 50 draws that fall into the tail stand for it in place of
   its mass. No teacher of lynearm writes such rows yet; here they show what the tail's shape is worth.
 
@@ -141,6 +141,7 @@ def make_methods() -> tuple[Method, ...]:
     kl, wide = ("forward-kl",), CodecSpec("standard", TOP_K + DRAWS)
     drawn = CodecSpec("sampled", DRAWS, draws=DRAWS)
     usual, tail_token = TrainConfig().loss, (*kl, "tail-cross-entropy")
+    a_little = (*kl, "tail-cross-entropy:0.3")
     return (
         Method(DENSE, "dense", kl, None),
         Method("standard_k64", "standard, k = 64", kl, CodecSpec("standard", TOP_K)),
@@ -150,7 +151,7 @@ def make_methods() -> tuple[Method, ...]:
         Method("hard_labels", "hard labels", ("cross-entropy",), CodecSpec("standard", 0), "none"),
         Method("k64_default_loss", "k = 64, 0.1 hard labels", usual, CodecSpec("standard", TOP_K)),
         Method("k64_tail_token", "k = 64, tail token", tail_token, CodecSpec("standard", TOP_K)),
-        Method("adaptive_tail_token", "adaptive, tail token", tail_token, CodecSpec("standard", **adaptive)),
+        Method("k64_tail_token_03", "k = 64, tail token, 0.3", a_little, CodecSpec("standard", TOP_K)),
         Method("k64_drawn_tail", "k = 64, drawn tail", kl, wide, "drawn tail"),
         Method("adaptive_drawn_tail", "adaptive, drawn tail", kl, wide, "drawn tail", LEAST_PROBABILITY),
     )
