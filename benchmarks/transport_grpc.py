@@ -40,13 +40,12 @@ def serve_blocks(on_ready: Callable[[str], None]) -> None:
     asyncio.run(_serve(on_ready))
 
 
-# Any, below: grpc types calls, handlers and contexts by serialisers, of which there are none.
+# Any, below: grpc types channels, handlers and contexts by serialisers, of which there are none.
 def read_blocks(address: str, load: Load, pace: Pace) -> None:
     """Read a load from `serve_blocks`."""
     keep_freed_memory()
     request = _REQUEST.pack(load.block_bytes, load.count, pace.burst, pace.pause_seconds)
-    method: Any = _channel(address).unary_stream(_METHOD)
-    received = sum(1 for _ in method(request))
+    received = sum(1 for _ in _channel(address).unary_stream(_METHOD)(request))
     if received != load.count:
         raise ValueError(f"{received} of {load.count} blocks came")
 
@@ -72,5 +71,5 @@ async def _send(request: bytes, context: Any) -> None:
 
 
 @cache
-def _channel(address: str) -> grpc.Channel:
+def _channel(address: str) -> Any:
     return grpc.insecure_channel(address)
