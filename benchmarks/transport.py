@@ -6,7 +6,7 @@ Servers, publishers and readers are processes of their own on this machine. Ever
 run, in rounds that take turns; blocks are random bytes, which nothing on the way can compress. Wall times
 are medians over the rounds. CPU-seconds are user and system time by each process's own clock; of those that
 are compared with TCP the least of all rounds counts, since other work on the machine only ever adds to
-them. Takes about two minutes; --quick takes half a minute, and shows that it runs and no more. Linux only.
+them. Takes about three minutes; --quick takes half a minute, and shows that it runs and no more. Linux only.
 
 The last line is JSON; where a figure stands for both block sizes, 256 KiB and 1 MiB, it is the worse of two:
 
@@ -16,10 +16,10 @@ The last line is JSON; where a figure stands for both block sizes, 256 KiB and 1
 - `tail_*_cpu_vs_tcp`: the same for a subscription that follows while blocks are published. Counted is the
   reader, and what the server uses beyond the same publishing without a subscriber. The difference of two
   figures, and so the least certain of all.
-- `grpc_*_cpu_vs_tcp`, `grpc_paced_*_cpu_vs_tcp`: the same for blocks that grpc.aio sends and grpc's sync
+- `grpc_*_cpu_vs_tcp`, `grpc_tail_*_cpu_vs_tcp`: the same for blocks that grpc.aio sends and grpc's sync
   client receives with nothing of ours in between: as fast as they go, and as the live tail's came, a group at
-  once and then a pause, at the rate that the tail had in the same round. What gRPC leaves of TCP's efficiency
-  for a fetch and for a tail.
+  once and then a pause, at the rate that the tail had in the same round, beside the same publishing. What
+  gRPC leaves of TCP's efficiency for a fetch and for a tail.
 - `durable_publish_*_vs_group_commit`: wall throughput of acknowledged publishing against a bare loop on the
   same disk, which writes a file for each group of the server's `group_bytes`, syncs it and its name, and
   commits a row in SQLite, synced too. Both delete what they wrote after their time is taken. The loop only
@@ -139,8 +139,8 @@ def block_figures(rows: Rows) -> dict[str, float]:
         figures[f"fetch_{name}_cpu_vs_tcp"] = cost("TCP copy", size) / cost("fetch", size)
         figures[f"tail_{name}_cpu_vs_tcp"] = cost("TCP copy", size) / tail
         figures[f"grpc_{name}_cpu_vs_tcp"] = cost("TCP copy", size) / cost("gRPC alone", size)
-        figures[f"grpc_paced_{name}_cpu_vs_tcp"] = cost("TCP copy", size) / cost(
-            "gRPC alone, at the tail's pace", size
+        figures[f"grpc_tail_{name}_cpu_vs_tcp"] = cost("TCP copy", size) / cost(
+            "gRPC alone, as the live tail", size
         )
         figures[f"durable_publish_{name}_vs_group_commit"] = rate("durable publish", size) / rate(
             "bare group commit", size

@@ -122,7 +122,7 @@ class Site:
         self._commit_groups(publish_load)
         self._publish(publish_load)
         tail_seconds = self._follow(publish_load)
-        self._read_grpc("gRPC alone, at the tail's pace", load, _pace_of(publish_load, tail_seconds))
+        self._follow_grpc(load, publish_load, _pace_of(publish_load, tail_seconds))
         self._read("replay from files", self._from_files, roles.subscribe, self._file_source(load), load)
         self._read("replay from memory", self._from_memory, roles.subscribe, self._memory_source(load), load)
         self._fan_out("server, one subscriber", self.readers[:1], load)
@@ -162,6 +162,14 @@ class Site:
         used = self.readers[0].run(read_blocks, self._grpc.address, load, pace)
         cpu_seconds = used.cpu_seconds + self._grpc.cpu_seconds() - before
         self._rows.add(name, load, used.wall_seconds, cpu_seconds)
+
+    def _follow_grpc(self, load: Load, publish_load: Load, pace: Pace) -> None:
+        """As the live tail comes, with the same neighbours, and from a server that has nothing else to do."""
+        source = self._live_sources[load.block_bytes]
+        self.publisher.begin(roles.publish, source, publish_load)
+        self._read_grpc("gRPC alone, as the live tail", load, pace)
+        self.publisher.wait()
+        self.publisher.run(roles.give_up_blocks, source)
 
     def _publish(self, load: Load) -> None:
         source = self._live_sources[load.block_bytes]
