@@ -20,7 +20,7 @@ def write(path: Path, blocks: Sequence[bytes | memoryview], writer: DirectWriter
     descriptor = writer.create(path, sum(map(len, blocks)))
     try:
         writer.write(descriptor, blocks)
-        os.fdatasync(descriptor)
+        os.fsync(descriptor)
     finally:
         os.close(descriptor)
 
