@@ -6,7 +6,7 @@ Servers, publishers and readers are processes of their own on this machine. Ever
 run, in rounds that take turns; blocks are random bytes, which nothing on the way can compress. Wall times
 are medians over the rounds. CPU-seconds are user and system time by each process's own clock; of those that
 are compared with TCP the least of all rounds counts, since other work on the machine only ever adds to
-them. Takes about two minutes; --quick takes half a minute, and shows that it runs and no more. Linux only.
+them. Takes about three minutes; --quick takes half a minute, and shows that it runs and no more. Linux only.
 
 The last line is JSON; where a figure stands for both block sizes, 256 KiB and 1 MiB, it is the worse of two:
 
@@ -16,10 +16,15 @@ The last line is JSON; where a figure stands for both block sizes, 256 KiB and 1
 - `tail_*_cpu_vs_tcp`: the same for a subscription that follows while blocks are published. Counted is the
   reader, and what the server uses beyond the same publishing without a subscriber. The difference of two
   figures, and so the least certain of all.
+- `grpc_*_cpu_vs_tcp`, `grpc_tail_*_cpu_vs_tcp`: the same for blocks that grpc.aio sends and grpc's sync
+  client receives with nothing of ours in between: as fast as they go, and as the live tail's came, a group at
+  once and then a pause, at the rate that the tail had in the same round, beside the same publishing. What
+  gRPC leaves of TCP's efficiency for a fetch and for a tail.
 - `durable_publish_*_vs_group_commit`: wall throughput of acknowledged publishing against a bare loop on the
   same disk, which writes a file for each group of the server's `group_bytes`, syncs it and its name, and
-  commits a row in SQLite, synced too. The loop only writes; publishing also moves the blocks from process to
-  process and checks them, so that a busy CPU slows it alone, and a busy disk both.
+  commits a row in SQLite, synced too. Both delete what they wrote after their time is taken. The loop only
+  writes; publishing also moves the blocks from process to process and checks them, so that a busy CPU slows
+  it alone, and a busy disk both.
 - `replay_vs_tail`: wall throughput of a subscription from offset 0, to blocks that are in the server's files
   only, against that of the live tail.
 - `four_subscribers_cpu_vs_one`: CPU-seconds of the server for each byte sent (medians), four subscriptions to
@@ -133,6 +138,10 @@ def block_figures(rows: Rows) -> dict[str, float]:
         )
         figures[f"fetch_{name}_cpu_vs_tcp"] = cost("TCP copy", size) / cost("fetch", size)
         figures[f"tail_{name}_cpu_vs_tcp"] = cost("TCP copy", size) / tail
+        figures[f"grpc_{name}_cpu_vs_tcp"] = cost("TCP copy", size) / cost("gRPC alone", size)
+        figures[f"grpc_tail_{name}_cpu_vs_tcp"] = cost("TCP copy", size) / cost(
+            "gRPC alone, as the live tail", size
+        )
         figures[f"durable_publish_{name}_vs_group_commit"] = rate("durable publish", size) / rate(
             "bare group commit", size
         )

@@ -75,15 +75,16 @@ class Worker:
 
 
 class ServerProcess:
-    """A trace server in a process of its own. Use it as a context manager.
+    """A server in a process of its own. Use it as a context manager.
 
     Args:
-        config: Its port is 0.
+        served: Configuration of a trace server, whose port is 0; or what serves something else until the
+            process ends, and calls its argument with host:port.
     """
 
-    def __init__(self, config: ServeConfig) -> None:
+    def __init__(self, served: ServeConfig | Callable[[Callable[[str], None]], None]) -> None:
         self._pipe, theirs = _context.Pipe()
-        self._process = _context.Process(target=_serve, args=(config, theirs), daemon=True)
+        self._process = _context.Process(target=_serve, args=(served, theirs), daemon=True)
         self._process.start()
         if not self._pipe.poll(_START_SECONDS):
             raise WorkFailed("the server did not start")
@@ -126,8 +127,11 @@ def _work(pipe: Connection) -> None:
         pipe.send((Usage(time.perf_counter() - wall, time.process_time() - cpu, result), failure))
 
 
-def _serve(config: ServeConfig, pipe: Connection) -> None:
+def _serve(served: ServeConfig | Callable[[Callable[[str], None]], None], pipe: Connection) -> None:
     from lynearm.traces.server import run_server
 
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    run_server(config, pipe.send)
+    if isinstance(served, ServeConfig):
+        run_server(served, pipe.send)
+    else:
+        served(pipe.send)

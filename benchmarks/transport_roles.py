@@ -23,6 +23,9 @@ _DISTINCT_BLOCKS = 16
 """Enough that neither cache nor disk meets the same bytes at once, and few enough to be made quickly."""
 
 
+_GROUPS = "groups.sqlite3"
+
+
 @dataclass(frozen=True, slots=True)
 class Load:
     """What a row moves: `count` blocks of random bytes, which nothing on the way can compress."""
@@ -126,12 +129,15 @@ def send_copy(port: int, load: Load) -> None:
         connection.recv(4)
 
 
+def make_groups(directory: Path) -> None:
+    """Make ready for `commit_groups`."""
+    directory.mkdir()
+    _open_groups(directory).execute("CREATE TABLE groups (name TEXT PRIMARY KEY, size INTEGER)")
+
+
 def commit_groups(directory: Path, load: Load, group_bytes: int) -> None:
     """The bare loop: for each group a file of its own, synced with its name, and a synced row in SQLite."""
-    database = sqlite3.connect(directory / "groups.sqlite3", isolation_level=None)
-    database.execute("PRAGMA journal_mode=WAL")
-    database.execute("PRAGMA synchronous=FULL")
-    database.execute("CREATE TABLE IF NOT EXISTS groups (name TEXT PRIMARY KEY, size INTEGER)")
+    database = _open_groups(directory)
     folder = os.open(directory, os.O_RDONLY | os.O_DIRECTORY)
     for group in _groups(load, group_bytes):
         name = secrets.token_hex(16)
@@ -142,9 +148,17 @@ def commit_groups(directory: Path, load: Load, group_bytes: int) -> None:
         os.fsync(folder)
         database.execute("INSERT INTO groups VALUES (?, ?)", (name, size_bytes))
     os.close(folder)
-    database.close()
+
+
+def give_up_groups(directory: Path) -> None:
+    """Delete the files of the bare loop, which goes on with its database."""
     for path in directory.iterdir():
-        path.unlink()
+        if not path.name.startswith(_GROUPS):
+            path.unlink()
+    # Or the next that syncs has to wait for the disk to let go of them.
+    folder = os.open(directory, os.O_RDONLY | os.O_DIRECTORY)
+    os.fsync(folder)
+    os.close(folder)
 
 
 def warm_up(block_bytes: int) -> None:
@@ -153,6 +167,14 @@ def warm_up(block_bytes: int) -> None:
 
 
 _listeners: list[socket.socket] = []
+
+
+@cache
+def _open_groups(directory: Path) -> sqlite3.Connection:
+    database = sqlite3.connect(directory / _GROUPS, isolation_level=None)
+    database.execute("PRAGMA journal_mode=WAL")
+    database.execute("PRAGMA synchronous=FULL")
+    return database
 
 
 @cache

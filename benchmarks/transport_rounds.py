@@ -13,6 +13,7 @@ from typing import Self
 
 import transport_roles as roles
 import trustme
+from transport_grpc import AT_ONCE, Pace, read_blocks, serve_blocks
 from transport_processes import ServerProcess, Usage, Worker
 from transport_roles import Load, Source
 
@@ -72,6 +73,7 @@ class Site:
 
     def __init__(self, directory: Path, read_loads: Sequence[Load], rows: Rows) -> None:
         self._directory = directory
+        self._groups = directory / "groups"
         self._loads = read_loads
         self._rows = rows
         self._stack = ExitStack()
@@ -85,6 +87,7 @@ class Site:
         }
         self._from_memory = self._serve("memory", cache_bytes=512 * MIB)
         self._from_files = self._serve("files", cache_bytes=0)
+        self._grpc = self._stack.enter_context(ServerProcess(serve_blocks))
         self._root_ca, secure = _make_certificate(self._directory)
         self._secure = self._serve("secure", cache_bytes=512 * MIB, **secure)
         for worker in (self.publisher, *self.readers):
@@ -96,6 +99,7 @@ class Site:
                 self.publisher.run(roles.publish, source, load)
         for source in self._live_sources.values():
             self.publisher.run(roles.make_stream, source)
+        self.publisher.run(roles.make_groups, self._groups)
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -114,9 +118,11 @@ class Site:
         self._read("fetch", self._from_memory, roles.fetch, self._memory_source(load), load)
         if with_tls:
             self._read("fetch over TLS", self._secure, roles.fetch, self._secure_source(load), load)
+        self._read_grpc("gRPC alone", load, AT_ONCE)
         self._commit_groups(publish_load)
         self._publish(publish_load)
-        self._follow(publish_load)
+        tail_seconds = self._follow(publish_load)
+        self._follow_grpc(load, publish_load, _pace_of(publish_load, tail_seconds))
         self._read("replay from files", self._from_files, roles.subscribe, self._file_source(load), load)
         self._read("replay from memory", self._from_memory, roles.subscribe, self._memory_source(load), load)
         self._fan_out("server, one subscriber", self.readers[:1], load)
@@ -151,6 +157,20 @@ class Site:
         cpu_seconds = used.cpu_seconds + server.cpu_seconds() - before
         self._rows.add(name, load, used.wall_seconds, cpu_seconds)
 
+    def _read_grpc(self, name: str, load: Load, pace: Pace) -> None:
+        before = self._grpc.cpu_seconds()
+        used = self.readers[0].run(read_blocks, self._grpc.address, load, pace)
+        cpu_seconds = used.cpu_seconds + self._grpc.cpu_seconds() - before
+        self._rows.add(name, load, used.wall_seconds, cpu_seconds)
+
+    def _follow_grpc(self, load: Load, publish_load: Load, pace: Pace) -> None:
+        """As the live tail comes, with the same neighbours, and from a server that has nothing else to do."""
+        source = self._live_sources[load.block_bytes]
+        self.publisher.begin(roles.publish, source, publish_load)
+        self._read_grpc("gRPC alone, as the live tail", load, pace)
+        self.publisher.wait()
+        self.publisher.run(roles.give_up_blocks, source)
+
     def _publish(self, load: Load) -> None:
         source = self._live_sources[load.block_bytes]
         before = self._live.cpu_seconds()
@@ -160,8 +180,8 @@ class Site:
         self._rows.add("server, publish", load, used.wall_seconds, server_seconds)
         self.publisher.run(roles.give_up_blocks, source)
 
-    def _follow(self, load: Load) -> None:
-        """Publish again, now with a subscriber."""
+    def _follow(self, load: Load) -> float:
+        """Publish again, now with a subscriber; returns the seconds until it has all."""
         source = self._live_sources[load.block_bytes]
         start = self.publisher.run(roles.next_offset, source).result
         reader = self.readers[0]
@@ -176,6 +196,7 @@ class Site:
         self._rows.add("server, publish and live tail", load, wall_seconds, server_seconds)
         self._rows.add("reader, live tail", load, wall_seconds, followed.cpu_seconds)
         self.publisher.run(roles.give_up_blocks, source)
+        return wall_seconds
 
     def _fan_out(self, name: str, readers: Sequence[Worker], load: Load) -> None:
         before = self._from_memory.cpu_seconds()
@@ -187,10 +208,15 @@ class Site:
         self._rows.add(name, sent, max(usage.wall_seconds for usage in used), cpu_seconds)
 
     def _commit_groups(self, load: Load) -> None:
-        directory = self._directory / "bare"
-        directory.mkdir(exist_ok=True)
-        used = self.publisher.run(roles.commit_groups, directory, load, ServeConfig().group_bytes)
+        used = self.publisher.run(roles.commit_groups, self._groups, load, ServeConfig().group_bytes)
         self._rows.add("bare group commit", load, used.wall_seconds, used.cpu_seconds)
+        self.publisher.run(roles.give_up_groups, self._groups)
+
+
+def _pace_of(load: Load, wall_seconds: float) -> Pace:
+    """A group at once, as commits come, and the time of the whole load for as many bytes."""
+    burst = max(1, ServeConfig().group_bytes // load.block_bytes)
+    return Pace(burst, wall_seconds * burst / load.count)
 
 
 def _make_certificate(directory: Path) -> tuple[Path, dict[str, Path]]:

@@ -16,6 +16,7 @@ from models.server_process import Server, object_files, read_all
 from traces.harness import make_block, make_spec
 
 from lynearm.client import TraceClient
+from lynearm.traces.direct_writes import DIRECT_BYTES
 from lynearm.wire.errors import StorageError
 
 
@@ -71,6 +72,23 @@ def test_what_was_acknowledged_survives_a_power_failure(power: Power) -> None:
         assert read_all(client) == [make_block(number) for number in range(5)]
         assert client.finished_prompts("s") == {f"prompt-{number}" for number in range(5)}
         client.close()
+
+
+def test_a_group_that_passed_by_the_page_cache_survives_a_power_failure(power: Power) -> None:
+    block = make_block(0, 2 * DIRECT_BYTES)
+    with (
+        Server(power.data, environment=power.environment) as server,
+        TraceClient(server.target) as client,
+    ):
+        client.create_stream(make_spec())
+        with client.publisher("s", "p") as publisher:
+            publisher.publish(block)
+    power.fail()
+    with (
+        Server(power.data, environment=power.environment) as server,
+        TraceClient(server.target) as client,
+    ):
+        assert read_all(client) == [block]
 
 
 def test_a_server_that_does_not_sync_objects_is_caught(power: Power) -> None:

@@ -32,6 +32,7 @@ TRANSPORT_FIGURES = {
     "fetch_1m_cpu_vs_tcp",
     "tail_256k_cpu_vs_tcp",
     "tail_1m_cpu_vs_tcp",
+    *(f"grpc_{kind}_cpu_vs_tcp" for kind in ("256k", "1m", "tail_256k", "tail_1m")),
     "durable_publish_vs_group_commit",
     "durable_publish_256k_vs_group_commit",
     "durable_publish_1m_vs_group_commit",

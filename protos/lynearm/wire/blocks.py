@@ -180,19 +180,17 @@ def _parse_header(data: memoryview) -> BlockHeader:
 
 
 def _check_bounds(header: BlockHeader, payload_bytes: int) -> None:
-    digest_size = len(header.dictionary_digest)
-    checks = {
-        f"a dictionary digest of {digest_size} bytes, expected {DIGEST_BYTES} or none": (
-            digest_size in (0, DIGEST_BYTES)
-        ),
-        f"{header.trace_count} traces, expected 1 to {MAX_TRACES}": 0 < header.trace_count <= MAX_TRACES,
-        f"a payload of {payload_bytes} bytes, expected 1 to {MAX_PAYLOAD_BYTES}": (
-            0 < payload_bytes <= MAX_PAYLOAD_BYTES
-        ),
-        f"{header.uncompressed_size_bytes} bytes uncompressed, expected 1 to {MAX_UNCOMPRESSED_BYTES}": (
-            0 < header.uncompressed_size_bytes <= MAX_UNCOMPRESSED_BYTES
-        ),
-    }
-    for problem, holds in checks.items():
-        if not holds:
-            raise CorruptBlockError(f"block with {problem}")
+    size = header.uncompressed_size_bytes
+    if len(header.dictionary_digest) not in (0, DIGEST_BYTES):
+        problem = (
+            f"a dictionary digest of {len(header.dictionary_digest)} bytes, expected {DIGEST_BYTES} or none"
+        )
+    elif not 0 < header.trace_count <= MAX_TRACES:
+        problem = f"{header.trace_count} traces, expected 1 to {MAX_TRACES}"
+    elif not 0 < payload_bytes <= MAX_PAYLOAD_BYTES:
+        problem = f"a payload of {payload_bytes} bytes, expected 1 to {MAX_PAYLOAD_BYTES}"
+    elif not 0 < size <= MAX_UNCOMPRESSED_BYTES:
+        problem = f"{size} bytes uncompressed, expected 1 to {MAX_UNCOMPRESSED_BYTES}"
+    else:
+        return
+    raise CorruptBlockError(f"block with {problem}")

@@ -215,6 +215,8 @@ class _BoundedQueue:
         # Replaced and set whenever room or submissions appear, or the queue closes.
         self._freed = asyncio.Event()
         self._arrived = asyncio.Event()
+        self._awaited_bytes = 0
+        """The taker is woken when so many are queued, rather than for each block."""
 
     @property
     def held_bytes(self) -> int:
@@ -228,7 +230,8 @@ class _BoundedQueue:
         self._held_bytes += submission.charge_bytes
         self._queued.append(submission)
         self._queued_bytes += len(submission.data)
-        self._arrived = _wake(self._arrived)
+        if self._queued_bytes >= self._awaited_bytes:
+            self._arrived = _wake(self._arrived)
 
     def release(self, submissions: Sequence[_Submission]) -> None:
         """Give back the room of submissions that are answered."""
@@ -237,8 +240,10 @@ class _BoundedQueue:
 
     async def take_group(self, group_bytes: int, group_seconds: float) -> list[_Submission]:
         """The next submissions, up to `group_bytes` and at least one; none once closed and empty."""
+        self._awaited_bytes = 0
         while not self._queued and not self._closed:
             await self._arrived.wait()
+        self._awaited_bytes = group_bytes
         with suppress(TimeoutError):
             async with asyncio.timeout(group_seconds):
                 while self._queued_bytes < group_bytes and not self._hurried:

@@ -29,7 +29,7 @@ from lynearm.traces.callers import AnonymousCallers, Callers
 from lynearm.traces.calls import Context, abort
 from lynearm.traces.current_call import Call, Metadata, begin_call
 from lynearm.traces.limits import CallerQuota
-from lynearm.traces.observation import Observer
+from lynearm.traces.observation import Observer, heeding
 from lynearm.traces.tokens import Caller
 from lynearm.wire.errors import AuthenticationError, InvalidInputError, LynearmError
 
@@ -54,6 +54,8 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
 
     def __init__(self, callers: Callers, *, max_open_calls: int, observers: Sequence[Observer] = ()) -> None:
         self.observers = tuple(observers)
+        self.observers_of_received = heeding(observers, "received")
+        self.observers_of_sent = heeding(observers, "sent")
         self._callers = callers
         self._strangers = AnonymousCallers(CallerQuota(max_open_calls))
 
@@ -126,9 +128,7 @@ class _GuardedMethod:
         if is_open(self._name):
             return await self._behaviour(_checked(request), context)
         rule = check_caller(caller, self._name)
-        guarded = _GuardedContext(
-            context, call, caller=caller, rule=rule, observers=self._interceptor.observers
-        )
+        guarded = _GuardedContext(context, call, caller=caller, rule=rule, interceptor=self._interceptor)
         if self._takes_stream:
             request = guarded.messages()
         else:
@@ -144,13 +144,14 @@ class _GuardedContext:
     """A call's context that looks at each message before the method sees it, and counts what passes."""
 
     def __init__(
-        self, context: Context, call: Call, *, caller: Caller, rule: Rule, observers: Sequence[Observer]
+        self, context: Context, call: Call, *, caller: Caller, rule: Rule, interceptor: CallInterceptor
     ) -> None:
         self._context = context
         self._call = call
         self._caller = caller
         self._rule = rule
-        self._observers = observers
+        self._observers_of_received = interceptor.observers_of_received
+        self._observers_of_sent = interceptor.observers_of_sent
         self.writing = asyncio.Lock()
         """Held while a message goes out."""
 
@@ -181,7 +182,7 @@ class _GuardedContext:
         _checked(message)
         size_bytes = _size_bytes(message)
         self._call.received_bytes += size_bytes
-        for observer in self._observers:
+        for observer in self._observers_of_received:
             observer.received(self._call, size_bytes)
         if self._rule.target is not None and self._call.target is None:
             target = self._rule.target(message)
@@ -194,9 +195,9 @@ class _GuardedContext:
         """Count a message that went out."""
         size_bytes = _size_bytes(message)
         self._call.sent_bytes += size_bytes
-        if self._rule.read_offset is not None and self._observers:
+        if self._rule.read_offset is not None and self._observers_of_sent:
             self._call.sent_offset = self._rule.read_offset(message)
-        for observer in self._observers:
+        for observer in self._observers_of_sent:
             observer.sent(self._call, size_bytes)
 
     def __getattr__(self, name: str) -> Untyped:

@@ -65,6 +65,16 @@ class Observer:
         """A changed file was taken over, or could not be. On any thread."""
 
 
+def heeding(observers: Sequence[Observer], event: str) -> tuple[Observer, ...]:
+    """Those of the observers that do something at an event, the name of a method of `Observer`.
+
+    Some events come with every block, and a server that shows no metrics has nobody who minds them.
+    """
+    return tuple(
+        observer for observer in observers if getattr(type(observer), event) is not getattr(Observer, event)
+    )
+
+
 @dataclass(frozen=True, slots=True)
 class Observation:
     """All that watches one server."""
@@ -90,8 +100,9 @@ class Observation:
 
     def watch_committer(self, committer: GroupCommitter) -> GroupCommitter:
         """The committer, watched."""
-        watched: Any = _WatchedCommitter(committer, self.observers)
-        return cast("GroupCommitter", watched) if self.observers else committer
+        observers = heeding(self.observers, "answered")
+        watched: Any = _WatchedCommitter(committer, observers)
+        return cast("GroupCommitter", watched) if observers else committer
 
 
 UNWATCHED = Observation()

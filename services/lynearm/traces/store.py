@@ -26,6 +26,7 @@ from pathlib import Path
 from typing import Protocol, TypeVar
 
 from lynearm.traces import failpoints
+from lynearm.traces.direct_writes import DirectWriter
 from lynearm.traces.free_space import FreeSpace
 from lynearm.wire.errors import StorageError, StorageFullError
 
@@ -35,8 +36,6 @@ READ_THREADS = 2
 _SUBDIRECTORIES = tuple(f"{number:02x}" for number in range(256))
 _SUBDIRECTORIES_PER_LISTING = 16
 _FULL = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
-_MAX_BUFFERS_PER_WRITE = 1024
-"""IOV_MAX on Linux and macOS."""
 
 T = TypeVar("T")
 
@@ -138,6 +137,8 @@ class LocalBlockStore:
         self._root = root
         self._space = space
         self._writer = ThreadPoolExecutor(1, "block-writer")
+        self._files = DirectWriter()
+        """Used by that thread."""
         self._readers = ThreadPoolExecutor(READ_THREADS, "block-reader")
         try:
             _make_directories(root)
@@ -185,11 +186,12 @@ class LocalBlockStore:
         key = secrets.token_hex(16)
         path = self._path(key)
         failpoints.reach("store.before_write")
+        size_bytes = sum(map(len, blocks))
         if self._space is not None:
-            self._space.check(sum(map(len, blocks)))
-        descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o640)
+            self._space.check(size_bytes)
+        descriptor = self._files.create(path, size_bytes)
         try:
-            _write_all(descriptor, blocks)
+            self._files.write(descriptor, blocks)
             failpoints.reach("store.before_sync")
             _sync_file(descriptor)
         except OSError as error:
@@ -280,16 +282,6 @@ def _modified(entry: os.DirEntry[str]) -> float:
         return entry.stat().st_mtime
     except FileNotFoundError:
         return math.inf  # deleted meanwhile
-
-
-def _write_all(descriptor: int, blocks: Sequence[bytes | memoryview]) -> None:
-    for start in range(0, len(blocks), _MAX_BUFFERS_PER_WRITE):
-        part = blocks[start : start + _MAX_BUFFERS_PER_WRITE]
-        expected = sum(map(len, part))
-        written = os.writev(descriptor, part)
-        # At a quota, a file-size limit or the end of the disk the kernel writes what fits and raises nothing.
-        if written != expected:
-            raise OSError(errno.ENOSPC, f"wrote {written} of {expected} bytes")
 
 
 def _read_span(descriptor: int, span: Span) -> bytes:
