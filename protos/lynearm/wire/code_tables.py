@@ -112,6 +112,11 @@ class SymbolCounts:
             np.zeros((NUMBER_CONTEXTS, NUMBER_SYMBOLS + 1), np.int64),
         )
 
+    def add(self, other: SymbolCounts) -> None:
+        """Count another's symbols too."""
+        np.add(self.steps, other.steps, out=self.steps)
+        np.add(self.numbers, other.numbers, out=self.numbers)
+
 
 @dataclass(frozen=True, slots=True)
 class LevelRule:

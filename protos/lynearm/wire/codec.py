@@ -73,6 +73,9 @@ MAX_BLOCK_ENTRIES = 1 << 23
 ready to hold."""
 
 _ZSTD_LEVEL = 3
+_SHORT_ROWS = 16
+import os
+_PREV=bool(os.environ.get('PREV'))
 _MIN_COMPRESSED_BYTES = 128
 """Metadata below it travels as it is: a zstd frame would hardly be smaller."""
 
@@ -217,18 +220,37 @@ def train_dictionary(
     rows = _name_rows(everything, spec, order, None, grid=grid)
     merge = FEW_CODES if rows.fixed_width else MANY_CODES
     draft = build_tables(rows.counts, merge=merge, level_rule=rows.level_rule, with_escapes=True)
-    counts = SymbolCounts.zeros()
+    counts, short_counts = SymbolCounts.zeros(), SymbolCounts.zeros()
     halves = (groups[::2], groups[1::2])
     for counted, others in (halves, halves[::-1]):
         # Lists made of the rows that are counted would seem better than they are for others.
         lists = _token_lists([trace for group in others or counted for trace in group])
         known = Dictionary(vocab_size, common, *lists, draft, grid)
         for group in counted:
-            rows = _name_rows(group, spec, known.order, known)
-            np.add(counts.steps, rows.counts.steps, out=counts.steps)
-            np.add(counts.numbers, rows.counts.numbers, out=counts.numbers)
-    tables = build_tables(counts, merge=merge, level_rule=draft.level_rule, with_escapes=True)
-    return Dictionary(vocab_size, common, *_token_lists(everything), tables, grid)
+            counts.add(_name_rows(group, spec, known.order, known).counts)
+            for trace in group:
+                for piece in _cut(trace, _SHORT_ROWS):
+                    short_counts.add(_name_rows([piece], spec, known.order, known).counts)
+    rule = draft.level_rule
+    tables = build_tables(counts, merge=merge, level_rule=rule, with_escapes=True)
+    short_tables = build_tables(short_counts, merge=MANY_CODES, level_rule=rule, with_escapes=True)
+    return Dictionary(vocab_size, common, *_token_lists(everything), tables, grid, short_tables)
+
+
+def _cut(trace: Trace, length: int) -> Iterable[Trace]:
+    import dataclasses
+    for start in range(0, trace.completion_token_ids.size, length):
+        piece = slice(start, start + length)
+        yield dataclasses.replace(
+            trace,
+            prompt_top_k=None, prompt_logprobs=None, spans=(), hidden=None,
+            prompt_token_ids=trace.prompt_token_ids[-1:] if start==0 or not _PREV else trace.completion_token_ids[start-1:start],
+            completion_token_ids=trace.completion_token_ids[piece],
+            sampled_logprobs=trace.sampled_logprobs[piece],
+            top_k=TopK(
+                trace.top_k.token_ids[piece], trace.top_k.logprobs[piece], trace.top_k.tail_mass[piece]
+            ),
+        )
 
 
 def _token_lists(traces: Sequence[Trace]) -> tuple[TokenLists, TokenLists]:

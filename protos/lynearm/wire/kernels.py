@@ -24,6 +24,7 @@ from lynearm.wire.alphabet import (
     RECENT_START,
     RECENT_WINDOW,
     REFRESH_DISTANCE,
+    RUN_BITS,
     STATE_RUNS,
     STEP_BASES,
     STEP_CLASSES,
@@ -91,7 +92,7 @@ _NEVER_NAMED = U64(1 << 31)
 _NEVER_LISTED = U64(0xFFFFFFFF)
 _NAMED = U64(1 << 31)
 
-_MARK_BITS = 7
+_MARK_BITS = 8
 """Of a code in one of the two lists."""
 
 LONG_STEP_CONTEXTS = 8
@@ -1013,7 +1014,7 @@ def _put_entry(code_at: Scalar, to_levels: Scalar, code: Scalar, level: Scalar) 
 @inlined
 def _next_tables(state: Scalar, token_code: Scalar, remembered: Scalar, states_at: Scalar) -> Scalar:
     """`next_state`, where states are offsets of tables."""
-    step = min(token_code >> U64(6), U64(STATE_RUNS - 1))
+    step = min(token_code >> U64(RUN_BITS), U64(STATE_RUNS - 1))
     return (state & remembered) | load64(states_at + (step << U64(3)))
 
 

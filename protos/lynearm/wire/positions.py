@@ -77,7 +77,8 @@ _SAMPLED_APART = 4
 _FOUR_LANES = 8
 _ORDER_OF_DICTIONARY = 16
 _SCALE_OF_DICTIONARY = 32
-_KNOWN_FLAGS = 63
+_SHORT_TABLES = 64
+_KNOWN_FLAGS = 127
 _OF_DICTIONARY = _ORDER_OF_DICTIONARY | _SCALE_OF_DICTIONARY
 
 _LANES: Final = 4
@@ -295,6 +296,7 @@ def write_positions(rows: NamedRows, *, vocab_size: int, dictionary: Dictionary 
     four_lanes = rows.kept.size >= _MIN_LANE_ROWS
     lanes = _LANES if four_lanes else 1
     flags = rows.flags | (_OWN_TABLES if encoded_tables else 0) | (_FOUR_LANES if four_lanes else 0)
+    flags |= _SHORT_TABLES if dictionary is not None and tables is dictionary.short_tables else 0
     known_scale = dictionary is not None and rows.scale == dictionary.grid
     flags |= _ORDER_OF_DICTIONARY if dictionary is not None else 0
     flags |= _SCALE_OF_DICTIONARY if known_scale else 0
@@ -721,6 +723,12 @@ def _choose_tables(rows: NamedRows, dictionary: Dictionary | None) -> tuple[Code
     best_bits = 0
     if dictionary is not None:
         best, best_bits = (dictionary.tables, b""), dictionary.tables.cost_bits(rows.counts)
+        short = dictionary.short_tables
+        # Rows were named by the level rule of the others.
+        if short is not None and short.level_rule == rows.level_rule:
+            bits = short.cost_bits(rows.counts)
+            if bits < best_bits:
+                best, best_bits = (short, b""), bits
     # More codes fit the rows better, and cost about 400 bits each to send.
     merges = (0, 1) if entries < 4096 else (1, 2)
     for merge in merges if best is None or entries >= 2048 else ():
@@ -742,7 +750,11 @@ def _read_tables(
     if flags & _OWN_TABLES:
         return CodeTables.from_bytes(head.take(head.varint())), order
     assert dictionary is not None
-    return dictionary.tables, order
+    if not flags & _SHORT_TABLES:
+        return dictionary.tables, order
+    if dictionary.short_tables is None:
+        raise CorruptBlockError("the payload needs tables for short blocks, and its dictionary has none")
+    return dictionary.short_tables, order
 
 
 def _write_scale(scale: Scale) -> bytes:
