@@ -591,11 +591,13 @@ class TraceMetadata(google.protobuf.message.Message):
     prompt_rows: builtins.int
     """Prompt positions with a distribution: 0, or one less than the prompt's tokens."""
     completion_length: builtins.int
-    """Completion positions."""
+    """Completion positions. Absent from the block's last trace: those of the header that no trace before has."""
     top_k: builtins.int
-    """Width of the trace's rows, entries; at most 1024."""
+    """Width of the trace's rows, entries; at most 1024. Absent: that of the block's dictionary, or 0 without one;
+    1025: 0 in any case.
+    """
     finish_reason: Global___FinishReason.ValueType
-    """Why the completion ended."""
+    """Why the completion ended. Absent: the model ended it, or a stop token did."""
     sample_index: builtins.int
     """Which of the completions of one prompt."""
     completion_text: builtins.str

@@ -12,6 +12,7 @@ mode entries of equal logprob, come back in another order, since nothing orders 
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
@@ -54,7 +55,14 @@ from lynearm.wire.hidden_section import (
     write_hidden,
 )
 from lynearm.wire.kernels import AS_SAMPLED
-from lynearm.wire.metadata import TraceMetadata, parse_metadata, read_metadata, write_metadata
+from lynearm.wire.metadata import (
+    TraceMetadata,
+    TraceShapes,
+    parse_metadata,
+    read_metadata,
+    read_shapes,
+    write_metadata,
+)
 from lynearm.wire.positions import (
     ROUNDING,
     NamedRows,
@@ -109,7 +117,8 @@ def encode_block(
             "capture them as the stream says, or publish to another stream",
         )
     rows = _name_rows(traces, spec, _order_of(dictionary, vocab_size), dictionary)
-    metadata = write_metadata(traces, hidden)
+    usual_top_k = 0 if dictionary is None else dictionary.top_k
+    metadata = write_metadata(traces, hidden, usual_top_k=usual_top_k)
     if len(metadata) > MAX_UNCOMPRESSED_BYTES:
         raise _too_large(f"{len(metadata)} bytes of metadata", MAX_UNCOMPRESSED_BYTES)
     stored = metadata
@@ -157,7 +166,7 @@ def decode_block(
     if header.format_version == 1:
         return read_version_1(header, payload)
     read = _read_payload(header, payload, dictionaries)
-    return tuple(_join_traces(read_metadata(read.message), read.positions, read.hidden))
+    return tuple(_join_traces(read_metadata(read.message, read.shapes), read.positions, read.hidden))
 
 
 @dataclass(frozen=True, slots=True)
@@ -188,7 +197,10 @@ def decode_rows(data: bytes | memoryview, *, dictionaries: DictionaryReader | No
     if header.format_version == 1:
         raise CodecError("blocks of version 1 are read by decode_block only")
     read = _read_payload(header, payload, dictionaries)
-    return BlockRows(read.positions, tuple(read.row_counts), tuple(read.prompt_row_counts), read.hidden)
+    shapes = read.shapes
+    return BlockRows(
+        read.positions, tuple(shapes.row_counts), tuple(shapes.prompt_row_counts), read.hidden
+    )
 
 
 def train_dictionary(
@@ -234,7 +246,8 @@ def train_dictionary(
     rule = draft.level_rule
     tables = build_tables(counts, merge=merge, level_rule=rule, with_escapes=True)
     short_tables = build_tables(short_counts, merge=MANY_CODES, level_rule=rule, with_escapes=True)
-    return Dictionary(vocab_size, common, *_token_lists(everything), tables, grid, short_tables)
+    top_k = Counter(map(_width, everything)).most_common(1)[0][0]
+    return Dictionary(vocab_size, common, *_token_lists(everything), tables, grid, top_k, short_tables)
 
 
 def _cut(trace: Trace, length: int) -> Iterable[Trace]:
@@ -413,10 +426,9 @@ def _gather_positions(traces: Sequence[Trace]) -> Positions:
 @dataclass(frozen=True, slots=True)
 class _Payload:
     message: trace_pb2.BlockMetadata
+    shapes: TraceShapes
     positions: Positions
     hidden: HiddenStates | None
-    row_counts: list[int]
-    prompt_row_counts: list[int]
 
 
 def _read_payload(
@@ -424,54 +436,40 @@ def _read_payload(
 ) -> _Payload:
     reader = ByteReader(payload)
     message = _read_metadata_message(header, reader.take(reader.varint()))
-    lengths: list[int] = []
-    prompt_rows: list[int] = []
-    widths: list[int] = []
-    before: list[int] = []
-    prompt_tokens = completion_tokens = highest = 0
-    # One pass: every look at a message's field makes an object.
-    for trace in message.traces:
-        rows, length, prompt = trace.prompt_rows, trace.completion_length, trace.prompt_token_ids
-        lengths.append(rows + length)
-        prompt_rows.append(rows)
-        widths.append(trace.top_k)
-        prompt_tokens += rows
-        completion_tokens += length
-        last = -1
-        if prompt:
-            prompt_tokens += len(prompt)
-            largest = max(prompt)
-            highest = max(highest, largest)
-            last = prompt[-1]
-        # What is no token id is refused below; until then it is none.
-        before.append(last if last < MAX_VOCAB_SIZE else -1)
-    if sum(lengths) * max(1, *widths) > MAX_BLOCK_ENTRIES:
-        raise CorruptBlockError(f"{sum(lengths)} positions of {max(widths)} entries are beyond any block")
-    if prompt_tokens > MAX_BLOCK_ENTRIES:
-        raise CorruptBlockError(f"{prompt_tokens} prompt tokens are beyond any block")
-    if (prompt_tokens, completion_tokens) != (header.prompt_token_count, header.completion_token_count):
+    dictionary: Dictionary | None = None
+    if header.dictionary_digest:
+        dictionary = (dictionaries or DictionaryReader()).get(header.dictionary_digest)
+    shapes = read_shapes(
+        message,
+        completion_tokens=header.completion_token_count,
+        usual_top_k=0 if dictionary is None else dictionary.top_k,
+    )
+    count, width = sum(shapes.row_counts), max(shapes.widths)
+    if count * max(1, width) > MAX_BLOCK_ENTRIES:
+        raise CorruptBlockError(f"{count} positions of {width} entries are beyond any block")
+    if shapes.prompt_tokens > MAX_BLOCK_ENTRIES:
+        raise CorruptBlockError(f"{shapes.prompt_tokens} prompt tokens are beyond any block")
+    if shapes.prompt_tokens != header.prompt_token_count:
         raise CorruptBlockError(
-            f"{prompt_tokens} prompt and {completion_tokens} completion tokens, "
-            f"the header says {header.prompt_token_count} and {header.completion_token_count}"
+            f"{shapes.prompt_tokens} prompt tokens, the header says {header.prompt_token_count}"
         )
     hidden: HiddenStates | None = None
     if message.HasField("hidden_states"):
         described = read_description(message.hidden_states)
-        hidden = read_hidden(described, reader.take(reader.varint()), completion_tokens)
-    dictionary: Dictionary | None = None
-    if header.dictionary_digest:
-        dictionary = (dictionaries or DictionaryReader()).get(header.dictionary_digest)
+        hidden = read_hidden(described, reader.take(reader.varint()), header.completion_token_count)
     positions, vocab_size = read_positions(
         reader.rest(),
-        lengths,
-        widths,
-        before,
+        shapes.row_counts,
+        shapes.widths,
+        shapes.before,
         mode=header.codec_mode,
         dictionary=dictionary,
     )
-    if highest >= vocab_size:
-        raise CorruptBlockError(f"prompt token {highest} in a vocabulary of {vocab_size}")
-    return _Payload(message, positions, hidden, lengths, prompt_rows)
+    if shapes.highest_prompt_token >= vocab_size:
+        raise CorruptBlockError(
+            f"prompt token {shapes.highest_prompt_token} in a vocabulary of {vocab_size}"
+        )
+    return _Payload(message, shapes, positions, hidden)
 
 
 def _read_metadata_message(header: BlockHeader, stored: memoryview) -> trace_pb2.BlockMetadata:
