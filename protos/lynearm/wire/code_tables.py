@@ -133,6 +133,11 @@ class LevelRule:
     slope: int
     """How much that rises with every tail step."""
 
+    @property
+    def numbers(self) -> tuple[int, int, int, int]:
+        """What foretells tail masses, as compiled code takes it."""
+        return self.origin, self.shift, self.base, self.slope
+
     def steps(self, last_levels_N: Uint32Array) -> Int64Array:
         """Tail step of each row: clamp((last level − origin) >> shift, 0, 7)."""
         away = np.maximum(last_levels_N.astype(np.int64) - self.origin, 0) >> self.shift

@@ -15,6 +15,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -75,6 +76,8 @@ from lynearm.wire.positions import (
 from lynearm.wire.specs import CODEC_MODES, MAX_TOP_K, MAX_VOCAB_SIZE, CodecMode, CodecSpec
 from lynearm.wire.traces import Float32Array, Int32Array, TopK, Trace
 from lynearm.wire.version1.reader import read_traces as read_version_1
+
+_Number = TypeVar("_Number", np.int32, np.float32)
 
 MAX_BLOCK_ENTRIES = 1 << 23
 """Bound on positions times largest K (at least 1) of a block, and on its prompt tokens: what decoding must be
@@ -403,16 +406,9 @@ def _gather_positions(traces: Sequence[Trace]) -> Positions:
         if trace.prompt_top_k is not None and trace.prompt_logprobs is not None:
             parts.append((trace.prompt_top_k, trace.prompt_token_ids[1:], trace.prompt_logprobs))
         parts.append((trace.top_k, trace.completion_token_ids, trace.sampled_logprobs))
-    count = sum(top_k.positions for top_k, _, _ in parts)
     width = max(top_k.k for top_k, _, _ in parts)
-    token_ids_NK = np.zeros((count, width), np.int32)
-    logprobs_NK = np.full((count, width), -np.inf, np.float32)
-    start = 0
-    for top_k, _, _ in parts:
-        end = start + top_k.positions
-        token_ids_NK[start:end, : top_k.k] = top_k.token_ids
-        logprobs_NK[start:end, : top_k.k] = top_k.logprobs
-        start = end
+    token_ids_NK = _stack([top_k.token_ids for top_k, _, _ in parts], width, np.int32(0))
+    logprobs_NK = _stack([top_k.logprobs for top_k, _, _ in parts], width, np.float32(-np.inf))
     return Positions(
         kept=(logprobs_NK > -np.inf).sum(axis=1).astype(np.uint32),
         token_ids=token_ids_NK,
@@ -421,6 +417,20 @@ def _gather_positions(traces: Sequence[Trace]) -> Positions:
         sampled_ids=np.concatenate([ids for _, ids, _ in parts]),
         sampled_logprobs=np.concatenate([logprobs for _, _, logprobs in parts]),
     )
+
+
+def _stack(
+    parts: Sequence[npt.NDArray[_Number]], width: int, padding: _Number
+) -> npt.NDArray[_Number]:
+    """Rows of all parts, padded to one width."""
+    if all(part.shape[1] == width for part in parts):
+        return np.concatenate(parts)
+    rows_NK = np.full((sum(map(len, parts)), width), padding, padding.dtype)
+    start = 0
+    for part in parts:
+        rows_NK[start : start + len(part), : part.shape[1]] = part
+        start += len(part)
+    return rows_NK
 
 
 @dataclass(frozen=True, slots=True)

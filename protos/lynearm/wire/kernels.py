@@ -41,6 +41,7 @@ from lynearm.wire.jit import (
     Scalar,
     address_of,
     compiled,
+    highest_bit,
     inlined,
     load8,
     load32,
@@ -75,6 +76,9 @@ RECENT_RING = 4096
 
 AS_SAMPLED = -2
 """In place of the token before a position: the one that was sampled at the position before."""
+
+LEVEL_DIGITS = 7
+"""Most binary digits of a level that contexts tell apart."""
 
 _CODE_MASK = U64((1 << MAX_CODE_LENGTH) - 1)
 
@@ -463,7 +467,7 @@ def write_numbers(
     """Append numbers, each by the code of its context.
 
     Args:
-        out: Zeros from bit `start` on; has room for 43 bits a number, and for eight bytes more.
+        out: Has room for 43 bits a number, and for eight bytes more.
         start: Bit at which to begin.
         numbers: Shape [n].
         contexts: Row of `codes` for each, shape [n].
@@ -572,24 +576,52 @@ def read_numbers(
     Returns:
         The bit behind the last; −1 when a code is not in its table or the stream ends before.
     """
-    stream_at = address_of(stream)
-    position = U64(bit)
-    end = U64(end_bit)
+    stream_at, tables_at = address_of(stream), address_of(tables)
+    position, end = U64(bit), U64(end_bit)
     for index in range(numbers.size):
-        if position >= end:
+        position, number, bad = read_number(stream_at, position, tables_at, U64(contexts[index]))
+        if (position > end) | bad:
             return -1
-        word = load64(stream_at + (position >> U64(3))) >> (position & U64(7))
-        table = U64(contexts[index]) << U64(MAX_CODE_LENGTH)
-        entry = tables[table + (word & U64((1 << MAX_CODE_LENGTH) - 1))]
-        if entry >> U64(42):
-            return -1
-        total = entry & U64(63)
-        open_bits = (word & ((U64(1) << total) - U64(1))) >> ((entry >> U64(6)) & U64(15))
-        numbers[index] = (entry >> U64(10)) + open_bits
-        position += total
+        numbers[index] = number
     # Of int64 and uint64, numba would make a float.
     behind: Scalar = np.int64(position)
-    return -1 if position > end else behind
+    return behind
+
+
+@compiled
+def read_numbers_by_level(
+    stream: Uint8Array,
+    bit: int,
+    end_bit: int,
+    first_context: int,
+    levels: Uint32Array,
+    tables: Uint64Array,
+    numbers: Uint32Array,
+) -> int:
+    """As `read_numbers`, where the binary digits of a level each, at most 7, are added to one context."""
+    stream_at, tables_at = address_of(stream), address_of(tables)
+    position, end = U64(bit), U64(end_bit)
+    for index in range(numbers.size):
+        digits = min(highest_bit(np.int64(levels[index]) << 1 | 1), LEVEL_DIGITS)
+        position, number, bad = read_number(stream_at, position, tables_at, U64(first_context + digits))
+        if (position > end) | bad:
+            return -1
+        numbers[index] = number
+    behind: Scalar = np.int64(position)
+    return behind
+
+
+@inlined
+def read_number(
+    stream_at: Scalar, position: Scalar, tables_at: Scalar, context: Scalar
+) -> tuple[Scalar, Scalar, Scalar]:
+    """One number: the bit behind it, the number, and whether its code is not in the table of its context."""
+    word = load64(stream_at + (position >> U64(3))) >> (position & U64(7))
+    entry = load64(tables_at + (((context << U64(MAX_CODE_LENGTH)) + (word & _CODE_MASK)) << U64(3)))
+    total = entry & U64(63)
+    open_bits = (word & ((U64(1) << total) - U64(1))) >> ((entry >> U64(6)) & U64(15))
+    number = (entry >> U64(10)) + open_bits
+    return position + total, number, entry >> U64(42) > U64(0)
 
 
 @compiled
