@@ -162,8 +162,8 @@ def assign_token_codes(
         state_V2[index, 0] = head - U64(1) - rank if rank < head else _NEVER_NAMED | rank
         state_V2[index, 1] = _NEVER_LISTED
     codes = np.empty(token_ids_NK.shape[1], np.uint32)
-    keys = np.empty(token_ids_NK.shape[1], np.uint32)
-    places = np.empty(token_ids_NK.shape[1], np.uint32)
+    keys = np.empty(_up_to_four(U64(token_ids_NK.shape[1])), np.uint32)
+    places = np.empty(keys.size, np.uint32)
     lists_grown = 0
     stamps_V = np.full(rank_of_V.size if grows else 0, _NEVER, np.int32)
     for t in range(U64(0), U64(kept_N.size)):
@@ -251,9 +251,18 @@ def assign_token_codes(
     return np.int64(-1)
 
 
+@inlined
+def _up_to_four(size: Scalar) -> Scalar:
+    """The next multiple of four."""
+    return (size + U64(3)) & ~U64(3)
+
+
 @compiled
 def _find_places(keys: Uint32Array, places: Uint32Array, size: Scalar) -> bool:
-    """Where each of the first keys stands in ascending order; whether they are all different."""
+    """Where each of the first keys stands in ascending order; whether they are all different.
+
+    Both arrays are used up to a multiple of four.
+    """
     if size > U64(_SHORT_SORT):
         order = np.argsort(keys[:size])
         for place in range(size):
@@ -262,12 +271,19 @@ def _find_places(keys: Uint32Array, places: Uint32Array, size: Scalar) -> bool:
                 return False
         return True
     # Every key is compared with every other one: quadratic, but many at a time, without a branch to guess.
-    for i in range(size):
-        places[i] = 0
-    for j in range(size):
-        key = keys[j]
-        for i in range(size):
-            places[i] += np.uint32(key < keys[i])
+    for i in range(size, _up_to_four(size)):
+        keys[i] = 0xFFFFFFFF
+    for i in range(U64(0), size, U64(4)):
+        key0, key1, key2, key3 = keys[i], keys[i + U64(1)], keys[i + U64(2)], keys[i + U64(3)]
+        below0 = below1 = below2 = below3 = np.uint32(0)
+        for j in range(size):
+            key = keys[j]
+            below0 = np.uint32(below0 + np.uint32(key < key0))
+            below1 = np.uint32(below1 + np.uint32(key < key1))
+            below2 = np.uint32(below2 + np.uint32(key < key2))
+            below3 = np.uint32(below3 + np.uint32(key < key3))
+        places[i], places[i + U64(1)] = below0, below1
+        places[i + U64(2)], places[i + U64(3)] = below2, below3
     total = U64(0)
     for i in range(size):
         total += U64(places[i])

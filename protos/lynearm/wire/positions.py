@@ -87,6 +87,10 @@ _LANES: Final = 4
 _MIN_LANE_ROWS = 64
 """Below it, one lane: the sizes of the others would cost more than they save in time."""
 
+_MOST_SHORT_ROWS = 512
+"""Blocks of more rows do not use the codes for short ones, which are the best ones for longer blocks now and
+then, but take four times the memory, and so the time, to read."""
+
 _FIRST_SHIFT = 23
 """Logprobs of first entries: sign and exponent as a number, the mantissa as it is."""
 
@@ -756,7 +760,7 @@ def _choose_tables(rows: NamedRows, dictionary: Dictionary | None) -> tuple[Code
         best, best_bits = (dictionary.tables, b""), dictionary.tables.cost_bits(rows.counts)
         short = dictionary.short_tables
         # Rows were named by the level rule of the others.
-        if short is not None and short.level_rule == rows.level_rule:
+        if short is not None and short.level_rule == rows.level_rule and rows.kept.size <= _MOST_SHORT_ROWS:
             bits = short.cost_bits(rows.counts)
             if bits < best_bits:
                 best, best_bits = (short, b""), bits
