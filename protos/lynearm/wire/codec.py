@@ -84,11 +84,11 @@ MAX_BLOCK_ENTRIES = 1 << 23
 ready to hold."""
 
 _ZSTD_LEVEL = 3
-_SHORT_ROWS = 16
-import os
-_PREV=bool(os.environ.get('PREV'))
 _MIN_COMPRESSED_BYTES = 128
 """Metadata below it travels as it is: a zstd frame would hardly be smaller."""
+
+_SHORT_ROWS = 16
+"""Rows of the blocks for which a dictionary's second codes are trained."""
 
 
 def encode_block(
@@ -244,8 +244,7 @@ def train_dictionary(
         for group in counted:
             counts.add(_name_rows(group, spec, known.order, known).counts)
             for trace in group:
-                for piece in _cut(trace, _SHORT_ROWS):
-                    short_counts.add(_name_rows([piece], spec, known.order, known).counts)
+                _count_pieces(trace, spec, known, short_counts)
     rule = draft.level_rule
     tables = build_tables(counts, merge=merge, level_rule=rule, with_escapes=True)
     short_tables = build_tables(short_counts, merge=MANY_CODES, level_rule=rule, with_escapes=True)
@@ -253,20 +252,23 @@ def train_dictionary(
     return Dictionary(vocab_size, common, *_token_lists(everything), tables, grid, top_k, short_tables)
 
 
-def _cut(trace: Trace, length: int) -> Iterable[Trace]:
-    import dataclasses
-    for start in range(0, trace.completion_token_ids.size, length):
-        piece = slice(start, start + length)
-        yield dataclasses.replace(
-            trace,
-            prompt_top_k=None, prompt_logprobs=None, spans=(), hidden=None,
-            prompt_token_ids=trace.prompt_token_ids[-1:] if start==0 or not _PREV else trace.completion_token_ids[start-1:start],
-            completion_token_ids=trace.completion_token_ids[piece],
-            sampled_logprobs=trace.sampled_logprobs[piece],
-            top_k=TopK(
-                trace.top_k.token_ids[piece], trace.top_k.logprobs[piece], trace.top_k.tail_mass[piece]
-            ),
+def _count_pieces(trace: Trace, spec: CodecSpec, known: Dictionary, counts: SymbolCounts) -> None:
+    """Count the symbols of a trace's rows as blocks of a few rows each would write them."""
+    rows, width = _gather_positions([trace]), _width(trace)
+    for start in range(0, rows.kept.size, _SHORT_ROWS):
+        piece = rows.select(slice(start, start + _SHORT_ROWS))
+        before = int(rows.sampled_ids[start - 1]) if start else _token_before(trace)
+        named = name_rows(
+            piece,
+            [width],
+            [piece.kept.size],
+            first_previous_tokens([piece.kept.size], [before]),
+            mode=spec.mode,
+            draws=spec.draws,
+            order=known.order,
+            dictionary=known,
         )
+        counts.add(named.counts)
 
 
 def _token_lists(traces: Sequence[Trace]) -> tuple[TokenLists, TokenLists]:

@@ -39,7 +39,9 @@ _HEAD = struct.Struct("<IIIIIIIIIII")
 followers, and tokens in them; lists of companions, and tokens in them; bytes of the tables, and of those for
 short blocks."""
 
-MAX_LISTS = 1 << 15
+MAX_LISTS = 1 << 14
+"""Of each kind. A dictionary's bytes end before, unless its lists are short."""
+
 _MAX_CONTENT_BYTES = _HEAD.size + 4 * MAX_VOCAB_SIZE + 2 * MAX_LISTS * (5 + 4 * LIST_PLACES) + (1 << 16)
 
 _MIN_OCCURRENCES = 3

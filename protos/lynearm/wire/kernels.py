@@ -97,12 +97,12 @@ _NEVER_LISTED = U64(0xFFFFFFFF)
 _NAMED = U64(1 << 31)
 
 _MARK_BITS = 8
-"""Of a code in one of the two lists."""
+"""Of a code in one of the two lists; the row before it stays below `_NAMED`, since there are 2^23 at most."""
 
 LONG_STEP_CONTEXTS = 8
 
 MAX_GROWN_LISTS = 1 << 14
-"""Grown lists of a block: 4 MiB of them."""
+"""Grown lists of a block: 8 MiB of them."""
 
 
 @compiled

@@ -130,6 +130,11 @@ class Positions:
     sampled_logprobs: Float32Array
     """Shape [N]."""
 
+    def select(self, rows: slice) -> Positions:
+        """Some of the rows, in the memory of these."""
+        parts = {field.name: getattr(self, field.name)[rows] for field in dataclasses.fields(self)}
+        return Positions(**parts)
+
 
 @dataclass(frozen=True, slots=True)
 class _Column:
