@@ -787,6 +787,8 @@ def _read_tables(
     order = TokenOrder.by_id(vocab_size)
     if flags & _ORDER_OF_DICTIONARY and dictionary is not None:
         order = dictionary.order
+    if flags & _OWN_TABLES and flags & _SHORT_TABLES:
+        raise CorruptBlockError("the payload has tables of its own, and wants those for short blocks")
     if flags & _OWN_TABLES:
         return CodeTables.from_bytes(head.take(head.varint())), order
     assert dictionary is not None
