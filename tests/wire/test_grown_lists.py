@@ -63,10 +63,10 @@ def test_a_row_goes_before_the_followers_and_behind_the_companions() -> None:
 
 def test_lists_end_at_their_last_place() -> None:
     lists = Lists(room=8)
-    lists.add(7, 1, *range(100, 163))
-    lists.add(7, 1, *range(200, 263))
-    assert lists.read(0, 7) == [1, *range(200, 263)]
-    assert lists.read(1, 1) == [50, 51, *range(100, 162)]
+    lists.add(7, 1, *range(60, 60 + LIST_PLACES - 1))
+    lists.add(7, 1, *range(300 - LIST_PLACES + 1, 300))
+    assert lists.read(0, 7) == [1, *range(300 - LIST_PLACES + 1, 300)]
+    assert lists.read(1, 1) == [50, 51, *range(60, 60 + LIST_PLACES - 2)]
 
 
 def test_without_room_only_lists_that_grew_before_grow() -> None:

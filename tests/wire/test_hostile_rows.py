@@ -24,6 +24,7 @@ from wire.mutation import (
 )
 
 from lynearm.v1 import trace_pb2
+from lynearm.wire.alphabet import STEP_ESCAPE, STEP_SYMBOLS
 from lynearm.wire.code_tables import (
     NUMBER_CONTEXTS,
     CodeTables,
@@ -181,7 +182,7 @@ def test_escapes_to_symbols_that_do_not_exist_are_refused() -> None:
     tables = tables_for(*range(NUMBER_CONTEXTS))
     tables.step_lengths[:] = 0
     tables.step_lengths[:, -1] = 1
-    for symbol in (310, 311, 400, 511):
+    for symbol in (STEP_ESCAPE, STEP_ESCAPE + 1, 400, 511):
         entries = (symbol << 1).to_bytes(2, "little") + b"\0" * 6
         columns = [(NumberContext.SAMPLED, 1)]
         spoilt = one_row(columns=columns, fixed=[], entries=entries)
@@ -198,7 +199,7 @@ def test_rows_that_run_on_behind_their_end_are_refused() -> None:
     tables = tables_for(*range(NUMBER_CONTEXTS))
     # The only code of each table: the rarest token after a long step, and the escape of that step's number.
     tables.step_lengths[:] = 0
-    tables.step_lengths[:, 309] = 11
+    tables.step_lengths[:, STEP_SYMBOLS - 1] = 11
     tables.number_lengths[:8] = 0
     tables.number_lengths[:8, -1] = 11
     for kept_bytes in (128, 129):

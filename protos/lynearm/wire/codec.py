@@ -201,9 +201,7 @@ def decode_rows(data: bytes | memoryview, *, dictionaries: DictionaryReader | No
         raise CodecError("blocks of version 1 are read by decode_block only")
     read = _read_payload(header, payload, dictionaries)
     shapes = read.shapes
-    return BlockRows(
-        read.positions, tuple(shapes.row_counts), tuple(shapes.prompt_row_counts), read.hidden
-    )
+    return BlockRows(read.positions, tuple(shapes.row_counts), tuple(shapes.prompt_row_counts), read.hidden)
 
 
 def train_dictionary(
@@ -421,9 +419,7 @@ def _gather_positions(traces: Sequence[Trace]) -> Positions:
     )
 
 
-def _stack(
-    parts: Sequence[npt.NDArray[_Number]], width: int, padding: _Number
-) -> npt.NDArray[_Number]:
+def _stack(parts: Sequence[npt.NDArray[_Number]], width: int, padding: _Number) -> npt.NDArray[_Number]:
     """Rows of all parts, padded to one width."""
     if all(part.shape[1] == width for part in parts):
         return np.concatenate(parts)
@@ -478,9 +474,7 @@ def _read_payload(
         dictionary=dictionary,
     )
     if shapes.highest_prompt_token >= vocab_size:
-        raise CorruptBlockError(
-            f"prompt token {shapes.highest_prompt_token} in a vocabulary of {vocab_size}"
-        )
+        raise CorruptBlockError(f"prompt token {shapes.highest_prompt_token} in a vocabulary of {vocab_size}")
     return _Payload(message, shapes, positions, hidden)
 
 

@@ -178,9 +178,7 @@ class TraceShapes:
     """Of those that are not sampled tokens of rows; 0 where there are none."""
 
 
-def read_shapes(
-    message: trace_pb2.BlockMetadata, *, completion_tokens: int, usual_top_k: int
-) -> TraceShapes:
+def read_shapes(message: trace_pb2.BlockMetadata, *, completion_tokens: int, usual_top_k: int) -> TraceShapes:
     """How many rows traces have, and what is needed to read them.
 
     Args:

@@ -501,9 +501,7 @@ class _NumberStream:
         """Numbers whose contexts begin at one, by the binary digits of a level each."""
         numbers = np.empty(levels.size, np.uint32)
         end = self._end_bit
-        self._move(
-            read_numbers_by_level(self._stream, self._bit, end, context, levels, self._table, numbers)
-        )
+        self._move(read_numbers_by_level(self._stream, self._bit, end, context, levels, self._table, numbers))
         return numbers
 
     def read_grid_values(

@@ -18,6 +18,7 @@ Float32Array = npt.NDArray[np.float32]
 Float64Array = npt.NDArray[np.float64]
 Uint8Array = npt.NDArray[np.uint8]
 Uint32Array = npt.NDArray[np.uint32]
+Uint64Array = npt.NDArray[np.uint64]
 
 U64 = np.uint64
 
@@ -136,7 +137,7 @@ def read_grid_values(
         masses: Of each level, as for `foresee_tails`.
         values: Logprob of each level.
         scale: The grid's.
-        logprobs_NK: Filled, with −inf where a row keeps less than K entries; may be the memory of `levels_NK`.
+        logprobs_NK: Filled, with −inf behind a row's entries; may be the memory of `levels_NK`.
         tail_levels_N: Filled; −1 where there is no tail.
 
     Returns:
