@@ -600,8 +600,7 @@ def read_numbers(
             return -1
         numbers[index] = number
     # Of int64 and uint64, numba would make a float.
-    behind: Scalar = np.int64(position)
-    return behind
+    return int(np.int64(position))
 
 
 @compiled
@@ -623,8 +622,7 @@ def read_numbers_by_level(
         if (position > end) | bad:
             return -1
         numbers[index] = number
-    behind: Scalar = np.int64(position)
-    return behind
+    return int(np.int64(position))
 
 
 @inlined

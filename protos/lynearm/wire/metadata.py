@@ -210,7 +210,8 @@ def read_shapes(message: trace_pb2.BlockMetadata, *, completion_tokens: int, usu
         last = -1
         if prompt:
             prompt_tokens += len(prompt)
-            highest = max(highest, max(prompt))
+            largest = max(prompt)
+            highest = max(highest, largest)
             last = prompt[-1]
         if rows and len(prompt) != 1:
             raise CorruptBlockError("a prompt with distributions names more than its first token")

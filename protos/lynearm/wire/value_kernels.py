@@ -87,7 +87,7 @@ def foresee_tails(
 
 @inlined
 def _foresee_tail(last_level: Scalar, rule: Scalar, rest: Scalar, scale: Scalar) -> tuple[Scalar, Scalar]:
-    """Context and expected level of one row's tail, of which 2^40 · `rest` is left over if that is above 0."""
+    """Context and expected level of one row's tail; `rest`, in units of 2^−40, is left over if above 0."""
     origin, shift, base, slope = rule
     step = min(max(last_level - origin, 0) >> shift, TAIL_STEPS - 1)
     context = step
@@ -167,8 +167,7 @@ def read_grid_values(
         tail_level = tail_level if zigzag >= 0 else np.int64(-1)
         highest = max(highest, tail_level)
         tail_levels_N[t] = tail_level
-    behind: Scalar = np.int64(position)
-    return behind, lowest, highest
+    return int(np.int64(position)), int(lowest), int(highest)
 
 
 @inlined
