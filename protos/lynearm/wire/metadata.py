@@ -193,7 +193,7 @@ def read_shapes(message: trace_pb2.BlockMetadata, *, completion_tokens: int, usu
     prompt_row_counts: list[int] = []
     widths: list[int] = []
     before: list[int] = []
-    prompt_tokens = highest = 0
+    prompt_tokens = highest = length = 0
     # One pass: every look at a message's field makes an object.
     for trace in message.traces:
         rows, length, prompt, width = (
