@@ -639,11 +639,11 @@ class RowsPart:
         """Put a row's tokens before the followers, and behind the companions."""
         if token_before is not None and token_before < self.vocabulary and self.may_grow("f", token_before):
             both = token_ids + self.followers.get(token_before, [])
-            self.followers[token_before] = list(dict.fromkeys(both))[:128]
+            self.followers[token_before] = list(dict.fromkeys(both))[:64]
         first = token_ids[0]
         companions = self.companions.get(first, [])
-        if len(companions) < 128 and self.may_grow("c", first):
-            self.companions[first] = list(dict.fromkeys(companions + token_ids[1:]))[:128]
+        if len(companions) < 64 and self.may_grow("c", first):
+            self.companions[first] = list(dict.fromkeys(companions + token_ids[1:]))[:64]
 
     def may_grow(self, kind: str, owner: int) -> bool:
         """Whether a list was changed before, or is one of the first 16,384."""

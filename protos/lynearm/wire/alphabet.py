@@ -30,6 +30,9 @@ Uint64Array = npt.NDArray[np.uint64]
 LIST_PLACES: Final = 128
 """Length of the lists of followers and of companions. Token codes below it are places among the followers."""
 
+GROWN_PLACES: Final = LIST_PLACES // 2
+"""Length of the lists that a block grows: longer ones would save 0.6 % and take an eighth of the speed."""
+
 COMPANION_START: Final = LIST_PLACES
 """So many token codes from there on are places among the companions."""
 

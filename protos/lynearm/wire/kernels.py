@@ -14,6 +14,7 @@ import numpy.typing as npt
 from lynearm.wire.alphabet import (
     COMPANION_START,
     ENTRY_STATES,
+    GROWN_PLACES,
     LIST_PLACES,
     LISTS_USED,
     LONG_STEP,
@@ -102,7 +103,7 @@ _MARK_BITS = 8
 LONG_STEP_CONTEXTS = 8
 
 MAX_GROWN_LISTS = 1 << 14
-"""Grown lists of a block: 8 MiB of them."""
+"""Grown lists of a block: 4 MiB of them."""
 
 
 @compiled
@@ -132,7 +133,7 @@ def assign_token_codes(
         list_rows_V2: Rows of `lists` that hold each token's followers and companions; 0: none. Used up.
         lists: Tokens, shape [rows, LIST_PLACES]; row 0 is empty.
         list_sizes: Tokens of each list, shape [rows].
-        grown: Room for the lists that the block grows, shape [n + 1, LIST_PLACES]; n = 0: a list is the last
+        grown: Room for the lists that the block grows, shape [n + 1, GROWN_PLACES]; n = 0: a list is the last
             row, and is looked up there.
         grown_sizes: Their sizes, shape [n].
         previous_N: Token before each position; −1 for none.
@@ -152,7 +153,7 @@ def assign_token_codes(
     grows = grown_sizes.size > 0
     latest_at = address_of(grown) if grows else ids_at
     latest_sizes_at = address_of(grown_sizes) if grows else address_of(kept_N)
-    latest_width = U64(LIST_PLACES) if grows else U64(token_ids_NK.shape[1])
+    latest_width = U64(GROWN_PLACES) if grows else U64(token_ids_NK.shape[1])
     skipped = U64(0) if grows else U64(1)
     vocab_size = U64(rank_of_V.size)
     # The list begins with the commonest tokens, the commonest nearest.
@@ -342,7 +343,7 @@ def grow_lists(
     """Add a row's tokens to the followers of the token before it, and to the companions of its first token.
 
     The row's tokens go before the followers that were there, and behind the companions; each token is there
-    once, and what lies behind `LIST_PLACES` is dropped.
+    once, and what lies behind `GROWN_PLACES` is dropped.
 
     Args:
         t: Number of the row, which has entries.
@@ -352,7 +353,7 @@ def grow_lists(
         list_rows_V2: As for `assign_token_codes`; −1 − i: grown list i.
         lists: As for `assign_token_codes`.
         list_sizes: As for `assign_token_codes`.
-        grown: The grown lists, and a row to work in, shape [n + 1, LIST_PLACES].
+        grown: The grown lists, and a row to work in, shape [n + 1, GROWN_PLACES].
         grown_sizes: Shape [n].
         count: How many there are; when there are n, lists that were not grown yet stay as they are.
         stamps_V: This function's own, −1 in the beginning: the list that each token was put into last.
@@ -367,13 +368,13 @@ def grow_lists(
             continue
         old: Scalar = np.int64(list_rows_V2[owner, kind])
         old_size = grown_sizes[-1 - old] if old < 0 else list_sizes[old]
-        if (old >= 0 and count == work) or (kind == 1 and old_size == LIST_PLACES):
+        if (old >= 0 and count == work) or (kind == 1 and old_size >= GROWN_PLACES):
             continue
         size = 0
         for part in range(2):
             is_row = part == kind
             for i in range(kept - kind if is_row else old_size):
-                if size == LIST_PLACES:
+                if size == GROWN_PLACES:
                     break
                 if is_row:
                     token = token_ids_NK[t, i + kind]
@@ -846,7 +847,7 @@ def read_rows(
     # Where the block's own lists are: those that it grows, or else its rows themselves.
     latest_at = address_of(grown) if grows else ids_at
     latest_sizes_at = address_of(grown_sizes) if grows else kept_at
-    latest_width = U64(LIST_PLACES) if grows else width
+    latest_width = U64(GROWN_PLACES) if grows else width
     lanes = U64(starts.size)
     count = U64(kept_N.size)
     highest = U64(max_level)

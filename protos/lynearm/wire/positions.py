@@ -19,7 +19,7 @@ from typing import Final
 import numpy as np
 import numpy.typing as npt
 
-from lynearm.wire.alphabet import BUCKET_OF_RANK, LIST_PLACES, number_symbols
+from lynearm.wire.alphabet import BUCKET_OF_RANK, GROWN_PLACES, LIST_PLACES, number_symbols
 from lynearm.wire.code_tables import (
     PLAIN_STEP_ENTRIES,
     CodeTables,
@@ -477,7 +477,7 @@ def read_positions(
 def _grown_lists(rows: int) -> tuple[Int32Array, Int32Array]:
     """Room for the lists that some rows grow, as `kernels.assign_token_codes` wants it."""
     count = min(2 * rows, MAX_GROWN_LISTS)
-    return np.empty((count + 1, LIST_PLACES), np.int32), np.empty(count, np.int32)
+    return np.empty((count + 1, GROWN_PLACES), np.int32), np.empty(count, np.int32)
 
 
 class _NumberStream:
@@ -501,7 +501,9 @@ class _NumberStream:
         """Numbers whose contexts begin at one, by the binary digits of a level each."""
         numbers = np.empty(levels.size, np.uint32)
         end = self._end_bit
-        self._move(read_numbers_by_level(self._stream, self._bit, end, context, levels, self._table, numbers))
+        self._move(
+            read_numbers_by_level(self._stream, self._bit, end, int(context), levels, self._table, numbers)
+        )
         return numbers
 
     def read_grid_values(
@@ -517,7 +519,7 @@ class _NumberStream:
             self._bit,
             self._end_bit,
             self._table,
-            NumberContext.TAIL,
+            int(NumberContext.TAIL),
             levels,
             kept,
             last_levels,
