@@ -341,7 +341,7 @@ class BitReader:
     def word(self, code: Code) -> int:
         """The symbol whose code word comes next."""
         word = 0
-        for length in range(1, 12):
+        for length in range(1, 11):
             word = 2 * word + self.bit()
             if (length, word) in code:
                 return code[length, word]
@@ -357,10 +357,10 @@ Code = dict[tuple[int, int], int]
 
 def canonical(lengths: list[int]) -> Code:
     """The code of some lengths."""
-    check(sum(2 ** (11 - length) for length in lengths if length) <= 2**11, "lengths of no prefix code")
+    check(sum(2 ** (10 - length) for length in lengths if length) <= 2**10, "lengths of no prefix code")
     code: Code = {}
     word = 0
-    for length in range(1, 12):
+    for length in range(1, 11):
         for symbol, its_length in enumerate(lengths):
             if its_length == length:
                 code[length, word] = symbol
@@ -395,7 +395,7 @@ class Tables:
             lengths: list[int] = []
             while len(lengths) < symbols:
                 value = next(nibble)
-                check(value <= 12, "a nibble above 12")
+                check(value <= 10 or value == 12, "a nibble of no meaning")
                 if value == 12:
                     lengths += [0] * (symbols - len(lengths))
                 else:

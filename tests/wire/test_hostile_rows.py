@@ -36,6 +36,7 @@ from lynearm.wire.code_tables import (
 from lynearm.wire.codec import decode_block, decode_rows
 from lynearm.wire.errors import CorruptBlockError
 from lynearm.wire.kernels import write_numbers
+from lynearm.wire.prefix_codes import MAX_CODE_LENGTH
 from lynearm.wire.specs import CodecMode
 
 LIES: dict[str, tuple[Callable[[], Pieces], str]] = {
@@ -199,9 +200,9 @@ def test_rows_that_run_on_behind_their_end_are_refused() -> None:
     tables = tables_for(*range(NUMBER_CONTEXTS))
     # The only code of each table: the rarest token after a long step, and the escape of that step's number.
     tables.step_lengths[:] = 0
-    tables.step_lengths[:, STEP_SYMBOLS - 1] = 11
+    tables.step_lengths[:, STEP_SYMBOLS - 1] = MAX_CODE_LENGTH
     tables.number_lengths[:8] = 0
-    tables.number_lengths[:8, -1] = 11
+    tables.number_lengths[:8, -1] = MAX_CODE_LENGTH
     for kept_bytes in (128, 129):
         spoilt = dataclasses.replace(
             one_row(columns=OUTSIDE_7, fixed=[0xBF800000], tail=0, entries=bytes(kept_bytes)),

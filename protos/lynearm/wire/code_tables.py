@@ -307,7 +307,7 @@ def _codes(lengths: Uint8Array) -> Uint32Array:
 
 @compiled
 def _pack(lengths: Uint8Array) -> Uint8Array:
-    """Nibbles, low one first: 1 to 11 a length; 0 and n: n + 1 zeros; 12: only zeros up to the row's end."""
+    """Nibbles, low one first: 1 to 10 a length; 0 and n: n + 1 zeros; 12: only zeros up to the row's end."""
     nibbles = np.zeros(lengths.size * 2 + lengths.shape[0] + 2, np.uint8)
     size = 0
     for row in range(lengths.shape[0]):
@@ -348,7 +348,7 @@ def _unpack(nibbles: Uint8Array, start: int, lengths: Uint8Array) -> int:
             at += 1
             if nibble == _REST_IS_ZERO:
                 break
-            if nibble > _REST_IS_ZERO:
+            if nibble > MAX_CODE_LENGTH:
                 return -1
             if nibble == 0:
                 if at >= nibbles.size:

@@ -587,7 +587,7 @@ def read_numbers(
         bit: Where the first begins.
         end_bit: Where the stream ends.
         contexts: Table of each number, shape [n].
-        tables: Shape [tables · 2^11]: bits in all, length << 6, base << 10.
+        tables: Shape [tables · 2^10]: bits in all, length << 6, base << 10.
         numbers: Filled, shape [n].
 
     Returns:
@@ -805,7 +805,7 @@ def read_rows(
         remembered: Bits of such a number that stay along a row.
         plain: Masks by step, of two elements each: all ones for a long step, else zeros. Behind them elements
             for symbols without a code, length 0, shape [2^SYMBOL_BITS].
-        long_steps: Decoding tables of long steps, shape [LONG_STEP_CONTEXTS · 2^11].
+        long_steps: Decoding tables of long steps, shape [LONG_STEP_CONTEXTS · 2^10].
         level_shift: As for `name_entries`.
         bucket_of_rank: Shape [≥ K].
         token_of_rank_V: The vocabulary's order.
