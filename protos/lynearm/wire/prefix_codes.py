@@ -1,8 +1,8 @@
 """Prefix codes: the best code lengths under a limit, canonical codes, and the tables that decode them.
 
-Code lengths are found by package-merge (Larmore and Hirschberg 1990). A code is canonical: of two symbols, the
-one with the shorter code, or with equal lengths the lower one, has the smaller code. Codes are written from
-their highest bit on, into a stream that fills bytes from their lowest bit on: the tables here hold them
+Code lengths are found by package-merge (Larmore and Hirschberg 1990). A code is canonical: of two symbols,
+the one with the shorter code, or with equal lengths the lower one, has the smaller code. Codes are written
+from their highest bit on, into a stream that fills bytes from their lowest bit on: the tables here hold them
 bit-reversed.
 """
 
@@ -69,7 +69,7 @@ def code_lengths(counts: Int64Array) -> Uint8Array:
                 merged[index] = weight
                 pair += 1
         items = merged
-    # The lightest items of the shortest length make the code: a symbol has a bit for each length that it is in.
+    # The lightest items of the shortest length make the code: each time that a symbol is in them is a bit.
     taken = 2 * size - 2
     for length in range(MAX_CODE_LENGTH - 1, -1, -1):
         symbols = int(is_symbol[length, :taken].sum())
