@@ -110,7 +110,7 @@ class _FinishReason:
 class _FinishReasonEnumTypeWrapper(google.protobuf.internal.enum_type_wrapper._EnumTypeWrapper[_FinishReason.ValueType], builtins.type):
     DESCRIPTOR: google.protobuf.descriptor.EnumDescriptor
     FINISH_REASON_UNSPECIFIED: _FinishReason.ValueType  # 0
-    """Not said; refused."""
+    """Not said: in a trace's metadata the next, elsewhere refused."""
     FINISH_REASON_STOP: _FinishReason.ValueType  # 1
     """The model ended it, or a stop token did."""
     FINISH_REASON_LENGTH: _FinishReason.ValueType  # 2
@@ -122,7 +122,7 @@ class FinishReason(_FinishReason, metaclass=_FinishReasonEnumTypeWrapper):
     """Why a completion ended."""
 
 FINISH_REASON_UNSPECIFIED: FinishReason.ValueType  # 0
-"""Not said; refused."""
+"""Not said: in a trace's metadata the next, elsewhere refused."""
 FINISH_REASON_STOP: FinishReason.ValueType  # 1
 """The model ended it, or a stop token did."""
 FINISH_REASON_LENGTH: FinishReason.ValueType  # 2
