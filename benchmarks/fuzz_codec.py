@@ -232,7 +232,10 @@ def guard_kernels() -> None:
 
     module: Any = positions
     module.read_numbers = guarded(positions.read_numbers, 0, 4)
+    module.read_numbers_by_level = guarded(positions.read_numbers_by_level, 0, 4, 5)
     module.read_fixed = guarded(positions.read_fixed, 0)
+    # Stream, tables, levels, kept, last levels, and the values and masses of levels.
+    module.read_grid_values = guarded(positions.read_grid_values, 0, 3, 5, 6, 7, 9, 10)
     # Stream, starts, ends, kept, first levels, tables, states, plain elements, long steps, buckets, order,
     # lists, and what the rows' codes and their tokens' addresses are put into.
     module.read_rows = guarded(positions.read_rows, 0, 1, 2, 3, 4, 5, 7, 9, 10, 12, 13, 14, 15, 16, 24, 25)

@@ -73,7 +73,7 @@ def render(block: bytes) -> str:
         _explain_nibbles(block),
         "The number stream, bit by bit in reading order: a code word, then plain bits, lowest first.",
         _fence(part.number_lines()),
-        "The lane. A symbol 42 + 67 · step + c is shown as its step and its token class c:",
+        "The lane. A symbol 42 + 71 · step + c is shown as its step and its token class c:",
         _fence(part.entry_lines()),
         part.explain_first_entry(),
         "Read back (−4 is bit for bit; the other logprobs and masses are from the grid):",
@@ -201,7 +201,7 @@ class _NotedRows(reference.RowsPart):
                 bits += [next(runs) for _ in range(_open_runs(symbol))]
                 meaning = f"gap class {symbol}"
                 if symbol >= 42:
-                    step, token_class = divmod(symbol - 42, 67)
+                    step, token_class = divmod(symbol - 42, 71)
                     meaning = f"step {step}, token class {token_class}"
                     if step == 3:
                         number = next(symbols)
@@ -221,20 +221,20 @@ class _NotedRows(reference.RowsPart):
         shown = " ".join(f"{byte:08b}"[::-1] for byte in data)
         entries = self._entries[0]
         token_code = entries.token_codes[0]
-        assert 24 <= token_class < 46, "the words below are about a distance in the list of recent tokens"
-        gap_class = token_class - 24
+        assert 28 <= token_class < 50, "the words below are about a distance in the list of recent tokens"
+        gap_class = token_class - 28
         exponent = 0 if gap_class < 4 else gap_class // 2
         open_bits = max(exponent - 1, 0)
-        begins = 128 + (gap_class if gap_class < 4 else (2 + (gap_class & 1)) << (exponent - 1))
+        begins = 256 + (gap_class if gap_class < 4 else (2 + (gap_class & 1)) << (exponent - 1))
         return (
             f"The first entry in words: the lane's first bytes `{data.hex(' ')}` are {shown}, each with its "
-            f"lowest bit first. `{self._lane.runs[0]}` is the word of symbol {symbol} = 42 + 67 · 0 + "
+            f"lowest bit first. `{self._lane.runs[0]}` is the word of symbol {symbol} = 42 + 71 · 0 + "
             f"{token_class}: token class {token_class}, which begins at token code {begins} and "
             f"leaves {_bits(open_bits)} open. `{token_bits}`, lowest bit "
-            f"first, makes that {token_code}: distance {token_code - 128} in the list of recent tokens, "
+            f"first, makes that {token_code}: distance {token_code - 256} in the list of recent tokens, "
             f"which begins as the vocabulary's order, without a dictionary by id, so that this is token "
             f"{entries.token_ids[0]}. Its level is LEVEL's, {entries.levels[0]}. This token code is one from "
-            f"128 to 191: the list of recent tokens stays as it is."
+            f"256 to 319: the list of recent tokens stays as it is."
         )
 
     def _mass(self, level: int) -> float:
@@ -273,9 +273,9 @@ def _open_runs(symbol: int) -> int:
     """1 if open bits follow an entry's code word, else 0."""
     if symbol < 42:
         return int(symbol >= 4)
-    token_class = (symbol - 42) % 67
-    begins = next(begin for begin in (46, 24, 12, 0) if token_class >= begin)
-    return int(token_class - begins >= (2 if begins == 46 else 4))
+    token_class = (symbol - 42) % 71
+    begins = next(begin for begin in (50, 28, 14, 0) if token_class >= begin)
+    return int(token_class - begins >= (2 if begins == 50 else 4))
 
 
 def _fence(lines: list[str]) -> str:
@@ -318,6 +318,7 @@ def _byte_lines(block: bytes) -> list[str]:
         "four lanes",
         "order of the dictionary",
         "its scale",
+        "its codes for short blocks",
     ]
     note(1, "flags: " + ", ".join(f"{1 << i} {n}" for i, n in enumerate(names) if flags >> i & 1))
     varint("V = {}")
@@ -332,7 +333,7 @@ def _byte_lines(block: bytes) -> list[str]:
     note(1, f"shift {shift}")
     note(2, f"base {base}")
     note(2, f"slope {slope}")
-    note(_nibble_bytes(reader, (1, 8, 40)[merge], 311), "lengths of the entry codes, in nibbles")
+    note(_nibble_bytes(reader, (1, 8, 32)[merge], 327), "lengths of the entry codes, in nibbles")
     note(_nibble_bytes(reader, 44, 125), "lengths of the number codes, in nibbles")
     size = varint("{} bytes of numbers")
     note(size, "number stream")

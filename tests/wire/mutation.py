@@ -15,8 +15,8 @@ import zstandard
 from lynearm.wire.blocks import BlockHeader, checksum, join_block, split_block
 from lynearm.wire.fields import ByteReader, varint
 
-OWN_TABLES, KEPT_VARIES, SAMPLED_APART, FOUR_LANES, ORDER_OF_DICTIONARY, SCALE_OF_DICTIONARY = (
-    1 << bit for bit in range(6)
+OWN_TABLES, KEPT_VARIES, SAMPLED_APART, FOUR_LANES, ORDER_OF_DICTIONARY, SCALE_OF_DICTIONARY, SHORT_TABLES = (
+    1 << bit for bit in range(7)
 )
 
 
@@ -183,7 +183,7 @@ def _splice(pieces: Pieces, other: Pieces, rng: Random) -> Pieces:
 def _lie(pieces: Pieces, rng: Random) -> Pieces:
     kind = rng.randrange(4)
     if kind == 0:
-        return dataclasses.replace(pieces, flags=pieces.flags ^ 1 << rng.randrange(5))
+        return dataclasses.replace(pieces, flags=pieces.flags ^ 1 << rng.randrange(7))
     if kind == 1:
         vocab_size = rng.choice((0, 1, 2, 255, pieces.vocab_size - 1, 1 << 12, (1 << 20) + 1, 1 << 40))
         return dataclasses.replace(pieces, vocab_size=vocab_size)

@@ -26,7 +26,7 @@ TAIL_CODE, REST_CODE = 28, 36
 
 MAX_ENTRIES = 1 << 23
 MAX_VOCABULARY = 1 << 20
-MAX_DICTIONARY_CONTENT = 21_364_772
+MAX_DICTIONARY_CONTENT = 21_200_940
 LARGEST_SCALE = float.fromhex("0x1.249248p+119")
 
 
@@ -66,12 +66,7 @@ def read_block(data: bytes, find_dictionary: Callable[[bytes], bytes] | None = N
     """The traces of a block; `find_dictionary` returns a dictionary's bytes by its digest."""
     header, payload = read_outer(data)
     reader = ByteReader(payload)
-    metadata = read_metadata(header, reader.take(reader.varint()))
-    messages = list(metadata.traces)
-    hidden_states = None
-    if metadata.HasField("hidden_states"):
-        section = reader.take(reader.varint())
-        hidden_states = read_hidden_states(metadata.hidden_states, section, header.completion_token_count)
+    stored = reader.take(reader.varint())
     dictionary = None
     if header.dictionary_digest:
         check(find_dictionary is not None, "the block needs a dictionary, and there is no way to find it")
@@ -80,6 +75,12 @@ def read_block(data: bytes, find_dictionary: Callable[[bytes], bytes] | None = N
         digest = hashlib.sha256(found).digest()[:8]
         check(digest == header.dictionary_digest, "the dictionary has another digest")
         dictionary = Dictionary(found)
+    metadata = read_metadata(header, stored, dictionary.top_k if dictionary else 0)
+    messages = list(metadata.traces)
+    hidden_states = None
+    if metadata.HasField("hidden_states"):
+        section = reader.take(reader.varint())
+        hidden_states = read_hidden_states(metadata.hidden_states, section, header.completion_token_count)
     counts = [(trace.prompt_rows + trace.completion_length, trace.top_k) for trace in messages]
     widths = [width for count, width in counts for _ in range(count)]
     part = RowsPart(reader, header.codec_mode, dictionary, widths, tokens_before(messages))
@@ -193,8 +194,10 @@ def declared_size(frame: bytes) -> int:
     return int(parameters.content_size)
 
 
-def read_metadata(header: trace_pb2.BlockHeader, stored: bytes) -> trace_pb2.BlockMetadata:
-    """The metadata of a block, with sizes checked."""
+def read_metadata(
+    header: trace_pb2.BlockHeader, stored: bytes, dictionary_k: int = 0
+) -> trace_pb2.BlockMetadata:
+    """The metadata of a block, with sizes checked, and with what header and dictionary say filled in."""
     if len(stored) != header.uncompressed_size_bytes:
         check(declared_size(stored) == header.uncompressed_size_bytes, "size of the metadata")
         stored = decompress(stored)
@@ -213,8 +216,14 @@ def read_metadata(header: trace_pb2.BlockHeader, stored: bytes) -> trace_pb2.Blo
     traces = list(metadata.traces)
     check(sum(len(trace.spans) for trace in traces) <= 1 << 20, "spans")
     check(sum(len(trace.tags) for trace in traces) <= 1 << 20, "tags")
+    left_over = header.completion_token_count - sum(trace.completion_length for trace in traces)
+    check(left_over >= 0, "completion tokens")
+    if traces[-1].completion_length == 0:
+        traces[-1].completion_length = left_over
     for trace in traces:
-        check(trace.top_k <= 1024, "K")
+        check(trace.top_k <= 1025, "K")
+        trace.top_k = (trace.top_k or dictionary_k) % 1025
+        trace.finish_reason = trace.finish_reason or trace_pb2.FINISH_REASON_STOP
         check(trace.prompt_rows == 0 or len(trace.prompt_token_ids) == 1, "a scored prompt's first token")
     rows = sum(trace.prompt_rows + trace.completion_length for trace in traces)
     check(rows * max(1, *(trace.top_k for trace in traces)) <= MAX_ENTRIES, "entries of the block")
@@ -332,7 +341,7 @@ class BitReader:
     def word(self, code: Code) -> int:
         """The symbol whose code word comes next."""
         word = 0
-        for length in range(1, 12):
+        for length in range(1, 11):
             word = 2 * word + self.bit()
             if (length, word) in code:
                 return code[length, word]
@@ -348,10 +357,10 @@ Code = dict[tuple[int, int], int]
 
 def canonical(lengths: list[int]) -> Code:
     """The code of some lengths."""
-    check(sum(2 ** (11 - length) for length in lengths if length) <= 2**11, "lengths of no prefix code")
+    check(sum(2 ** (10 - length) for length in lengths if length) <= 2**10, "lengths of no prefix code")
     code: Code = {}
     word = 0
-    for length in range(1, 12):
+    for length in range(1, 11):
         for symbol, its_length in enumerate(lengths):
             if its_length == length:
                 code[length, word] = symbol
@@ -368,7 +377,7 @@ class Tables:
         head = struct.unpack("<BBIBhh", reader.take(11))
         self.merge, self.step_shift, self.origin, self.shift, self.base, self.slope = head
         check(self.merge <= 3 and self.step_shift <= 31 and self.shift <= 31, "merge or shift")
-        self.entry_codes = self.read_codes(reader, (1, 8, 32, 128)[self.merge], 311)
+        self.entry_codes = self.read_codes(reader, (1, 8, 32, 128)[self.merge], 327)
         self.number_codes = self.read_codes(reader, 44, 125)
         check(reader.rest() == b"", "bytes behind the tables")
 
@@ -386,7 +395,7 @@ class Tables:
             lengths: list[int] = []
             while len(lengths) < symbols:
                 value = next(nibble)
-                check(value <= 12, "a nibble above 12")
+                check(value <= 10 or value == 12, "a nibble of no meaning")
                 if value == 12:
                     lengths += [0] * (symbols - len(lengths))
                 else:
@@ -408,27 +417,29 @@ class Dictionary:
         check(data[:4] == b"LYD2" and len(data) <= 3 << 20, "not a dictionary")
         check(declared_size(data[4:]) <= MAX_DICTIONARY_CONTENT, "size of the dictionary")
         reader = ByteReader(decompress(data[4:]))
-        head = struct.unpack("<9I", reader.take(36))
-        self.vocabulary, c, d, common, lists, listed, more_lists, more_listed, table_bytes = head
+        head = struct.unpack("<11I", reader.take(44))
+        self.vocabulary, c, d, self.top_k, common, *of_lists, table_bytes, short_bytes = head
         check(c == 0 or is_grid(c, d), "c or D")
+        check(self.top_k <= 1024, "K")
         self.grid = (c, d)
         check(1 <= self.vocabulary <= MAX_VOCABULARY and common <= self.vocabulary, "V or common tokens")
         tokens = list(accumulate(shuffled(reader, common)))
         check(all(0 <= token < self.vocabulary for token in tokens), "a common token outside V")
         check(len(set(tokens)) == common, "a common token comes twice")
         self.order = tokens + sorted(set(range(self.vocabulary)) - set(tokens))
-        self.followers = self.read_lists(reader, lists, listed)
-        self.companions = self.read_lists(reader, more_lists, more_listed)
+        self.followers = self.read_lists(reader, *of_lists[:2])
+        self.companions = self.read_lists(reader, *of_lists[2:])
         self.tables = Tables(reader.take(table_bytes))
+        self.short_tables = Tables(reader.take(short_bytes)) if short_bytes else None
         check(reader.rest() == b"", "bytes behind the dictionary's tables")
 
     def read_lists(self, reader: ByteReader, lists: int, listed: int) -> dict[int | None, list[int]]:
         """The list of each token that has one."""
-        check(lists <= 32_768, "lists")
+        check(lists <= 16_384, "lists")
         owners = list(accumulate(shuffled(reader, lists)))
         counts = list(reader.take(lists))
         tokens = iter(shuffled(reader, listed))
-        check(all(1 <= count <= 64 for count in counts) and sum(counts) == listed, "tokens of the lists")
+        check(all(1 <= count <= 128 for count in counts) and sum(counts) == listed, "tokens of the lists")
         check(all(left < right for left, right in pairwise(owners)), "owners that do not ascend")
         found: dict[int | None, list[int]] = {
             owner: [next(tokens) for _ in range(count)] for owner, count in zip(owners, counts, strict=True)
@@ -468,16 +479,16 @@ def read_gap(bits: BitReader, gap_class: int) -> int:
 
 def read_token_code(bits: BitReader, token_class: int) -> int:
     """A token code of a token class."""
-    if token_class < 12:
+    if token_class < 14:
         return read_gap(bits, token_class)
-    if token_class < 24:
-        return 64 + read_gap(bits, token_class - 12)
-    if token_class < 46:
-        return 128 + read_gap(bits, token_class - 24)
-    if token_class < 48:
-        return 2048 + token_class - 46
-    width = token_class - 47
-    return 2048 + (1 << width) + bits.plain(width)
+    if token_class < 28:
+        return 128 + read_gap(bits, token_class - 14)
+    if token_class < 50:
+        return 256 + read_gap(bits, token_class - 28)
+    if token_class < 52:
+        return 2176 + token_class - 50
+    width = token_class - 51
+    return 2176 + (1 << width) + bits.plain(width)
 
 
 def unzigzag(number: int) -> int:
@@ -515,8 +526,8 @@ class RowsPart:
         self.known_companions: set[int | None] = set()
         self.grown: set[tuple[str, int]] = set()
         self.flags = reader.take(1)[0]
-        if self.flags > 63:
-            raise NewerError(f"flags {self.flags:#x}; this reader knows 0x3f")
+        if self.flags > 127:
+            raise NewerError(f"flags {self.flags:#x}; this reader knows 0x7f")
         if self.flags & 48 or not self.flags & 1:
             check(dictionary is not None, "a dictionary is needed, and the header names none")
         if self.flags & 32:
@@ -527,6 +538,7 @@ class RowsPart:
             self.vocabulary = reader.varint()
             check(1 <= self.vocabulary <= MAX_VOCABULARY, "V")
             self.scale = read_scale(reader, mode)
+        check(self.flags & 65 != 65, "two kinds of tables")
         self.order: list[int] | range = range(self.vocabulary)
         if self.flags & 16 or not self.flags & 1:
             assert dictionary is not None
@@ -536,7 +548,10 @@ class RowsPart:
                 self.followers = {**dictionary.followers}
                 self.companions = {**dictionary.companions}
                 self.known_companions = set(dictionary.companions)
-            self.tables = dictionary.tables
+            tables = dictionary.short_tables if self.flags & 64 else dictionary.tables
+            check(tables is not None, "the dictionary has no tables for short blocks")
+            assert tables is not None
+            self.tables = tables
         if self.flags & 1:
             self.tables = Tables(reader.take(reader.varint()))
         sizes = [reader.varint() for _ in range(4 if self.flags & 8 else 1)]
@@ -599,7 +614,7 @@ class RowsPart:
         """Every row, with its tokens from the lists, and its sampled token."""
         outside = iter(outside_ids)
         sampled_id = 0
-        recent = list(self.order[min(self.vocabulary, 2048) - 1 :: -1])
+        recent = list(self.order[min(self.vocabulary, 1920) - 1 :: -1])
         for row, count in enumerate(kept):
             entries = self.read_entries(self.lanes[row % len(self.lanes)], count, self.first_levels[row])
             token_before = self.before.get(row, sampled_id)
@@ -608,12 +623,12 @@ class RowsPart:
                 self.grow_lists(token_before, entries.token_ids)
             elif count:
                 if token_before is not None and token_before < self.vocabulary:
-                    self.followers[token_before] = entries.token_ids[:64]
+                    self.followers[token_before] = entries.token_ids[:128]
                 first = entries.token_ids[0]
                 if first not in self.known_companions:
-                    self.companions[first] = entries.token_ids[1:65]
+                    self.companions[first] = entries.token_ids[1:129]
             for i in range(count - 1, -1, -1):
-                if not 128 <= entries.token_codes[i] < 192:
+                if not 256 <= entries.token_codes[i] < 320:
                     recent.append(entries.token_ids[i])
             sampled_id = entries.token_ids[sampled[row] - 1] if sampled[row] else next(outside)
             yield entries, sampled_id
@@ -642,18 +657,18 @@ class RowsPart:
         before = len(recent)
         companions: list[int] = []
         for i, token_code in enumerate(entries.token_codes):
-            if token_code < 64:
+            if token_code < 128:
                 check(token_code < len(followers), "a place behind the followers' end")
                 token = followers[token_code]
-            elif token_code < 128:
-                check(i > 0 and token_code - 64 < len(companions), "a place behind the companions' end")
-                token = companions[token_code - 64]
-            elif token_code < 2048:
-                check(token_code - 128 < before, "a distance behind the list's begin")
-                token = recent[before - 1 - (token_code - 128)]
+            elif token_code < 256:
+                check(i > 0 and token_code - 128 < len(companions), "a place behind the companions' end")
+                token = companions[token_code - 128]
+            elif token_code < 2176:
+                check(token_code - 256 < before, "a distance behind the list's begin")
+                token = recent[before - 1 - (token_code - 256)]
             else:
-                check(token_code - 2048 < self.vocabulary, "a rank beyond V")
-                token = self.order[token_code - 2048]
+                check(token_code - 2176 < self.vocabulary, "a rank beyond V")
+                token = self.order[token_code - 2176]
             entries.token_ids.append(token)
             if i == 0:
                 companions = self.companions.get(token, [])
@@ -666,7 +681,7 @@ class RowsPart:
         for i in range(count):
             bucket = min(i.bit_length(), 7)
             if i:
-                octave = sum(token_code >= bound for bound in (64, 128, 512))
+                octave = sum(token_code >= bound for bound in (128, 256, 640))
                 if octave < 2:
                     used[octave] = 1
             state = octave + 4 * used[0] + 8 * used[1]
@@ -674,14 +689,14 @@ class RowsPart:
             symbol = bits.word(
                 codes[(0, bucket, 4 * bucket + octave, 16 * bucket + state)[self.tables.merge]]
             )
-            if symbol == 310:
+            if symbol == 326:
                 symbol = bits.plain(9)
-                check(symbol < 310, "an escape to a symbol that is not there")
+                check(symbol < 326, "an escape to a symbol that is not there")
             if symbol < 42:
                 check(i > 0, "a gap in a first entry")
                 token_code += 1 + read_gap(bits, symbol)
             else:
-                step, token_class = divmod(symbol - 42, 67)
+                step, token_class = divmod(symbol - 42, 71)
                 check((step == 0) == (i == 0), "a step of 0 behind the first entry, or none before it")
                 token_code = read_token_code(bits, token_class)
                 if step == 3:

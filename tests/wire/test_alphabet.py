@@ -12,6 +12,7 @@ from lynearm.wire.alphabet import (
     LISTS_USED,
     NEAR_SYMBOLS,
     RANK_START,
+    RUN_BITS,
     STATE_RUNS,
     STATES_BEHIND,
     STEP_BASES,
@@ -58,7 +59,7 @@ def test_a_near_value_is_its_symbols_base_and_its_open_bits() -> None:
 def test_the_table_of_states_holds_the_state_behind_every_first_token_code() -> None:
     states = np.empty(2 * RANK_START, np.uint64)
     _states_behind(states)
-    runs = np.minimum(np.arange(states.size) >> 6, STATE_RUNS - 1)
+    runs = np.minimum(np.arange(states.size) >> RUN_BITS, STATE_RUNS - 1)
     assert np.array_equal(states, STATES_BEHIND[runs])
 
 

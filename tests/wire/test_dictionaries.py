@@ -10,8 +10,16 @@ import pytest
 import zstandard
 from wire.building import VOCAB_SIZE, build_sampled_trace, build_trace
 from wire.comparing import assert_equal_exactly
-from wire.mutation import ORDER_OF_DICTIONARY, OWN_TABLES, SCALE_OF_DICTIONARY, put_together, take_apart
+from wire.mutation import (
+    ORDER_OF_DICTIONARY,
+    OWN_TABLES,
+    SCALE_OF_DICTIONARY,
+    SHORT_TABLES,
+    put_together,
+    take_apart,
+)
 
+from lynearm.v1 import trace_pb2
 from lynearm.wire.blocks import DIGEST_BYTES, dictionary_digest, verify_block
 from lynearm.wire.codec import decode_block, decode_rows, encode_block, train_dictionary
 from lynearm.wire.dictionaries import (
@@ -28,6 +36,7 @@ from lynearm.wire.errors import (
     DictionaryNotFoundError,
     UnsupportedFormatError,
 )
+from lynearm.wire.metadata import NO_ENTRIES
 from lynearm.wire.specs import CodecMode, CodecSpec
 
 SMALL = 400
@@ -113,6 +122,8 @@ def test_a_dictionary_comes_back_from_its_bytes(mode: CodecMode) -> None:
     assert decoded.digest == first.digest == dictionary_digest(first.encoded)
     assert (decoded.grid is None) == (mode in ("exact", "sampled"))
     assert decoded.grid == first.grid
+    assert decoded.top_k == first.top_k
+    assert first.top_k in {trace.top_k.k for trace in traces}
     np.testing.assert_array_equal(decoded.order.token_of_rank, first.order.token_of_rank)
 
 
@@ -135,6 +146,51 @@ def test_a_block_may_use_a_dictionarys_order_with_tables_of_its_own() -> None:
     assert take_apart(block).flags & (OWN_TABLES | ORDER_OF_DICTIONARY) == OWN_TABLES | ORDER_OF_DICTIONARY
     for actual, expected in zip(decode_block(block, dictionaries=reader_of(dictionary)), traces, strict=True):
         assert_equal_exactly(actual, expected)
+
+
+def test_short_blocks_have_codes_of_their_own_in_a_dictionary() -> None:
+    traces = [build_trace(seed, positions=16, k=32) for seed in range(12)]
+    dictionary = train_dictionary([traces[6:]], codec="standard", vocab_size=VOCAB_SIZE)
+    short = encode_block(traces[:1], vocab_size=VOCAB_SIZE, dictionary=dictionary)
+    assert take_apart(short).flags & (OWN_TABLES | SHORT_TABLES) == SHORT_TABLES
+    bare = dataclasses.replace(dictionary, short_tables=None)
+    assert Dictionary.decode(bare.encoded).short_tables is None
+    assert len(short) < len(encode_block(traces[:1], vocab_size=VOCAB_SIZE, dictionary=bare))
+    pieces = take_apart(short)
+    header = dataclasses.replace(pieces.header, dictionary_digest=bare.digest)
+    with pytest.raises(CorruptBlockError, match="its dictionary has none"):
+        decode_block(put_together(dataclasses.replace(pieces, header=header)), dictionaries=reader_of(bare))
+
+
+def test_codes_for_short_blocks_with_another_level_rule_are_left_alone() -> None:
+    """Rows are named by the rule of the first tables, and would be read by that of the second."""
+    traces = [build_trace(seed, positions=16, k=32) for seed in range(12)]
+    dictionary = train_dictionary([traces[6:]], codec="standard", vocab_size=VOCAB_SIZE)
+    assert dictionary.short_tables is not None
+    rule = dataclasses.replace(dictionary.tables.level_rule, step_shift=0)
+    short_tables = dataclasses.replace(dictionary.short_tables, level_rule=rule)
+    foreign = dataclasses.replace(dictionary, short_tables=short_tables)
+    block = encode_block(traces[:1], vocab_size=VOCAB_SIZE, dictionary=foreign)
+    assert not take_apart(block).flags & SHORT_TABLES
+    (decoded,) = decode_block(block, dictionaries=reader_of(foreign))
+    assert np.array_equal(decoded.completion_token_ids, traces[0].completion_token_ids)
+
+
+def test_a_block_with_two_kinds_of_tables_is_refused() -> None:
+    pieces = take_apart(encode_block(TRACES[2:], codec="exact", vocab_size=SMALL))
+    both = dataclasses.replace(pieces, flags=pieces.flags | SHORT_TABLES)
+    with pytest.raises(CorruptBlockError, match="tables of its own"):
+        decode_block(put_together(both))
+
+
+def test_metadata_leave_out_the_width_that_the_dictionary_has() -> None:
+    known, other, none = (build_trace(seed, k=k) for seed, k in enumerate((16, 9, 0)))
+    dictionary = train_dictionary([[known]], codec="exact", vocab_size=VOCAB_SIZE)
+    block = encode_block([known, other, none], codec="exact", vocab_size=VOCAB_SIZE, dictionary=dictionary)
+    said = trace_pb2.BlockMetadata.FromString(take_apart(block).metadata).traces
+    assert [trace.top_k for trace in said] == [0, 9, NO_ENTRIES]
+    decoded = decode_block(block, dictionaries=reader_of(dictionary))
+    assert [trace.top_k.k for trace in decoded] == [16, 9, 0]
 
 
 def test_a_dictionary_of_another_vocabulary_is_refused() -> None:
@@ -215,12 +271,12 @@ def set_head(place: int, value: int) -> Callable[[bytearray], object]:
     return lambda content: struct.pack_into("<I", content, 4 * place, value)
 
 
-HEAD_BYTES = 36
+HEAD_BYTES = 44
 
 
 def repeat_token(content: bytearray) -> None:
     # The four planes of the second difference.
-    (common,) = struct.unpack_from("<I", content, 12)
+    (common,) = struct.unpack_from("<I", content, 16)
     for plane in range(4):
         content[HEAD_BYTES + plane * common + 1] = 0
 
@@ -229,8 +285,7 @@ def change_lists(kind: int, part: str, value: int) -> Callable[[bytearray], obje
     """Sets the lowest byte of the first owner, count or token of the followers (0) or companions (1)."""
 
     def change(content: bytearray) -> None:
-        (common,) = struct.unpack_from("<I", content, 12)
-        lists, listed, more_lists, _ = struct.unpack_from("<4I", content, 16)
+        common, lists, listed, more_lists = struct.unpack_from("<4I", content, 16)
         start = HEAD_BYTES + 4 * common + kind * (5 * lists + 4 * listed)
         count = more_lists if kind else lists
         content[start + {"owner": 3 * count, "count": 4 * count, "token": 5 * count}[part]] = value
@@ -243,15 +298,18 @@ SPOILT: dict[str, Callable[[bytearray], object]] = {
     "vocabulary below its tokens": set_head(0, 100),
     "vocabulary beyond any": set_head(0, (1 << 20) + 1),
     "grid too fine": set_head(1, 1),
-    "more tokens than bytes": set_head(3, 1 << 19),
-    "lists of followers that are not there": set_head(4, 1 << 30),
-    "lists of companions that are not there": set_head(6, 1 << 30),
-    "tokens of lists that are not there": set_head(5, 1 << 30),
-    "tables that are not there": set_head(8, 1 << 30),
+    "rows wider than any": set_head(3, 1025),
+    "more tokens than bytes": set_head(4, 1 << 19),
+    "lists of followers that are not there": set_head(5, 1 << 30),
+    "lists of companions that are not there": set_head(7, 1 << 30),
+    "tokens of lists that are not there": set_head(6, 1 << 30),
+    "tables that are not there": set_head(9, 1 << 30),
+    "tables for short blocks that are not there": set_head(10, 1 << 30),
+    "tables for short blocks in those of others": set_head(10, 0),
     "owner that is not there": change_lists(0, "owner", 0xFF),
     "owner of companions that is not there": change_lists(1, "owner", 0xFF),
     "list without tokens": change_lists(0, "count", 0),
-    "list of too many tokens": change_lists(1, "count", 65),
+    "list of too many tokens": change_lists(1, "count", 129),
     "one token twice": repeat_token,
     "tokens that are not there": lambda content: content.__setitem__(HEAD_BYTES + 3, 0xFF),
     "bytes too many": lambda content: content.append(0),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from lynearm.wire.alphabet import LIST_PLACES
+from lynearm.wire.alphabet import GROWN_PLACES, LIST_PLACES
 from lynearm.wire.kernels import grow_lists
 
 
@@ -17,7 +17,7 @@ class Lists:
         self.listed = np.zeros((2, LIST_PLACES), np.int32)
         self.listed[1, :2] = 50, 51
         self.listed_sizes = np.array([0, 2], np.int32)
-        self.grown = np.zeros((room + 1, LIST_PLACES), np.int32)
+        self.grown = np.zeros((room + 1, GROWN_PLACES), np.int32)
         self.sizes = np.zeros(room, np.int32)
         self.stamps_V = np.full(300, -1, np.int32)
         self.count = 0
@@ -63,10 +63,21 @@ def test_a_row_goes_before_the_followers_and_behind_the_companions() -> None:
 
 def test_lists_end_at_their_last_place() -> None:
     lists = Lists(room=8)
-    lists.add(7, 1, *range(100, 163))
-    lists.add(7, 1, *range(200, 263))
-    assert lists.read(0, 7) == [1, *range(200, 263)]
-    assert lists.read(1, 1) == [50, 51, *range(100, 162)]
+    lists.add(7, 1, *range(60, 60 + GROWN_PLACES - 1))
+    lists.add(7, 1, *range(200, 200 + GROWN_PLACES - 1))
+    assert lists.read(0, 7) == [1, *range(200, 200 + GROWN_PLACES - 1)]
+    assert lists.read(1, 1) == [50, 51, *range(60, 60 + GROWN_PLACES - 2)]
+
+
+def test_longer_lists_of_a_dictionary_are_cut_or_stay() -> None:
+    lists = Lists(room=8)
+    lists.listed[1] = range(100, 100 + LIST_PLACES)
+    lists.listed_sizes[1] = LIST_PLACES
+    lists.rows_V2[7, 0] = 1
+    lists.add(7, 1, 60, 61)
+    assert lists.read(0, 7) == [1, 60, 61, *range(100, 100 + GROWN_PLACES - 3)]
+    assert lists.read(1, 1) == [*range(100, 100 + LIST_PLACES)]
+    assert lists.count == 1
 
 
 def test_without_room_only_lists_that_grew_before_grow() -> None:

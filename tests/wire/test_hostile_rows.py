@@ -24,6 +24,7 @@ from wire.mutation import (
 )
 
 from lynearm.v1 import trace_pb2
+from lynearm.wire.alphabet import STEP_ESCAPE, STEP_SYMBOLS
 from lynearm.wire.code_tables import (
     NUMBER_CONTEXTS,
     CodeTables,
@@ -35,6 +36,7 @@ from lynearm.wire.code_tables import (
 from lynearm.wire.codec import decode_block, decode_rows
 from lynearm.wire.errors import CorruptBlockError
 from lynearm.wire.kernels import write_numbers
+from lynearm.wire.prefix_codes import MAX_CODE_LENGTH
 from lynearm.wire.specs import CodecMode
 
 LIES: dict[str, tuple[Callable[[], Pieces], str]] = {
@@ -181,7 +183,7 @@ def test_escapes_to_symbols_that_do_not_exist_are_refused() -> None:
     tables = tables_for(*range(NUMBER_CONTEXTS))
     tables.step_lengths[:] = 0
     tables.step_lengths[:, -1] = 1
-    for symbol in (310, 311, 400, 511):
+    for symbol in (STEP_ESCAPE, STEP_ESCAPE + 1, 400, 511):
         entries = (symbol << 1).to_bytes(2, "little") + b"\0" * 6
         columns = [(NumberContext.SAMPLED, 1)]
         spoilt = one_row(columns=columns, fixed=[], entries=entries)
@@ -198,9 +200,9 @@ def test_rows_that_run_on_behind_their_end_are_refused() -> None:
     tables = tables_for(*range(NUMBER_CONTEXTS))
     # The only code of each table: the rarest token after a long step, and the escape of that step's number.
     tables.step_lengths[:] = 0
-    tables.step_lengths[:, 309] = 11
+    tables.step_lengths[:, STEP_SYMBOLS - 1] = MAX_CODE_LENGTH
     tables.number_lengths[:8] = 0
-    tables.number_lengths[:8, -1] = 11
+    tables.number_lengths[:8, -1] = MAX_CODE_LENGTH
     for kept_bytes in (128, 129):
         spoilt = dataclasses.replace(
             one_row(columns=OUTSIDE_7, fixed=[0xBF800000], tail=0, entries=bytes(kept_bytes)),

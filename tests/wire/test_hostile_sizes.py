@@ -198,9 +198,10 @@ def set_field(name: str, value: object) -> Callable[[trace_pb2.TraceMetadata], o
 
 
 METADATA_LIES: dict[str, Callable[[trace_pb2.TraceMetadata], object]] = {
-    "finish reason 0": set_field("finish_reason", 0),
     "finish reason 9": set_field("finish_reason", 9),
-    "rows wider than any": set_field("top_k", 1025),
+    "rows wider than any": set_field("top_k", 1026),
+    "completion longer than the header says": set_field("completion_length", 9),
+    "completion shorter than the header says": set_field("completion_length", 1),
     "rows narrower than kept": set_field("top_k", 1),
     "prompt rows without a first token": set_field("prompt_rows", 3),
     "prompt token beyond the vocabulary": lambda trace: trace.prompt_token_ids.__setitem__(0, VOCAB_SIZE),

@@ -32,6 +32,22 @@ COUNTS = st.lists(
 ).map(lambda counts: np.array(counts, np.int64))
 
 
+def best_cost(counts: npt.NDArray[np.int64]) -> int:
+    """Bits of the best code of lengths up to the limit: over all numbers of leaves and room, slowly."""
+    used = sorted((int(count) for count in counts if count), reverse=True)
+    # Cost of codes of the symbols so far, by the room that they leave, in units of the longest word.
+    costs = {1 << MAX_CODE_LENGTH: 0}
+    for count in used:
+        reached: dict[int, int] = {}
+        for room, cost in costs.items():
+            for length in range(1, MAX_CODE_LENGTH + 1):
+                left = room - (1 << (MAX_CODE_LENGTH - length))
+                if left >= 0:
+                    reached[left] = min(reached.get(left, cost + count * length), cost + count * length)
+        costs = reached
+    return min(costs.values())
+
+
 def huffman_cost(counts: npt.NDArray[np.int64]) -> int:
     """Bits of the best code without a limit to its lengths."""
     heap = [int(count) for count in counts if count]
@@ -48,7 +64,7 @@ def huffman_cost(counts: npt.NDArray[np.int64]) -> int:
 
 @given(counts=COUNTS)
 @settings(deadline=None)
-def test_codes_fit_the_limit_and_are_the_best_or_nearly(counts: npt.NDArray[np.int64]) -> None:
+def test_codes_fit_the_limit_and_are_the_best_without_it_or_nearly(counts: npt.NDArray[np.int64]) -> None:
     lengths = code_lengths(counts).astype(np.int64)
     np.testing.assert_array_equal(lengths > 0, counts > 0)
     assert lengths.max(initial=0) <= MAX_CODE_LENGTH
@@ -59,6 +75,15 @@ def test_codes_fit_the_limit_and_are_the_best_or_nearly(counts: npt.NDArray[np.i
     if used.max(initial=0) < MAX_CODE_LENGTH:
         assert cost == best
     assert cost <= 1.05 * best + counts.sum() * 0.1
+
+
+@given(counts=st.lists(st.integers(0, 50), min_size=1, max_size=16))
+@settings(deadline=None, max_examples=25)
+def test_codes_at_the_limit_are_the_best_there_are(counts: list[int]) -> None:
+    """Counts that double make a code as deep as it can be."""
+    doubling = np.array([1 << count for count in counts], np.int64)
+    lengths = code_lengths(doubling).astype(np.int64)
+    assert int((doubling * lengths).sum()) == best_cost(doubling)
 
 
 @given(counts=st.lists(COUNTS, min_size=1, max_size=3))
@@ -82,7 +107,7 @@ def test_tables_read_what_codes_write(counts: list[npt.NDArray[np.int64]]) -> No
         assert int((table != absent).sum()) == room
 
 
-@pytest.mark.parametrize("lengths", [[1, 1, 1], [1, 2, 2, 11], [2] * 5])
+@pytest.mark.parametrize("lengths", [[1, 1, 1], [1, 2, 2, MAX_CODE_LENGTH], [2] * 5])
 def test_oversubscribed_codes_are_refused(lengths: list[int]) -> None:
     with pytest.raises(CorruptBlockError, match="oversubscribed"):
         check_lengths(np.array([[1, 0, 0, 0, 0][: len(lengths)], lengths], np.uint8))

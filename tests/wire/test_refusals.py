@@ -220,7 +220,6 @@ def test_a_block_of_a_newer_version_or_an_unknown_mode_is_refused_politely() -> 
 def test_what_a_payload_says_that_is_not_known_here_is_refused_politely() -> None:
     pieces = take_apart(BLOCK)
     for later in (
-        dataclasses.replace(pieces, flags=pieces.flags | 64),
         dataclasses.replace(pieces, flags=pieces.flags | 128),
         dataclasses.replace(pieces, scale=b"\5"),
         dataclasses.replace(pieces, scale=b"\xff"),

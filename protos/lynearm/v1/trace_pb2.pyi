@@ -110,7 +110,7 @@ class _FinishReason:
 class _FinishReasonEnumTypeWrapper(google.protobuf.internal.enum_type_wrapper._EnumTypeWrapper[_FinishReason.ValueType], builtins.type):
     DESCRIPTOR: google.protobuf.descriptor.EnumDescriptor
     FINISH_REASON_UNSPECIFIED: _FinishReason.ValueType  # 0
-    """Not said; refused."""
+    """Not said: in a trace's metadata the next, elsewhere refused."""
     FINISH_REASON_STOP: _FinishReason.ValueType  # 1
     """The model ended it, or a stop token did."""
     FINISH_REASON_LENGTH: _FinishReason.ValueType  # 2
@@ -122,7 +122,7 @@ class FinishReason(_FinishReason, metaclass=_FinishReasonEnumTypeWrapper):
     """Why a completion ended."""
 
 FINISH_REASON_UNSPECIFIED: FinishReason.ValueType  # 0
-"""Not said; refused."""
+"""Not said: in a trace's metadata the next, elsewhere refused."""
 FINISH_REASON_STOP: FinishReason.ValueType  # 1
 """The model ended it, or a stop token did."""
 FINISH_REASON_LENGTH: FinishReason.ValueType  # 2
@@ -591,11 +591,13 @@ class TraceMetadata(google.protobuf.message.Message):
     prompt_rows: builtins.int
     """Prompt positions with a distribution: 0, or one less than the prompt's tokens."""
     completion_length: builtins.int
-    """Completion positions."""
+    """Completion positions. Absent from the block's last trace: those of the header that no trace before has."""
     top_k: builtins.int
-    """Width of the trace's rows, entries; at most 1024."""
+    """Width of the trace's rows, entries; at most 1024. Absent: that of the block's dictionary, or 0 without one;
+    1025: 0 in any case.
+    """
     finish_reason: Global___FinishReason.ValueType
-    """Why the completion ended."""
+    """Why the completion ended. Absent: the model ended it, or a stop token did."""
     sample_index: builtins.int
     """Which of the completions of one prompt."""
     completion_text: builtins.str

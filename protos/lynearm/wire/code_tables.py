@@ -112,6 +112,11 @@ class SymbolCounts:
             np.zeros((NUMBER_CONTEXTS, NUMBER_SYMBOLS + 1), np.int64),
         )
 
+    def add(self, other: SymbolCounts) -> None:
+        """Count another's symbols too."""
+        np.add(self.steps, other.steps, out=self.steps)
+        np.add(self.numbers, other.numbers, out=self.numbers)
+
 
 @dataclass(frozen=True, slots=True)
 class LevelRule:
@@ -127,6 +132,11 @@ class LevelRule:
     """Tail level expected at tail step 0."""
     slope: int
     """How much that rises with every tail step."""
+
+    @property
+    def numbers(self) -> tuple[int, int, int, int]:
+        """What foretells tail masses, as compiled code takes it."""
+        return self.origin, self.shift, self.base, self.slope
 
     def steps(self, last_levels_N: Uint32Array) -> Int64Array:
         """Tail step of each row: clamp((last level − origin) >> shift, 0, 7)."""
@@ -297,7 +307,7 @@ def _codes(lengths: Uint8Array) -> Uint32Array:
 
 @compiled
 def _pack(lengths: Uint8Array) -> Uint8Array:
-    """Nibbles, low one first: 1 to 11 a length; 0 and n: n + 1 zeros; 12: only zeros up to the row's end."""
+    """Nibbles, low one first: 1 to 10 a length; 0 and n: n + 1 zeros; 12: only zeros up to the row's end."""
     nibbles = np.zeros(lengths.size * 2 + lengths.shape[0] + 2, np.uint8)
     size = 0
     for row in range(lengths.shape[0]):
@@ -338,7 +348,7 @@ def _unpack(nibbles: Uint8Array, start: int, lengths: Uint8Array) -> int:
             at += 1
             if nibble == _REST_IS_ZERO:
                 break
-            if nibble > _REST_IS_ZERO:
+            if nibble > MAX_CODE_LENGTH:
                 return -1
             if nibble == 0:
                 if at >= nibbles.size:

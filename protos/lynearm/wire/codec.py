@@ -12,8 +12,10 @@ mode entries of equal logprob, come back in another order, since nothing orders 
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -54,7 +56,14 @@ from lynearm.wire.hidden_section import (
     write_hidden,
 )
 from lynearm.wire.kernels import AS_SAMPLED
-from lynearm.wire.metadata import TraceMetadata, parse_metadata, read_metadata, write_metadata
+from lynearm.wire.metadata import (
+    TraceMetadata,
+    TraceShapes,
+    parse_metadata,
+    read_metadata,
+    read_shapes,
+    write_metadata,
+)
 from lynearm.wire.positions import (
     ROUNDING,
     NamedRows,
@@ -68,6 +77,8 @@ from lynearm.wire.specs import CODEC_MODES, MAX_TOP_K, MAX_VOCAB_SIZE, CodecMode
 from lynearm.wire.traces import Float32Array, Int32Array, TopK, Trace
 from lynearm.wire.version1.reader import read_traces as read_version_1
 
+_Number = TypeVar("_Number", np.int32, np.float32)
+
 MAX_BLOCK_ENTRIES = 1 << 23
 """Bound on positions times largest K (at least 1) of a block, and on its prompt tokens: what decoding must be
 ready to hold."""
@@ -75,6 +86,9 @@ ready to hold."""
 _ZSTD_LEVEL = 3
 _MIN_COMPRESSED_BYTES = 128
 """Metadata below it travels as it is: a zstd frame would hardly be smaller."""
+
+_SHORT_ROWS = 16
+"""Rows of the blocks for which a dictionary's second codes are trained."""
 
 
 def encode_block(
@@ -106,7 +120,8 @@ def encode_block(
             "capture them as the stream says, or publish to another stream",
         )
     rows = _name_rows(traces, spec, _order_of(dictionary, vocab_size), dictionary)
-    metadata = write_metadata(traces, hidden)
+    usual_top_k = 0 if dictionary is None else dictionary.top_k
+    metadata = write_metadata(traces, hidden, usual_top_k=usual_top_k)
     if len(metadata) > MAX_UNCOMPRESSED_BYTES:
         raise _too_large(f"{len(metadata)} bytes of metadata", MAX_UNCOMPRESSED_BYTES)
     stored = metadata
@@ -154,7 +169,7 @@ def decode_block(
     if header.format_version == 1:
         return read_version_1(header, payload)
     read = _read_payload(header, payload, dictionaries)
-    return tuple(_join_traces(read_metadata(read.message), read.positions, read.hidden))
+    return tuple(_join_traces(read_metadata(read.message, read.shapes), read.positions, read.hidden))
 
 
 @dataclass(frozen=True, slots=True)
@@ -185,7 +200,8 @@ def decode_rows(data: bytes | memoryview, *, dictionaries: DictionaryReader | No
     if header.format_version == 1:
         raise CodecError("blocks of version 1 are read by decode_block only")
     read = _read_payload(header, payload, dictionaries)
-    return BlockRows(read.positions, tuple(read.row_counts), tuple(read.prompt_row_counts), read.hidden)
+    shapes = read.shapes
+    return BlockRows(read.positions, tuple(shapes.row_counts), tuple(shapes.prompt_row_counts), read.hidden)
 
 
 def train_dictionary(
@@ -217,18 +233,40 @@ def train_dictionary(
     rows = _name_rows(everything, spec, order, None, grid=grid)
     merge = FEW_CODES if rows.fixed_width else MANY_CODES
     draft = build_tables(rows.counts, merge=merge, level_rule=rows.level_rule, with_escapes=True)
-    counts = SymbolCounts.zeros()
+    counts, short_counts = SymbolCounts.zeros(), SymbolCounts.zeros()
     halves = (groups[::2], groups[1::2])
     for counted, others in (halves, halves[::-1]):
         # Lists made of the rows that are counted would seem better than they are for others.
         lists = _token_lists([trace for group in others or counted for trace in group])
         known = Dictionary(vocab_size, common, *lists, draft, grid)
         for group in counted:
-            rows = _name_rows(group, spec, known.order, known)
-            np.add(counts.steps, rows.counts.steps, out=counts.steps)
-            np.add(counts.numbers, rows.counts.numbers, out=counts.numbers)
-    tables = build_tables(counts, merge=merge, level_rule=draft.level_rule, with_escapes=True)
-    return Dictionary(vocab_size, common, *_token_lists(everything), tables, grid)
+            counts.add(_name_rows(group, spec, known.order, known).counts)
+            for trace in group:
+                _count_pieces(trace, spec, known, short_counts)
+    rule = draft.level_rule
+    tables = build_tables(counts, merge=merge, level_rule=rule, with_escapes=True)
+    short_tables = build_tables(short_counts, merge=MANY_CODES, level_rule=rule, with_escapes=True)
+    top_k = Counter(map(_width, everything)).most_common(1)[0][0]
+    return Dictionary(vocab_size, common, *_token_lists(everything), tables, grid, top_k, short_tables)
+
+
+def _count_pieces(trace: Trace, spec: CodecSpec, known: Dictionary, counts: SymbolCounts) -> None:
+    """Count the symbols of a trace's rows as blocks of a few rows each would write them."""
+    rows, width = _gather_positions([trace]), _width(trace)
+    for start in range(0, rows.kept.size, _SHORT_ROWS):
+        piece = rows.select(slice(start, start + _SHORT_ROWS))
+        before = int(rows.sampled_ids[start - 1]) if start else _token_before(trace)
+        named = name_rows(
+            piece,
+            [width],
+            [piece.kept.size],
+            first_previous_tokens([piece.kept.size], [before]),
+            mode=spec.mode,
+            draws=spec.draws,
+            order=known.order,
+            dictionary=known,
+        )
+        counts.add(named.counts)
 
 
 def _token_lists(traces: Sequence[Trace]) -> tuple[TokenLists, TokenLists]:
@@ -368,16 +406,9 @@ def _gather_positions(traces: Sequence[Trace]) -> Positions:
         if trace.prompt_top_k is not None and trace.prompt_logprobs is not None:
             parts.append((trace.prompt_top_k, trace.prompt_token_ids[1:], trace.prompt_logprobs))
         parts.append((trace.top_k, trace.completion_token_ids, trace.sampled_logprobs))
-    count = sum(top_k.positions for top_k, _, _ in parts)
     width = max(top_k.k for top_k, _, _ in parts)
-    token_ids_NK = np.zeros((count, width), np.int32)
-    logprobs_NK = np.full((count, width), -np.inf, np.float32)
-    start = 0
-    for top_k, _, _ in parts:
-        end = start + top_k.positions
-        token_ids_NK[start:end, : top_k.k] = top_k.token_ids
-        logprobs_NK[start:end, : top_k.k] = top_k.logprobs
-        start = end
+    token_ids_NK = _stack([top_k.token_ids for top_k, _, _ in parts], width, np.int32(0))
+    logprobs_NK = _stack([top_k.logprobs for top_k, _, _ in parts], width, np.float32(-np.inf))
     return Positions(
         kept=(logprobs_NK > -np.inf).sum(axis=1).astype(np.uint32),
         token_ids=token_ids_NK,
@@ -388,13 +419,24 @@ def _gather_positions(traces: Sequence[Trace]) -> Positions:
     )
 
 
+def _stack(parts: Sequence[npt.NDArray[_Number]], width: int, padding: _Number) -> npt.NDArray[_Number]:
+    """Rows of all parts, padded to one width."""
+    if all(part.shape[1] == width for part in parts):
+        return np.concatenate(parts)
+    rows_NK = np.full((sum(map(len, parts)), width), padding, padding.dtype)
+    start = 0
+    for part in parts:
+        rows_NK[start : start + len(part), : part.shape[1]] = part
+        start += len(part)
+    return rows_NK
+
+
 @dataclass(frozen=True, slots=True)
 class _Payload:
     message: trace_pb2.BlockMetadata
+    shapes: TraceShapes
     positions: Positions
     hidden: HiddenStates | None
-    row_counts: list[int]
-    prompt_row_counts: list[int]
 
 
 def _read_payload(
@@ -402,54 +444,38 @@ def _read_payload(
 ) -> _Payload:
     reader = ByteReader(payload)
     message = _read_metadata_message(header, reader.take(reader.varint()))
-    lengths: list[int] = []
-    prompt_rows: list[int] = []
-    widths: list[int] = []
-    before: list[int] = []
-    prompt_tokens = completion_tokens = highest = 0
-    # One pass: every look at a message's field makes an object.
-    for trace in message.traces:
-        rows, length, prompt = trace.prompt_rows, trace.completion_length, trace.prompt_token_ids
-        lengths.append(rows + length)
-        prompt_rows.append(rows)
-        widths.append(trace.top_k)
-        prompt_tokens += rows
-        completion_tokens += length
-        last = -1
-        if prompt:
-            prompt_tokens += len(prompt)
-            largest = max(prompt)
-            highest = max(highest, largest)
-            last = prompt[-1]
-        # What is no token id is refused below; until then it is none.
-        before.append(last if last < MAX_VOCAB_SIZE else -1)
-    if sum(lengths) * max(1, *widths) > MAX_BLOCK_ENTRIES:
-        raise CorruptBlockError(f"{sum(lengths)} positions of {max(widths)} entries are beyond any block")
-    if prompt_tokens > MAX_BLOCK_ENTRIES:
-        raise CorruptBlockError(f"{prompt_tokens} prompt tokens are beyond any block")
-    if (prompt_tokens, completion_tokens) != (header.prompt_token_count, header.completion_token_count):
+    dictionary: Dictionary | None = None
+    if header.dictionary_digest:
+        dictionary = (dictionaries or DictionaryReader()).get(header.dictionary_digest)
+    shapes = read_shapes(
+        message,
+        completion_tokens=header.completion_token_count,
+        usual_top_k=0 if dictionary is None else dictionary.top_k,
+    )
+    count, width = sum(shapes.row_counts), max(shapes.widths)
+    if count * max(1, width) > MAX_BLOCK_ENTRIES:
+        raise CorruptBlockError(f"{count} positions of {width} entries are beyond any block")
+    if shapes.prompt_tokens > MAX_BLOCK_ENTRIES:
+        raise CorruptBlockError(f"{shapes.prompt_tokens} prompt tokens are beyond any block")
+    if shapes.prompt_tokens != header.prompt_token_count:
         raise CorruptBlockError(
-            f"{prompt_tokens} prompt and {completion_tokens} completion tokens, "
-            f"the header says {header.prompt_token_count} and {header.completion_token_count}"
+            f"{shapes.prompt_tokens} prompt tokens, the header says {header.prompt_token_count}"
         )
     hidden: HiddenStates | None = None
     if message.HasField("hidden_states"):
         described = read_description(message.hidden_states)
-        hidden = read_hidden(described, reader.take(reader.varint()), completion_tokens)
-    dictionary: Dictionary | None = None
-    if header.dictionary_digest:
-        dictionary = (dictionaries or DictionaryReader()).get(header.dictionary_digest)
+        hidden = read_hidden(described, reader.take(reader.varint()), header.completion_token_count)
     positions, vocab_size = read_positions(
         reader.rest(),
-        lengths,
-        widths,
-        before,
+        shapes.row_counts,
+        shapes.widths,
+        shapes.before,
         mode=header.codec_mode,
         dictionary=dictionary,
     )
-    if highest >= vocab_size:
-        raise CorruptBlockError(f"prompt token {highest} in a vocabulary of {vocab_size}")
-    return _Payload(message, positions, hidden, lengths, prompt_rows)
+    if shapes.highest_prompt_token >= vocab_size:
+        raise CorruptBlockError(f"prompt token {shapes.highest_prompt_token} in a vocabulary of {vocab_size}")
+    return _Payload(message, shapes, positions, hidden)
 
 
 def _read_metadata_message(header: BlockHeader, stored: memoryview) -> trace_pb2.BlockMetadata:

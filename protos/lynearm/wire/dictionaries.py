@@ -24,7 +24,7 @@ from lynearm.wire.compression import decompress
 from lynearm.wire.errors import CodecError, CorruptBlockError, UnsupportedFormatError
 from lynearm.wire.fields import ByteReader
 from lynearm.wire.grids import Grid
-from lynearm.wire.specs import MAX_VOCAB_SIZE
+from lynearm.wire.specs import MAX_TOP_K, MAX_VOCAB_SIZE
 
 Int32Array = npt.NDArray[np.int32]
 Int64Array = npt.NDArray[np.int64]
@@ -34,11 +34,14 @@ FindDictionary: TypeAlias = "Callable[[bytes], bytes]"
 """Finds the bytes of a dictionary by its digest."""
 
 _MAGIC = b"LYD2"
-_HEAD = struct.Struct("<IIIIIIIII")
-"""Vocabulary size; scale and cap of the grid, 0 for none; tokens in the order; lists of followers, and tokens
-in them; lists of companions, and tokens in them; bytes of the tables."""
+_HEAD = struct.Struct("<IIIIIIIIIII")
+"""Vocabulary size; scale and cap of the grid, 0 for none; usual width of rows; tokens in the order; lists of
+followers, and tokens in them; lists of companions, and tokens in them; bytes of the tables, and of those for
+short blocks."""
 
-MAX_LISTS = 1 << 15
+MAX_LISTS = 1 << 14
+"""Of each kind. A dictionary's bytes end before, unless its lists are short."""
+
 _MAX_CONTENT_BYTES = _HEAD.size + 4 * MAX_VOCAB_SIZE + 2 * MAX_LISTS * (5 + 4 * LIST_PLACES) + (1 << 16)
 
 _MIN_OCCURRENCES = 3
@@ -135,6 +138,10 @@ class Dictionary:
     tables: CodeTables
     grid: Grid | None
     """Grid of the blocks that it was trained on; None for exact modes."""
+    top_k: int = 0
+    """Width of the rows of most traces; these need not say it."""
+    short_tables: CodeTables | None = None
+    """For blocks of few rows, whose tokens the block has not seen yet; with the level rule of `tables`."""
 
     @cached_property
     def order(self) -> TokenOrder:
@@ -145,15 +152,25 @@ class Dictionary:
     def encoded(self) -> bytes:
         """The dictionary as it is sent and kept."""
         tables = self.tables.to_bytes()
+        short_tables = self.short_tables.to_bytes() if self.short_tables else b""
         grid = (self.grid.scale_millionths, self.grid.cap_hundred_thousandths) if self.grid else (0, 0)
         both = (self.followers, self.companions)
         list_sizes = [size for lists in both for size in (lists.owners.size, lists.tokens.size)]
         content = (
-            _HEAD.pack(self.vocab_size, *grid, self.common_tokens.size, *list_sizes, len(tables)),
+            _HEAD.pack(
+                self.vocab_size,
+                *grid,
+                self.top_k,
+                self.common_tokens.size,
+                *list_sizes,
+                len(tables),
+                len(short_tables),
+            ),
             # Tokens of one octave of frequency ascend by id: their differences are small, and squeeze well.
             _to_planes(np.diff(self.common_tokens, prepend=np.int32(0))),
             *(part for lists in both for part in _write_lists(lists)),
             tables,
+            short_tables,
         )
         compressor = zstandard.ZstdCompressor(level=19, write_checksum=True)
         return _MAGIC + compressor.compress(b"".join(content))
@@ -178,11 +195,14 @@ class Dictionary:
         content = decompress(memoryview(data)[4:], limit=_MAX_CONTENT_BYTES)
         if len(content) < _HEAD.size:
             raise CorruptBlockError("a codec dictionary ends inside its head")
-        vocab_size, scale, cap, common, *list_sizes, table_bytes = _HEAD.unpack_from(content)
+        head = _HEAD.unpack_from(content)
+        vocab_size, scale, cap, top_k, common, *list_sizes, table_bytes, short_bytes = head
         owners, listed = sum(list_sizes[::2]), sum(list_sizes[1::2])
+        if top_k > MAX_TOP_K:
+            raise CorruptBlockError(f"a codec dictionary of rows of {top_k} entries, at most {MAX_TOP_K}")
         if not common <= vocab_size <= MAX_VOCAB_SIZE or vocab_size == 0:
             raise CorruptBlockError(f"a codec dictionary orders {common} of {vocab_size} tokens")
-        if len(content) != _HEAD.size + 4 * common + 5 * owners + 4 * listed + table_bytes:
+        if len(content) != _HEAD.size + 4 * common + 5 * owners + 4 * listed + table_bytes + short_bytes:
             raise CorruptBlockError(f"a codec dictionary of {len(content)} bytes contradicts its head")
         part = ByteReader(memoryview(content)[_HEAD.size :])
         tokens = _from_planes(part.take(4 * common)).cumsum()
@@ -195,8 +215,10 @@ class Dictionary:
             common_tokens=tokens.astype(np.int32),
             followers=followers,
             companions=companions,
-            tables=CodeTables.from_bytes(part.rest()),
+            tables=CodeTables.from_bytes(part.take(table_bytes)),
             grid=Grid(scale, cap) if scale else None,
+            top_k=top_k,
+            short_tables=CodeTables.from_bytes(part.rest()) if short_bytes else None,
         )
 
 

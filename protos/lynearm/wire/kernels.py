@@ -14,6 +14,7 @@ import numpy.typing as npt
 from lynearm.wire.alphabet import (
     COMPANION_START,
     ENTRY_STATES,
+    GROWN_PLACES,
     LIST_PLACES,
     LISTS_USED,
     LONG_STEP,
@@ -24,6 +25,7 @@ from lynearm.wire.alphabet import (
     RECENT_START,
     RECENT_WINDOW,
     REFRESH_DISTANCE,
+    RUN_BITS,
     STATE_RUNS,
     STEP_BASES,
     STEP_CLASSES,
@@ -40,6 +42,7 @@ from lynearm.wire.jit import (
     Scalar,
     address_of,
     compiled,
+    highest_bit,
     inlined,
     load8,
     load32,
@@ -75,6 +78,9 @@ RECENT_RING = 4096
 AS_SAMPLED = -2
 """In place of the token before a position: the one that was sampled at the position before."""
 
+LEVEL_DIGITS = 7
+"""Most binary digits of a level that contexts tell apart."""
+
 _CODE_MASK = U64((1 << MAX_CODE_LENGTH) - 1)
 
 _LATE_RANK = 8
@@ -91,8 +97,8 @@ _NEVER_NAMED = U64(1 << 31)
 _NEVER_LISTED = U64(0xFFFFFFFF)
 _NAMED = U64(1 << 31)
 
-_MARK_BITS = 7
-"""Of a code in one of the two lists."""
+_MARK_BITS = 8
+"""Of a code in one of the two lists; the row before it stays below `_NAMED`, since there are 2^23 at most."""
 
 LONG_STEP_CONTEXTS = 8
 
@@ -127,7 +133,7 @@ def assign_token_codes(
         list_rows_V2: Rows of `lists` that hold each token's followers and companions; 0: none. Used up.
         lists: Tokens, shape [rows, LIST_PLACES]; row 0 is empty.
         list_sizes: Tokens of each list, shape [rows].
-        grown: Room for the lists that the block grows, shape [n + 1, LIST_PLACES]; n = 0: a list is the last
+        grown: Room for the lists that the block grows, shape [n + 1, GROWN_PLACES]; n = 0: a list is the last
             row, and is looked up there.
         grown_sizes: Their sizes, shape [n].
         previous_N: Token before each position; −1 for none.
@@ -147,7 +153,7 @@ def assign_token_codes(
     grows = grown_sizes.size > 0
     latest_at = address_of(grown) if grows else ids_at
     latest_sizes_at = address_of(grown_sizes) if grows else address_of(kept_N)
-    latest_width = U64(LIST_PLACES) if grows else U64(token_ids_NK.shape[1])
+    latest_width = U64(GROWN_PLACES) if grows else U64(token_ids_NK.shape[1])
     skipped = U64(0) if grows else U64(1)
     vocab_size = U64(rank_of_V.size)
     # The list begins with the commonest tokens, the commonest nearest.
@@ -157,8 +163,8 @@ def assign_token_codes(
         state_V2[index, 0] = head - U64(1) - rank if rank < head else _NEVER_NAMED | rank
         state_V2[index, 1] = _NEVER_LISTED
     codes = np.empty(token_ids_NK.shape[1], np.uint32)
-    keys = np.empty(token_ids_NK.shape[1], np.uint32)
-    places = np.empty(token_ids_NK.shape[1], np.uint32)
+    keys = np.empty(_up_to_four(U64(token_ids_NK.shape[1])), np.uint32)
+    places = np.empty(keys.size, np.uint32)
     lists_grown = 0
     stamps_V = np.full(rank_of_V.size if grows else 0, _NEVER, np.int32)
     for t in range(U64(0), U64(kept_N.size)):
@@ -246,9 +252,18 @@ def assign_token_codes(
     return np.int64(-1)
 
 
+@inlined
+def _up_to_four(size: Scalar) -> Scalar:
+    """The next multiple of four."""
+    return (size + U64(3)) & ~U64(3)
+
+
 @compiled
 def _find_places(keys: Uint32Array, places: Uint32Array, size: Scalar) -> bool:
-    """Where each of the first keys stands in ascending order; whether they are all different."""
+    """Where each of the first keys stands in ascending order; whether they are all different.
+
+    Both arrays are used up to a multiple of four.
+    """
     if size > U64(_SHORT_SORT):
         order = np.argsort(keys[:size])
         for place in range(size):
@@ -257,12 +272,19 @@ def _find_places(keys: Uint32Array, places: Uint32Array, size: Scalar) -> bool:
                 return False
         return True
     # Every key is compared with every other one: quadratic, but many at a time, without a branch to guess.
-    for i in range(size):
-        places[i] = 0
-    for j in range(size):
-        key = keys[j]
-        for i in range(size):
-            places[i] += np.uint32(key < keys[i])
+    for i in range(size, _up_to_four(size)):
+        keys[i] = 0xFFFFFFFF
+    for i in range(U64(0), size, U64(4)):
+        key0, key1, key2, key3 = keys[i], keys[i + U64(1)], keys[i + U64(2)], keys[i + U64(3)]
+        below0 = below1 = below2 = below3 = np.uint32(0)
+        for j in range(size):
+            key = keys[j]
+            below0 = np.uint32(below0 + np.uint32(key < key0))
+            below1 = np.uint32(below1 + np.uint32(key < key1))
+            below2 = np.uint32(below2 + np.uint32(key < key2))
+            below3 = np.uint32(below3 + np.uint32(key < key3))
+        places[i], places[i + U64(1)] = below0, below1
+        places[i + U64(2)], places[i + U64(3)] = below2, below3
     total = U64(0)
     for i in range(size):
         total += U64(places[i])
@@ -321,7 +343,7 @@ def grow_lists(
     """Add a row's tokens to the followers of the token before it, and to the companions of its first token.
 
     The row's tokens go before the followers that were there, and behind the companions; each token is there
-    once, and what lies behind `LIST_PLACES` is dropped.
+    once, and what lies behind `GROWN_PLACES` is dropped.
 
     Args:
         t: Number of the row, which has entries.
@@ -331,7 +353,7 @@ def grow_lists(
         list_rows_V2: As for `assign_token_codes`; −1 − i: grown list i.
         lists: As for `assign_token_codes`.
         list_sizes: As for `assign_token_codes`.
-        grown: The grown lists, and a row to work in, shape [n + 1, LIST_PLACES].
+        grown: The grown lists, and a row to work in, shape [n + 1, GROWN_PLACES].
         grown_sizes: Shape [n].
         count: How many there are; when there are n, lists that were not grown yet stay as they are.
         stamps_V: This function's own, −1 in the beginning: the list that each token was put into last.
@@ -346,13 +368,13 @@ def grow_lists(
             continue
         old: Scalar = np.int64(list_rows_V2[owner, kind])
         old_size = grown_sizes[-1 - old] if old < 0 else list_sizes[old]
-        if (old >= 0 and count == work) or (kind == 1 and old_size == LIST_PLACES):
+        if (old >= 0 and count == work) or (kind == 1 and old_size >= GROWN_PLACES):
             continue
         size = 0
         for part in range(2):
             is_row = part == kind
             for i in range(kept - kind if is_row else old_size):
-                if size == LIST_PLACES:
+                if size == GROWN_PLACES:
                     break
                 if is_row:
                     token = token_ids_NK[t, i + kind]
@@ -462,7 +484,7 @@ def write_numbers(
     """Append numbers, each by the code of its context.
 
     Args:
-        out: Zeros from bit `start` on; has room for 43 bits a number, and for eight bytes more.
+        out: Has room for 43 bits a number, and for eight bytes more.
         start: Bit at which to begin.
         numbers: Shape [n].
         contexts: Row of `codes` for each, shape [n].
@@ -565,30 +587,56 @@ def read_numbers(
         bit: Where the first begins.
         end_bit: Where the stream ends.
         contexts: Table of each number, shape [n].
-        tables: Shape [tables · 2^11]: bits in all, length << 6, base << 10.
+        tables: Shape [tables · 2^10]: bits in all, length << 6, base << 10.
         numbers: Filled, shape [n].
 
     Returns:
         The bit behind the last; −1 when a code is not in its table or the stream ends before.
     """
-    stream_at = address_of(stream)
-    position = U64(bit)
-    end = U64(end_bit)
+    stream_at, tables_at = address_of(stream), address_of(tables)
+    position, end = U64(bit), U64(end_bit)
     for index in range(numbers.size):
-        if position >= end:
+        position, number, bad = read_number(stream_at, position, tables_at, U64(contexts[index]))
+        if (position > end) | bad:
             return -1
-        word = load64(stream_at + (position >> U64(3))) >> (position & U64(7))
-        table = U64(contexts[index]) << U64(MAX_CODE_LENGTH)
-        entry = tables[table + (word & U64((1 << MAX_CODE_LENGTH) - 1))]
-        if entry >> U64(42):
-            return -1
-        total = entry & U64(63)
-        open_bits = (word & ((U64(1) << total) - U64(1))) >> ((entry >> U64(6)) & U64(15))
-        numbers[index] = (entry >> U64(10)) + open_bits
-        position += total
+        numbers[index] = number
     # Of int64 and uint64, numba would make a float.
-    behind: Scalar = np.int64(position)
-    return -1 if position > end else behind
+    return int(np.int64(position))
+
+
+@compiled
+def read_numbers_by_level(
+    stream: Uint8Array,
+    bit: int,
+    end_bit: int,
+    first_context: int,
+    levels: Uint32Array,
+    tables: Uint64Array,
+    numbers: Uint32Array,
+) -> int:
+    """As `read_numbers`, where the binary digits of a level each, at most 7, are added to one context."""
+    stream_at, tables_at = address_of(stream), address_of(tables)
+    position, end = U64(bit), U64(end_bit)
+    for index in range(numbers.size):
+        digits = min(highest_bit(np.int64(levels[index]) << 1 | 1), LEVEL_DIGITS)
+        position, number, bad = read_number(stream_at, position, tables_at, U64(first_context + digits))
+        if (position > end) | bad:
+            return -1
+        numbers[index] = number
+    return int(np.int64(position))
+
+
+@inlined
+def read_number(
+    stream_at: Scalar, position: Scalar, tables_at: Scalar, context: Scalar
+) -> tuple[Scalar, Scalar, Scalar]:
+    """One number: the bit behind it, the number, and whether its code is not in the table of its context."""
+    word = load64(stream_at + (position >> U64(3))) >> (position & U64(7))
+    entry = load64(tables_at + (((context << U64(MAX_CODE_LENGTH)) + (word & _CODE_MASK)) << U64(3)))
+    total = entry & U64(63)
+    open_bits = (word & ((U64(1) << total) - U64(1))) >> ((entry >> U64(6)) & U64(15))
+    number = (entry >> U64(10)) + open_bits
+    return position + total, number, entry >> U64(42) > U64(0)
 
 
 @compiled
@@ -757,7 +805,7 @@ def read_rows(
         remembered: Bits of such a number that stay along a row.
         plain: Masks by step, of two elements each: all ones for a long step, else zeros. Behind them elements
             for symbols without a code, length 0, shape [2^SYMBOL_BITS].
-        long_steps: Decoding tables of long steps, shape [LONG_STEP_CONTEXTS · 2^11].
+        long_steps: Decoding tables of long steps, shape [LONG_STEP_CONTEXTS · 2^10].
         level_shift: As for `name_entries`.
         bucket_of_rank: Shape [≥ K].
         token_of_rank_V: The vocabulary's order.
@@ -799,7 +847,7 @@ def read_rows(
     # Where the block's own lists are: those that it grows, or else its rows themselves.
     latest_at = address_of(grown) if grows else ids_at
     latest_sizes_at = address_of(grown_sizes) if grows else kept_at
-    latest_width = U64(LIST_PLACES) if grows else width
+    latest_width = U64(GROWN_PLACES) if grows else width
     lanes = U64(starts.size)
     count = U64(kept_N.size)
     highest = U64(max_level)
@@ -1013,7 +1061,7 @@ def _put_entry(code_at: Scalar, to_levels: Scalar, code: Scalar, level: Scalar) 
 @inlined
 def _next_tables(state: Scalar, token_code: Scalar, remembered: Scalar, states_at: Scalar) -> Scalar:
     """`next_state`, where states are offsets of tables."""
-    step = min(token_code >> U64(6), U64(STATE_RUNS - 1))
+    step = min(token_code >> U64(RUN_BITS), U64(STATE_RUNS - 1))
     return (state & remembered) | load64(states_at + (step << U64(3)))
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import Final, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -16,7 +16,7 @@ from lynearm.wire.hidden import HiddenStatesSpec
 from lynearm.wire.hidden_section import MAX_DESCRIPTION_BYTES, hidden_spec_to_proto
 from lynearm.wire.jit import Scalar, compiled
 from lynearm.wire.sampling import sampling_from_proto, sampling_to_proto
-from lynearm.wire.specs import MAX_TOP_K
+from lynearm.wire.specs import MAX_TOP_K, MAX_VOCAB_SIZE
 from lynearm.wire.traces import (
     MAX_STOPS,
     FinishReason,
@@ -57,7 +57,16 @@ _SPAN_KIND_CODES: dict[SpanKind, trace_pb2.SpanKind.ValueType] = {
     "answer": trace_pb2.SPAN_KIND_ANSWER,
     "truncated_reasoning": trace_pb2.SPAN_KIND_TRUNCATED_REASONING,
 }
-_FINISH_REASONS: dict[int, FinishReason] = {int(code): name for name, code in _FINISH_REASON_CODES.items()}
+NO_ENTRIES: Final = MAX_TOP_K + 1
+"""Says that rows have no entries, where the dictionary's have some."""
+
+_USUAL_FINISH: FinishReason = "stop"
+"""Takes no bytes."""
+
+_FINISH_REASONS: dict[int, FinishReason] = {
+    trace_pb2.FINISH_REASON_UNSPECIFIED: _USUAL_FINISH,
+    **{int(code): name for name, code in _FINISH_REASON_CODES.items()},
+}
 _SPAN_KINDS: dict[int, SpanKind] = {int(code): name for name, code in _SPAN_KIND_CODES.items()}
 
 
@@ -81,12 +90,15 @@ class TraceMetadata:
     stop_string: str
 
 
-def write_metadata(traces: Sequence[Trace], hidden: HiddenStatesSpec | None = None) -> bytes:
+def write_metadata(
+    traces: Sequence[Trace], hidden: HiddenStatesSpec | None = None, *, usual_top_k: int = 0
+) -> bytes:
     """The metadata of some traces, as a `lynearm.v1.BlockMetadata`.
 
     Args:
         traces: Of one block.
         hidden: Hidden states that they all have.
+        usual_top_k: Width of rows that takes no bytes: the dictionary's.
 
     Raises:
         CodecError: if a value has no place in it; the message names the prompt.
@@ -95,10 +107,12 @@ def write_metadata(traces: Sequence[Trace], hidden: HiddenStatesSpec | None = No
     before = SamplingParams()
     for trace in traces:
         try:
-            message.traces.append(_write_trace(trace, before))
+            message.traces.append(_write_trace(trace, before, usual_top_k))
         except (ValueError, TypeError) as error:
             raise CodecError(f"trace of prompt {trace.prompt_id!r}: {error}") from error
         before = trace.sampling
+    # The header has the sum of them all.
+    message.traces[-1].ClearField("completion_length")
     for what, count in (
         ("spans", sum(len(trace.spans) for trace in traces)),
         ("tags", sum(len(trace.tags) for trace in traces)),
@@ -144,33 +158,97 @@ def parse_metadata(data: bytes | memoryview, *, trace_count: int) -> trace_pb2.B
         ):
             if count > MAX_BLOCK_ITEMS:
                 raise CorruptBlockError(f"{count} {what} exceed a block's limit of {MAX_BLOCK_ITEMS}")
-    for trace in message.traces:
-        if trace.top_k > MAX_TOP_K:
-            raise CorruptBlockError(f"rows of {trace.top_k} entries, at most {MAX_TOP_K} are kept")
-        if trace.prompt_rows and len(trace.prompt_token_ids) != 1:
-            raise CorruptBlockError("a prompt with distributions names more than its first token")
     return message
 
 
-def read_metadata(message: trace_pb2.BlockMetadata) -> list[TraceMetadata]:
+@dataclass(frozen=True, slots=True)
+class TraceShapes:
+    """Rows of every trace of a block."""
+
+    row_counts: list[int]
+    """Those of its prompt, where it has any, and those of its completion."""
+    prompt_row_counts: list[int]
+    widths: list[int]
+    """Most entries of a row."""
+    before: list[int]
+    """Last token before its rows; −1 for none."""
+    prompt_tokens: int
+    """Of all traces."""
+    highest_prompt_token: int
+    """Of those that are not sampled tokens of rows; 0 where there are none."""
+
+
+def read_shapes(message: trace_pb2.BlockMetadata, *, completion_tokens: int, usual_top_k: int) -> TraceShapes:
+    """How many rows traces have, and what is needed to read them.
+
+    Args:
+        message: From `parse_metadata`.
+        completion_tokens: Of all traces, as the block's header has it.
+        usual_top_k: Width of rows where a trace does not say it.
+
+    Raises:
+        CorruptBlockError: if a trace's rows are too wide, or the completions longer than the header says.
+    """
+    row_counts: list[int] = []
+    prompt_row_counts: list[int] = []
+    widths: list[int] = []
+    before: list[int] = []
+    prompt_tokens = highest = length = 0
+    # One pass: every look at a message's field makes an object.
+    for trace in message.traces:
+        rows, length, prompt, width = (
+            trace.prompt_rows,
+            trace.completion_length,
+            trace.prompt_token_ids,
+            trace.top_k,
+        )
+        row_counts.append(rows + length)
+        prompt_row_counts.append(rows)
+        widths.append(width or usual_top_k)
+        completion_tokens -= length
+        prompt_tokens += rows
+        last = -1
+        if prompt:
+            prompt_tokens += len(prompt)
+            largest = max(prompt)
+            highest = max(highest, largest)
+            last = prompt[-1]
+        if rows and len(prompt) != 1:
+            raise CorruptBlockError("a prompt with distributions names more than its first token")
+        # What is no token id is refused later; until then it is none.
+        before.append(last if last < MAX_VOCAB_SIZE else -1)
+    if completion_tokens < 0 or (completion_tokens and length):
+        raise CorruptBlockError(
+            f"completions that differ by {completion_tokens} tokens from what the header says"
+        )
+    row_counts[-1] += completion_tokens
+    if max(widths) > MAX_TOP_K:
+        if max(widths) > NO_ENTRIES:
+            raise CorruptBlockError(f"rows of {max(widths)} entries, at most {MAX_TOP_K} are kept")
+        widths = [0 if width == NO_ENTRIES else width for width in widths]
+    return TraceShapes(row_counts, prompt_row_counts, widths, before, prompt_tokens, highest)
+
+
+def read_metadata(message: trace_pb2.BlockMetadata, shapes: TraceShapes) -> list[TraceMetadata]:
     """The metadata of every trace, in order.
 
     Args:
         message: From `parse_metadata`.
+        shapes: From `read_shapes`.
 
     Raises:
         CorruptBlockError: if a value is out of bounds.
     """
     sampling = SamplingParams()
     found: list[TraceMetadata] = []
-    for trace in message.traces:
+    for index, trace in enumerate(message.traces):
         if trace.HasField("sampling"):
             sampling = sampling_from_proto(trace.sampling)
-        found.append(_read_trace(trace, sampling))
+        found.append(_read_trace(trace, sampling, shapes, index))
     return found
 
 
-def _write_trace(trace: Trace, before: SamplingParams) -> trace_pb2.TraceMetadata:
+def _write_trace(trace: Trace, before: SamplingParams, usual_top_k: int) -> trace_pb2.TraceMetadata:
     if len(trace.prompt_id.encode()) > MAX_PROMPT_ID_BYTES:
         raise ValueError(
             f"its id is longer than {MAX_PROMPT_ID_BYTES} bytes: name the prompt by a shorter one"
@@ -183,7 +261,7 @@ def _write_trace(trace: Trace, before: SamplingParams) -> trace_pb2.TraceMetadat
         prompt_token_ids=prompt.tolist(),
         prompt_rows=prompt_rows,
         completion_length=trace.completion_token_ids.size,
-        top_k=width,
+        top_k=0 if width == usual_top_k else width or NO_ENTRIES,
         finish_reason=_FINISH_REASON_CODES[trace.finish_reason],
         sample_index=trace.sample_index,
         spans=[
@@ -195,6 +273,8 @@ def _write_trace(trace: Trace, before: SamplingParams) -> trace_pb2.TraceMetadat
         tags=[trace_pb2.Tag(key=key, value=value) for key, value in trace.tags.items()],
         completion_text=trace.completion_text,
     )
+    if trace.finish_reason == _USUAL_FINISH:
+        message.ClearField("finish_reason")
     if trace.stop_string:
         message.stop_number = 1 + trace.sampling.stop.index(trace.stop_string)
     if trace.sampling != before:
@@ -202,7 +282,10 @@ def _write_trace(trace: Trace, before: SamplingParams) -> trace_pb2.TraceMetadat
     return message
 
 
-def _read_trace(message: trace_pb2.TraceMetadata, sampling: SamplingParams) -> TraceMetadata:
+def _read_trace(
+    message: trace_pb2.TraceMetadata, sampling: SamplingParams, shapes: TraceShapes, index: int
+) -> TraceMetadata:
+    prompt_rows = shapes.prompt_row_counts[index]
     prompt_token_ids = np.array(message.prompt_token_ids, np.uint32)
     if prompt_token_ids.size and prompt_token_ids.max() >= 1 << 31:
         raise CorruptBlockError(f"prompt token {prompt_token_ids.max()} is no token id")
@@ -212,9 +295,9 @@ def _read_trace(message: trace_pb2.TraceMetadata, sampling: SamplingParams) -> T
     return TraceMetadata(
         prompt_id=message.prompt_id,
         prompt_token_ids=prompt_token_ids.astype(np.int32),
-        prompt_rows=message.prompt_rows,
-        completion_length=message.completion_length,
-        top_k=message.top_k,
+        prompt_rows=prompt_rows,
+        completion_length=shapes.row_counts[index] - prompt_rows,
+        top_k=shapes.widths[index],
         finish_reason=_look_up(_FINISH_REASONS, message.finish_reason, "finish reason"),
         sample_index=message.sample_index,
         sampling=sampling,

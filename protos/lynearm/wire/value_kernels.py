@@ -10,13 +10,15 @@ import math
 import numpy as np
 import numpy.typing as npt
 
-from lynearm.wire.jit import Scalar, compiled, inlined
+from lynearm.wire.jit import Scalar, address_of, compiled, inlined
+from lynearm.wire.kernels import read_number
 
 Int64Array = npt.NDArray[np.int64]
 Float32Array = npt.NDArray[np.float32]
 Float64Array = npt.NDArray[np.float64]
 Uint8Array = npt.NDArray[np.uint8]
 Uint32Array = npt.NDArray[np.uint32]
+Uint64Array = npt.NDArray[np.uint64]
 
 U64 = np.uint64
 
@@ -74,57 +76,104 @@ def foresee_tails(
         contexts_N: Filled: `TAIL_STEPS` contexts by the last level, then those by what the masses leave of 1.
         expected_N: Filled.
     """
-    origin, shift, base, slope = rule
     for t in range(kept_N.size):
-        away: Scalar = max(np.int64(last_levels_N[t]) - origin, 0)
-        step = min(away >> shift, TAIL_STEPS - 1)
-        context = step
-        expected: Scalar = base + slope * step
+        rest = np.int64(0)
         if masses.size:
             rest = np.int64(1 << 40)
             for i in range(np.int64(kept_N[t])):
                 rest -= masses[levels_NK[t, i]]
-            if rest > 0:
-                mass = np.float64(rest) * 2.0**-40
-                # The rest is known about as well as an entry of mass scale² / 12.
-                octave = min(_exponent(mass / scale) + 3, REST_OCTAVES)
-                if octave > 0:
-                    context = TAIL_STEPS - 1 + octave
-                    expected = np.int64(np.rint((1.0 - np.sqrt(mass)) * (2.0 / scale)))
-        contexts_N[t] = context
-        expected_N[t] = expected
+        contexts_N[t], expected_N[t] = _foresee_tail(np.int64(last_levels_N[t]), rule, rest, scale)
+
+
+@inlined
+def _foresee_tail(last_level: Scalar, rule: Scalar, rest: Scalar, scale: Scalar) -> tuple[Scalar, Scalar]:
+    """Context and expected level of one row's tail; `rest`, in units of 2^−40, is left over if above 0."""
+    origin, shift, base, slope = rule
+    step = min(max(last_level - origin, 0) >> shift, TAIL_STEPS - 1)
+    context = step
+    expected = base + slope * step
+    if rest > 0:
+        mass = np.float64(rest) * 2.0**-40
+        # The rest is known about as well as an entry of mass scale² / 12.
+        octave = min(_exponent(mass / scale) + 3, REST_OCTAVES)
+        if octave > 0:
+            context = TAIL_STEPS - 1 + octave
+            expected = np.int64(np.rint((1.0 - np.sqrt(mass)) * (2.0 / scale)))
+    return context, expected
+
+
+@compiled
+def read_grid_values(
+    stream: Uint8Array,
+    bit: int,
+    end_bit: int,
+    tables: Uint64Array,
+    first_context: int,
+    levels_NK: Uint32Array,
+    kept_N: Uint32Array,
+    last_levels_N: Uint32Array,
+    rule: tuple[int, int, int, int],
+    masses: Int64Array,
+    values: Float32Array,
+    scale: float,
+    logprobs_NK: Float32Array,
+    tail_levels_N: Int64Array,
+) -> tuple[int, int, int]:
+    """Logprobs of a grid's levels, and the levels of the tail masses, whose numbers are read.
+
+    What `look_up`, `foresee_tails` and `kernels.read_numbers` do one after the other, in one pass: while one
+    row's number waits for the end of the one before, the next row's masses are summed.
+
+    Args:
+        stream: As for `kernels.read_numbers`, like the next three.
+        bit: Where the first number begins.
+        end_bit: Where the stream ends.
+        tables: Of all contexts.
+        first_context: Context of tails to which that of a row is added.
+        levels_NK: Levels, each below the size of `masses` and of `values`.
+        kept_N: Entries of each row.
+        last_levels_N: Level of each row's last entry; 0 for a row without entries.
+        rule: As for `foresee_tails`.
+        masses: Of each level, as for `foresee_tails`.
+        values: Logprob of each level.
+        scale: The grid's.
+        logprobs_NK: Filled, with −inf behind a row's entries; may be the memory of `levels_NK`.
+        tail_levels_N: Filled; −1 where there is no tail.
+
+    Returns:
+        The bit behind the last number, −1 when one does not decode; the lowest level of a tail, or 0; the
+        highest one, or −1.
+    """
+    stream_at, tables_at = address_of(stream), address_of(tables)
+    position, end = U64(bit), U64(end_bit)
+    width = U64(levels_NK.shape[1])
+    lowest, highest = np.int64(0), np.int64(-1)
+    for t in range(U64(0), U64(kept_N.size)):
+        kept = U64(kept_N[t])
+        rest = np.int64(1 << 40)
+        for i in range(U64(0), kept):
+            level = levels_NK[t, i]
+            rest -= masses[level]
+            logprobs_NK[t, i] = values[level]
+        for i in range(kept, width):
+            logprobs_NK[t, i] = -np.inf
+        context, expected = _foresee_tail(np.int64(last_levels_N[t]), rule, rest, scale)
+        position, number, bad = read_number(stream_at, position, tables_at, U64(first_context + context))
+        if (position > end) | bad:
+            return -1, 0, -1
+        zigzag = np.int64(number) - 1
+        tail_level: Scalar = expected + ((zigzag >> 1) ^ -(zigzag & 1))
+        lowest = min(lowest, tail_level if zigzag >= 0 else np.int64(0))
+        tail_level = tail_level if zigzag >= 0 else np.int64(-1)
+        highest = max(highest, tail_level)
+        tail_levels_N[t] = tail_level
+    return int(np.int64(position)), int(lowest), int(highest)
 
 
 @inlined
 def _exponent(value: Scalar) -> Scalar:
     """⌊log2⌋ of a float64 above 2^−1022."""
     return (np.float64(value).view(np.int64) >> 52) - 1023
-
-
-@compiled
-def read_tails(numbers_N: Uint32Array, expected_N: Int64Array, max_level: int, levels_N: Int64Array) -> int:
-    """Level of each row's tail mass, −1 where there is none.
-
-    Args:
-        numbers_N: The tails' numbers.
-        expected_N: Level that each is expected at.
-        max_level: Largest level allowed.
-        levels_N: Filled.
-
-    Returns:
-        The highest one; −2 when one is out of range.
-    """
-    highest: Scalar = np.int64(-1)
-    lowest: Scalar = np.int64(0)
-    for t in range(numbers_N.size):
-        number = np.int64(numbers_N[t])
-        zigzag = number - 1
-        level = expected_N[t] + ((zigzag >> 1) ^ -(zigzag & 1))
-        level = level if number > 0 else np.int64(-1)
-        lowest = min(lowest, level if number > 0 else np.int64(0))
-        highest = max(highest, level)
-        levels_N[t] = level
-    return highest if lowest >= 0 and highest <= max_level else -2
 
 
 @compiled
