@@ -30,6 +30,8 @@ METHODS = (
     "sampled",
     "hard_labels",
     "k64_default_loss",
+    "k64_tail_token",
+    "k64_tail_token_03",
     "k64_drawn_tail",
     "adaptive_drawn_tail",
 )
