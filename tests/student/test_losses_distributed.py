@@ -35,4 +35,5 @@ def test_gradients_of_two_processes_equal_those_of_one(way: str, tmp_path: Path)
     finally:
         for process in processes:
             process.kill()
+            process.communicate()
     assert [process.returncode for process in processes] == [0, 0], "\n".join(outputs)

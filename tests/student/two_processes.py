@@ -62,6 +62,7 @@ def main(way: str, rank: int, rendezvous: str) -> None:
     targets = make_case(POSITIONS).targets
     input_ids_N = torch.arange(POSITIONS) % VOCAB
     half = slice(rank * POSITIONS // 2, (rank + 1) * POSITIONS // 2)
+    kept: list[nn.Module] = []
     for tied in (False, True):
         alone = Learner(tied=tied).double()
         torch.autograd.backward(alone(input_ids_N, targets, float(POSITIONS)))
@@ -70,15 +71,16 @@ def main(way: str, rank: int, rendezvous: str) -> None:
             shared = DistributedDataParallel(shared)
         else:
             fully_shard(shared, mesh=init_device_mesh("cpu", (2,)))
+        kept.append(shared)
         # Both average over the processes, so that each divides by its own share of the positions.
         mine = targets.rows(half.start, half.stop)
         torch.autograd.backward(shared(input_ids_N[half], mine, POSITIONS / 2))
         torch.testing.assert_close(gradients(shared), gradients(alone))
-    dist.destroy_process_group()
+    dist.barrier()
+    # The destructors of DistributedDataParallel and of its group now and then wait for ever: none is run.
+    sys.stdout.flush()
+    os._exit(0)
 
 
 if __name__ == "__main__":
     main(sys.argv[1], int(sys.argv[2]), cast(str, sys.argv[3]))
-    sys.stdout.flush()
-    # The destructor of DistributedDataParallel now and then waits for ever for a group that is gone.
-    os._exit(0)
