@@ -37,7 +37,7 @@ class FakeRay(SimpleNamespace):
 
 
 def install(monkeypatch: pytest.MonkeyPatch, ray: FakeRay) -> FakeRay:
-    monkeypatch.setitem(sys.modules, "ray", ray)  # type: ignore[arg-type]
+    monkeypatch.setitem(sys.modules, "ray", ray)
     monkeypatch.setenv("RAY_worker_niceness", "15")
     return ray
 
@@ -80,7 +80,7 @@ def test_a_connection_that_is_there_is_used_and_left(monkeypatch: pytest.MonkeyP
 
 
 def test_without_ray_the_command_that_installs_it_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "ray", None)  # type: ignore[arg-type]
+    monkeypatch.setitem(sys.modules, "ray", None)
     told = r"a test needs Ray.*pip install it"
     with pytest.raises(MissingDependencyError, match=told), ray_session("auto", USE):
         pass

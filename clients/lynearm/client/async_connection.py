@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 from collections.abc import AsyncIterator
 from typing import Any, Protocol, TypeVar
@@ -26,8 +27,11 @@ from lynearm.v1 import teacher_service_pb2 as teacher_pb
 from lynearm.v1 import trace_service_pb2 as pb
 from lynearm.wire.allocation import keep_freed_memory
 
-_LETTING_GO_SECONDS = 0.001
-"""A few times that is what calls that were cancelled need to let go of their channel."""
+_REST_SECONDS = 0.05
+"""Bound on the wait for grpc.aio's thread after the last channel was closed: calls that were cancelled need a
+few milliseconds to let go of it, and where something else uses grpc.aio it does not end."""
+
+_LOOK_SECONDS = 0.001
 
 Result = TypeVar("Result")
 _Response_co = TypeVar("_Response_co", covariant=True)
@@ -141,17 +145,19 @@ class AsyncConnection:
         return methods.is_serving(answer)
 
     async def close(self) -> None:
-        """Close the channels; calls on them end. The next call opens others."""
+        """Close the channels; calls on them end. The next call opens others.
+
+        The process may fork at once then, without another turn of the loop.
+        """
         self._leave_others()
         self.generation += 1
         channels, self._channels = self._channels, {}
         while channels:
             await _close_channel(channels.popitem()[1])
-        for _ in range(50):
-            # Whoever closes a client may fork next, without another turn of the loop.
-            if not is_aio_idling():
-                break
-            await asyncio.sleep(_LETTING_GO_SECONDS)
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(_REST_SECONDS):
+                while is_aio_idling():
+                    await asyncio.sleep(_LOOK_SECONDS)
 
     def _channel(self, target: str) -> grpc.aio.Channel:
         self._leave_others()

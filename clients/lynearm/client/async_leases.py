@@ -16,6 +16,7 @@ from lynearm.client import job_calls
 from lynearm.client.calls import Call
 from lynearm.client.job_calls import Grant, JobInfo
 from lynearm.client.leases import FAILED_PER_CALL, POLL_SECONDS, RENEWALS, HeldLeases, Lease
+from lynearm.client.pulse import Pulse
 from lynearm.client.sending import AsyncSendCall
 from lynearm.wire.errors import DeadlineError, LynearmError, ServiceUnavailableError
 from lynearm.wire.specs import check_name
@@ -63,8 +64,7 @@ class AsyncPromptWorker:
         self._silence_seconds = math.inf
         self._held = HeldLeases()
         self._calls = 0
-        self._idle = asyncio.Event()
-        self._idle.set()
+        self._changed = Pulse()
         self._closed = False
         self._has_leased = asyncio.Event()
         self._task: asyncio.Task[None] | None = None
@@ -86,8 +86,7 @@ class AsyncPromptWorker:
             return
         # What another task is about to be given has to go back as well, over a client that is open.
         # Whoever ends a call may begin the next one before this task runs again.
-        while self._calls:
-            await self._idle.wait()
+        await self._changed.wait_for(lambda: not self._calls)
         try:
             await self.release(self._held.leases)
         except LynearmError as failure:
@@ -152,13 +151,11 @@ class AsyncPromptWorker:
     def _under_way(self) -> Generator[None]:
         """What leaving waits for."""
         self._calls += 1
-        self._idle.clear()
         try:
             yield
         finally:
             self._calls -= 1
-            if not self._calls:
-                self._idle.set()
+            self._changed.send()
 
     async def _renew(self) -> None:
         await self._has_leased.wait()
