@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 from models.service_process import ServiceProcess
+from student.run_material import short_run
 from student.teaching_material import offer
 
 from lynearm.student.checkpoint import latest_checkpoint, load_checkpoint
@@ -43,19 +44,14 @@ def config(
 ) -> TrainConfig:
     stream = f"on-ray-{next(numbers)}"
     offer(service.target, teacher, traces, name=stream)
-    return TrainConfig(
-        student=student_dir,
-        streams=(stream,),
-        service=service.target,
-        out=tmp_path / "run",
-        learning_rate=3e-3,
-        warmup_steps=2,
-        batch_sequences=4,
+    return short_run(
+        service,
+        student_dir,
+        (stream,),
+        tmp_path / "run",
         epochs=2,
-        held_out_traces=8,
+        eval_every_steps=50,
         checkpoint_every_steps=2,
-        device="cpu",
-        threads=1,
         ray=True,
         ranks=2,
     )

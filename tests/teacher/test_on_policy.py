@@ -15,6 +15,7 @@ from models.service_process import ServiceProcess, unused_target
 from models.teacher_thread import TeacherThread
 from models.tiny_llama import build_tiny_llama
 from safetensors.torch import load_file
+from student.run_material import short_run
 
 from lynearm.client import TeacherClient, TraceClient
 from lynearm.student.config import TrainConfig
@@ -92,12 +93,12 @@ def read_stream(target: str, stream: str) -> list[Trace]:
 def test_a_student_learns_from_its_own_text_through_kill_and_resume(
     service: ServiceProcess, teacher: TeacherThread, stream: str, student_dir: Path, tmp_path: Path
 ) -> None:
-    config = TrainConfig(
-        student=student_dir,
-        streams=(stream,),
-        service=service.target,
+    config = short_run(
+        service,
+        student_dir,
+        (stream,),
+        tmp_path / "run",
         teacher=teacher.target,
-        out=tmp_path / "run",
         on_policy=True,
         on_policy_share="0.5",
         max_staleness=4,
@@ -106,16 +107,10 @@ def test_a_student_learns_from_its_own_text_through_kill_and_resume(
         rollout_top_k=8,
         rollout_threads=1,
         rollout_kv_cache_mib=64,
-        learning_rate=3e-3,
-        warmup_steps=2,
-        batch_sequences=4,
         max_sequence_tokens=64,
         held_out_traces=4,
-        eval_every_steps=0,
         checkpoint_every_steps=2,
         keep_checkpoints=20,
-        device="cpu",
-        threads=1,
         max_steps=10,
     )
     events: list[TrainProgress] = []
