@@ -37,10 +37,10 @@ from typing import Any
 
 import numpy as np
 from wire.building import build_rows, build_sampled_trace, build_trace
-from wire.mutation import Pieces, put_together, spoil_block, spoil_bytes, take_apart, write_rows_part
+from wire.mutation import Pieces, put_together, rejoin, spoil_block, spoil_bytes, take_apart, write_rows_part
 
 from lynearm.wire import code_tables, positions
-from lynearm.wire.blocks import checksum, join_block, split_block
+from lynearm.wire.blocks import split_block
 from lynearm.wire.codec import decode_block, decode_rows, encode_block, train_dictionary
 from lynearm.wire.dictionaries import Dictionary, DictionaryReader
 from lynearm.wire.errors import LynearmError
@@ -132,8 +132,7 @@ def spoil_version_1(block: bytes, rng: Random) -> bytes:
     header, payload = split_block(block)
     content = spoil_bytes(_decompress(payload), rng)
     packed = _compress(content)
-    header = dataclasses.replace(header, uncompressed_size_bytes=len(content), payload_xxh3=checksum(packed))
-    return join_block(header, packed)
+    return rejoin(dataclasses.replace(header, uncompressed_size_bytes=len(content)), packed)
 
 
 class Judge:
@@ -236,9 +235,9 @@ def guard_kernels() -> None:
     module.read_fixed = guarded(positions.read_fixed, 0)
     # Stream, tables, levels, kept, last levels, and the values and masses of levels.
     module.read_grid_values = guarded(positions.read_grid_values, 0, 3, 5, 6, 7, 9, 10)
-    # Stream, starts, ends, kept, first levels, tables, states, plain elements, long steps, buckets, order,
-    # lists, and what the rows' codes and their tokens' addresses are put into.
-    module.read_rows = guarded(positions.read_rows, 0, 1, 2, 3, 4, 5, 7, 9, 10, 12, 13, 14, 15, 16, 24, 25)
+    # Stream, ends, kept, first levels, tables, states, plain elements, long steps, buckets, order, lists, and
+    # what the rows' codes and their tokens' addresses are put into.
+    module.read_rows = guarded(positions.read_rows, 0, 2, 3, 4, 5, 7, 9, 10, 12, 13, 14, 15, 16, 24, 25)
 
 
 class _Guard:

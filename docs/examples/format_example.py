@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 import struct
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -55,7 +56,7 @@ def render(block: bytes) -> str:
     """The section that takes a block apart, without its heading.
 
     Args:
-        block: One trace, one lane, tables of its own, metadata that are not compressed.
+        block: One trace, one lane, tables of its own, metadata that are not compressed, mode standard.
     """
     hex_digits = block.hex()
     lines = [hex_digits[start : start + 64] for start in range(0, len(hex_digits), 64)]
@@ -71,10 +72,9 @@ def render(block: bytes) -> str:
         "codes that are not listed have no symbols:",
         _fence(part.code_lines()),
         _explain_nibbles(block),
-        "The number stream, bit by bit in reading order: a code word, then plain bits, lowest first.",
-        _fence(part.number_lines()),
-        "The lane. A symbol 42 + 71 · step + c is shown as its step and its token class c:",
-        _fence(part.entry_lines()),
+        "The number stream with the lane in it, bit by bit in reading order: a code word, then plain bits, "
+        "lowest first. An entry's symbol 42 + 71 · step + c is shown as its step and its token class c.",
+        _fence(part.lines()),
         part.explain_first_entry(),
         "Read back (−4 is bit for bit; the other logprobs and masses are from the grid):",
         _json(_values(block, part, rows)),
@@ -103,9 +103,9 @@ class _NotedBits(reference.BitReader):
         self._note(start)
         return value
 
-    def taken(self) -> tuple[str, list[int]]:
+    def taken(self) -> tuple[list[str], list[int]]:
         """Runs and symbols since the last call."""
-        runs, symbols = " ".join(self.runs), self.symbols
+        runs, symbols = self.runs, self.symbols
         self.runs, self.symbols = [], []
         return runs, symbols
 
@@ -137,11 +137,12 @@ class _NotedRows(reference.RowsPart):
         (message,) = reference.read_metadata(header, reader.take(reader.varint())).traces
         widths = [message.top_k] * (message.prompt_rows + message.completion_length)
         super().__init__(reader, header.codec_mode, None, widths, reference.tokens_before([message]))
-        self.numbers = self._numbers = _NotedBits(self.numbers.data)
-        self._lane = _NotedBits(self.lanes[0].data)
-        self.lanes = [self._lane]
-        self._number_lines: list[str] = []
-        self._entries: list[reference.Entries] = []
+        self.numbers = self._bits = _NotedBits(self.numbers.data)
+        self.lanes = [self._bits]
+        self._lines: list[str] = []
+        self._first_entry = ""
+        self._row_begins = 0
+        self._rows_read = 0
 
     def column(self, count: int, code: int, contexts: list[int] | None = None) -> list[int]:
         numbers = []
@@ -166,9 +167,16 @@ class _NotedRows(reference.RowsPart):
         return mass
 
     def read_entries(self, bits: reference.BitReader, count: int, level: int) -> reference.Entries:
-        entries = super().read_entries(bits, count, level)
-        self._entries.append(entries)
-        return entries
+        self._row_begins = bits.position
+        return super().read_entries(bits, count, level)
+
+    def name_tokens(self, entries: reference.Entries, recent: list[int], followers: list[int]) -> None:
+        super().name_tokens(entries, recent, followers)
+        runs, symbols = self._bits.taken()
+        if not self._first_entry:
+            self._first_entry = _explain_entry(entries, self._row_begins, runs, symbols[0])
+        self._note_entries(entries, iter(runs), iter(symbols))
+        self._rows_read += 1
 
     def code_lines(self) -> list[str]:
         """Every code word of every code."""
@@ -187,63 +195,66 @@ class _NotedRows(reference.RowsPart):
             lines += [f"{name}: {words}"] if words else []
         return lines
 
-    def number_lines(self) -> list[str]:
-        """Every number."""
-        return [*self._number_lines, f"{self._numbers.rest():40} left over"]
-
-    def entry_lines(self) -> list[str]:
-        """Every entry, with its symbol, level, token code and token."""
-        runs, symbols = iter(self._lane.runs), iter(self._lane.symbols)
-        lines: list[str] = []
-        for row, entries in enumerate(self._entries):
-            for i in range(len(entries.levels)):
-                symbol, bits = next(symbols), [next(runs)]
-                bits += [next(runs) for _ in range(_open_runs(symbol))]
-                meaning = f"gap class {symbol}"
-                if symbol >= 42:
-                    step, token_class = divmod(symbol - 42, 71)
-                    meaning = f"step {step}, token class {token_class}"
-                    if step == 3:
-                        number = next(symbols)
-                        bits += [next(runs) for _ in range(1 + (number >= 8))]
-                        meaning += f", long step {entries.levels[i] - entries.levels[i - 1] - 3}"
-                name = f"row {row} rank {i}: symbol {symbol}, {meaning}"
-                said = f"level {entries.levels[i]}, token code {entries.token_codes[i]}"
-                lines.append(f"{' '.join(bits):40} {name}; {said}, token {entries.token_ids[i]}")
-        return [*lines, f"{self._lane.rest():40} left over"]
+    def lines(self) -> list[str]:
+        """Every number and every entry."""
+        rest = self._bits.rest()
+        return [*self._lines, f"{rest:40} left over"] if rest else self._lines
 
     def explain_first_entry(self) -> str:
         """The first entry, bit by bit."""
-        symbol = self._lane.symbols[0]
-        token_class = symbol - 42
-        token_bits = self._lane.runs[1] if _open_runs(symbol) else "none"
-        data = self._lane.data[:3]
-        shown = " ".join(f"{byte:08b}"[::-1] for byte in data)
-        entries = self._entries[0]
-        token_code = entries.token_codes[0]
-        assert 28 <= token_class < 50, "the words below are about a distance in the list of recent tokens"
-        gap_class = token_class - 28
-        exponent = 0 if gap_class < 4 else gap_class // 2
-        open_bits = max(exponent - 1, 0)
-        begins = 256 + (gap_class if gap_class < 4 else (2 + (gap_class & 1)) << (exponent - 1))
-        return (
-            f"The first entry in words: the lane's first bytes `{data.hex(' ')}` are {shown}, each with its "
-            f"lowest bit first. `{self._lane.runs[0]}` is the word of symbol {symbol} = 42 + 71 · 0 + "
-            f"{token_class}: token class {token_class}, which begins at token code {begins} and "
-            f"leaves {_bits(open_bits)} open. `{token_bits}`, lowest bit "
-            f"first, makes that {token_code}: distance {token_code - 256} in the list of recent tokens, "
-            f"which begins as the vocabulary's order, without a dictionary by id, so that this is token "
-            f"{entries.token_ids[0]}. Its level is LEVEL's, {entries.levels[0]}. This token code is one from "
-            f"256 to 319: the list of recent tokens stays as it is."
-        )
+        return self._first_entry
+
+    def _note_entries(self, entries: reference.Entries, runs: Iterator[str], symbols: Iterator[int]) -> None:
+        """A line for each entry of a row: its symbol, level, token code and token."""
+        for i in range(len(entries.levels)):
+            symbol, bits = next(symbols), [next(runs)]
+            bits += [next(runs) for _ in range(_open_runs(symbol))]
+            meaning = f"gap class {symbol}"
+            if symbol >= 42:
+                step, token_class = divmod(symbol - 42, 71)
+                meaning = f"step {step}, token class {token_class}"
+                if step == 3:
+                    number = next(symbols)
+                    bits += [next(runs) for _ in range(1 + (number >= 8))]
+                    meaning += f", long step {entries.levels[i] - entries.levels[i - 1] - 3}"
+            name = f"row {self._rows_read} rank {i}: symbol {symbol}, {meaning}"
+            said = f"level {entries.levels[i]}, token code {entries.token_codes[i]}"
+            self._lines.append(f"{' '.join(bits):40} {name}; {said}, token {entries.token_ids[i]}")
 
     def _mass(self, level: int) -> float:
         return 2.718281828459045 ** self.scale.logprob(0, level)
 
     def _note(self, name: str, said: object) -> None:
-        runs, symbols = self._numbers.taken()
+        runs, symbols = self._bits.taken()
         shown = f", symbol {symbols[0]}" if symbols else ""
-        self._number_lines.append(f"{runs:40} {name}{shown}: {said}")
+        self._lines.append(f"{' '.join(runs):40} {name}{shown}: {said}")
+
+
+def _explain_entry(entries: reference.Entries, start: int, runs: list[str], symbol: int) -> str:
+    """The first entry in words.
+
+    Args:
+        entries: Of its row.
+        start: Its first bit in the stream.
+        runs: Its bits.
+        symbol: Its symbol.
+    """
+    token_class, token_code = symbol - 42, entries.token_codes[0]
+    assert 28 <= token_class < 50, "the words below are about a distance in the list of recent tokens"
+    token_bits = runs[1] if _open_runs(symbol) else "none"
+    gap_class = token_class - 28
+    exponent = 0 if gap_class < 4 else gap_class // 2
+    open_bits = max(exponent - 1, 0)
+    begins = 256 + (gap_class if gap_class < 4 else (2 + (gap_class & 1)) << (exponent - 1))
+    return (
+        f"The first entry in words: it begins at bit {start} of the stream, which is bit {start & 7} of byte "
+        f"{start >> 3}. `{runs[0]}` is the word of symbol {symbol} = 42 + 71 · 0 + {token_class}: token "
+        f"class {token_class}, which begins at token code {begins} and leaves {_bits(open_bits)} open. "
+        f"`{token_bits}`, lowest bit first, makes that {token_code}: distance {token_code - 256} in the list "
+        f"of recent tokens, which begins as the vocabulary's order, without a dictionary by id, so that this "
+        f"is token {entries.token_ids[0]}. Its level is LEVEL's, {entries.levels[0]}. This token code is "
+        f"one from 256 to 319: the list of recent tokens stays as it is."
+    )
 
 
 def _explain_nibbles(block: bytes) -> str:
@@ -290,7 +301,6 @@ def _json(values: dict[str, object]) -> str:
 
 def _byte_lines(block: bytes) -> list[str]:
     """Parts of a block as hex, and what they are; the hex of all lines is the block."""
-    header, _ = reference.read_outer(block)
     reader = reference.ByteReader(block)
     lines: list[tuple[bytes, str]] = []
 
@@ -304,8 +314,8 @@ def _byte_lines(block: bytes) -> list[str]:
         return value
 
     note(1, "field 1, header")
-    varint("{} bytes")
-    _note_message(reader, lines, header.DESCRIPTOR.name, header.ByteSize())
+    size = varint("{} bytes")
+    _note_message(reader, lines, "BlockHeader", size)
     note(1, "field 2, payload")
     varint("{} bytes")
     size = varint("{} bytes of metadata, as they are")
@@ -335,9 +345,7 @@ def _byte_lines(block: bytes) -> list[str]:
     note(2, f"slope {slope}")
     note(_nibble_bytes(reader, (1, 8, 32)[merge], 327), "lengths of the entry codes, in nibbles")
     note(_nibble_bytes(reader, 44, 125), "lengths of the number codes, in nibbles")
-    size = varint("{} bytes of numbers")
-    note(size, "number stream")
-    note(len(block) - reader.position, "lane 0")
+    note(len(block) - reader.position, "number stream, with the only lane in it")
     return [line for data, what in lines for line in _wrap(data, what)]
 
 
@@ -363,9 +371,10 @@ def _note_message(
             value = reader.varint()
             lines.append((reader.data[start : reader.position], f"{label}: {value}"))
         elif wire_type == 1:
-            raw = reader.take(8)
-            is_float = field.type == field.TYPE_DOUBLE
-            shown = str(struct.unpack("<d", raw)[0]) if is_float else f"{struct.unpack('<Q', raw)[0]:016x}"
+            (value,) = struct.unpack("<d", reader.take(8))
+            lines.append((reader.data[start : reader.position], f"{label}: {value}"))
+        elif wire_type == 5:
+            shown = f"{int.from_bytes(reader.take(4), 'little'):08x}"
             lines.append((reader.data[start : reader.position], f"{label}: {shown}"))
         else:
             inner = reader.varint()

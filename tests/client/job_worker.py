@@ -25,7 +25,7 @@ UNITS_PER_BLOCK = 3
 def block_of(units: Sequence[Unit], worker: str) -> bytes:
     """A block that stands for the traces of these units."""
     payload = json.dumps({"worker": worker, "units": units}).encode()
-    header = BlockHeader(1, "exact", len(units), 3, 5, len(payload), checksum(payload))
+    header = BlockHeader(2, "exact", len(units), 3, 5, len(payload), checksum(payload))
     return join_block(header, payload)
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import xxhash
 from models.server_process import Server, object_files, publish_singly, read_all
 from traces.harness import make_block, make_spec
 
@@ -17,7 +18,6 @@ from lynearm.traces import failpoints
 from lynearm.traces.backend import Backend, open_backend
 from lynearm.traces.catalog import BlockFacts, NewBlock, StreamRecord
 from lynearm.traces.config import ServeConfig
-from lynearm.wire.blocks import checksum
 from lynearm.wire.errors import CorruptBlockError
 
 BLOCKS = [make_block(number, 200) for number in range(3)]
@@ -32,7 +32,7 @@ def data_dir(tmp_path: Path) -> Path:
         await backend.catalog.create_stream(make_spec(), allow_existing=False)
         producer = await backend.catalog.open_producer("s", "p", 0)
         stored = await backend.store.write(BLOCKS)
-        facts = [BlockFacts(len(block), checksum(block), 1, 1, 1) for block in BLOCKS]
+        facts = [BlockFacts(len(block), xxhash.xxh3_64_intdigest(block), 1, 1, 1) for block in BLOCKS]
         group = [NewBlock(producer, sequence, one) for sequence, one in enumerate(facts, 1)]
         await backend.catalog.commit(stored, group)
 

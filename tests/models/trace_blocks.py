@@ -31,7 +31,7 @@ def make_spec(name: str = "s", license: str = "Apache-2.0") -> StreamSpec:
 def make_block(number: int, size_bytes: int = 2000) -> bytes:
     """A block of one trace whose payload nobody can decode."""
     payload = number.to_bytes(4, "little") * (size_bytes // 4)
-    return join_block(BlockHeader(1, "exact", 1, 3, 5, size_bytes, checksum(payload)), payload)
+    return join_block(BlockHeader(2, "exact", 1, 3, 5, size_bytes, checksum(payload)), payload)
 
 
 def make_trace(number: int) -> Trace:

@@ -41,7 +41,7 @@ def make_spec(
 
 def make_block(number: int, size_bytes: int = 2000, codec_mode: CodecMode = "exact") -> bytes:
     payload = number.to_bytes(4, "little") * (size_bytes // 4)
-    header = BlockHeader(1, codec_mode, 2, 3, 5, size_bytes, checksum(payload))
+    header = BlockHeader(2, codec_mode, 2, 3, 5, size_bytes, checksum(payload))
     return join_block(header, payload)
 
 

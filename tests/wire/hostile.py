@@ -92,6 +92,8 @@ def one_row(
 ) -> Pieces:
     """A block with one row, whose numbers are given: (context, number) each, words of 32 bits, the tail's.
 
+    The entries' bits lie between the words and the tail.
+
     Where there are columns, the level of the row's first entry stands before them, which is 0.
     """
     pieces = encode([build_rows([[-0.5, -1.5]], [[3, 4]])], "exact")
@@ -106,10 +108,11 @@ def one_row(
     for context, number in [(NumberContext.LEVEL, 0), *columns] if columns else []:
         bit = write(bit, context, number)
     bit = write_fixed(out, bit, np.array(fixed, np.uint32), 32)
+    bit = write_fixed(out, bit, np.frombuffer(entries, np.uint8).astype(np.uint32), 8)
     bit = bit if tail is None else write(bit, NumberContext.TAIL, tail)
-    numbers = out[: (bit + 7) // 8].tobytes()
+    stream = out[: (bit + 7) // 8].tobytes()
     return dataclasses.replace(
-        pieces, flags=OWN_TABLES, scale=b"\1", tables=tables.to_bytes(), streams=(numbers, entries)
+        pieces, flags=OWN_TABLES, scale=b"\1", tables=tables.to_bytes(), streams=(stream,)
     )
 
 
@@ -120,7 +123,7 @@ def no_entries(pieces: Pieces) -> Pieces:
     """The block with rows of no entries."""
     message = trace_pb2.BlockMetadata.FromString(pieces.metadata)
     message.traces[0].top_k = 0
-    return dataclasses.replace(pieces, metadata=message.SerializeToString(), streams=(pieces.streams[0], b""))
+    return dataclasses.replace(pieces, metadata=message.SerializeToString())
 
 
 def compressed(header: BlockHeader, stored: bytes, size: int, rows: bytes) -> bytes:

@@ -33,7 +33,7 @@ class Pieces:
     tables: bytes
     """Empty where the dictionary's are used."""
     streams: tuple[bytes, ...]
-    """Numbers, then the entries of one lane or four."""
+    """Numbers, then the entries of four lanes; one stream of all of them where there is one lane."""
 
 
 def take_apart(block: bytes) -> Pieces:
@@ -41,14 +41,14 @@ def take_apart(block: bytes) -> Pieces:
     header, payload = split_block(block)
     reader = ByteReader(payload)
     stored = bytes(reader.take(reader.varint()))
-    raw = len(stored) == header.uncompressed_size_bytes
+    raw = header.uncompressed_size_bytes == 0
     metadata = stored if raw else zstandard.ZstdDecompressor().decompress(stored)
     flags, vocab_size, scale = reader.byte(), 0, b""
     if not flags & SCALE_OF_DICTIONARY:
         vocab_size, kind = reader.varint(), reader.byte()
         scale = bytes((kind,)) + b"".join(varint(reader.varint()) for _ in range({0: 2, 4: 1}.get(kind, 0)))
     tables = bytes(reader.take(reader.varint())) if flags & OWN_TABLES else b""
-    sizes = [reader.varint() for _ in range(4 if flags & FOUR_LANES else 1)]
+    sizes = [reader.varint() for _ in range(4 if flags & FOUR_LANES else 0)]
     streams = [bytes(reader.take(size)) for size in sizes]
     streams.append(bytes(reader.rest()))
     return Pieces(header, metadata, flags, vocab_size, scale, tables, tuple(streams))
@@ -67,14 +67,13 @@ def put_together(pieces: Pieces, rows_part: bytes | None = None) -> bytes:
     """A block whose sizes and checksum hold; its metadata lies as it is."""
     rows_part = write_rows_part(pieces) if rows_part is None else rows_part
     payload = varint(len(pieces.metadata)) + pieces.metadata + rows_part
-    return rejoin(
-        dataclasses.replace(pieces.header, uncompressed_size_bytes=max(len(pieces.metadata), 1)), payload
-    )
+    return rejoin(dataclasses.replace(pieces.header, uncompressed_size_bytes=0), payload)
 
 
 def rejoin(header: BlockHeader, payload: bytes) -> bytes:
     """A block around any payload, with the checksum that it needs."""
-    return join_block(dataclasses.replace(header, payload_xxh3=checksum(payload)), payload)
+    found = checksum(payload, header.format_version)
+    return join_block(dataclasses.replace(header, payload_xxh3=found), payload)
 
 
 _INTERESTING = (0, 1, 2, 3, 7, 8, 15, 16, 31, 63, 64, 127, 128, 255)

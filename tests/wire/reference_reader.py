@@ -72,7 +72,7 @@ def read_block(data: bytes, find_dictionary: Callable[[bytes], bytes] | None = N
         check(find_dictionary is not None, "the block needs a dictionary, and there is no way to find it")
         assert find_dictionary is not None
         found = find_dictionary(header.dictionary_digest)
-        digest = hashlib.sha256(found).digest()[:8]
+        digest = hashlib.sha256(found).digest()[:4]
         check(digest == header.dictionary_digest, "the dictionary has another digest")
         dictionary = Dictionary(found)
     metadata = read_metadata(header, stored, dictionary.top_k if dictionary else 0)
@@ -166,13 +166,15 @@ def read_outer(data: bytes) -> tuple[trace_pb2.BlockHeader, bytes]:
         raise NewerError(f"format version {header.format_version}; this reader knows version 2")
     if header.format_version < 2:
         raise CorruptError("version 1 is specified by another page")
+    header.codec_mode = header.codec_mode or STANDARD
+    header.trace_count = header.trace_count or 1
     if header.codec_mode not in (EXACT, STANDARD, FINE, COMPACT, SAMPLED):
         raise NewerError(f"codec mode {header.codec_mode}; this reader knows 1 to 5")
     check(1 <= header.trace_count <= 65_536, "number of traces")
     check(1 <= len(parts[2]) <= 3 << 20, "size of the payload")
-    check(1 <= header.uncompressed_size_bytes <= 64 << 20, "size of the metadata")
-    check(len(header.dictionary_digest) in (0, 8), "size of the digest")
-    check(xxhash.xxh3_64_intdigest(parts[2], seed=0) == header.payload_xxh3, "checksum")
+    check(header.uncompressed_size_bytes <= 64 << 20, "size of the metadata")
+    check(len(header.dictionary_digest) in (0, 4), "size of the digest")
+    check(xxhash.xxh3_64_intdigest(parts[2], seed=0) % 2**32 == header.payload_xxh3_low, "checksum")
     return header, parts[2]
 
 
@@ -198,7 +200,7 @@ def read_metadata(
     header: trace_pb2.BlockHeader, stored: bytes, dictionary_k: int = 0
 ) -> trace_pb2.BlockMetadata:
     """The metadata of a block, with sizes checked, and with what header and dictionary say filled in."""
-    if len(stored) != header.uncompressed_size_bytes:
+    if header.uncompressed_size_bytes:
         check(declared_size(stored) == header.uncompressed_size_bytes, "size of the metadata")
         stored = decompress(stored)
     parts = [value for number, value in fields_of(stored) if number == 1 and isinstance(value, bytes)]
@@ -554,13 +556,13 @@ class RowsPart:
             self.tables = tables
         if self.flags & 1:
             self.tables = Tables(reader.take(reader.varint()))
-        sizes = [reader.varint() for _ in range(4 if self.flags & 8 else 1)]
-        self.numbers = BitReader(reader.take(sizes[0]))
-        lanes = [reader.take(size) for size in sizes[1:]]
-        lanes.append(reader.rest())
-        self.lanes = [BitReader(lane) for lane in lanes]
-        check(len(widths) <= 8 * sizes[0], "more rows than bits")
-        self.lane_bits = 8 * sum(map(len, lanes))
+        sizes = [reader.varint() for _ in range(4 if self.flags & 8 else 0)]
+        streams = [reader.take(size) for size in sizes] + [reader.rest()]
+        self.numbers, *lanes = map(BitReader, streams)
+        # A single lane lies in the number stream.
+        self.lanes = lanes or [self.numbers]
+        check(len(widths) <= 8 * len(streams[0]), "more rows than bits")
+        self.lane_bits = 8 * sum(len(lane.data) for lane in self.lanes)
 
     def column(self, count: int, code: int, contexts: list[int] | None = None) -> list[int]:
         codes = [code] * count if contexts is None else [code + context for context in contexts]
@@ -595,7 +597,9 @@ class RowsPart:
         rows: list[Row] = []
         loose_logprobs = iter(loose)
         sampled_ids = [self.order[rank] for rank in outside]
-        for row, (entries, sampled_id) in enumerate(self.read_lanes(kept, sampled, sampled_ids)):
+        # All of them before the first tail, which stands behind them where there is one lane.
+        named = list(self.read_lanes(kept, sampled, sampled_ids))
+        for row, (entries, sampled_id) in enumerate(named):
             logprobs = [self.scale.logprob(row, level) for level in entries.levels]
             j = sampled[row]
             sampled_logprob = next(loose_logprobs) if apart or not j else logprobs[j - 1]
@@ -632,8 +636,9 @@ class RowsPart:
                     recent.append(entries.token_ids[i])
             sampled_id = entries.token_ids[sampled[row] - 1] if sampled[row] else next(outside)
             yield entries, sampled_id
-        for lane in self.lanes:
-            lane.expect_end()
+        if self.flags & 8:
+            for lane in self.lanes:
+                lane.expect_end()
 
     def grow_lists(self, token_before: int | None, token_ids: list[int]) -> None:
         """Put a row's tokens before the followers, and behind the companions."""

@@ -32,7 +32,7 @@ def make_header(**changes: object) -> BlockHeader:
         "prompt_token_count": 11,
         "completion_token_count": 300,
         "uncompressed_size_bytes": 70_000,
-        "payload_xxh3": checksum(PAYLOAD),
+        "payload_xxh3": checksum(PAYLOAD, format_version=1),
     } | changes
     return BlockHeader(**values)  # type: ignore[arg-type]  # fields by name
 
@@ -44,7 +44,7 @@ def test_a_joined_block_is_a_protobuf_block() -> None:
     message = trace_pb2.Block.FromString(BLOCK)
     assert message.payload == PAYLOAD
     assert message.header.completion_token_count == 300
-    assert message.header.payload_xxh3 == checksum(PAYLOAD)
+    assert message.header.payload_xxh3 == checksum(PAYLOAD, format_version=1)
     assert message.SerializeToString() == BLOCK
 
 
@@ -81,8 +81,8 @@ def test_a_truncated_block_is_refused(size: int) -> None:
         ({"trace_count": 0}, CorruptBlockError),
         ({"uncompressed_size_bytes": 0}, CorruptBlockError),
         ({"uncompressed_size_bytes": (64 << 20) + 1}, CorruptBlockError),
-        ({"format_version": 0}, InvalidInputError),
-        ({"format_version": 3}, UnsupportedFormatError),
+        ({"format_version": 0, "payload_xxh3": 0}, InvalidInputError),
+        ({"format_version": 3, "payload_xxh3": 0}, UnsupportedFormatError),
     ],
 )
 def test_a_header_out_of_bounds_is_refused(changes: dict[str, object], error: type[Exception]) -> None:

@@ -219,7 +219,7 @@ def test_a_block_without_hidden_states_is_what_it_was() -> None:
     header, payload = split_block(block)
     reader = ByteReader(payload)
     metadata = bytes(reader.take(reader.varint()))
-    if len(metadata) != header.uncompressed_size_bytes:
+    if header.uncompressed_size_bytes:
         metadata = zstandard.ZstdDecompressor().decompress(metadata)
     assert not trace_pb2.BlockMetadata.FromString(metadata).HasField("hidden_states")
     assert all(trace.hidden is None for trace in decode_block(block))
@@ -313,7 +313,7 @@ class Parts:
         """The block with another section; sizes and checksum hold."""
         section = self.section if section is None else section
         metadata = self.metadata.SerializeToString(deterministic=True)
-        header = dataclasses.replace(split_block(self.block)[0], uncompressed_size_bytes=len(metadata))
+        header = dataclasses.replace(split_block(self.block)[0], uncompressed_size_bytes=0)
         payload = varint(len(metadata)) + metadata + varint(len(section)) + section + self.rows
         return rejoin(header, payload)
 
@@ -323,7 +323,7 @@ def take_apart(dtype: HiddenDtype, traces: list[Trace] | None = None) -> Parts:
     header, payload = split_block(block)
     reader = ByteReader(payload)
     stored = bytes(reader.take(reader.varint()))
-    if len(stored) != header.uncompressed_size_bytes:
+    if header.uncompressed_size_bytes:
         stored = zstandard.ZstdDecompressor().decompress(stored)
     section = bytes(reader.take(reader.varint()))
     return Parts(block, trace_pb2.BlockMetadata.FromString(stored), section, bytes(reader.rest()))

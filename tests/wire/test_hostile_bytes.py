@@ -110,7 +110,7 @@ def test_lanes_that_changed_places_or_sizes_are_refused_or_other_rows() -> None:
         except CorruptBlockError:
             continue
         assert not np.array_equal(rows.token_ids, right.token_ids)
-    joined = dataclasses.replace(pieces, flags=pieces.flags ^ FOUR_LANES, streams=(numbers, b"".join(lanes)))
+    joined = dataclasses.replace(pieces, flags=pieces.flags ^ FOUR_LANES, streams=(b"".join(pieces.streams),))
     moved = dataclasses.replace(pieces, streams=(numbers, lanes[0] + lanes[1], b"", *lanes[2:]))
     shifted = dataclasses.replace(pieces, streams=(numbers + lanes[0], *lanes[1:], b""))
     for wrong in (joined, moved, shifted):

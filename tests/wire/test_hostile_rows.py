@@ -53,10 +53,10 @@ LIES: dict[str, tuple[Callable[[], Pieces], str]] = {
         "token rank 300 in a vocabulary of 300",
     ),
     "outside logprob missing": (
-        lambda: one_row(columns=[(NumberContext.SAMPLED, 0), (NumberContext.OUTSIDE, 7)], fixed=[]),
+        lambda: one_row(columns=OUTSIDE_7, fixed=[], entries=b""),
         "too early",
     ),
-    "numbers missing": (lambda: one_row(columns=[], fixed=[]), "1 positions in 8 bytes"),
+    "numbers missing": (lambda: one_row(columns=[], fixed=[], entries=b""), "1 positions in 0 bytes"),
     "no vocabulary": (
         lambda: dataclasses.replace(encode(small_traces("exact"), "exact"), vocab_size=0),
         "vocabulary of 0",
@@ -109,7 +109,7 @@ FLOATS = {"NaN": 0x7FC00000, "negative NaN": 0xFFC12345, "infinity": 0x7F800000,
 
 @pytest.mark.parametrize("name", FLOATS)
 def test_sampled_logprobs_that_cannot_be_are_refused(name: str) -> None:
-    block = put_together(no_entries(one_row(columns=OUTSIDE_7, fixed=[FLOATS[name]], tail=0)))
+    block = put_together(no_entries(one_row(columns=OUTSIDE_7, fixed=[FLOATS[name]], tail=0, entries=b"")))
     for decode in (decode_block, decode_rows):
         with pytest.raises(CorruptBlockError, match="NaN or above"):
             decode(block)
@@ -122,7 +122,7 @@ def test_tail_masses_that_cannot_be_are_refused(mode: CodecMode, name: str) -> N
     bits = 0x40000000 if name == "above 0" else FLOATS[name]
     away = (bits - (0x3F800000 if mode == "exact" else 0) + 2**31) % 2**32 - 2**31
     zigzag = 2 * away if away >= 0 else -2 * away - 1
-    pieces = no_entries(one_row(columns=OUTSIDE_7, fixed=[0xBF800000], tail=zigzag))
+    pieces = no_entries(one_row(columns=OUTSIDE_7, fixed=[0xBF800000], tail=zigzag, entries=b""))
     if mode == "sampled":
         header = dataclasses.replace(pieces.header, codec_mode="sampled")
         pieces = dataclasses.replace(pieces, scale=b"\4\6", header=header)
@@ -133,7 +133,8 @@ def test_tail_masses_that_cannot_be_are_refused(mode: CodecMode, name: str) -> N
 
 def test_rows_of_our_own_decode() -> None:
     """What the tests above spoil is right but for the lie."""
-    (trace,) = decode_block(put_together(no_entries(one_row(columns=OUTSIDE_7, fixed=[0xBF800000], tail=0))))
+    pieces = no_entries(one_row(columns=OUTSIDE_7, fixed=[0xBF800000], tail=0, entries=b""))
+    (trace,) = decode_block(put_together(pieces))
     assert (trace.completion_token_ids.tolist(), trace.sampled_logprobs.tolist()) == ([7], [-1.0])
     assert trace.top_k.tail_mass.tolist() == [1.0]
 
@@ -152,13 +153,13 @@ def test_bits_that_no_code_of_an_incomplete_table_has_are_refused(entries: bytes
     tables = tables_for(*range(NUMBER_CONTEXTS), holes=True)
     tables.step_lengths[:] = 0
     spoilt = dataclasses.replace(
-        pieces, scale=b"\1", tables=tables.to_bytes(), streams=(b"\xff" * 8, entries), flags=OWN_TABLES
+        pieces, scale=b"\1", tables=tables.to_bytes(), streams=(b"\xff" * 8 + entries,), flags=OWN_TABLES
     )
     with pytest.raises(CorruptBlockError, match="do not decode"):
         decode_block(put_together(spoilt))
 
 
-@pytest.mark.parametrize("symbol", [84, 42, 53, 54, 65], ids=str)
+@pytest.mark.parametrize("symbol", [88, 42, 53, 54, 65], ids=str)
 def test_a_reference_to_a_token_that_is_in_no_list_is_refused(symbol: int) -> None:
     """A first entry that is 512 or more places back in a list of 300, or in a list that there is not."""
     pieces = encode([build_rows([[-0.5]], [[3]])], "exact")
@@ -169,8 +170,8 @@ def test_a_reference_to_a_token_that_is_in_no_list_is_refused(symbol: int) -> No
     out = np.zeros(100, np.uint8)
     column = (np.array([0, 1], np.uint32), np.array([NumberContext.LEVEL, NumberContext.SAMPLED], np.uint8))
     bit = write_numbers(out, 0, *column, tables.number_codes)
-    for size in range((bit + 7) // 8, 12):
-        streams = (out[:size].tobytes(), bytes(2))
+    for size in range((bit + 7) // 8 + 2, 14):
+        streams = (out[:size].tobytes(),)
         spoilt = dataclasses.replace(
             pieces, scale=b"\1", tables=tables.to_bytes(), streams=streams, flags=OWN_TABLES
         )

@@ -64,7 +64,7 @@ def test_claimed_entries_without_bytes_take_no_memory() -> None:
         pieces,
         metadata=message.SerializeToString(),
         header=header,
-        streams=(bytes(1000), bytes(1000)),
+        streams=(bytes(1000),),
     )
     with at_most(1), pytest.raises(CorruptBlockError, match="8192000 entries in 1000 bytes"):
         decode_rows(put_together(claimed))

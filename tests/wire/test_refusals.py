@@ -9,10 +9,10 @@ from typing import Any
 import numpy as np
 import pytest
 from wire.building import VOCAB_SIZE, build_rows, build_sampled_trace, build_trace, replace_top_k
-from wire.mutation import put_together, take_apart
+from wire.mutation import put_together, rejoin, take_apart
 
 from lynearm.v1 import trace_pb2
-from lynearm.wire.blocks import MODE_TO_PROTO, checksum, split_block, verify_block
+from lynearm.wire.blocks import checksum, join_block, split_block, verify_block
 from lynearm.wire.codec import MAX_BLOCK_ENTRIES, decode_block, decode_rows, encode_block
 from lynearm.wire.errors import CodecError, CorruptBlockError, InvalidInputError, UnsupportedFormatError
 from lynearm.wire.specs import CODEC_MODES, MAX_TOP_K, CodecSpec
@@ -242,9 +242,31 @@ def test_fields_that_a_later_header_or_metadata_has_are_skipped() -> None:
 def test_blocks_of_version_1_have_no_modes_that_came_later_and_no_rows() -> None:
     for mode in ("fine", "compact", "sampled"):
         with pytest.raises(CorruptBlockError, match="came later"):
-            decode_block(with_header(format_version=1, codec_mode=MODE_TO_PROTO[mode]))
+            decode_block(as_version_1(codec_mode=mode))
     with pytest.raises(CodecError, match="decode_block only"):
-        decode_rows(with_header(format_version=1))
+        decode_rows(as_version_1())
+
+
+def as_version_1(**fields: Any) -> bytes:
+    header, payload = split_block(BLOCK)
+    old = {"format_version": 1, "uncompressed_size_bytes": 1, "dictionary_digest": b""}
+    return rejoin(dataclasses.replace(header, **(old | fields)), bytes(payload))
+
+
+@pytest.mark.parametrize("field", ["codec_mode", "trace_count", "uncompressed_size_bytes"])
+def test_what_later_blocks_may_leave_out_is_missed_in_version_1(field: str) -> None:
+    message = trace_pb2.Block.FromString(as_version_1(codec_mode="standard"))
+    message.header.ClearField(field)
+    with pytest.raises(UnsupportedFormatError if field == "codec_mode" else CorruptBlockError):
+        verify_block(message.SerializeToString())
+
+
+def test_what_is_usual_takes_no_bytes() -> None:
+    header, payload = split_block(encode_block([build_rows([[-0.5]], [[3]])], vocab_size=300))
+    message = trace_pb2.Block.FromString(join_block(header, bytes(payload))).header
+    said = {field.name for field, _ in message.ListFields()}
+    assert said == {"format_version", "completion_token_count", "payload_xxh3_low"}
+    assert (header.codec_mode, header.trace_count, header.uncompressed_size_bytes) == ("standard", 1, 0)
 
 
 @pytest.mark.parametrize(
@@ -261,11 +283,9 @@ def test_bytes_that_are_no_block_are_refused(data: bytes) -> None:
 @pytest.mark.parametrize(
     ("field", "value"),
     [
-        ("trace_count", 0),
         ("trace_count", 1 << 17),
-        ("uncompressed_size_bytes", 0),
         ("uncompressed_size_bytes", (64 << 20) + 1),
-        ("payload_xxh3", 1),
+        ("payload_xxh3_low", 1),
     ],
 )
 def test_a_header_out_of_bounds_is_refused(field: str, value: int) -> None:

@@ -24,7 +24,7 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x16lynearm/v1/trace.proto\x12\nlynearm.v1\"\xc7\x01\n\x0bTeacherSpec\x12\r\n\x05model\x18\x01 \x01(\t\x12\x10\n\x08revision\x18\x02 \x01(\t\x12\x0e\n\x06\x65ngine\x18\x03 \x01(\t\x12\r\n\x05\x64type\x18\x04 \x01(\t\x12\x12\n\nvocab_size\x18\x05 \x01(\r\x12\x15\n\rmax_model_len\x18\x06 \x01(\r\x12/\n\rlogprobs_mode\x18\x07 \x01(\x0e\x32\x18.lynearm.v1.LogprobsMode\x12\x1c\n\x14logprobs_temperature\x18\x08 \x01(\x01\"|\n\rTokenizerSpec\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x14\n\x0cvocab_sha256\x18\x02 \x01(\x0c\x12\x1c\n\x14\x63hat_template_sha256\x18\x03 \x01(\x0c\x12\x12\n\nvocab_size\x18\x04 \x01(\r\x12\x15\n\reos_token_ids\x18\x05 \x03(\r\"\x9c\x01\n\tCodecSpec\x12#\n\x04mode\x18\x01 \x01(\x0e\x32\x15.lynearm.v1.CodecMode\x12\r\n\x05top_k\x18\x02 \x01(\r\x12\x17\n\x0fmin_probability\x18\x03 \x01(\x01\x12\r\n\x05\x64raws\x18\x04 \x01(\r\x12\x33\n\rhidden_states\x18\n \x01(\x0b\x32\x1c.lynearm.v1.HiddenStatesSpec\"y\n\x10HiddenStatesSpec\x12\x0e\n\x06layers\x18\x01 \x03(\r\x12\x12\n\nfinal_norm\x18\x02 \x01(\x08\x12,\n\x05\x64type\x18\x03 \x01(\x0e\x32\x1d.lynearm.v1.HiddenStatesDtype\x12\x13\n\x0bhidden_size\x18\x04 \x01(\r\"\x8c\x02\n\nStreamSpec\x12\x0c\n\x04name\x18\x01 \x01(\t\x12(\n\x07teacher\x18\x02 \x01(\x0b\x32\x17.lynearm.v1.TeacherSpec\x12,\n\ttokenizer\x18\x03 \x01(\x0b\x32\x19.lynearm.v1.TokenizerSpec\x12$\n\x05\x63odec\x18\x04 \x01(\x0b\x32\x15.lynearm.v1.CodecSpec\x12\x0f\n\x07license\x18\x05 \x01(\t\x12\x32\n\x06labels\x18\x06 \x03(\x0b\x32\".lynearm.v1.StreamSpec.LabelsEntry\x1a-\n\x0bLabelsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\"\xf3\x01\n\x0b\x42lockHeader\x12\x16\n\x0e\x66ormat_version\x18\x01 \x01(\r\x12)\n\ncodec_mode\x18\x02 \x01(\x0e\x32\x15.lynearm.v1.CodecMode\x12\x13\n\x0btrace_count\x18\x03 \x01(\r\x12\x1a\n\x12prompt_token_count\x18\x04 \x01(\r\x12\x1e\n\x16\x63ompletion_token_count\x18\x05 \x01(\r\x12\x1f\n\x17uncompressed_size_bytes\x18\x06 \x01(\r\x12\x14\n\x0cpayload_xxh3\x18\x07 \x01(\x06\x12\x19\n\x11\x64ictionary_digest\x18\x08 \x01(\x0c\"A\n\x05\x42lock\x12\'\n\x06header\x18\x01 \x01(\x0b\x32\x17.lynearm.v1.BlockHeader\x12\x0f\n\x07payload\x18\x02 \x01(\x0c\"N\n\tTokenSpan\x12\"\n\x04kind\x18\x01 \x01(\x0e\x32\x14.lynearm.v1.SpanKind\x12\r\n\x05start\x18\x02 \x01(\r\x12\x0e\n\x06length\x18\x03 \x01(\r\"!\n\x03Tag\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t\"\x8d\x02\n\x0eSamplingParams\x12\x13\n\x0btemperature\x18\x01 \x01(\x01\x12\r\n\x05top_p\x18\x02 \x01(\x01\x12\r\n\x05min_p\x18\x03 \x01(\x01\x12\r\n\x05top_k\x18\x04 \x01(\x03\x12\x12\n\nmax_tokens\x18\x05 \x01(\x03\x12\x11\n\x04seed\x18\x06 \x01(\x03H\x00\x88\x01\x01\x12\x18\n\x10presence_penalty\x18\x07 \x01(\x01\x12\x19\n\x11\x66requency_penalty\x18\x08 \x01(\x01\x12\x1a\n\x12repetition_penalty\x18\t \x01(\x01\x12\x12\n\nmin_tokens\x18\n \x01(\x03\x12\x0c\n\x04stop\x18\x0b \x03(\t\x12\x16\n\x0estop_token_ids\x18\x0c \x03(\rB\x07\n\x05_seed\"\xe3\x02\n\rTraceMetadata\x12\x11\n\tprompt_id\x18\x01 \x01(\t\x12\x18\n\x10prompt_token_ids\x18\x02 \x03(\r\x12\x13\n\x0bprompt_rows\x18\x03 \x01(\r\x12\x19\n\x11\x63ompletion_length\x18\x04 \x01(\r\x12\r\n\x05top_k\x18\x05 \x01(\r\x12/\n\rfinish_reason\x18\x06 \x01(\x0e\x32\x18.lynearm.v1.FinishReason\x12\x14\n\x0csample_index\x18\x07 \x01(\x03\x12,\n\x08sampling\x18\x08 \x01(\x0b\x32\x1a.lynearm.v1.SamplingParams\x12$\n\x05spans\x18\t \x03(\x0b\x32\x15.lynearm.v1.TokenSpan\x12\x1d\n\x04tags\x18\n \x03(\x0b\x32\x0f.lynearm.v1.Tag\x12\x17\n\x0f\x63ompletion_text\x18\x0b \x01(\t\x12\x13\n\x0bstop_number\x18\x0c \x01(\r\"o\n\rBlockMetadata\x12)\n\x06traces\x18\x01 \x03(\x0b\x32\x19.lynearm.v1.TraceMetadata\x12\x33\n\rhidden_states\x18\n \x01(\x0b\x32\x1c.lynearm.v1.HiddenStatesSpec*a\n\x0cLogprobsMode\x12\x1d\n\x19LOGPROBS_MODE_UNSPECIFIED\x10\x00\x12\x15\n\x11LOGPROBS_MODE_RAW\x10\x01\x12\x1b\n\x17LOGPROBS_MODE_PROCESSED\x10\x02*x\n\x11HiddenStatesDtype\x12#\n\x1fHIDDEN_STATES_DTYPE_UNSPECIFIED\x10\x00\x12\x1c\n\x18HIDDEN_STATES_DTYPE_BF16\x10\x01\x12 \n\x1cHIDDEN_STATES_DTYPE_FP8_E4M3\x10\x02*\x9b\x01\n\tCodecMode\x12\x1a\n\x16\x43ODEC_MODE_UNSPECIFIED\x10\x00\x12\x14\n\x10\x43ODEC_MODE_EXACT\x10\x01\x12\x17\n\x13\x43ODEC_MODE_STANDARD\x10\x02\x12\x13\n\x0f\x43ODEC_MODE_FINE\x10\x03\x12\x16\n\x12\x43ODEC_MODE_COMPACT\x10\x04\x12\x16\n\x12\x43ODEC_MODE_SAMPLED\x10\x05*x\n\x0c\x46inishReason\x12\x1d\n\x19\x46INISH_REASON_UNSPECIFIED\x10\x00\x12\x16\n\x12\x46INISH_REASON_STOP\x10\x01\x12\x18\n\x14\x46INISH_REASON_LENGTH\x10\x02\x12\x17\n\x13\x46INISH_REASON_ABORT\x10\x03*w\n\x08SpanKind\x12\x19\n\x15SPAN_KIND_UNSPECIFIED\x10\x00\x12\x17\n\x13SPAN_KIND_REASONING\x10\x01\x12\x14\n\x10SPAN_KIND_ANSWER\x10\x02\x12!\n\x1dSPAN_KIND_TRUNCATED_REASONING\x10\x03\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x16lynearm/v1/trace.proto\x12\nlynearm.v1\"\xc7\x01\n\x0bTeacherSpec\x12\r\n\x05model\x18\x01 \x01(\t\x12\x10\n\x08revision\x18\x02 \x01(\t\x12\x0e\n\x06\x65ngine\x18\x03 \x01(\t\x12\r\n\x05\x64type\x18\x04 \x01(\t\x12\x12\n\nvocab_size\x18\x05 \x01(\r\x12\x15\n\rmax_model_len\x18\x06 \x01(\r\x12/\n\rlogprobs_mode\x18\x07 \x01(\x0e\x32\x18.lynearm.v1.LogprobsMode\x12\x1c\n\x14logprobs_temperature\x18\x08 \x01(\x01\"|\n\rTokenizerSpec\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x14\n\x0cvocab_sha256\x18\x02 \x01(\x0c\x12\x1c\n\x14\x63hat_template_sha256\x18\x03 \x01(\x0c\x12\x12\n\nvocab_size\x18\x04 \x01(\r\x12\x15\n\reos_token_ids\x18\x05 \x03(\r\"\x9c\x01\n\tCodecSpec\x12#\n\x04mode\x18\x01 \x01(\x0e\x32\x15.lynearm.v1.CodecMode\x12\r\n\x05top_k\x18\x02 \x01(\r\x12\x17\n\x0fmin_probability\x18\x03 \x01(\x01\x12\r\n\x05\x64raws\x18\x04 \x01(\r\x12\x33\n\rhidden_states\x18\n \x01(\x0b\x32\x1c.lynearm.v1.HiddenStatesSpec\"y\n\x10HiddenStatesSpec\x12\x0e\n\x06layers\x18\x01 \x03(\r\x12\x12\n\nfinal_norm\x18\x02 \x01(\x08\x12,\n\x05\x64type\x18\x03 \x01(\x0e\x32\x1d.lynearm.v1.HiddenStatesDtype\x12\x13\n\x0bhidden_size\x18\x04 \x01(\r\"\x8c\x02\n\nStreamSpec\x12\x0c\n\x04name\x18\x01 \x01(\t\x12(\n\x07teacher\x18\x02 \x01(\x0b\x32\x17.lynearm.v1.TeacherSpec\x12,\n\ttokenizer\x18\x03 \x01(\x0b\x32\x19.lynearm.v1.TokenizerSpec\x12$\n\x05\x63odec\x18\x04 \x01(\x0b\x32\x15.lynearm.v1.CodecSpec\x12\x0f\n\x07license\x18\x05 \x01(\t\x12\x32\n\x06labels\x18\x06 \x03(\x0b\x32\".lynearm.v1.StreamSpec.LabelsEntry\x1a-\n\x0bLabelsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\"\x8d\x02\n\x0b\x42lockHeader\x12\x16\n\x0e\x66ormat_version\x18\x01 \x01(\r\x12)\n\ncodec_mode\x18\x02 \x01(\x0e\x32\x15.lynearm.v1.CodecMode\x12\x13\n\x0btrace_count\x18\x03 \x01(\r\x12\x1a\n\x12prompt_token_count\x18\x04 \x01(\r\x12\x1e\n\x16\x63ompletion_token_count\x18\x05 \x01(\r\x12\x1f\n\x17uncompressed_size_bytes\x18\x06 \x01(\r\x12\x14\n\x0cpayload_xxh3\x18\x07 \x01(\x06\x12\x19\n\x11\x64ictionary_digest\x18\x08 \x01(\x0c\x12\x18\n\x10payload_xxh3_low\x18\t \x01(\x07\"A\n\x05\x42lock\x12\'\n\x06header\x18\x01 \x01(\x0b\x32\x17.lynearm.v1.BlockHeader\x12\x0f\n\x07payload\x18\x02 \x01(\x0c\"N\n\tTokenSpan\x12\"\n\x04kind\x18\x01 \x01(\x0e\x32\x14.lynearm.v1.SpanKind\x12\r\n\x05start\x18\x02 \x01(\r\x12\x0e\n\x06length\x18\x03 \x01(\r\"!\n\x03Tag\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t\"\x8d\x02\n\x0eSamplingParams\x12\x13\n\x0btemperature\x18\x01 \x01(\x01\x12\r\n\x05top_p\x18\x02 \x01(\x01\x12\r\n\x05min_p\x18\x03 \x01(\x01\x12\r\n\x05top_k\x18\x04 \x01(\x03\x12\x12\n\nmax_tokens\x18\x05 \x01(\x03\x12\x11\n\x04seed\x18\x06 \x01(\x03H\x00\x88\x01\x01\x12\x18\n\x10presence_penalty\x18\x07 \x01(\x01\x12\x19\n\x11\x66requency_penalty\x18\x08 \x01(\x01\x12\x1a\n\x12repetition_penalty\x18\t \x01(\x01\x12\x12\n\nmin_tokens\x18\n \x01(\x03\x12\x0c\n\x04stop\x18\x0b \x03(\t\x12\x16\n\x0estop_token_ids\x18\x0c \x03(\rB\x07\n\x05_seed\"\xe3\x02\n\rTraceMetadata\x12\x11\n\tprompt_id\x18\x01 \x01(\t\x12\x18\n\x10prompt_token_ids\x18\x02 \x03(\r\x12\x13\n\x0bprompt_rows\x18\x03 \x01(\r\x12\x19\n\x11\x63ompletion_length\x18\x04 \x01(\r\x12\r\n\x05top_k\x18\x05 \x01(\r\x12/\n\rfinish_reason\x18\x06 \x01(\x0e\x32\x18.lynearm.v1.FinishReason\x12\x14\n\x0csample_index\x18\x07 \x01(\x03\x12,\n\x08sampling\x18\x08 \x01(\x0b\x32\x1a.lynearm.v1.SamplingParams\x12$\n\x05spans\x18\t \x03(\x0b\x32\x15.lynearm.v1.TokenSpan\x12\x1d\n\x04tags\x18\n \x03(\x0b\x32\x0f.lynearm.v1.Tag\x12\x17\n\x0f\x63ompletion_text\x18\x0b \x01(\t\x12\x13\n\x0bstop_number\x18\x0c \x01(\r\"o\n\rBlockMetadata\x12)\n\x06traces\x18\x01 \x03(\x0b\x32\x19.lynearm.v1.TraceMetadata\x12\x33\n\rhidden_states\x18\n \x01(\x0b\x32\x1c.lynearm.v1.HiddenStatesSpec*a\n\x0cLogprobsMode\x12\x1d\n\x19LOGPROBS_MODE_UNSPECIFIED\x10\x00\x12\x15\n\x11LOGPROBS_MODE_RAW\x10\x01\x12\x1b\n\x17LOGPROBS_MODE_PROCESSED\x10\x02*x\n\x11HiddenStatesDtype\x12#\n\x1fHIDDEN_STATES_DTYPE_UNSPECIFIED\x10\x00\x12\x1c\n\x18HIDDEN_STATES_DTYPE_BF16\x10\x01\x12 \n\x1cHIDDEN_STATES_DTYPE_FP8_E4M3\x10\x02*\x9b\x01\n\tCodecMode\x12\x1a\n\x16\x43ODEC_MODE_UNSPECIFIED\x10\x00\x12\x14\n\x10\x43ODEC_MODE_EXACT\x10\x01\x12\x17\n\x13\x43ODEC_MODE_STANDARD\x10\x02\x12\x13\n\x0f\x43ODEC_MODE_FINE\x10\x03\x12\x16\n\x12\x43ODEC_MODE_COMPACT\x10\x04\x12\x16\n\x12\x43ODEC_MODE_SAMPLED\x10\x05*x\n\x0c\x46inishReason\x12\x1d\n\x19\x46INISH_REASON_UNSPECIFIED\x10\x00\x12\x16\n\x12\x46INISH_REASON_STOP\x10\x01\x12\x18\n\x14\x46INISH_REASON_LENGTH\x10\x02\x12\x17\n\x13\x46INISH_REASON_ABORT\x10\x03*w\n\x08SpanKind\x12\x19\n\x15SPAN_KIND_UNSPECIFIED\x10\x00\x12\x17\n\x13SPAN_KIND_REASONING\x10\x01\x12\x14\n\x10SPAN_KIND_ANSWER\x10\x02\x12!\n\x1dSPAN_KIND_TRUNCATED_REASONING\x10\x03\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -33,16 +33,16 @@ if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
   _globals['_STREAMSPEC_LABELSENTRY']._loaded_options = None
   _globals['_STREAMSPEC_LABELSENTRY']._serialized_options = b'8\001'
-  _globals['_LOGPROBSMODE']._serialized_start=2090
-  _globals['_LOGPROBSMODE']._serialized_end=2187
-  _globals['_HIDDENSTATESDTYPE']._serialized_start=2189
-  _globals['_HIDDENSTATESDTYPE']._serialized_end=2309
-  _globals['_CODECMODE']._serialized_start=2312
-  _globals['_CODECMODE']._serialized_end=2467
-  _globals['_FINISHREASON']._serialized_start=2469
-  _globals['_FINISHREASON']._serialized_end=2589
-  _globals['_SPANKIND']._serialized_start=2591
-  _globals['_SPANKIND']._serialized_end=2710
+  _globals['_LOGPROBSMODE']._serialized_start=2116
+  _globals['_LOGPROBSMODE']._serialized_end=2213
+  _globals['_HIDDENSTATESDTYPE']._serialized_start=2215
+  _globals['_HIDDENSTATESDTYPE']._serialized_end=2335
+  _globals['_CODECMODE']._serialized_start=2338
+  _globals['_CODECMODE']._serialized_end=2493
+  _globals['_FINISHREASON']._serialized_start=2495
+  _globals['_FINISHREASON']._serialized_end=2615
+  _globals['_SPANKIND']._serialized_start=2617
+  _globals['_SPANKIND']._serialized_end=2736
   _globals['_TEACHERSPEC']._serialized_start=39
   _globals['_TEACHERSPEC']._serialized_end=238
   _globals['_TOKENIZERSPEC']._serialized_start=240
@@ -56,17 +56,17 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_STREAMSPEC_LABELSENTRY']._serialized_start=872
   _globals['_STREAMSPEC_LABELSENTRY']._serialized_end=917
   _globals['_BLOCKHEADER']._serialized_start=920
-  _globals['_BLOCKHEADER']._serialized_end=1163
-  _globals['_BLOCK']._serialized_start=1165
-  _globals['_BLOCK']._serialized_end=1230
-  _globals['_TOKENSPAN']._serialized_start=1232
-  _globals['_TOKENSPAN']._serialized_end=1310
-  _globals['_TAG']._serialized_start=1312
-  _globals['_TAG']._serialized_end=1345
-  _globals['_SAMPLINGPARAMS']._serialized_start=1348
-  _globals['_SAMPLINGPARAMS']._serialized_end=1617
-  _globals['_TRACEMETADATA']._serialized_start=1620
-  _globals['_TRACEMETADATA']._serialized_end=1975
-  _globals['_BLOCKMETADATA']._serialized_start=1977
-  _globals['_BLOCKMETADATA']._serialized_end=2088
+  _globals['_BLOCKHEADER']._serialized_end=1189
+  _globals['_BLOCK']._serialized_start=1191
+  _globals['_BLOCK']._serialized_end=1256
+  _globals['_TOKENSPAN']._serialized_start=1258
+  _globals['_TOKENSPAN']._serialized_end=1336
+  _globals['_TAG']._serialized_start=1338
+  _globals['_TAG']._serialized_end=1371
+  _globals['_SAMPLINGPARAMS']._serialized_start=1374
+  _globals['_SAMPLINGPARAMS']._serialized_end=1643
+  _globals['_TRACEMETADATA']._serialized_start=1646
+  _globals['_TRACEMETADATA']._serialized_end=2001
+  _globals['_BLOCKMETADATA']._serialized_start=2003
+  _globals['_BLOCKMETADATA']._serialized_end=2114
 # @@protoc_insertion_point(module_scope)

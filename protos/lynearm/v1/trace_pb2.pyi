@@ -391,24 +391,29 @@ class BlockHeader(google.protobuf.message.Message):
     UNCOMPRESSED_SIZE_BYTES_FIELD_NUMBER: builtins.int
     PAYLOAD_XXH3_FIELD_NUMBER: builtins.int
     DICTIONARY_DIGEST_FIELD_NUMBER: builtins.int
+    PAYLOAD_XXH3_LOW_FIELD_NUMBER: builtins.int
     format_version: builtins.int
     """Version of the payload's layout. A reader refuses versions above its own."""
     codec_mode: Global___CodecMode.ValueType
-    """How the logprobs are encoded."""
+    """How the logprobs are encoded. From version 2 on, absent: CODEC_MODE_STANDARD."""
     trace_count: builtins.int
-    """Traces in the payload; at least 1."""
+    """Traces in the payload. From version 2 on, absent: 1."""
     prompt_token_count: builtins.int
     """Prompt tokens over all traces."""
     completion_token_count: builtins.int
     """Completion tokens (positions) over all traces."""
     uncompressed_size_bytes: builtins.int
-    """Size of the payload before compression, bytes; at most 64 MiB. From version 2 on: of its metadata."""
+    """Size of the payload before compression, bytes; at most 64 MiB. From version 2 on: of its metadata, and
+    absent where they are not compressed.
+    """
     payload_xxh3: builtins.int
-    """XXH3-64 (seed 0) of the payload's bytes as they travel."""
+    """Version 1: XXH3-64 (seed 0) of the payload's bytes as they travel."""
     dictionary_digest: builtins.bytes
-    """Digest of the dictionary that the payload needs: the first 8 bytes of its SHA-256. The stream must
+    """Digest of the dictionary that the payload needs: the first 4 bytes of its SHA-256. The stream must
     hold it before the block is published. Empty: none.
     """
+    payload_xxh3_low: builtins.int
+    """From version 2 on: the lower 32 bits of XXH3-64 (seed 0) of the payload's bytes as they travel."""
     def __init__(
         self,
         *,
@@ -420,8 +425,9 @@ class BlockHeader(google.protobuf.message.Message):
         uncompressed_size_bytes: builtins.int = ...,
         payload_xxh3: builtins.int = ...,
         dictionary_digest: builtins.bytes = ...,
+        payload_xxh3_low: builtins.int = ...,
     ) -> None: ...
-    def ClearField(self, field_name: typing.Literal["codec_mode", b"codec_mode", "completion_token_count", b"completion_token_count", "dictionary_digest", b"dictionary_digest", "format_version", b"format_version", "payload_xxh3", b"payload_xxh3", "prompt_token_count", b"prompt_token_count", "trace_count", b"trace_count", "uncompressed_size_bytes", b"uncompressed_size_bytes"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["codec_mode", b"codec_mode", "completion_token_count", b"completion_token_count", "dictionary_digest", b"dictionary_digest", "format_version", b"format_version", "payload_xxh3", b"payload_xxh3", "payload_xxh3_low", b"payload_xxh3_low", "prompt_token_count", b"prompt_token_count", "trace_count", b"trace_count", "uncompressed_size_bytes", b"uncompressed_size_bytes"]) -> None: ...
 
 Global___BlockHeader: typing_extensions.TypeAlias = BlockHeader
 

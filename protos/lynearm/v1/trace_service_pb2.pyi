@@ -966,7 +966,7 @@ class PutDictionaryResponse(google.protobuf.message.Message):
 
     DIGEST_FIELD_NUMBER: builtins.int
     digest: builtins.bytes
-    """First 8 bytes of the dictionary's SHA-256: its name."""
+    """First 4 bytes of the dictionary's SHA-256: its name."""
     def __init__(
         self,
         *,
@@ -987,7 +987,7 @@ class GetDictionaryRequest(google.protobuf.message.Message):
     stream: builtins.str
     """Stream that holds it."""
     digest: builtins.bytes
-    """First 8 bytes of its SHA-256."""
+    """First 4 bytes of its SHA-256."""
     def __init__(
         self,
         *,

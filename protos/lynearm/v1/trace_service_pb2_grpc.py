@@ -302,6 +302,7 @@ class TraceServiceServicer(object):
         answered, and kept for as long as the stream. Idempotent by content. NOT_FOUND: no such stream.
         INVALID_ARGUMENT: the dictionary is empty or too large. FAILED_PRECONDITION: the stream is sealed
         and does not hold it. RESOURCE_EXHAUSTED: the stream holds 64 others, or the disk is full.
+        ALREADY_EXISTS: it holds another one whose digest is the same.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -309,7 +310,7 @@ class TraceServiceServicer(object):
 
     def GetDictionary(self, request, context):
         """Returns a dictionary of a stream. NOT_FOUND: no such stream, or it holds no such dictionary.
-        INVALID_ARGUMENT: the digest is not 8 bytes.
+        INVALID_ARGUMENT: the digest is not 4 bytes.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

@@ -865,11 +865,12 @@ class TraceServiceStub(typing.Generic[_TraceServiceCreateStreamType, _TraceServi
     answered, and kept for as long as the stream. Idempotent by content. NOT_FOUND: no such stream.
     INVALID_ARGUMENT: the dictionary is empty or too large. FAILED_PRECONDITION: the stream is sealed
     and does not hold it. RESOURCE_EXHAUSTED: the stream holds 64 others, or the disk is full.
+    ALREADY_EXISTS: it holds another one whose digest is the same.
     """
 
     GetDictionary: _TraceServiceGetDictionaryType
     """Returns a dictionary of a stream. NOT_FOUND: no such stream, or it holds no such dictionary.
-    INVALID_ARGUMENT: the digest is not 8 bytes.
+    INVALID_ARGUMENT: the digest is not 4 bytes.
     """
 
     PutAttachment: _TraceServicePutAttachmentType
@@ -1198,6 +1199,7 @@ class TraceServiceServicer(metaclass=abc.ABCMeta):
         answered, and kept for as long as the stream. Idempotent by content. NOT_FOUND: no such stream.
         INVALID_ARGUMENT: the dictionary is empty or too large. FAILED_PRECONDITION: the stream is sealed
         and does not hold it. RESOURCE_EXHAUSTED: the stream holds 64 others, or the disk is full.
+        ALREADY_EXISTS: it holds another one whose digest is the same.
         """
 
     @abc.abstractmethod
@@ -1207,7 +1209,7 @@ class TraceServiceServicer(metaclass=abc.ABCMeta):
         context: _ServicerContext,
     ) -> typing.Union[lynearm.v1.trace_service_pb2.GetDictionaryResponse, collections.abc.Awaitable[lynearm.v1.trace_service_pb2.GetDictionaryResponse]]:
         """Returns a dictionary of a stream. NOT_FOUND: no such stream, or it holds no such dictionary.
-        INVALID_ARGUMENT: the digest is not 8 bytes.
+        INVALID_ARGUMENT: the digest is not 4 bytes.
         """
 
     @abc.abstractmethod

@@ -31,8 +31,8 @@ MAX_UNCOMPRESSED_BYTES = 64 << 20
 
 MAX_TRACES = 1 << 16
 
-DIGEST_BYTES = 8
-"""Beginning of a dictionary's SHA-256: enough, since a stream holds a few, each put there on purpose."""
+DIGEST_BYTES = 4
+"""Beginning of a dictionary's SHA-256: enough, since a stream holds 64 at most and no two of one digest."""
 
 MAX_DICTIONARY_BYTES = MAX_PAYLOAD_BYTES
 """For the same reason as a payload."""
@@ -54,9 +54,10 @@ class BlockHeader:
     prompt_token_count: int
     completion_token_count: int
     uncompressed_size_bytes: int
-    """Version 1: of the payload's content; from version 2 on: of its metadata."""
+    """Version 1: of the payload's content. From version 2 on: of its metadata, 0 where they are stored as
+    they are."""
     payload_xxh3: int
-    """XXH3-64, seed 0, of the payload's bytes as they travel."""
+    """`checksum` of the payload's bytes as they travel."""
     dictionary_digest: bytes = b""
     """Names the dictionary that the payload needs, `DIGEST_BYTES` bytes; empty without."""
 
@@ -66,9 +67,13 @@ def dictionary_digest(data: bytes) -> bytes:
     return hashlib.sha256(data).digest()[:DIGEST_BYTES]
 
 
-def checksum(payload: bytes | memoryview) -> int:
-    """XXH3-64, seed 0, of a payload (https://github.com/Cyan4973/xxHash)."""
-    return xxhash.xxh3_64_intdigest(payload)
+def checksum(payload: bytes | memoryview, format_version: int = FORMAT_VERSION) -> int:
+    """XXH3-64, seed 0, of a payload (https://github.com/Cyan4973/xxHash); from version 2 on its lower half.
+
+    Half suffices on the way: who keeps blocks keeps 64 bits of each beside it, as `lynearm.traces` does.
+    """
+    whole = xxhash.xxh3_64_intdigest(payload)
+    return whole if format_version == 1 else whole & 0xFFFFFFFF
 
 
 def join_block(header: BlockHeader, payload: bytes) -> bytes:
@@ -82,16 +87,7 @@ def join_block(header: BlockHeader, payload: bytes) -> bytes:
             f"a payload of {len(payload)} bytes exceeds the {MAX_PAYLOAD_BYTES} of a block",
             "put fewer traces into one block",
         )
-    message = trace_pb2.BlockHeader(
-        format_version=header.format_version,
-        codec_mode=MODE_TO_PROTO[header.codec_mode],
-        trace_count=header.trace_count,
-        prompt_token_count=header.prompt_token_count,
-        completion_token_count=header.completion_token_count,
-        uncompressed_size_bytes=header.uncompressed_size_bytes,
-        payload_xxh3=header.payload_xxh3,
-        dictionary_digest=header.dictionary_digest,
-    ).SerializeToString()
+    message = _header_to_proto(header).SerializeToString()
     return b"".join(
         (
             bytes_prefix(_HEADER_FIELD, len(message)),
@@ -135,10 +131,10 @@ def verify_block(data: bytes | memoryview) -> BlockHeader:
         CorruptBlockError: if a count or size is out of bounds, or the checksum does not match.
     """
     header, payload = split_block(data)
-    found = checksum(payload)
+    found = checksum(payload, header.format_version)
     if found != header.payload_xxh3:
         raise CorruptBlockError(
-            f"the payload's XXH3-64 is {found:016x}, the header says {header.payload_xxh3:016x}",
+            f"the payload's XXH3 is {found:x}, the header says {header.payload_xxh3:x}",
             "send or fetch the block again",
         )
     return header
@@ -154,6 +150,32 @@ MODE_TO_PROTO: dict[CodecMode, trace_pb2.CodecMode.ValueType] = {
 MODE_FROM_PROTO: dict[int, CodecMode] = {int(value): mode for mode, value in MODE_TO_PROTO.items()}
 
 
+_USUAL_MODE = trace_pb2.CODEC_MODE_STANDARD
+_USUAL_TRACE_COUNT = 1
+"""From version 2 on they take no bytes: a streaming teacher's blocks are small, and mostly these."""
+
+
+def _header_to_proto(header: BlockHeader) -> trace_pb2.BlockHeader:
+    message = trace_pb2.BlockHeader(
+        format_version=header.format_version,
+        codec_mode=MODE_TO_PROTO[header.codec_mode],
+        trace_count=header.trace_count,
+        prompt_token_count=header.prompt_token_count,
+        completion_token_count=header.completion_token_count,
+        uncompressed_size_bytes=header.uncompressed_size_bytes,
+        dictionary_digest=header.dictionary_digest,
+    )
+    if header.format_version == 1:
+        message.payload_xxh3 = header.payload_xxh3
+        return message
+    message.payload_xxh3_low = header.payload_xxh3
+    if message.codec_mode == _USUAL_MODE:
+        message.ClearField("codec_mode")
+    if message.trace_count == _USUAL_TRACE_COUNT:
+        message.ClearField("trace_count")
+    return message
+
+
 def _parse_header(data: memoryview) -> BlockHeader:
     try:
         message = trace_pb2.BlockHeader.FromString(bytes(data))
@@ -161,6 +183,11 @@ def _parse_header(data: memoryview) -> BlockHeader:
         raise InvalidInputError("not a block: its header is not a lynearm.v1.BlockHeader") from error
     if message.format_version == 0:
         raise InvalidInputError("not a block: its header names no format version")
+    payload_xxh3 = message.payload_xxh3
+    if message.format_version > 1:
+        payload_xxh3 = message.payload_xxh3_low
+        message.codec_mode = message.codec_mode or _USUAL_MODE
+        message.trace_count = message.trace_count or _USUAL_TRACE_COUNT
     if message.format_version > FORMAT_VERSION or message.codec_mode not in MODE_FROM_PROTO:
         raise UnsupportedFormatError(
             f"block of format version {message.format_version}, codec mode {message.codec_mode}; "
@@ -174,7 +201,7 @@ def _parse_header(data: memoryview) -> BlockHeader:
         prompt_token_count=message.prompt_token_count,
         completion_token_count=message.completion_token_count,
         uncompressed_size_bytes=message.uncompressed_size_bytes,
-        payload_xxh3=message.payload_xxh3,
+        payload_xxh3=payload_xxh3,
         dictionary_digest=message.dictionary_digest,
     )
 
@@ -189,8 +216,8 @@ def _check_bounds(header: BlockHeader, payload_bytes: int) -> None:
         problem = f"{header.trace_count} traces, expected 1 to {MAX_TRACES}"
     elif not 0 < payload_bytes <= MAX_PAYLOAD_BYTES:
         problem = f"a payload of {payload_bytes} bytes, expected 1 to {MAX_PAYLOAD_BYTES}"
-    elif not 0 < size <= MAX_UNCOMPRESSED_BYTES:
-        problem = f"{size} bytes uncompressed, expected 1 to {MAX_UNCOMPRESSED_BYTES}"
+    elif size > MAX_UNCOMPRESSED_BYTES or (size == 0 and header.format_version == 1):
+        problem = f"{size} bytes uncompressed, expected at most {MAX_UNCOMPRESSED_BYTES}, and 1 at least"
     else:
         return
     raise CorruptBlockError(f"block with {problem}")

@@ -124,11 +124,11 @@ def encode_block(
     metadata = write_metadata(traces, hidden, usual_top_k=usual_top_k)
     if len(metadata) > MAX_UNCOMPRESSED_BYTES:
         raise _too_large(f"{len(metadata)} bytes of metadata", MAX_UNCOMPRESSED_BYTES)
-    stored = metadata
+    stored, uncompressed_size = metadata, 0
     if len(metadata) >= _MIN_COMPRESSED_BYTES:
-        compressor = zstandard.ZstdCompressor(level=_ZSTD_LEVEL, write_checksum=False)
-        # Of equal size, the metadata itself: that size is how a reader tells them apart.
-        stored = min(metadata, compressor.compress(metadata), key=len)
+        compressed = zstandard.ZstdCompressor(level=_ZSTD_LEVEL, write_checksum=False).compress(metadata)
+        if len(compressed) < len(metadata):
+            stored, uncompressed_size = compressed, len(metadata)
     body = write_positions(rows, vocab_size=vocab_size, dictionary=dictionary)
     payload = b"".join((varint(len(stored)), stored, write_hidden(traces, hidden), body))
     if len(payload) > MAX_PAYLOAD_BYTES:
@@ -139,7 +139,7 @@ def encode_block(
         trace_count=len(traces),
         prompt_token_count=sum(trace.prompt_token_ids.size for trace in traces),
         completion_token_count=sum(trace.completion_token_ids.size for trace in traces),
-        uncompressed_size_bytes=len(metadata),
+        uncompressed_size_bytes=uncompressed_size,
         payload_xxh3=checksum(payload),
         dictionary_digest=dictionary.digest if dictionary is not None else b"",
     )
@@ -480,7 +480,7 @@ def _read_payload(
 
 def _read_metadata_message(header: BlockHeader, stored: memoryview) -> trace_pb2.BlockMetadata:
     size = header.uncompressed_size_bytes
-    if len(stored) == size:
+    if size == 0:
         return parse_metadata(stored, trace_count=header.trace_count)
     metadata = decompress(stored, limit=size)
     if len(metadata) != size:

@@ -19,6 +19,7 @@
     ├── SequenceConflictError               ALREADY_EXISTS
     ├── JobExistsError                      ALREADY_EXISTS
     ├── RequestConflictError                ALREADY_EXISTS
+    ├── DictionaryConflictError             ALREADY_EXISTS
     ├── PreconditionError                   FAILED_PRECONDITION
     │   ├── StreamSealedError               FAILED_PRECONDITION
     │   ├── ProducerFencedError             FAILED_PRECONDITION
@@ -189,6 +190,12 @@ class JobExistsError(LynearmError):
 
 class RequestConflictError(LynearmError):
     """The name of a request is in use, or was lately, for another one."""
+
+    status_code = "ALREADY_EXISTS"
+
+
+class DictionaryConflictError(LynearmError):
+    """The stream holds another dictionary of the same digest."""
 
     status_code = "ALREADY_EXISTS"
 

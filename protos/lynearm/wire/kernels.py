@@ -530,7 +530,7 @@ def write_rows(
 
     Args:
         out: Has room for `MAX_ENTRY_BITS` an entry, and for eight bytes more.
-        start: Bit at which to begin, the first of a byte.
+        start: Bit at which to begin.
         first_row: First row.
         lanes: Distance of the rows.
         levels_NK: As given to `name_entries`.
@@ -545,7 +545,8 @@ def write_rows(
         The bit behind the last.
     """
     step_codes_at, widths_at = address_of(step_codes), address_of(NUMBER_WIDTHS)
-    at, waiting, count = address_of(out) + (U64(start) >> U64(3)), U64(0), U64(0)
+    at, waiting, count = address_of(out) + (U64(start) >> U64(3)), U64(0), U64(start) & U64(7)
+    waiting = load8(at) & ((U64(1) << count) - U64(1))
     for t in range(first_row, kept_N.size, lanes):
         level = np.int64(levels_NK[t, 0]) if kept_N[t] else np.int64(0)
         for i in range(np.int64(kept_N[t])):
@@ -759,7 +760,7 @@ def _read_escaped(
 @compiled
 def read_rows(
     stream: Uint8Array,
-    starts: Uint64Array,
+    positions: Uint64Array,
     ends: Uint64Array,
     kept_N: Uint32Array,
     first_levels_N: Uint32Array,
@@ -794,7 +795,7 @@ def read_rows(
 
     Args:
         stream: Readable for `LOOKAHEAD_BYTES` and one row of the longest entries behind every lane's end.
-        starts: First bit of each lane, one or four.
+        positions: First bit of each lane, one or four; moved behind its last.
         ends: Bit behind each lane's last byte.
         kept_N: Entries of each row.
         first_levels_N: Level of each row's first entry.
@@ -830,8 +831,8 @@ def read_rows(
         sampled_ids_N: Filled.
 
     Returns:
-        Whether all codes were in their tables, all token codes and levels in their ranges, and every lane
-        ended in its last byte.
+        Whether all codes were in their tables, all token codes and levels in their ranges, and no lane went
+        beyond its end.
     """
     stream_at, table_at = address_of(stream), address_of(table)
     plain_at, long_steps_at = address_of(plain), address_of(long_steps)
@@ -848,12 +849,11 @@ def read_rows(
     latest_at = address_of(grown) if grows else ids_at
     latest_sizes_at = address_of(grown_sizes) if grows else kept_at
     latest_width = U64(GROWN_PLACES) if grows else width
-    lanes = U64(starts.size)
+    lanes = U64(positions.size)
     count = U64(kept_N.size)
     highest = U64(max_level)
     bad = U64(0)
     states_at, kept_bits = address_of(states), U64(remembered)
-    positions = starts.copy()
     last_codes = np.zeros(4, np.uint64)
     last_levels = np.zeros(4, np.uint64)
     last_states = np.zeros(4, np.uint64)
@@ -1047,8 +1047,6 @@ def read_rows(
             for i in range(kept, width):
                 token_ids_NK[t + lane, i] = 0
         t += abreast
-    for lane in range(U64(0), lanes):
-        bad |= U64((positions[lane] + U64(7)) >> U64(3) != ends[lane] >> U64(3))
     return bool(bad == U64(0) and highest_code <= last_rank + U64(RANK_START))
 
 

@@ -305,7 +305,6 @@ def write_positions(rows: NamedRows, *, vocab_size: int, dictionary: Dictionary 
     """
     tables, encoded_tables = _choose_tables(rows, dictionary)
     four_lanes = rows.kept.size >= _MIN_LANE_ROWS
-    lanes = _LANES if four_lanes else 1
     flags = rows.flags | (_OWN_TABLES if encoded_tables else 0) | (_FOUR_LANES if four_lanes else 0)
     flags |= _SHORT_TABLES if dictionary is not None and tables is dictionary.short_tables else 0
     known_scale = dictionary is not None and rows.scale == dictionary.grid
@@ -315,28 +314,13 @@ def write_positions(rows: NamedRows, *, vocab_size: int, dictionary: Dictionary 
     number_bits = sum(column.numbers.size for column in rows.columns) * 43
     fixed_bits = sum(numbers.size * width for numbers, width in rows.fixed)
     out = np.empty((entry_bits + number_bits + fixed_bits) // 8 + 64, np.uint8)
-    bit = 0
-    for column in rows.columns[:-1]:
-        bit = write_numbers(out, bit, column.numbers, column.contexts, tables.number_codes)
-    for numbers, width in rows.fixed:
-        bit = write_fixed(out, bit, numbers, width)
-    tails = rows.columns[-1]
-    ends = [_bytes_of(write_numbers(out, bit, tails.numbers, tails.contexts, tables.number_codes))]
-    for lane in range(lanes):
-        bit = write_rows(
-            out,
-            ends[-1] * 8,
-            lane,
-            lanes,
-            rows.levels,
-            rows.symbols,
-            rows.open_bits,
-            rows.kept,
-            tables.level_rule.step_shift,
-            tables.step_codes,
-            tables.number_codes[:LONG_STEP_CONTEXTS],
-        )
-        ends.append(_bytes_of(bit))
+    bit = _write_columns(out, rows, tables)
+    if four_lanes:
+        ends = [_bytes_of(_write_tails(out, bit, rows, tables))]
+        for lane in range(_LANES):
+            ends.append(_bytes_of(_write_lane(out, 8 * ends[-1], rows, tables, lane, _LANES)))
+    else:
+        ends = [_bytes_of(_write_tails(out, _write_lane(out, bit, rows, tables, 0, 1), rows, tables))]
     sizes = np.diff(ends, prepend=0).tolist()
     head = [
         bytes((flags,)),
@@ -345,6 +329,37 @@ def write_positions(rows: NamedRows, *, vocab_size: int, dictionary: Dictionary 
         *(varint(size) for size in sizes[:-1]),
     ]
     return b"".join(head) + out[: ends[-1]].tobytes()
+
+
+def _write_columns(out: Uint8Array, rows: NamedRows, tables: CodeTables) -> int:
+    """Begin with all columns but the tails; the bit behind them."""
+    bit = 0
+    for column in rows.columns[:-1]:
+        bit = write_numbers(out, bit, column.numbers, column.contexts, tables.number_codes)
+    for numbers, width in rows.fixed:
+        bit = write_fixed(out, bit, numbers, width)
+    return bit
+
+
+def _write_tails(out: Uint8Array, bit: int, rows: NamedRows, tables: CodeTables) -> int:
+    tails = rows.columns[-1]
+    return write_numbers(out, bit, tails.numbers, tails.contexts, tables.number_codes)
+
+
+def _write_lane(out: Uint8Array, bit: int, rows: NamedRows, tables: CodeTables, lane: int, lanes: int) -> int:
+    return write_rows(
+        out,
+        bit,
+        lane,
+        lanes,
+        rows.levels,
+        rows.symbols,
+        rows.open_bits,
+        rows.kept,
+        tables.level_rule.step_shift,
+        tables.step_codes,
+        tables.number_codes[:LONG_STEP_CONTEXTS],
+    )
 
 
 def read_positions(
@@ -378,8 +393,8 @@ def read_positions(
         raise CorruptBlockError("the payload needs a dictionary, and the header names none")
     vocab_size, scale = _read_scale(head, flags, mode, dictionary)
     tables, order = _read_tables(head, flags, vocab_size, dictionary)
-    lanes = _LANES if flags & _FOUR_LANES else 1
-    sizes = [head.varint() for _ in range(lanes)]
+    four_lanes = bool(flags & _FOUR_LANES)
+    sizes = [head.varint() for _ in range(_LANES)] if four_lanes else []
     body = head.rest()
     sizes.append(len(body) - sum(sizes))
     count = sum(lengths)
@@ -399,8 +414,9 @@ def read_positions(
         limits, kept = kept, numbers.read_by_level(NumberContext.KEPT, first_levels)
         if (kept > limits).any():
             raise CorruptBlockError("a position keeps more entries than its trace has room for")
-    if int(kept.sum(dtype=np.int64)) > (len(body) - sizes[0]) * 8:
-        raise CorruptBlockError(f"{kept.sum(dtype=np.int64)} entries in {len(body) - sizes[0]} bytes")
+    entries, entry_bytes = int(kept.sum(dtype=np.int64)), sum(sizes[1:]) if four_lanes else len(body)
+    if entries > entry_bytes * 8:
+        raise CorruptBlockError(f"{entries} entries in {entry_bytes} bytes")
     sampled_index = numbers.read_by_level(NumberContext.SAMPLED, first_levels)
     if (sampled_index > kept).any():
         raise CorruptBlockError("a sampled token points at an entry that is not there")
@@ -423,10 +439,13 @@ def read_positions(
     levels = np.empty((count, width), np.uint32)
     last_levels = np.empty(count, np.uint32)
     sampled_ids = np.empty(count, np.int32)
+    # One lane lies in the number stream, before the tails.
+    lane_bits = ends[:-1].copy() if four_lanes else np.array([numbers.bit], np.uint64)
+    lane_ends = ends[1:].copy() if four_lanes else ends
     whole = read_rows(
         stream,
-        ends[:-1].copy(),
-        ends[1:].copy(),
+        lane_bits,
+        lane_ends,
         kept,
         first_levels,
         tables.step_table,
@@ -453,8 +472,10 @@ def read_positions(
         last_levels,
         sampled_ids,
     )
-    if not whole:
+    if not whole or (four_lanes and ((lane_ends - lane_bits) >= 8).any()):
         raise CorruptBlockError("the entries of the block's rows do not decode")
+    if not four_lanes:
+        numbers.move_to(int(lane_bits[0]))
     if isinstance(scale, Grid):
         logprobs, tail_mass = numbers.read_grid_values(scale, tables.level_rule, levels, kept, last_levels)
     else:
@@ -488,6 +509,15 @@ class _NumberStream:
         self._end_bit = end_bit
         self._table = tables.number_table
         self._bit = 0
+
+    @property
+    def bit(self) -> int:
+        """Where the next column begins."""
+        return self._bit
+
+    def move_to(self, bit: int) -> None:
+        """Go on behind what others have read of the stream."""
+        self._bit = bit
 
     def read(self, context: NumberContext, count: int) -> Uint32Array:
         return self.read_contexts(np.full(count, context, np.uint8))

@@ -268,6 +268,7 @@ class Catalog(QueueCatalog, ConsumerCatalog, Protocol):
         Raises:
             StreamNotFoundError: there is no such stream.
             StreamSealedError: the stream is sealed and does not hold the dictionary.
+            DictionaryConflictError: the stream holds another one of that digest.
             DictionaryLimitError: the stream holds as many others as it may.
         """
         ...

@@ -72,6 +72,7 @@ from lynearm.traces.store import Span, StoredObject
 from lynearm.traces.work_transactions import delete_jobs, load_work, store_work
 from lynearm.v1 import trace_pb2
 from lynearm.wire.errors import (
+    DictionaryConflictError,
     DictionaryLimitError,
     DictionaryNotFoundError,
     PreconditionError,
@@ -274,7 +275,13 @@ def list_finished_prompts(
 def put_dictionary(connection: Connection, stream_name: str, digest: bytes, content: bytes) -> None:
     """See `Catalog.put_dictionary`."""
     stream = lock_stream(connection, stream_name)
-    if has_dictionary(connection, stream.stream_id, digest):
+    held = connection.scalar(select(dictionaries.c.content).where(_is_dictionary(stream.stream_id, digest)))
+    if held is not None:
+        if bytes(held) != content:
+            raise DictionaryConflictError(
+                f"stream {stream_name!r} holds another dictionary {short_digest(digest)}",
+                "train it on other traces: one in 4 billion has the digest of another",
+            )
         return
     if stream.info.sealed:
         raise sealed(stream_name)
