@@ -31,9 +31,9 @@ from lynearm.wire.code_tables import (
 from lynearm.wire.codec import encode_block
 from lynearm.wire.dictionaries import Dictionary
 from lynearm.wire.fields import varint
-from lynearm.wire.kernels import write_fixed, write_numbers
 from lynearm.wire.specs import CODEC_MODES, CodecMode, CodecSpec
 from lynearm.wire.traces import TokenSpan, Trace
+from lynearm.wire.write_kernels import write_fixed, write_numbers
 
 HERE = Path(__file__).parent
 MODES = pytest.mark.parametrize("mode", CODEC_MODES)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from lynearm.wire.alphabet import GROWN_PLACES, LIST_PLACES
-from lynearm.wire.kernels import grow_lists
+from lynearm.wire.list_kernels import grow_lists
 
 
 class Lists:

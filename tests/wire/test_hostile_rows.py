@@ -35,9 +35,9 @@ from lynearm.wire.code_tables import (
 )
 from lynearm.wire.codec import decode_block, decode_rows
 from lynearm.wire.errors import CorruptBlockError
-from lynearm.wire.kernels import write_numbers
 from lynearm.wire.prefix_codes import MAX_CODE_LENGTH
 from lynearm.wire.specs import CodecMode
+from lynearm.wire.write_kernels import write_numbers
 
 LIES: dict[str, tuple[Callable[[], Pieces], str]] = {
     "sampled entry that is not there": (

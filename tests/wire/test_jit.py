@@ -1,7 +1,8 @@
-"""The codec where numba finds no directory for its cache."""
+"""The cache of compiled code: where there is no place for it, and what it may not outlive."""
 
 from __future__ import annotations
 
+import hashlib
 import os
 import shutil
 import subprocess
@@ -9,6 +10,7 @@ import sys
 from pathlib import Path
 
 import lynearm.wire
+from lynearm.wire.jit import digest_of_sources
 
 SCRIPT = """
 import numpy as np
@@ -41,3 +43,44 @@ def test_without_a_place_for_the_cache_every_process_compiles_for_itself(tmp_pat
     }
     environment.pop("NUMBA_CACHE_DIR", None)
     subprocess.run([sys.executable, "-c", SCRIPT], check=True, env=environment, timeout=300)
+
+
+def test_compiled_code_does_not_outlive_what_it_has_of_other_modules(tmp_path: Path) -> None:
+    constants, loops = tmp_path / "constants.py", tmp_path / "loops.py"
+    loops.write_text(
+        "from constants import STEP\n"
+        "from lynearm.wire.jit import compiled\n\n"
+        "@compiled\ndef next_number(number: int) -> int:\n    return number + STEP\n"
+    )
+
+    def next_of_forty(sources: str) -> int:
+        script = (
+            "from lynearm.wire import jit\n"
+            f"jit.digest_of_sources = lambda: {sources!r}\n"
+            "from loops import next_number\n"
+            "print(next_number(40))\n"
+        )
+        environment = {
+            **os.environ,
+            "PYTHONDONTWRITEBYTECODE": "1",
+            "NUMBA_CACHE_DIR": str(tmp_path / "cache"),
+        }
+        command = [sys.executable, "-c", script]
+        ended = subprocess.run(
+            command, check=True, env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=300
+        )
+        return int(ended.stdout)
+
+    constants.write_text("STEP = 1\n")
+    assert next_of_forty("as they were") == 41
+    constants.write_text("STEP = 2\n")
+    # The cache is used, which is why its stamp has to tell of every module.
+    assert next_of_forty("as they were") == 41
+    assert next_of_forty("changed") == 42
+
+
+def test_the_sources_are_all_modules_of_the_package() -> None:
+    package = Path(lynearm.wire.__file__).parent
+    assert digest_of_sources() == digest_of_sources()
+    whole = hashlib.sha256(b"".join(path.read_bytes() for path in sorted(package.glob("*.py"))))
+    assert digest_of_sources() == whole.hexdigest()

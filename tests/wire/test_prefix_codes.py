@@ -18,7 +18,7 @@ from lynearm.wire.code_tables import (
     build_tables,
 )
 from lynearm.wire.errors import CorruptBlockError
-from lynearm.wire.kernels import LOOKAHEAD_BYTES, read_fixed, read_numbers, write_fixed, write_numbers
+from lynearm.wire.number_kernels import LOOKAHEAD_BYTES, read_fixed, read_numbers
 from lynearm.wire.prefix_codes import (
     MAX_CODE_LENGTH,
     canonical_codes,
@@ -26,6 +26,7 @@ from lynearm.wire.prefix_codes import (
     code_lengths,
     fill_tables,
 )
+from lynearm.wire.write_kernels import write_fixed, write_numbers
 
 COUNTS = st.lists(
     st.one_of(st.just(0), st.integers(0, 5), st.integers(0, 1 << 40)), min_size=1, max_size=216

@@ -53,6 +53,9 @@ STEP_CLASSES: Final = 4
 
 LONG_STEP: Final = STEP_CLASSES - 1
 
+LONG_STEP_CONTEXTS: Final = 8
+"""Codes of long steps, by the level of the entry before."""
+
 GAP_CLASSES: Final = 42
 """One mantissa bit; gaps are below 2^21."""
 

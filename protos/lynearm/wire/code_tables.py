@@ -16,6 +16,7 @@ from lynearm.wire.alphabet import (
     GAP_CLASSES,
     LISTS_USED,
     LONG_STEP,
+    LONG_STEP_CONTEXTS,
     NUMBER_BASES,
     NUMBER_ESCAPE,
     NUMBER_SYMBOLS,
@@ -30,9 +31,9 @@ from lynearm.wire.alphabet import (
     TOKEN_OCTAVES,
     step_of_symbol,
 )
+from lynearm.wire.entry_kernels import STEP_ESCAPE_TOTAL
 from lynearm.wire.errors import CorruptBlockError
 from lynearm.wire.jit import compiled
-from lynearm.wire.kernels import LONG_STEP_CONTEXTS, STEP_ESCAPE_TOTAL
 from lynearm.wire.prefix_codes import (
     MAX_CODE_LENGTH,
     canonical_codes,
@@ -199,14 +200,14 @@ class CodeTables:
 
     @cached_property
     def step_table(self) -> Uint32Array:
-        """Decoding tables of all groups, for `kernels.read_rows`."""
+        """Decoding tables of all groups, for `row_kernels.read_rows`."""
         tables = np.empty((len(self.step_lengths), 1 << MAX_CODE_LENGTH), np.uint32)
         fill_tables(self.step_lengths, _STEP_ENTRIES, _NO_STEP, 5, STEP_ESCAPE, tables)
         return tables.ravel()
 
     @cached_property
     def step_states(self) -> tuple[int, Uint64Array, int]:
-        """Where the decoding table of a context is, for `kernels.read_rows`.
+        """Where the decoding table of a context is, for `row_kernels.read_rows`.
 
         Bytes from a rank bucket's tables to the next one's; bytes from the table of state 0 to that of the
         state behind a row's first entry, by the 64s in its token code, shape [`STATE_RUNS`]; which bits of
@@ -224,7 +225,7 @@ class CodeTables:
 
     @cached_property
     def number_table(self) -> Uint64Array:
-        """Decoding tables of all number contexts, for `kernels.read_numbers`."""
+        """Decoding tables of all number contexts, for `number_kernels.read_numbers`."""
         tables = np.empty((len(self.number_lengths), 1 << MAX_CODE_LENGTH), np.uint64)
         fill_tables(self.number_lengths, _NUMBER_ENTRIES, _NO_NUMBER, 6, -1, tables)
         return tables.ravel()

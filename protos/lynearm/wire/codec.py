@@ -55,7 +55,6 @@ from lynearm.wire.hidden_section import (
     spec_of_traces,
     write_hidden,
 )
-from lynearm.wire.kernels import AS_SAMPLED
 from lynearm.wire.metadata import (
     TraceMetadata,
     TraceShapes,
@@ -74,6 +73,7 @@ from lynearm.wire.positions import (
     write_positions,
 )
 from lynearm.wire.specs import CODEC_MODES, MAX_TOP_K, MAX_VOCAB_SIZE, CodecMode, CodecSpec
+from lynearm.wire.token_kernels import AS_SAMPLED
 from lynearm.wire.traces import Float32Array, Int32Array, TopK, Trace
 from lynearm.wire.version1.reader import read_traces as read_version_1
 

@@ -6,9 +6,12 @@ that one process in a fleet's image pays for the compilation and the others load
 
 from __future__ import annotations
 
+import functools
+import hashlib
 import importlib
 import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, ParamSpec, TypeAlias, TypeVar, cast
 
 import numba as untyped_numba  # type: ignore[import-untyped]  # numba ships no types
@@ -34,17 +37,36 @@ _Result = TypeVar("_Result")
 def compiled(function: Callable[_Parameters, _Result]) -> Callable[_Parameters, _Result]:
     """The function as machine code: no bounds checks, and other threads run beside it.
 
-    Everything that such a function reads from a block must have been checked, or be checked by it. numba
-    compiles anew when the function's own file has changed, and not when a constant of another file has:
-    delete __pycache__ after such a change.
+    Everything that such a function reads from a block must have been checked, or be checked by it. It is
+    compiled anew when any module of this package has changed.
     """
     options = {"nogil": True, "boundscheck": False, "error_model": "numpy"}
     try:
-        jitted: object = numba.njit(cache=True, **options)(function)
+        jitted: Any = numba.njit(cache=True, **options)(function)
+        _stamp_cache(jitted)
     except RuntimeError:
         # Neither the package's directory nor the user's is writable: every process compiles for itself.
         jitted = numba.njit(**options)(function)
     return cast("Callable[_Parameters, _Result]", jitted)
+
+
+def _stamp_cache(jitted: Any) -> None:
+    """Have a function's cache count for what all modules say that it may have in it.
+
+    numba looks at the time of the function's own file. But compiled code holds other modules' constants and
+    inlined functions, and a cache that outlived a change of those would read and write another format.
+    """
+    index: Any = jitted._cache._cache_file
+    index._source_stamp = (index._source_stamp, digest_of_sources())
+
+
+@functools.cache
+def digest_of_sources() -> str:
+    """Names the source of this package's modules."""
+    digest = hashlib.sha256()
+    for path in sorted(Path(__file__).parent.glob("*.py")):
+        digest.update(path.read_bytes())
+    return digest.hexdigest()
 
 
 def inlined(function: Callable[_Parameters, _Result]) -> Callable[_Parameters, _Result]:

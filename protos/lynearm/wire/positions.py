@@ -19,7 +19,13 @@ from typing import Final
 import numpy as np
 import numpy.typing as npt
 
-from lynearm.wire.alphabet import BUCKET_OF_RANK, GROWN_PLACES, LIST_PLACES, number_symbols
+from lynearm.wire.alphabet import (
+    BUCKET_OF_RANK,
+    GROWN_PLACES,
+    LIST_PLACES,
+    LONG_STEP_CONTEXTS,
+    number_symbols,
+)
 from lynearm.wire.code_tables import (
     PLAIN_STEP_ENTRIES,
     CodeTables,
@@ -42,27 +48,15 @@ from lynearm.wire.grids import (
     Scale,
     choose_grid,
 )
-from lynearm.wire.kernels import (
-    AS_SAMPLED,
-    LONG_STEP_CONTEXTS,
-    LOOKAHEAD_BYTES,
-    MAX_ENTRY_BITS,
-    MAX_GROWN_LISTS,
-    RECENT_RING,
-    assign_token_codes,
-    name_entries,
-    read_fixed,
-    read_numbers,
-    read_numbers_by_level,
-    read_rows,
-    write_fixed,
-    write_numbers,
-    write_rows,
-)
+from lynearm.wire.list_kernels import MAX_GROWN_LISTS
 from lynearm.wire.logit_grids import PLAIN, LogitRows, find_logit_grid, logprobs_of
+from lynearm.wire.number_kernels import LOOKAHEAD_BYTES, read_fixed, read_numbers, read_numbers_by_level
+from lynearm.wire.row_kernels import RECENT_RING, read_rows
 from lynearm.wire.specs import MAX_VOCAB_SIZE, CodecMode
+from lynearm.wire.token_kernels import AS_SAMPLED, assign_token_codes
 from lynearm.wire.traces import Float32Array, Int32Array
 from lynearm.wire.value_kernels import foresee_tails, look_up, pick_sampled, predict_tails, read_grid_values
+from lynearm.wire.write_kernels import MAX_ENTRY_BITS, name_entries, write_fixed, write_numbers, write_rows
 
 BoolArray = npt.NDArray[np.bool_]
 Int64Array = npt.NDArray[np.int64]
@@ -496,7 +490,7 @@ def read_positions(
 
 
 def _grown_lists(rows: int) -> tuple[Int32Array, Int32Array]:
-    """Room for the lists that some rows grow, as `kernels.assign_token_codes` wants it."""
+    """Room for the lists that some rows grow, as `assign_token_codes` wants it."""
     count = min(2 * rows, MAX_GROWN_LISTS)
     return np.empty((count + 1, GROWN_PLACES), np.int32), np.empty(count, np.int32)
 

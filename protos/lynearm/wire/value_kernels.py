@@ -11,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from lynearm.wire.jit import Scalar, address_of, compiled, inlined
-from lynearm.wire.kernels import read_number
+from lynearm.wire.number_kernels import read_number
 
 Int64Array = npt.NDArray[np.int64]
 Float32Array = npt.NDArray[np.float32]
