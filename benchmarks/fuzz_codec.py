@@ -39,7 +39,7 @@ import numpy as np
 from wire.building import build_rows, build_sampled_trace, build_trace
 from wire.mutation import Pieces, put_together, rejoin, spoil_block, spoil_bytes, take_apart, write_rows_part
 
-from lynearm.wire import code_tables, positions
+from lynearm.wire import code_tables, number_stream, row_layout, row_reading
 from lynearm.wire.blocks import split_block
 from lynearm.wire.codec import decode_block, decode_rows, encode_block, train_dictionary
 from lynearm.wire.dictionaries import Dictionary, DictionaryReader
@@ -229,15 +229,16 @@ def guard_kernels() -> None:
 
         return call
 
-    module: Any = positions
-    module.read_numbers = guarded(positions.read_numbers, 0, 4)
-    module.read_numbers_by_level = guarded(positions.read_numbers_by_level, 0, 4, 5)
-    module.read_fixed = guarded(positions.read_fixed, 0)
+    numbers: Any = number_stream
+    rows: Any = row_reading
+    numbers.read_numbers = guarded(numbers.read_numbers, 0, 4)
+    numbers.read_numbers_by_level = guarded(numbers.read_numbers_by_level, 0, 4, 5)
+    numbers.read_fixed = guarded(numbers.read_fixed, 0)
     # Stream, tables, levels, kept, last levels, and the values and masses of levels.
-    module.read_grid_values = guarded(positions.read_grid_values, 0, 3, 5, 6, 7, 9, 10)
+    numbers.read_grid_values = guarded(numbers.read_grid_values, 0, 3, 5, 6, 7, 9, 10)
     # Stream, ends, kept, first levels, tables, states, plain elements, long steps, buckets, order, lists, and
     # what the rows' codes and their tokens' addresses are put into.
-    module.read_rows = guarded(positions.read_rows, 0, 2, 3, 4, 5, 7, 9, 10, 12, 13, 14, 15, 16, 24, 25)
+    rows.read_rows = guarded(rows.read_rows, 0, 2, 3, 4, 5, 7, 9, 10, 12, 13, 14, 15, 16, 24, 25)
 
 
 class _Guard:
@@ -304,7 +305,7 @@ def run_atheris(corpus: Corpus, judge: Judge, inputs: int, seed: int, scratch: P
         if judge.failed:
             raise AssertionError("an input broke a rule; it was kept")
 
-    for module in (positions, code_tables):
+    for module in (row_reading, number_stream, row_layout, code_tables):
         for name, function in list(vars(module).items()):
             if getattr(function, "__module__", "") == module.__name__ and hasattr(function, "__code__"):
                 setattr(module, name, atheris.instrument_func(function))

@@ -63,15 +63,10 @@ from lynearm.wire.metadata import (
     read_shapes,
     write_metadata,
 )
-from lynearm.wire.positions import (
-    ROUNDING,
-    NamedRows,
-    Positions,
-    first_previous_tokens,
-    name_rows,
-    read_positions,
-    write_positions,
-)
+from lynearm.wire.positions import ROUNDING, Positions, first_previous_tokens
+from lynearm.wire.row_naming import NamedRows, name_rows
+from lynearm.wire.row_reading import read_positions
+from lynearm.wire.row_writing import write_positions
 from lynearm.wire.specs import CODEC_MODES, MAX_TOP_K, MAX_VOCAB_SIZE, CodecMode, CodecSpec
 from lynearm.wire.token_kernels import AS_SAMPLED
 from lynearm.wire.traces import Float32Array, Int32Array, TopK, Trace
