@@ -18,8 +18,9 @@ from codec_corpus import Float32Array, FloatArray, IntArray, count_tokens, group
 
 from lynearm.wire.adaptive import keep_likely
 from lynearm.wire.blocks import split_block
-from lynearm.wire.codec import decode_rows, encode_block, train_dictionary
+from lynearm.wire.codec import decode_rows, encode_block
 from lynearm.wire.dictionaries import Dictionary, DictionaryReader
+from lynearm.wire.dictionary_training import train_dictionary
 from lynearm.wire.fields import ByteReader
 from lynearm.wire.specs import CodecSpec
 from lynearm.wire.traces import Trace

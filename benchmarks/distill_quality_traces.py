@@ -25,8 +25,9 @@ from distill_quality_runs import Rows
 from lynearm.teacher.dictionary import TRAINING_POSITIONS
 from lynearm.teacher.draws import draw_from_logits
 from lynearm.wire.adaptive import keep_likely
-from lynearm.wire.codec import decode_block, encode_block, train_dictionary
+from lynearm.wire.codec import decode_block, encode_block
 from lynearm.wire.dictionaries import Dictionary, DictionaryReader
+from lynearm.wire.dictionary_training import train_dictionary
 from lynearm.wire.specs import CodecSpec
 from lynearm.wire.traces import SamplingParams, TopK, Trace
 

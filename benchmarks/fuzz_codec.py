@@ -41,8 +41,9 @@ from wire.mutation import Pieces, put_together, rejoin, spoil_block, spoil_bytes
 
 from lynearm.wire import code_tables, number_stream, row_layout, row_reading
 from lynearm.wire.blocks import split_block
-from lynearm.wire.codec import decode_block, decode_rows, encode_block, train_dictionary
+from lynearm.wire.codec import decode_block, decode_rows, encode_block
 from lynearm.wire.dictionaries import Dictionary, DictionaryReader
+from lynearm.wire.dictionary_training import train_dictionary
 from lynearm.wire.errors import LynearmError
 from lynearm.wire.specs import CODEC_MODES, CodecMode, CodecSpec
 from lynearm.wire.traces import TokenSpan, TopK, Trace

@@ -9,8 +9,8 @@ from hypothesis import strategies as st
 from wire.building import VOCAB_SIZE, build_sampled_trace, build_trace
 from wire.round_trip import DRAWS, MODES, assert_round_trip, codec_of
 
-from lynearm.wire.codec import train_dictionary
 from lynearm.wire.dictionaries import Dictionary
+from lynearm.wire.dictionary_training import train_dictionary
 from lynearm.wire.specs import CodecMode
 from lynearm.wire.traces import SamplingParams, TokenSpan, TopK, Trace
 

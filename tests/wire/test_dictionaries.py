@@ -21,7 +21,7 @@ from wire.mutation import (
 
 from lynearm.v1 import trace_pb2
 from lynearm.wire.blocks import DIGEST_BYTES, dictionary_digest, verify_block
-from lynearm.wire.codec import decode_block, decode_rows, encode_block, train_dictionary
+from lynearm.wire.codec import decode_block, decode_rows, encode_block
 from lynearm.wire.dictionaries import (
     Dictionary,
     DictionaryReader,
@@ -30,6 +30,7 @@ from lynearm.wire.dictionaries import (
     list_tokens,
     order_tokens,
 )
+from lynearm.wire.dictionary_training import train_dictionary
 from lynearm.wire.errors import (
     CodecError,
     CorruptBlockError,

@@ -6,8 +6,9 @@ import pytest
 from wire.building import VOCAB_SIZE, build_rows, build_trace
 from wire.comparing import added_kl, grid_of, largest_errors
 
-from lynearm.wire.codec import decode_block, encode_block, train_dictionary
+from lynearm.wire.codec import decode_block, encode_block
 from lynearm.wire.dictionaries import DictionaryReader
+from lynearm.wire.dictionary_training import train_dictionary
 from lynearm.wire.errors import CorruptBlockError
 from lynearm.wire.grids import GRID_LAWS, MAX_GRID_LEVEL, Bits, Counts, Grid, choose_grid
 from lynearm.wire.specs import CodecMode

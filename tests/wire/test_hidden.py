@@ -20,8 +20,9 @@ from wire.mutation import rejoin, spoil_bytes
 
 from lynearm.v1 import trace_pb2
 from lynearm.wire.blocks import split_block
-from lynearm.wire.codec import decode_block, decode_rows, encode_block, train_dictionary
+from lynearm.wire.codec import decode_block, decode_rows, encode_block
 from lynearm.wire.dictionaries import DictionaryReader
+from lynearm.wire.dictionary_training import train_dictionary
 from lynearm.wire.errors import CodecError, CorruptBlockError, InvalidInputError, UnsupportedFormatError
 from lynearm.wire.fields import ByteReader, varint
 from lynearm.wire.hidden import (

@@ -33,8 +33,9 @@ from wire.mutation import (
 )
 
 from lynearm.wire.blocks import split_block
-from lynearm.wire.codec import decode_block, decode_rows, train_dictionary
+from lynearm.wire.codec import decode_block, decode_rows
 from lynearm.wire.dictionaries import Dictionary, DictionaryReader
+from lynearm.wire.dictionary_training import train_dictionary
 from lynearm.wire.errors import CodecError, CorruptBlockError, LynearmError, UnsupportedFormatError
 from lynearm.wire.specs import CodecMode
 

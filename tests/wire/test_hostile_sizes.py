@@ -25,7 +25,8 @@ from wire.mutation import (
 )
 
 from lynearm.v1 import trace_pb2
-from lynearm.wire.codec import MAX_BLOCK_ENTRIES, decode_block, decode_rows, encode_block
+from lynearm.wire.blocks import MAX_BLOCK_ENTRIES
+from lynearm.wire.codec import decode_block, decode_rows, encode_block
 from lynearm.wire.errors import CorruptBlockError
 from lynearm.wire.fields import varint
 from lynearm.wire.metadata import MAX_BLOCK_ITEMS

@@ -19,8 +19,9 @@ from wire import reference_reader as reference
 
 from lynearm.wire.blocks import BlockHeader, checksum, join_block, split_block
 from lynearm.wire.code_tables import SymbolCounts, build_tables
-from lynearm.wire.codec import decode_block, encode_block, train_dictionary
+from lynearm.wire.codec import decode_block, encode_block
 from lynearm.wire.dictionaries import Dictionary, DictionaryReader
+from lynearm.wire.dictionary_training import train_dictionary
 from lynearm.wire.errors import CodecError, InvalidInputError, UnsupportedFormatError
 from lynearm.wire.specs import CodecMode, CodecSpec
 from lynearm.wire.traces import SamplingParams, TokenSpan, TopK, Trace

@@ -12,8 +12,8 @@ from wire.building import VOCAB_SIZE, build_rows, build_sampled_trace, build_tra
 from wire.mutation import put_together, rejoin, take_apart
 
 from lynearm.v1 import trace_pb2
-from lynearm.wire.blocks import checksum, join_block, split_block, verify_block
-from lynearm.wire.codec import MAX_BLOCK_ENTRIES, decode_block, decode_rows, encode_block
+from lynearm.wire.blocks import MAX_BLOCK_ENTRIES, checksum, join_block, split_block, verify_block
+from lynearm.wire.codec import decode_block, decode_rows, encode_block
 from lynearm.wire.errors import CodecError, CorruptBlockError, InvalidInputError, UnsupportedFormatError
 from lynearm.wire.specs import CODEC_MODES, MAX_TOP_K, CodecSpec
 from lynearm.wire.traces import SamplingParams, TokenSpan, TopK, Trace

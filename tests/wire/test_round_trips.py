@@ -15,8 +15,9 @@ from wire.comparing import (
 from wire.mutation import FOUR_LANES, take_apart
 from wire.round_trip import DRAWS, MODES, ROW_MODES, assert_round_trip, codec_of
 
-from lynearm.wire.codec import decode_block, decode_rows, encode_block, train_dictionary
+from lynearm.wire.codec import decode_block, decode_rows, encode_block
 from lynearm.wire.dictionaries import DictionaryReader
+from lynearm.wire.dictionary_training import train_dictionary
 from lynearm.wire.metadata import write_metadata
 from lynearm.wire.specs import CodecMode, CodecSpec
 from lynearm.wire.traces import FinishReason, SamplingParams, TokenSpan, TopK, Trace

@@ -13,8 +13,8 @@ import zstandard
 from wire.comparing import assert_equal_exactly
 from wire.mutation import rejoin
 
-from lynearm.wire.blocks import BlockHeader, split_block
-from lynearm.wire.codec import MAX_BLOCK_ENTRIES, decode_block
+from lynearm.wire.blocks import MAX_BLOCK_ENTRIES, BlockHeader, split_block
+from lynearm.wire.codec import decode_block
 from lynearm.wire.errors import CorruptBlockError, UnsupportedFormatError
 from lynearm.wire.specs import CodecMode
 from lynearm.wire.version1.columns import OPTIONAL_FROM, Column, Encoding

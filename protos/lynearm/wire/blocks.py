@@ -31,6 +31,10 @@ MAX_UNCOMPRESSED_BYTES = 64 << 20
 
 MAX_TRACES = 1 << 16
 
+MAX_BLOCK_ENTRIES = 1 << 23
+"""Bound on positions times largest K (at least 1) of a block, and on its prompt tokens: what decoding must be
+ready to hold."""
+
 DIGEST_BYTES = 4
 """Beginning of a dictionary's SHA-256: enough, since a stream holds 64 at most and no two of one digest."""
 

@@ -161,7 +161,7 @@ def encode(traces: list[Trace], mode: str) -> Iterator[tuple[str, bytes, bytes]]
     if FORMAT_VERSION == 1:
         yield "", codec.encode_block(traces, mode=any_mode, vocab_size=VOCAB_SIZE), b""
         return
-    from lynearm.wire.codec import train_dictionary
+    from lynearm.wire.dictionary_training import train_dictionary
     from lynearm.wire.specs import CodecSpec
 
     spec = CodecSpec(any_mode, draws=8 if mode == "sampled" else 0)

@@ -13,8 +13,8 @@ from collections.abc import Sequence
 
 from lynearm.client import TraceClient
 from lynearm.wire.blocks import split_block
-from lynearm.wire.codec import train_dictionary
 from lynearm.wire.dictionaries import Dictionary
+from lynearm.wire.dictionary_training import train_dictionary
 from lynearm.wire.errors import DictionaryLimitError, LynearmError, ServiceUnavailableError
 from lynearm.wire.specs import CodecSpec
 from lynearm.wire.traces import Trace
