@@ -78,7 +78,7 @@ class BlockStore(Protocol):
         ...
 
     async def write(self, blocks: Sequence[bytes | memoryview]) -> StoredObject:
-        """Keep blocks as one object; durable on return.
+        """Keep blocks as one object; durable on return. Some may be under way at the same time.
 
         Raises:
             StorageFullError: there is no room; nothing is kept.
