@@ -13,7 +13,7 @@ import pytest
 from traces.harness import LoopThread
 
 from lynearm.traces.catalog import BlockFacts, Catalog, CommitOutcome, CommittedBlock, NewBlock, Producer
-from lynearm.traces.commit import GroupCommitter, PendingOffset
+from lynearm.traces.commit import GROUPS_AHEAD, GroupCommitter, PendingOffset
 from lynearm.traces.reader import BlockCache
 from lynearm.traces.store import Span, StoredObject
 from lynearm.traces.tail import Tails
@@ -25,12 +25,14 @@ PRODUCER = Producer(1, 1, "s", "p", 1, 1, "exact")
 class FakeStore:
     def __init__(self) -> None:
         self.objects: dict[str, list[bytes]] = {}
+        self.begun = 0
         self.deleted: list[str] = []
         self.failures: list[Exception] = []
         self.gate = asyncio.Event()
         self.gate.set()
 
     async def write(self, blocks: Sequence[bytes | memoryview]) -> StoredObject:
+        self.begun += 1
         await self.gate.wait()
         if self.failures:
             raise self.failures.pop(0)
@@ -137,6 +139,47 @@ async def test_the_next_group_is_written_while_one_commits(bench: Bench) -> None
     assert bench.catalog.groups == []
     bench.catalog.gate.set()
     assert [await one for one in pending] == [0, 1]
+
+
+@with_bench()
+async def test_full_groups_are_written_side_by_side_and_committed_in_order(bench: Bench) -> None:
+    first_gate = bench.store.gate
+    first_gate.clear()
+    pending = [await bench.submit(1, 100)]
+    while bench.store.begun < 1:
+        await asyncio.sleep(0.001)
+    bench.store.gate = asyncio.Event()
+    bench.store.gate.set()
+    pending.append(await bench.submit(2, 100))
+    while len(bench.store.objects) < 1:
+        await asyncio.sleep(0.001)
+    assert bench.catalog.groups == []  # the second is written, and waits for the first
+    first_gate.set()
+    assert [await one for one in pending] == [0, 1]
+    assert bench.catalog.groups == [[1], [2]]
+
+
+@with_bench(group_seconds=0.0)
+async def test_a_group_that_is_not_full_waits_for_the_one_ahead(bench: Bench) -> None:
+    bench.store.gate.clear()
+    pending = [await bench.submit(1, 100)]
+    for sequence in range(2, 5):
+        pending.append(await bench.submit(sequence, 20))
+        await asyncio.sleep(0.01)
+    assert bench.store.begun == 1
+    bench.store.gate.set()
+    assert [await one for one in pending] == [0, 1, 2, 3]
+    assert bench.catalog.groups == [[1], [2, 3, 4]]
+
+
+@with_bench()
+async def test_no_more_groups_are_written_than_the_pipeline_holds(bench: Bench) -> None:
+    bench.catalog.gate.clear()
+    pending = [await bench.submit(sequence, 100) for sequence in range(1, 8)]
+    await asyncio.sleep(0.05)
+    assert bench.store.begun == 1 + GROUPS_AHEAD
+    bench.catalog.gate.set()
+    assert [await one for one in pending] == list(range(7))
 
 
 @with_bench()

@@ -4,7 +4,8 @@ Invariants:
 
 - A block is answered only after its object is durable and its index row committed.
 - Blocks of one producer are written and committed in the order in which they were submitted.
-- Groups are pipelined: one is written while the one before it commits; commits are never concurrent.
+- Groups are pipelined: while one commits, up to `GROUPS_AHEAD` behind it are written, side by side where the
+  store can. Commits are never concurrent, and follow the order of the groups whichever is written first.
 - The queue is bounded in bytes: `submit` waits for room, and so holds its publisher back.
 - A failed group fails its own blocks and no others; nothing is retried here.
 """
@@ -35,6 +36,10 @@ BLOCK_OVERHEAD_BYTES = 4096
 PROMPT_OVERHEAD_BYTES = 64
 """The same for each prompt id that comes with it, and for each unit of work."""
 
+GROUPS_AHEAD = 2
+"""Groups that are written, or wait to be committed, behind the one that is being committed; at least 2. A
+disk that writes one while it syncs the other has less idle time."""
+
 PendingOffset: TypeAlias = asyncio.Future[int | LynearmError]
 """The offset of a submitted block, or why it has none: a value, since nobody may be left to fetch an
 exception."""
@@ -60,10 +65,15 @@ class _Submission:
             self.outcome.set_result(outcome)
 
 
+_Writing: TypeAlias = asyncio.Task[StoredObject | Exception]
+"""The writing of a group; ends with why nothing is stored, where that is so: raised, it would end the
+committer."""
+
+
 @dataclass(frozen=True, slots=True)
-class _WrittenGroup:
-    stored: StoredObject
+class _Group:
     submissions: Sequence[_Submission]
+    writing: _Writing
 
 
 class GroupCommitter:
@@ -97,7 +107,8 @@ class GroupCommitter:
         self._group_seconds = group_seconds
         self._group_bytes = group_bytes
         self._queue = _BoundedQueue(queue_bytes)
-        self._written: asyncio.Queue[_WrittenGroup | None] = asyncio.Queue(maxsize=1)
+        # The committer holds one beside these; the writer has the last in hand until there is room for it.
+        self._groups: asyncio.Queue[_Group | None] = asyncio.Queue(GROUPS_AHEAD - 1)
         self._tasks = asyncio.TaskGroup()
 
     async def __aenter__(self) -> Self:
@@ -141,33 +152,39 @@ class GroupCommitter:
         return submission.outcome
 
     async def _write_groups(self) -> None:
-        while group := await self._queue.take_group(self._group_bytes, self._group_seconds):
-            try:
-                stored = await self._store.write([submission.data for submission in group])
-            except Exception as error:
-                self._fail(group, error)
-            else:
-                await self._written.put(_WrittenGroup(stored, group))
-        await self._written.put(None)
+        ahead: _Writing | None = None
+        while submissions := await self._queue.take_group(self._group_bytes, self._group_seconds, ahead):
+            ahead = self._tasks.create_task(self._write([submission.data for submission in submissions]))
+            await self._groups.put(_Group(submissions, ahead))
+        await self._groups.put(None)
+
+    async def _write(self, blocks: Sequence[bytes | memoryview]) -> StoredObject | Exception:
+        try:
+            return await self._store.write(blocks)
+        except Exception as error:
+            return error
 
     async def _commit_groups(self) -> None:
-        while (group := await self._written.get()) is not None:
-            try:
-                outcomes = await self._catalog.commit(
-                    group.stored, [submission.block for submission in group.submissions]
-                )
-            except Exception as error:
-                self._fail(group.submissions, error)
-                # After any other failure the rows may be there once the catalog is opened again.
-                delete = isinstance(error, StorageFullError)
+        while (group := await self._groups.get()) is not None:
+            written = await group.writing
+            if isinstance(written, Exception):
+                self._fail(group.submissions, written)
             else:
-                failpoints.reach("catalog.after_commit")
-                self._publish(group.submissions, outcomes)
-                delete = not any(
-                    isinstance(outcome, CommittedBlock) and outcome.is_new for outcome in outcomes
-                )
-            if delete:
-                await self._delete_object(group.stored.key)
+                await self._commit(written, group.submissions)
+
+    async def _commit(self, stored: StoredObject, submissions: Sequence[_Submission]) -> None:
+        try:
+            outcomes = await self._catalog.commit(stored, [submission.block for submission in submissions])
+        except Exception as error:
+            self._fail(submissions, error)
+            # After any other failure the rows may be there once the catalog is opened again.
+            delete = isinstance(error, StorageFullError)
+        else:
+            failpoints.reach("catalog.after_commit")
+            self._publish(submissions, outcomes)
+            delete = not any(isinstance(outcome, CommittedBlock) and outcome.is_new for outcome in outcomes)
+        if delete:
+            await self._delete_object(stored.key)
 
     def _publish(self, submissions: Sequence[_Submission], outcomes: Sequence[CommitOutcome]) -> None:
         ends: dict[int, int] = {}
@@ -231,22 +248,35 @@ class _BoundedQueue:
         self._queued.append(submission)
         self._queued_bytes += len(submission.data)
         if self._queued_bytes >= self._awaited_bytes:
-            self._arrived = _wake(self._arrived)
+            self._wake_taker()
 
     def release(self, submissions: Sequence[_Submission]) -> None:
         """Give back the room of submissions that are answered."""
         self._held_bytes -= sum(submission.charge_bytes for submission in submissions)
         self._freed = _wake(self._freed)
 
-    async def take_group(self, group_bytes: int, group_seconds: float) -> list[_Submission]:
-        """The next submissions, up to `group_bytes` and at least one; none once closed and empty."""
+    async def take_group(
+        self, group_bytes: int, group_seconds: float, ahead: _Writing | None
+    ) -> list[_Submission]:
+        """The next submissions, up to `group_bytes` and at least one; none once closed and empty.
+
+        Args:
+            group_bytes: Size at which they go at once.
+            group_seconds: Longest wait for more of them after `ahead`.
+            ahead: The writing of the group before. A smaller group beside it would cost the disk a sync, and
+                gain little time.
+        """
         self._awaited_bytes = 0
         while not self._queued and not self._closed:
             await self._arrived.wait()
         self._awaited_bytes = group_bytes
+        if ahead is not None:
+            ahead.add_done_callback(lambda _: self._wake_taker())
+            while self._is_gathering and not ahead.done():
+                await self._arrived.wait()
         with suppress(TimeoutError):
             async with asyncio.timeout(group_seconds):
-                while self._queued_bytes < group_bytes and not self._hurried:
+                while self._is_gathering:
                     await self._arrived.wait()
         group: list[_Submission] = []
         size_bytes = 0
@@ -260,12 +290,19 @@ class _BoundedQueue:
     def hurry(self) -> None:
         """Let no group wait for company."""
         self._hurried = True
-        self._arrived = _wake(self._arrived)
+        self._wake_taker()
 
     def close(self) -> None:
         """Refuse further submissions; those queued can still be taken."""
         self._closed = self._hurried = True
         self._freed = _wake(self._freed)
+        self._wake_taker()
+
+    @property
+    def _is_gathering(self) -> bool:
+        return self._queued_bytes < self._awaited_bytes and not self._hurried
+
+    def _wake_taker(self) -> None:
         self._arrived = _wake(self._arrived)
 
     def _has_room(self, charge_bytes: int) -> bool:

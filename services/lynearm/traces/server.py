@@ -13,6 +13,7 @@ from typing import Self
 
 import grpc
 import grpc.aio
+import uvloop
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
@@ -169,7 +170,8 @@ def run_server(config: ServeConfig, on_ready: Callable[[str], None]) -> None:
     Raises:
         LynearmError: as for `TraceServer`.
     """
-    asyncio.run(_serve(config, on_ready))
+    # Its loop turns several times for each block, in C rather than in Python.
+    uvloop.run(_serve(config, on_ready))
 
 
 async def _serve(config: ServeConfig, on_ready: Callable[[str], None]) -> None:

@@ -23,12 +23,16 @@ from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from queue import SimpleQueue
 from typing import Protocol, TypeVar
 
 from lynearm.traces import failpoints
 from lynearm.traces.direct_writes import DirectWriter
 from lynearm.traces.free_space import FreeSpace
 from lynearm.wire.errors import StorageError, StorageFullError
+
+WRITE_THREADS = 2
+"""One gathers and writes a group while the other waits for the disk to sync one; more gain nothing."""
 
 READ_THREADS = 2
 """Reads come from the page cache or an SSD; more threads only queue for the interpreter lock."""
@@ -74,7 +78,7 @@ class BlockStore(Protocol):
         ...
 
     async def write(self, blocks: Sequence[bytes | memoryview]) -> StoredObject:
-        """Keep blocks as one object; durable on return.
+        """Keep blocks as one object; durable on return. Some may be under way at the same time.
 
         Raises:
             StorageFullError: there is no room; nothing is kept.
@@ -136,9 +140,11 @@ class LocalBlockStore:
         self.where = str(root)
         self._root = root
         self._space = space
-        self._writer = ThreadPoolExecutor(1, "block-writer")
-        self._files = DirectWriter()
-        """Used by that thread."""
+        self._writers = ThreadPoolExecutor(WRITE_THREADS, "block-writer")
+        self._idle_files: SimpleQueue[DirectWriter] = SimpleQueue()
+        """One for each of these threads."""
+        for _ in range(WRITE_THREADS):
+            self._idle_files.put(DirectWriter())
         self._readers = ThreadPoolExecutor(READ_THREADS, "block-reader")
         try:
             _make_directories(root)
@@ -147,7 +153,7 @@ class LocalBlockStore:
 
     async def write(self, blocks: Sequence[bytes | memoryview]) -> StoredObject:
         """See `BlockStore.write`."""
-        return await self._run(self._writer, lambda: self._write(blocks))
+        return await self._run(self._writers, lambda: self._write(blocks))
 
     async def read(self, key: str, spans: Sequence[Span]) -> list[bytes]:
         """See `BlockStore.read`."""
@@ -170,7 +176,7 @@ class LocalBlockStore:
 
     async def close(self) -> None:
         """See `BlockStore.close`."""
-        for executor in (self._writer, self._readers):
+        for executor in (self._writers, self._readers):
             await asyncio.to_thread(executor.shutdown)
 
     async def _run(self, executor: ThreadPoolExecutor, work: Callable[[], T]) -> T:
@@ -183,15 +189,22 @@ class LocalBlockStore:
         return self._root / key[:2] / key
 
     def _write(self, blocks: Sequence[bytes | memoryview]) -> StoredObject:
+        files = self._idle_files.get()
+        try:
+            return self._write_object(files, blocks)
+        finally:
+            self._idle_files.put(files)
+
+    def _write_object(self, files: DirectWriter, blocks: Sequence[bytes | memoryview]) -> StoredObject:
         key = secrets.token_hex(16)
         path = self._path(key)
         failpoints.reach("store.before_write")
         size_bytes = sum(map(len, blocks))
         if self._space is not None:
             self._space.check(size_bytes)
-        descriptor = self._files.create(path, size_bytes)
+        descriptor = files.create(path, size_bytes)
         try:
-            self._files.write(descriptor, blocks)
+            files.write(descriptor, blocks)
             failpoints.reach("store.before_sync")
             _sync_file(descriptor)
         except OSError as error:
