@@ -189,6 +189,9 @@ class OpenAiServer:
             arguments["dtype"] = "float32"
             # As the teacher's engine on a CPU: prefixes are reused, and seeded requests prefilled whole.
             arguments["block-size"] = 32
+            # In a process of its own it would be waited for by a process that turns round and round, and
+            # that uses the more CPU time the less other work there is.
+            arguments["distributed-executor-backend"] = "uni"
             flags += ["--enforce-eager", "--no-enable-chunked-prefill"]
             arguments["max-num-batched-tokens"] = 2048
         return [text for name, value in arguments.items() for text in (f"--{name}", str(value))] + flags
@@ -210,6 +213,7 @@ def _environment() -> dict[str, str]:
         "VLLM_CPU_KVCACHE_SPACE": "1",
         "VLLM_LOGGING_LEVEL": "ERROR",
         "VLLM_NO_USAGE_STATS": "1",
+        "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # or the executor is not what is asked for
         "VLLM_SERVER_DEV_MODE": "1",  # without it nobody can pause generation
         "HF_HUB_OFFLINE": "1",
     }

@@ -155,7 +155,7 @@ class _Rows:
             ids_NK, kept_NK = draw_from_logits(logprobs, num_logprobs, self._chance(logprobs))
         given_N1 = token_ids.unsqueeze(-1)
         return LogprobsTensors(
-            torch.cat((given_N1.to(torch.int32), ids_NK), dim=1),
+            torch.cat((given_N1, ids_NK), dim=1).to(torch.int32),
             torch.cat((logprobs_at(logprobs, given_N1, normalisers_N1), kept_NK), dim=1),
             torch.zeros_like(token_ids, dtype=torch.int32),
         )
