@@ -25,7 +25,7 @@ _BLOCK = 64
 _FEW_THREADS = 4
 """CPU threads up to which one of them is sooner done with compiled code than all of them with torch's."""
 
-_FEW_ENTRIES = 512
+_FEW_ENTRIES = 256
 """Kept entries up to which the same holds."""
 
 _CHUNK_BYTES = 4 << 20
