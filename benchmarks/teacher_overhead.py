@@ -86,7 +86,7 @@ WHOLE = (
             Cell(1, 64, 6),
         ),
         lists=(Cell(64, 20, 3), Cell(64, 64, 3)),
-        server=(Cell(64, 20, 3), Cell(64, 64, 3)),
+        server=(Cell(64, 20, 6), Cell(64, 64, 6)),
     ),
     Plan("tiny", tokens=96, worker=(Cell(64, 64, 12), Cell(1, 64, 6)), lists=(Cell(64, 64, 6),)),
 )

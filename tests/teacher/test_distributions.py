@@ -9,12 +9,32 @@ import pytest
 import torch
 
 from lynearm.teacher import distributions
-from lynearm.teacher.distributions import log_normalisers, logprobs_at, temper, top_entries
+from lynearm.teacher.distributions import logprobs_at, temper, top_logprobs
 from lynearm.teacher.draws import draw_from_logits
 
 
 def some_logits(rows: int, vocab_size: int, *, scale: float = 4.0, seed: int = 0) -> torch.Tensor:
     return torch.randn(rows, vocab_size, generator=torch.Generator().manual_seed(seed)) * scale
+
+
+@pytest.fixture(params=[1, 64], ids=["compiled", "torch"], autouse=True)
+def threads(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Few threads, where compiled code looks at rows, and many, where torch does."""
+    monkeypatch.setattr(torch, "get_num_threads", lambda: request.param)
+
+
+def log_normalisers(logits: torch.Tensor) -> torch.Tensor:
+    return top_logprobs(logits, 0).normalisers_N1
+
+
+def top_entries(logits: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """The k largest logits and their places; checks that their logprobs are these less the normaliser."""
+    logprobs, token_ids, normalisers = top_logprobs(logits, k)
+    assert token_ids.dtype == torch.int32
+    token_ids = token_ids.long()
+    assert torch.equal(normalisers, log_normalisers(logits)) or bool(normalisers.isnan().any())
+    assert torch.equal(logprobs.nan_to_num(), logprobs_at(logits, token_ids, normalisers).nan_to_num())
+    return logits.gather(1, token_ids), token_ids
 
 
 @pytest.mark.parametrize("vocab_size", [1, 7, 384, 49_152, 151_936])
@@ -24,7 +44,6 @@ def test_normalisers_are_those_of_float64(vocab_size: int, scale: float) -> None
     found = log_normalisers(logits)
     expected = torch.logsumexp(logits.double(), dim=-1, keepdim=True)
     assert found.shape == (5, 1)
-    assert torch.equal(log_normalisers(logits, logits.argmax(-1, keepdim=True)), found)
     # Within two steps of float32 at values of that size.
     assert (found.double() - expected).abs().max() <= 2 * 2**-23 * max(1.0, float(expected.abs().max()))
 
@@ -33,7 +52,6 @@ def test_normalisers_do_not_depend_on_how_rows_are_cut(monkeypatch: pytest.Monke
     logits = some_logits(23, 1000)
     whole = log_normalisers(logits)
     monkeypatch.setattr(distributions, "_CHUNK_BYTES", 4000)
-    monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
     assert torch.equal(log_normalisers(logits), whole)
 
 
@@ -55,18 +73,63 @@ def test_masked_tokens_have_no_mass() -> None:
     assert bool((values[:, 100:] == -math.inf).all())
 
 
-@pytest.mark.parametrize("threads", [1, 64])
-@pytest.mark.parametrize("k", [0, 1, 2, 16, 64, 256, 1000, 1024])
+@pytest.mark.parametrize("k", [0, 1, 2, 16, 64, 256, 257, 1000, 1024])
 @pytest.mark.parametrize("vocab_size", [1024, 1025, 5003, 49_152])
-def test_top_entries_are_torchs(
-    vocab_size: int, k: int, threads: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
+def test_top_entries_are_torchs(vocab_size: int, k: int) -> None:
     logits = some_logits(6, vocab_size)
     values, ids = top_entries(logits, k)
     expected = torch.topk(logits, k, dim=-1)
     assert torch.equal(values, expected.values)
     assert torch.equal(ids, expected.indices)
+
+
+def test_largest_entries_behind_the_last_whole_block_are_found() -> None:
+    logits = some_logits(3, 5003)
+    logits[:, 4992:] += 100
+    values, ids = top_entries(logits, 16)
+    assert torch.equal(values, torch.topk(logits, 16, dim=-1).values)
+    assert bool((ids[:, :11] >= 4992).all())
+
+
+def test_rows_in_order_are_searched_to_their_end() -> None:
+    # Each entry found is larger, or smaller, than all before it.
+    logits = torch.arange(5003.0).repeat(2, 1) / 100
+    logits[1] = -logits[1]
+    _, ids = top_entries(logits, 20)
+    assert ids.tolist() == [list(range(5002, 4982, -1)), list(range(20))]
+
+
+def test_a_part_of_wider_rows_is_looked_at_alone() -> None:
+    # Logits of a vocabulary that vLLM has padded.
+    padded = some_logits(4, 8064)
+    padded[:, 8000:] = math.inf
+    values, _ = top_entries(padded[:, :8000], 16)
+    whole = padded[:, :8000].contiguous()
+    assert torch.equal(values, torch.topk(whole, 16, dim=-1).values)
+    assert torch.equal(log_normalisers(padded[:, :8000]), log_normalisers(whole))
+
+
+@pytest.mark.parametrize("places", [[5], [900], list(range(0, 5003, 50)), list(range(5003))])
+@pytest.mark.parametrize("nan", [math.nan, -math.nan])
+def test_a_row_that_holds_nan_has_no_logprobs_and_leaves_the_others(places: list[int], nan: float) -> None:
+    logits = some_logits(3, 5003)
+    logits[1, places] = nan
+    values, _ = top_entries(logits, 16)
+    logprobs = top_logprobs(logits, 16).logprobs_NK
+    assert bool(logprobs[1].isnan().all())
+    assert torch.equal(values[::2], torch.topk(logits[::2], 16, dim=-1).values)
+    assert bool(logprobs[::2].isfinite().all())
+
+
+@pytest.mark.parametrize("k", [0, 16, 600])
+def test_a_copy_is_left_where_it_is_wanted(k: int) -> None:
+    logits = some_logits(3, 5003)
+    before, room = logits.clone(), torch.full((5, 5003), math.nan)
+    top = top_logprobs(logits, k, copy_NV=room[:3])
+    assert torch.equal(room[:3], logits)
+    assert torch.equal(logits, before)
+    assert bool(room[3:].isnan().all())
+    assert all(map(torch.equal, top, top_logprobs(logits, k)))
 
 
 @pytest.mark.parametrize("k", [1, 16, 64])

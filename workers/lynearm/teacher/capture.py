@@ -22,7 +22,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeAlias
 
-from lynearm.teacher.distributions import log_normalisers, logprobs_at, temper, top_entries
+from lynearm.teacher.distributions import TopLogprobs, logprobs_at, temper, top_logprobs
 from lynearm.teacher.draws import draw_from_logits
 from lynearm.teacher.vllm_internals import version_problem
 
@@ -109,32 +109,37 @@ class _Rows:
         self._gather_specific = sampler.gather_specific_token_logprobs
         self._kept: Tensor | None = None
         self._generator: Untyped = None
-        self._is_sampling = False
+        self._sampled_k: int | None = None
+        """Entries of rows of generated tokens while these are sampled; None at other times."""
+        self._top: TopLogprobs | None = None
+        """Of the rows that are sampled."""
 
-    def forward(self, *arguments: Untyped, **keywords: Untyped) -> Untyped:
+    def forward(
+        self, logits: Tensor, sampling_metadata: Untyped, *others: Untyped, **named: Untyped
+    ) -> Untyped:
         """As vLLM's; tells rows of generated tokens from those of prompts, which are never drawn."""
-        self._is_sampling = True
+        self._sampled_k = max(0, sampling_metadata.max_num_logprobs or 0)
         try:
-            return self._forward(*arguments, **keywords)
+            return self._forward(logits, sampling_metadata, *others, **named)
         finally:
-            self._is_sampling = False
+            self._sampled_k = self._top = None
 
     def compute_logprobs(self, logits: Tensor) -> Tensor:
         """Logits at the temperature, in float32, out of the reach of sampling, which changes logits in place.
 
-        They are valid until the next call.
+        They are valid until the next call. What is kept of generated tokens' rows is taken here, before
+        sampling, while the logits are in the caches.
         """
-        if not self._is_sampling:
-            return temper(logits, self._wish.temperature)
-        kept = self._kept
-        if kept is None or kept.device != logits.device or kept.shape[1] != logits.shape[1]:
-            kept = self._kept = None
-        if kept is None or kept.shape[0] < logits.shape[0]:
-            import torch
-
-            # Made once for the largest batch: fresh memory costs more than what is copied into it.
-            kept = self._kept = torch.empty(logits.shape, dtype=torch.float32, device=logits.device)
-        return temper(logits, self._wish.temperature, out=kept[: logits.shape[0]])
+        temperature = self._wish.temperature
+        if self._sampled_k is None:
+            return temper(logits, temperature)
+        k = 0 if self._wish.draws else self._sampled_k
+        kept = self._room_for(logits)
+        if temperature == 1 and logits.dtype == kept.dtype:
+            self._top = top_logprobs(logits, k, copy_NV=kept)
+        else:
+            self._top = top_logprobs(temper(logits, temperature, out=kept), k)
+        return kept
 
     def gather_logprobs(self, logprobs: Tensor, num_logprobs: int, token_ids: Tensor) -> Untyped:
         """The given token of each row, then the likeliest, or drawn ones.
@@ -144,14 +149,11 @@ class _Rows:
         import torch
         from vllm.v1.outputs import LogprobsTensors
 
-        given_N1 = token_ids.unsqueeze(-1)
-        if self._wish.draws and self._is_sampling:
+        top = top_logprobs(logprobs, num_logprobs) if self._top is None else self._top
+        kept_NK, ids_NK, normalisers_N1 = top
+        if self._wish.draws and self._sampled_k is not None:
             ids_NK, kept_NK = draw_from_logits(logprobs, num_logprobs, self._chance(logprobs))
-            normalisers_N1 = log_normalisers(logprobs)
-        else:
-            kept_NK, ids_NK = top_entries(logprobs, num_logprobs)
-            normalisers_N1 = log_normalisers(logprobs, ids_NK[:, :1] if num_logprobs else None)
-            kept_NK = kept_NK - normalisers_N1
+        given_N1 = token_ids.unsqueeze(-1)
         return LogprobsTensors(
             torch.cat((given_N1, ids_NK), dim=1).to(torch.int32),
             torch.cat((logprobs_at(logprobs, given_N1, normalisers_N1), kept_NK), dim=1),
@@ -162,7 +164,20 @@ class _Rows:
         self, logprobs: Tensor, logprob_token_ids: Untyped, sampled: Tensor
     ) -> Untyped:
         """As vLLM's, which is given logprobs."""
-        return self._gather_specific(logprobs - log_normalisers(logprobs), logprob_token_ids, sampled)
+        top = top_logprobs(logprobs, 0) if self._top is None else self._top
+        return self._gather_specific(logprobs - top.normalisers_N1, logprob_token_ids, sampled)
+
+    def _room_for(self, logits: Tensor) -> Tensor:
+        """Float32, in the logits' shape."""
+        kept = self._kept
+        if kept is None or kept.device != logits.device or kept.shape[1] != logits.shape[1]:
+            kept = self._kept = None
+        if kept is None or kept.shape[0] < logits.shape[0]:
+            import torch
+
+            # Made once for the largest batch: fresh memory costs more than what is copied into it.
+            kept = self._kept = torch.empty(logits.shape, dtype=torch.float32, device=logits.device)
+        return kept[: logits.shape[0]]
 
     def _chance(self, beside: Tensor) -> Untyped:
         if self._generator is None:

@@ -1,18 +1,20 @@
 """From logits to what is kept of their distributions, where the logits are: on the engine's own device.
 
 Torch's log-softmax writes a copy of the whole vocabulary to keep a few entries of it, and adds its normaliser
-up in float32 lane by lane, so that kept mass and tail are off 1 by 1e-5 and more. Here the copy is a small
-buffer that is used again and again, the sum is corrected, and the top k are sought among the best blocks of
-the vocabulary alone. For 64 rows of 49,152 logits and k = 64 that takes 4 ms of a CPU core in place of 6.5.
+up in float32 lane by lane, so that kept mass and tail are off 1 by 1e-5 and more. Here the sum is corrected,
+and the top k are sought among the best blocks of the vocabulary alone. Where a CPU has few threads, compiled
+code does both, in one visit to each row.
 
 Shape legend: N = rows, V = vocabulary, K = kept entries, B = entries of a block.
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
+
+from lynearm.teacher.row_kernels import take_rows
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -21,7 +23,10 @@ _BLOCK = 64
 """Entries of the vocabulary that are first looked at as one."""
 
 _FEW_THREADS = 4
-"""CPU threads up to which one of them finds the largest entries sooner than all together."""
+"""CPU threads up to which one of them is sooner done with compiled code than all of them with torch's."""
+
+_FEW_ENTRIES = 256
+"""Kept entries up to which the same holds."""
 
 _CHUNK_BYTES = 4 << 20
 """Of probabilities at a time on a CPU: what stays in its caches."""
@@ -45,14 +50,53 @@ def temper(logits_NV: Tensor, temperature: float, out: Tensor | None = None) -> 
     return out if temperature == 1 else out.div_(temperature)
 
 
-def log_normalisers(logits_NV: Tensor, best_N1: Tensor | None = None) -> Tensor:
-    """Log of each row's sum of exponentials, shape [N, 1], so that logprobs are logits less this.
+class TopLogprobs(NamedTuple):
+    """What is kept of some distributions."""
 
-    To about 1e-6: the exponentials are float32, their sum is taken pairwise.
+    logprobs_NK: Tensor
+    """Float32, descending."""
+    token_ids_NK: Tensor
+    """Int32. Which of equal entries are taken, and in what order, is not said."""
+    normalisers_N1: Tensor
+    """Log of each row's sum of exponentials: any other logprob is a logit less this."""
+
+
+def top_logprobs(logits_NV: Tensor, k: int, copy_NV: Tensor | None = None) -> TopLogprobs:
+    """The k largest logprobs of each row, and what makes logprobs of logits.
 
     Args:
         logits_NV: Float32.
-        best_N1: Where a largest entry of each row is, if that is known: it saves two looks at all of them.
+        k: 0 for normalisers alone.
+        copy_NV: Gets a copy of the logits; None: nothing does.
+    """
+    import torch
+
+    few_threads = logits_NV.device.type == "cpu" and torch.get_num_threads() <= _FEW_THREADS
+    if few_threads and k <= _FEW_ENTRIES:
+        copy = None if copy_NV is None else copy_NV.numpy()
+        # Logits that are a part of wider rows, as of a padded vocabulary, are copied first.
+        logprobs, token_ids, normalisers = take_rows(np.ascontiguousarray(logits_NV.numpy()), k, copy)
+        return TopLogprobs(
+            torch.as_tensor(logprobs), torch.as_tensor(token_ids), torch.as_tensor(normalisers[:, None])
+        )
+    if copy_NV is not None:
+        copy_NV.copy_(logits_NV)
+    values_NK, ids_NK = _top_entries(logits_NV, k)
+    normalisers_N1 = _log_normalisers(logits_NV, ids_NK[:, :1] if k else None)
+    return TopLogprobs(values_NK - normalisers_N1, ids_NK.to(torch.int32), normalisers_N1)
+
+
+def logprobs_at(logits_NV: Tensor, token_ids_NK: Tensor, normalisers_N1: Tensor) -> Tensor:
+    """Logprobs of chosen tokens, shape [N, K]."""
+    return logits_NV.gather(1, token_ids_NK) - normalisers_N1
+
+
+def _log_normalisers(logits_NV: Tensor, best_N1: Tensor | None) -> Tensor:
+    """Normalisers, to about 1e-6: the exponentials are float32, their sum is taken pairwise.
+
+    Args:
+        logits_NV: Float32.
+        best_N1: Where a largest entry of each row is; None: nobody knows.
     """
     import torch
 
@@ -75,14 +119,10 @@ def log_normalisers(logits_NV: Tensor, best_N1: Tensor | None = None) -> Tensor:
     return normalisers_N1
 
 
-def top_entries(logits_NV: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """The k largest of each row, descending, and where they are: as torch.topk, in a third of its time.
+def _top_entries(logits_NV: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """The k largest of each row, descending, and where they are, shape [N, K] each; sooner than torch.topk.
 
-    The k largest lie within the k blocks of the vocabulary whose largest entries are largest. Which of equal
-    entries are taken, and in what order, is not said.
-
-    Returns:
-        Shape [N, K] each.
+    The k largest lie within the k blocks of the vocabulary whose largest entries are largest.
     """
     import torch
 
@@ -91,38 +131,18 @@ def top_entries(logits_NV: Tensor, k: int) -> tuple[Tensor, Tensor]:
     if k == 0:
         return logits_NV[:, :0], torch.empty((rows, 0), dtype=torch.int64, device=logits_NV.device)
     if blocks <= 2 * k:
-        ids_NK = _largest(logits_NV, k)
-    else:
-        in_blocks = blocks * _BLOCK
-        blocks_NJB = logits_NV[:, :in_blocks].view(rows, blocks, _BLOCK)
-        best_NK = _largest(blocks_NJB.amax(-1), k)
-        each_N1 = torch.arange(rows, device=logits_NV.device).unsqueeze(1)
-        candidates = blocks_NJB[each_N1, best_NK].flatten(1)
-        if in_blocks < vocab_size:
-            # What fills no block comes behind all of them, as in the vocabulary.
-            candidates = torch.cat((candidates, logits_NV[:, in_blocks:]), dim=1)
-            best_NK = torch.nn.functional.pad(best_NK, (0, 1), value=blocks)
-        places_NK = _largest(candidates, k)
-        ids_NK = best_NK.gather(1, places_NK // _BLOCK) * _BLOCK + places_NK % _BLOCK
-    values_NK, order_NK = logits_NV.gather(1, ids_NK).sort(dim=1, descending=True)
-    return values_NK, ids_NK.gather(1, order_NK)
-
-
-def logprobs_at(logits_NV: Tensor, token_ids_NK: Tensor, normalisers_N1: Tensor) -> Tensor:
-    """Logprobs of chosen tokens, shape [N, K]."""
-    return logits_NV.gather(1, token_ids_NK) - normalisers_N1
-
-
-def _largest(values_NM: Tensor, k: int) -> Tensor:
-    """Where the k largest of each row are, in any order."""
-    import torch
-
-    if values_NM.device.type != "cpu" or torch.get_num_threads() > _FEW_THREADS:
-        return values_NM.topk(k, dim=1, sorted=False).indices
-    width = values_NM.shape[1]
-    # numpy's partition is vectorised, and four times as fast on a core as torch's, which uses all of them.
-    places = np.argpartition(values_NM.numpy(), width - k, axis=1)
-    return torch.as_tensor(places[:, width - k :])
+        return logits_NV.topk(k, dim=1)
+    in_blocks = blocks * _BLOCK
+    blocks_NJB = logits_NV[:, :in_blocks].view(rows, blocks, _BLOCK)
+    best_NK = blocks_NJB.amax(-1).topk(k, dim=1, sorted=False).indices
+    each_N1 = torch.arange(rows, device=logits_NV.device).unsqueeze(1)
+    candidates = blocks_NJB[each_N1, best_NK].flatten(1)
+    if in_blocks < vocab_size:
+        # What fills no block comes behind all of them, as in the vocabulary.
+        candidates = torch.cat((candidates, logits_NV[:, in_blocks:]), dim=1)
+        best_NK = torch.nn.functional.pad(best_NK, (0, 1), value=blocks)
+    values_NK, places_NK = candidates.topk(k, dim=1)
+    return values_NK, best_NK.gather(1, places_NK // _BLOCK) * _BLOCK + places_NK % _BLOCK
 
 
 def _chunk_bytes(tensor: Tensor) -> int:

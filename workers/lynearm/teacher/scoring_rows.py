@@ -21,7 +21,7 @@ from typing import Any, TypeAlias
 
 import numpy as np
 
-from lynearm.teacher.distributions import log_normalisers, logprobs_at, temper, top_entries
+from lynearm.teacher.distributions import logprobs_at, temper, top_logprobs
 from lynearm.teacher.vllm_internals import version_problem
 from lynearm.wire.traces import Float32Array, Int32Array
 
@@ -154,14 +154,13 @@ class ScoringWorker:
             self._lynearm_counts.rows += rows
             self._lynearm_counts.most_rows = max(self._lynearm_counts.most_rows, rows)
             logits_NV = temper(logits_NV, chunk[0].wanted.temperature)
-            normalisers_N1 = log_normalisers(logits_NV)
             begin = 0
             for segment in chunk:
                 end = begin + segment.count
                 found = self._lynearm_scores.get(segment.wanted.key)
                 if found is None:
                     found = self._lynearm_scores[segment.wanted.key] = ScoredRows.empty(segment.wanted)
-                _fill(found, segment, logits_NV[begin:end], normalisers_N1[begin:end])
+                _fill(found, segment, logits_NV[begin:end])
                 begin = end
 
 
@@ -219,12 +218,13 @@ def _states_of(hidden_states: Untyped, chunk: Sequence[_Segment]) -> Untyped:
     return hidden_states[torch.as_tensor(np.concatenate(places), device=hidden_states.device)]
 
 
-def _fill(found: ScoredRows, segment: _Segment, logits_TV: Untyped, normalisers_T1: Untyped) -> None:
+def _fill(found: ScoredRows, segment: _Segment, logits_TV: Untyped) -> None:
     """Take what is wanted out of the distributions at a segment's rows."""
     import torch
 
     wanted = segment.wanted
     rows = slice(segment.first_row, segment.first_row + segment.count)
+    logprobs_TK, token_ids_TK, normalisers_T1 = top_logprobs(logits_TV, wanted.top_k)
 
     def logprobs_of(ids: Int32Array) -> Untyped:
         index = torch.as_tensor(ids.astype(np.int64), device=logits_TV.device)
@@ -234,9 +234,8 @@ def _fill(found: ScoredRows, segment: _Segment, logits_TV: Untyped, normalisers_
     if wanted.chosen_ids.shape[1]:
         found.chosen_logprobs[rows] = logprobs_of(wanted.chosen_ids[rows])
     if wanted.top_k:
-        top_logits, top_ids = top_entries(logits_TV, wanted.top_k)
-        found.logprobs[rows] = (top_logits - normalisers_T1).cpu().numpy()
-        found.token_ids[rows] = top_ids.to(torch.int32).cpu().numpy()
+        found.logprobs[rows] = logprobs_TK.cpu().numpy()
+        found.token_ids[rows] = token_ids_TK.cpu().numpy()
     found.is_filled[rows] = [True] * segment.count
 
 
