@@ -40,7 +40,16 @@ def compiled(function: Callable[_Parameters, _Result]) -> Callable[_Parameters, 
     Everything that such a function reads from a block must have been checked, or be checked by it. It is
     compiled anew when any module of this package has changed.
     """
-    options = {"nogil": True, "boundscheck": False, "error_model": "numpy"}
+    return _compile(function)
+
+
+def vectorised(function: Callable[_Parameters, _Result]) -> Callable[_Parameters, _Result]:
+    """As `compiled`, where sums may be taken in any order, so that vectors can take them."""
+    return _compile(function, fastmath={"reassoc", "nsz", "contract"})
+
+
+def _compile(function: Callable[_Parameters, _Result], **more: Any) -> Callable[_Parameters, _Result]:
+    options = {"nogil": True, "boundscheck": False, "error_model": "numpy", **more}
     try:
         jitted: Any = numba.njit(cache=True, **options)(function)
         _stamp_cache(jitted)

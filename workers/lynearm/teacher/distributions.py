@@ -71,8 +71,7 @@ def top_logprobs(logits_NV: Tensor, k: int, copy_NV: Tensor | None = None) -> To
     """
     import torch
 
-    few_threads = logits_NV.device.type == "cpu" and torch.get_num_threads() <= _FEW_THREADS
-    if few_threads and k <= _FEW_ENTRIES:
+    if _has_few_threads(logits_NV) and k <= _FEW_ENTRIES:
         copy = None if copy_NV is None else copy_NV.numpy()
         # Logits that are a part of wider rows, as of a padded vocabulary, are copied first.
         logprobs, token_ids, normalisers = take_rows(np.ascontiguousarray(logits_NV.numpy()), k, copy)
@@ -131,7 +130,7 @@ def _top_entries(logits_NV: Tensor, k: int) -> tuple[Tensor, Tensor]:
     if k == 0:
         return logits_NV[:, :0], torch.empty((rows, 0), dtype=torch.int64, device=logits_NV.device)
     if blocks <= 2 * k:
-        return logits_NV.topk(k, dim=1)
+        return _largest(logits_NV, k)
     in_blocks = blocks * _BLOCK
     blocks_NJB = logits_NV[:, :in_blocks].view(rows, blocks, _BLOCK)
     best_NK = blocks_NJB.amax(-1).topk(k, dim=1, sorted=False).indices
@@ -141,8 +140,27 @@ def _top_entries(logits_NV: Tensor, k: int) -> tuple[Tensor, Tensor]:
         # What fills no block comes behind all of them, as in the vocabulary.
         candidates = torch.cat((candidates, logits_NV[:, in_blocks:]), dim=1)
         best_NK = torch.nn.functional.pad(best_NK, (0, 1), value=blocks)
-    values_NK, places_NK = candidates.topk(k, dim=1)
+    values_NK, places_NK = _largest(candidates, k)
     return values_NK, best_NK.gather(1, places_NK // _BLOCK) * _BLOCK + places_NK % _BLOCK
+
+
+def _largest(values_NM: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """The k largest of each row, descending, and where they are."""
+    import torch
+
+    if not _has_few_threads(values_NM):
+        return values_NM.topk(k, dim=1)
+    # numpy's partition is vectorised, and four times as fast on a core as torch's, which uses all of them.
+    width = values_NM.shape[1]
+    places_NK = torch.as_tensor(np.argpartition(values_NM.numpy(), width - k, axis=1)[:, width - k :])
+    values_NK, order_NK = values_NM.gather(1, places_NK).sort(dim=1, descending=True)
+    return values_NK, places_NK.gather(1, order_NK)
+
+
+def _has_few_threads(tensor: Tensor) -> bool:
+    import torch
+
+    return tensor.device.type == "cpu" and torch.get_num_threads() <= _FEW_THREADS
 
 
 def _chunk_bytes(tensor: Tensor) -> int:

@@ -10,19 +10,14 @@ Shape legend: N = rows, V = vocabulary, K = kept entries.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from typing import ParamSpec, TypeVar, cast
 
 import numpy as np
 import numpy.typing as npt
 
-from lynearm.wire.jit import Scalar, intrinsic, ir, numba, types
+from lynearm.wire.jit import Scalar, intrinsic, ir, types, vectorised
 
 Int32Array = npt.NDArray[np.int32]
 Float32Array = npt.NDArray[np.float32]
-
-_Parameters = ParamSpec("_Parameters")
-_Result = TypeVar("_Result")
 
 _BLOCK = 64
 """Entries of a row that are first looked at as one."""
@@ -43,17 +38,6 @@ _GREATEST_INT = np.int32(2**31 - 1)
 _C0, _C1, _C2, _C3, _C4, _C5, _C6 = (np.float32(1 / math.factorial(term)) for term in range(7))
 
 
-def _vectorised(function: Callable[_Parameters, _Result]) -> Callable[_Parameters, _Result]:
-    """As `lynearm.wire.jit.compiled`, where sums may be taken in any order, so that vectors can take them."""
-    options = {"nogil": True, "error_model": "numpy", "fastmath": {"reassoc", "nsz", "contract"}}
-    try:
-        jitted: object = numba.njit(cache=True, **options)(function)
-    except RuntimeError:
-        # Neither the package's directory nor the user's is writable: every process compiles for itself.
-        jitted = numba.njit(**options)(function)
-    return cast("Callable[_Parameters, _Result]", jitted)
-
-
 def _reinterpret(source: Scalar, target: Scalar, target_ir: Scalar) -> Scalar:
     @intrinsic  # type: ignore[untyped-decorator]
     def reinterpret(_context: Scalar, _value: Scalar) -> Scalar:  # pyright: ignore  # numba calls it untyped
@@ -70,7 +54,7 @@ _bits_of_float = _reinterpret(types.float32, types.int32, ir.IntType(32))
 _float_of_bits = _reinterpret(types.int32, types.float32, ir.FloatType())
 
 
-@_vectorised
+@vectorised
 def take_rows(
     logits_NV: Float32Array, k: int, copy_NV: Float32Array | None
 ) -> tuple[Float32Array, Int32Array, Float32Array]:
@@ -101,7 +85,7 @@ def take_rows(
     return logprobs_NK, places_NK, normalisers_N
 
 
-@_vectorised
+@vectorised
 def _find_maxima(row: Float32Array, maxima: Float32Array) -> None:
     """The largest of each block of a row; the last block may be a short one."""
     for block in range(maxima.size):
@@ -112,13 +96,13 @@ def _find_maxima(row: Float32Array, maxima: Float32Array) -> None:
         maxima[block] = _float_of_bits(_in_order(largest))
 
 
-@_vectorised
+@vectorised
 def _in_order(bits: Scalar) -> Scalar:
     """The bits of a float as an integer of the same order, and back: vectors take a maximum of integers."""
     return np.int32(bits ^ ((bits >> np.int32(31)) & _GREATEST_INT))
 
 
-@_vectorised
+@vectorised
 def _threshold(maxima: Float32Array, k: int) -> Scalar:
     """A logit that at least k of a row reach, and few more: k of its blocks do, where it has so many."""
     low, high = np.float32(-np.inf), maxima.max()
@@ -135,7 +119,7 @@ def _threshold(maxima: Float32Array, k: int) -> Scalar:
     return low
 
 
-@_vectorised
+@vectorised
 def _find_largest(row: Float32Array, maxima: Float32Array, threshold: Scalar, places: Int32Array) -> None:
     """Where the largest entries of a row are, descending, if as many as are sought reach the threshold."""
     count = 0
@@ -154,7 +138,7 @@ def _find_largest(row: Float32Array, maxima: Float32Array, threshold: Scalar, pl
             places[at] = place
 
 
-@_vectorised
+@vectorised
 def _log_sum(row: Float32Array, largest: Scalar) -> float:
     """Log of the sum of a row's exponentials."""
     total = 0.0
