@@ -16,11 +16,12 @@ teacher's whole distribution on prompts that nobody trained on, by transformers 
 - `k64_default_loss`: as `standard_k64`, with 0.1 cross-entropy: what `lynearm train` does unless told.
 - `k64_tail_token`, `k64_tail_token_03`: with `tail-cross-entropy` at weight 1 or 0.3, in which the token that
   the teacher wrote stands for the tail where it fell into it.
+- `k64_token_of_tail`: with one token a row that is drawn from the tail, and stands for all of its mass.
 - `k64_drawn_tail`, `adaptive_drawn_tail`: those of 50 draws that fall into the tail stand for it in place of
   its mass. No teacher of lynearm writes such rows yet; here they show what the tail's shape is worth.
 
 Results are kept in --out as they come: run it again with the same settings, and it goes on. Takes about two
-hours and a half on 2 free cores, of which the 11 methods have 11 minutes each; --quick takes half a minute
+hours and a half on 2 free cores, of which the 12 methods have 11 minutes each; --quick takes half a minute
 with a small teacher (--teacher), and shows that it runs and no more. Questions are those of GSM8K and
 self-instruct in --data, or else the demo's. Needs the extras `student`, `teacher` and `demo`.
 
@@ -152,6 +153,7 @@ def make_methods() -> tuple[Method, ...]:
         Method("k64_default_loss", "k = 64, 0.1 hard labels", usual, CodecSpec("standard", TOP_K)),
         Method("k64_tail_token", "k = 64, tail token", tail_token, CodecSpec("standard", TOP_K)),
         Method("k64_tail_token_03", "k = 64, tail token, 0.3", a_little, CodecSpec("standard", TOP_K)),
+        Method("k64_token_of_tail", "k = 64, a token of the tail", kl, wide, "token of tail"),
         Method("k64_drawn_tail", "k = 64, drawn tail", kl, wide, "drawn tail"),
         Method("adaptive_drawn_tail", "adaptive, drawn tail", kl, wide, "drawn tail", LEAST_PROBABILITY),
     )
@@ -233,11 +235,15 @@ class Bench:
         return load_corpus(directory)
 
     def _stream(self, method: Method, corpus: Corpus) -> Coded | None:
-        from distill_quality_traces import make_rows, pass_through_codec
+        import torch
+        from distill_quality_traces import make_rows, pass_through_codec, with_token_of_tail
 
         if method.codec is None:
             return None
         traces = make_rows(corpus, method.rows, method.min_probability)[self.settings.held_out :]
+        if method.rows == "token of tail":
+            generator = torch.Generator().manual_seed(1)
+            traces = [with_token_of_tail(self._teacher, trace, generator) for trace in traces]
         return pass_through_codec(traces, method.codec, self._teacher.config.vocab_size)
 
     def _train(self, seed: int, method: Method) -> Result:

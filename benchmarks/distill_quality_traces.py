@@ -20,7 +20,7 @@ from typing import Any
 
 import numpy as np
 from codec_corpus import count_tokens, group_traces
-from distill_quality_runs import Rows
+from distill_quality_runs import Rows, full_logprobs
 
 from lynearm.teacher.dictionary import TRAINING_POSITIONS
 from lynearm.teacher.draws import draw_from_logits
@@ -318,6 +318,31 @@ def without_rows(trace: Trace) -> Trace:
         np.ones(positions, np.float32),
     )
     return replace(trace, top_k=nothing)
+
+
+def with_token_of_tail(teacher: Any, trace: Trace, generator: Any) -> Trace:
+    """The trace with one more entry a row: a token drawn from the tail, which has all of its mass.
+
+    Args:
+        teacher: The model that wrote it.
+        trace: Rows of likely entries, as many in each.
+        generator: Of torch.
+    """
+    import torch
+
+    kept = trace.top_k
+    logprobs_TV = full_logprobs(teacher, trace)
+    is_kept_TV = torch.zeros_like(logprobs_TV, dtype=torch.bool)
+    is_kept_TV.scatter_(1, torch.from_numpy(kept.token_ids.astype(np.int64)), value=True)
+    tail_TV = logprobs_TV.exp().masked_fill(is_kept_TV, 0.0)
+    drawn_T1 = torch.multinomial(tail_TV, 1, generator=generator).numpy().astype(np.int32)
+    with np.errstate(divide="ignore"):
+        logprobs = np.concatenate([kept.logprobs, np.log(kept.tail_mass)[:, None]], axis=1)
+    token_ids = np.concatenate([kept.token_ids, drawn_T1], axis=1)
+    order = np.argsort(-logprobs, axis=1, kind="stable")
+    logprobs = np.take_along_axis(logprobs, order, 1)
+    token_ids = np.where(logprobs > -np.inf, np.take_along_axis(token_ids, order, 1), 0).astype(np.int32)
+    return replace(trace, top_k=TopK(token_ids, logprobs, np.zeros_like(kept.tail_mass)))
 
 
 def with_drawn_tail(trace: Trace, drawn: Trace) -> Trace:
