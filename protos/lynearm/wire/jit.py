@@ -65,8 +65,10 @@ def _stamp_cache(jitted: Any) -> None:
     numba looks at the time of the function's own file. But compiled code holds other modules' constants and
     inlined functions, and a cache that outlived a change of those would read and write another format.
     """
-    index: Any = jitted._cache._cache_file
-    index._source_stamp = (index._source_stamp, digest_of_sources())
+    # Without compilation (NUMBA_DISABLE_JIT) there is none.
+    index: Any = getattr(getattr(jitted, "_cache", None), "_cache_file", None)
+    if index is not None:
+        index._source_stamp = (index._source_stamp, digest_of_sources())
 
 
 @functools.cache
