@@ -28,6 +28,7 @@ from traces.harness import (
 from traces.storages import on_local_disk
 
 from lynearm.traces.config import ServeConfig
+from lynearm.traces.server import run_server
 from lynearm.traces.servicer import SERVICE_NAME
 from lynearm.v1 import trace_service_pb2 as pb
 from lynearm.v1.trace_service_pb2_grpc import TraceServiceStub
@@ -47,6 +48,17 @@ def test_a_port_in_use_is_named(start_server: StartServer, tmp_path: Path) -> No
         with pytest.raises(PreconditionError, match=f"127.0.0.1:{port}.*in use.*--port"):
             start_server(port=port)
     assert start_server(port=port).server.port == port
+
+
+def test_a_server_that_does_not_start_leaves_signals_as_they_were(tmp_path: Path) -> None:
+    before = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
+    with socket.socket() as other:
+        other.bind(("127.0.0.1", 0))
+        other.listen()
+        config = ServeConfig(data_dir=tmp_path, port=other.getsockname()[1])
+        with pytest.raises(PreconditionError, match="in use"):
+            run_server(config, lambda _: None)
+    assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)] == before
 
 
 def test_a_second_server_on_the_port_is_refused(server: RunningServer, start_server: StartServer) -> None:

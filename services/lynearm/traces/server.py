@@ -180,11 +180,19 @@ async def _serve(config: ServeConfig, on_ready: Callable[[str], None]) -> None:
     signals = (signal.SIGINT, signal.SIGTERM)
     for number in signals:
         loop.add_signal_handler(number, stop.set)
-    async with TraceServer(config) as server:
-        on_ready(server.address)
-        await stop.wait()
+
+    def heed_no_more() -> None:
         for number in signals:
             loop.remove_signal_handler(number)
+
+    try:
+        async with TraceServer(config) as server:
+            on_ready(server.address)
+            await stop.wait()
+            heed_no_more()
+    finally:
+        # Also where nothing was served: a loop of uvloop's leaves its handlers behind when it is closed.
+        heed_no_more()
 
 
 def _check_port(host: str, port: int) -> None:
