@@ -51,14 +51,15 @@ def test_a_port_in_use_is_named(start_server: StartServer, tmp_path: Path) -> No
 
 
 def test_a_server_that_does_not_start_leaves_signals_as_they_were(tmp_path: Path) -> None:
-    before = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
+    signals = (signal.SIGINT, signal.SIGTERM)
+    before = [signal.getsignal(number) for number in signals]
     with socket.socket() as other:
         other.bind(("127.0.0.1", 0))
         other.listen()
         config = ServeConfig(data_dir=tmp_path, port=other.getsockname()[1])
         with pytest.raises(PreconditionError, match="in use"):
             run_server(config, lambda _: None)
-    assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)] == before
+    assert [signal.getsignal(number) for number in signals] == before
 
 
 def test_a_second_server_on_the_port_is_refused(server: RunningServer, start_server: StartServer) -> None:

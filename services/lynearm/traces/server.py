@@ -40,6 +40,8 @@ MAX_CALLS_PER_CONNECTION = 1024
 MAX_METADATA_BYTES = 8192
 """Of a call's headers, gRPC's default; a token and a trace context take a few hundred."""
 
+_STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
+
 _LAST_WORDS_SECONDS = 0.5
 """For statuses on their way, and for watchers of the health service, who never leave by themselves."""
 
@@ -170,29 +172,26 @@ def run_server(config: ServeConfig, on_ready: Callable[[str], None]) -> None:
     Raises:
         LynearmError: as for `TraceServer`.
     """
-    # Its loop turns several times for each block, in C rather than in Python.
-    uvloop.run(_serve(config, on_ready))
+    handlers = {number: signal.getsignal(number) for number in _STOP_SIGNALS}
+    try:
+        # Its loop turns several times for each block, in C rather than in Python.
+        uvloop.run(_serve(config, on_ready))
+    finally:
+        # Such a loop leaves its own behind when it is closed.
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
 
 
 async def _serve(config: ServeConfig, on_ready: Callable[[str], None]) -> None:
     stop = asyncio.Event()
     loop = asyncio.get_running_loop()
-    signals = (signal.SIGINT, signal.SIGTERM)
-    for number in signals:
+    for number in _STOP_SIGNALS:
         loop.add_signal_handler(number, stop.set)
-
-    def heed_no_more() -> None:
-        for number in signals:
+    async with TraceServer(config) as server:
+        on_ready(server.address)
+        await stop.wait()
+        for number in _STOP_SIGNALS:
             loop.remove_signal_handler(number)
-
-    try:
-        async with TraceServer(config) as server:
-            on_ready(server.address)
-            await stop.wait()
-            heed_no_more()
-    finally:
-        # Also where nothing was served: a loop of uvloop's leaves its handlers behind when it is closed.
-        heed_no_more()
 
 
 def _check_port(host: str, port: int) -> None:
