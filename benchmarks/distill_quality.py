@@ -235,15 +235,12 @@ class Bench:
         return load_corpus(directory)
 
     def _stream(self, method: Method, corpus: Corpus) -> Coded | None:
-        import torch
-        from distill_quality_traces import make_rows, pass_through_codec, with_token_of_tail
+        from distill_quality_traces import make_rows, pass_through_codec
 
         if method.codec is None:
             return None
-        traces = make_rows(corpus, method.rows, method.min_probability)[self.settings.held_out :]
-        if method.rows == "token of tail":
-            generator = torch.Generator().manual_seed(1)
-            traces = [with_token_of_tail(self._teacher, trace, generator) for trace in traces]
+        trained = corpus.from_trace(self.settings.held_out)
+        traces = make_rows(trained, method.rows, method.min_probability, teacher=self._teacher)
         return pass_through_codec(traces, method.codec, self._teacher.config.vocab_size)
 
     def _train(self, seed: int, method: Method) -> Result:

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from codec_corpus import count_tokens, group_traces
+from codec_corpus import Float32Array, FloatArray, IntArray, count_tokens, group_traces
 from distill_quality_runs import Rows, full_logprobs
 
 from lynearm.teacher.dictionary import TRAINING_POSITIONS
@@ -59,6 +59,10 @@ class Corpus:
     """Rows of the `TOP_K` likeliest tokens, float32 bit for bit."""
     draws: list[Trace]
     """Rows of `DRAWS` draws."""
+
+    def from_trace(self, first: int) -> Corpus:
+        """The completions from this one on."""
+        return Corpus(self.top_k[first:], self.draws[first:])
 
 
 def read_questions(data: Path) -> list[tuple[str, str]]:
@@ -291,14 +295,17 @@ def pass_through_codec(traces: Sequence[Trace], codec: CodecSpec, vocab_size: in
     )
 
 
-def make_rows(corpus: Corpus, rows: Rows, min_probability: float = 0.0) -> list[Trace]:
+def make_rows(corpus: Corpus, rows: Rows, min_probability: float = 0.0, *, teacher: Any) -> list[Trace]:
     """The corpus as traces of one kind of rows.
 
     Args:
         corpus: All of it.
         rows: Which.
         min_probability: Of a likely entry; less likely ones go into the tail.
+        teacher: The model that wrote it, which is asked again where a token of the tail is drawn.
     """
+    import torch
+
     if rows == "draws":
         return corpus.draws
     likely = [keep_likely(trace, min_probability) for trace in corpus.top_k]
@@ -306,6 +313,9 @@ def make_rows(corpus: Corpus, rows: Rows, min_probability: float = 0.0) -> list[
         return [without_rows(trace) for trace in likely]
     if rows == "drawn tail":
         return [with_drawn_tail(trace, drawn) for trace, drawn in zip(likely, corpus.draws, strict=True)]
+    if rows == "token of tail":
+        generator = torch.Generator().manual_seed(1)
+        return [with_token_of_tail(teacher, trace, generator) for trace in likely]
     return likely
 
 
@@ -336,13 +346,7 @@ def with_token_of_tail(teacher: Any, trace: Trace, generator: Any) -> Trace:
     is_kept_TV.scatter_(1, torch.from_numpy(kept.token_ids.astype(np.int64)), value=True)
     tail_TV = logprobs_TV.exp().masked_fill(is_kept_TV, 0.0)
     drawn_T1 = torch.multinomial(tail_TV, 1, generator=generator).numpy().astype(np.int32)
-    with np.errstate(divide="ignore"):
-        logprobs = np.concatenate([kept.logprobs, np.log(kept.tail_mass)[:, None]], axis=1)
-    token_ids = np.concatenate([kept.token_ids, drawn_T1], axis=1)
-    order = np.argsort(-logprobs, axis=1, kind="stable")
-    logprobs = np.take_along_axis(logprobs, order, 1)
-    token_ids = np.where(logprobs > -np.inf, np.take_along_axis(token_ids, order, 1), 0).astype(np.int32)
-    return replace(trace, top_k=TopK(token_ids, logprobs, np.zeros_like(kept.tail_mass)))
+    return with_more_entries(trace, drawn_T1, kept.tail_mass[:, None], np.zeros_like(kept.tail_mass))
 
 
 def with_drawn_tail(trace: Trace, drawn: Trace) -> Trace:
@@ -362,13 +366,21 @@ def with_drawn_tail(trace: Trace, drawn: Trace) -> Trace:
     counts_TD = np.where(among_kept_TD, 0.0, np.exp(draws.logprobs.astype(np.float64)))
     total_T1 = counts_TD.sum(1, keepdims=True)
     share_TD = kept.tail_mass[:, None] * counts_TD / np.maximum(total_T1, 1e-300)
+    tail_T = np.where(total_T1[:, 0] > 0, 0.0, kept.tail_mass).astype(np.float32)
+    return with_more_entries(trace, draws.token_ids, share_TD, tail_T)
+
+
+def with_more_entries(
+    trace: Trace, token_ids_TE: IntArray, probabilities_TE: FloatArray | Float32Array, tail_T: Float32Array
+) -> Trace:
+    """The trace with these entries among its own, where they have a probability, and with this tail."""
+    kept = trace.top_k
     with np.errstate(divide="ignore"):
-        logprobs = np.concatenate([kept.logprobs, np.log(share_TD).astype(np.float32)], axis=1)
-    token_ids = np.concatenate([kept.token_ids, draws.token_ids], axis=1)
+        logprobs = np.concatenate([kept.logprobs, np.log(probabilities_TE).astype(np.float32)], axis=1)
+    token_ids = np.concatenate([kept.token_ids, token_ids_TE], axis=1)
     order = np.argsort(-logprobs, axis=1, kind="stable")[:, : int((logprobs > -np.inf).sum(1).max())]
     logprobs = np.take_along_axis(logprobs, order, 1)
     token_ids = np.where(logprobs > -np.inf, np.take_along_axis(token_ids, order, 1), 0).astype(np.int32)
-    tail_T = np.where(total_T1[:, 0] > 0, 0.0, kept.tail_mass).astype(np.float32)
     return replace(trace, top_k=TopK(token_ids, logprobs, tail_T))
 
 

@@ -6,11 +6,12 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from wire.mutation import SCALE_OF_DICTIONARY, take_apart
+from wire.mutation import take_apart
 
 from lynearm.wire.dictionaries import Dictionary
 from lynearm.wire.fields import ByteReader
 from lynearm.wire.grids import Grid
+from lynearm.wire.row_layout import SCALE_OF_DICTIONARY
 from lynearm.wire.traces import Float32Array, TopK, Trace
 
 

@@ -11,12 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from wire.building import build_rows, build_sampled_trace, build_trace
-from wire.mutation import (
-    OWN_TABLES,
-    Pieces,
-    rejoin,
-    take_apart,
-)
+from wire.mutation import Pieces, rejoin, take_apart
 
 from lynearm.v1 import trace_pb2
 from lynearm.wire.blocks import BlockHeader
@@ -31,6 +26,7 @@ from lynearm.wire.code_tables import (
 from lynearm.wire.codec import encode_block
 from lynearm.wire.dictionaries import Dictionary
 from lynearm.wire.fields import varint
+from lynearm.wire.row_layout import OWN_TABLES
 from lynearm.wire.specs import CODEC_MODES, CodecMode, CodecSpec
 from lynearm.wire.traces import TokenSpan, Trace
 from lynearm.wire.write_kernels import write_fixed, write_numbers

@@ -14,10 +14,7 @@ import zstandard
 
 from lynearm.wire.blocks import BlockHeader, checksum, join_block, split_block
 from lynearm.wire.fields import ByteReader, varint
-
-OWN_TABLES, KEPT_VARIES, SAMPLED_APART, FOUR_LANES, ORDER_OF_DICTIONARY, SCALE_OF_DICTIONARY, SHORT_TABLES = (
-    1 << bit for bit in range(7)
-)
+from lynearm.wire.row_layout import FOUR_LANES, OWN_TABLES, SCALE_OF_DICTIONARY
 
 
 @dataclass(frozen=True, slots=True)

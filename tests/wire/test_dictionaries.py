@@ -10,14 +10,7 @@ import pytest
 import zstandard
 from wire.building import VOCAB_SIZE, build_sampled_trace, build_trace
 from wire.comparing import assert_equal_exactly
-from wire.mutation import (
-    ORDER_OF_DICTIONARY,
-    OWN_TABLES,
-    SCALE_OF_DICTIONARY,
-    SHORT_TABLES,
-    put_together,
-    take_apart,
-)
+from wire.mutation import put_together, take_apart
 
 from lynearm.v1 import trace_pb2
 from lynearm.wire.blocks import DIGEST_BYTES, dictionary_digest, verify_block
@@ -38,6 +31,7 @@ from lynearm.wire.errors import (
     UnsupportedFormatError,
 )
 from lynearm.wire.metadata import NO_ENTRIES
+from lynearm.wire.row_layout import ORDER_OF_DICTIONARY, OWN_TABLES, SCALE_OF_DICTIONARY, SHORT_TABLES
 from lynearm.wire.specs import CodecMode, CodecSpec
 
 SMALL = 400

@@ -19,24 +19,14 @@ from wire.hostile import (
     encode,
     small_traces,
 )
-from wire.mutation import (
-    FOUR_LANES,
-    KEPT_VARIES,
-    ORDER_OF_DICTIONARY,
-    OWN_TABLES,
-    SAMPLED_APART,
-    put_together,
-    rejoin,
-    spoil_block,
-    spoil_bytes,
-    write_rows_part,
-)
+from wire.mutation import put_together, rejoin, spoil_block, spoil_bytes, write_rows_part
 
 from lynearm.wire.blocks import split_block
 from lynearm.wire.codec import decode_block, decode_rows
 from lynearm.wire.dictionaries import Dictionary, DictionaryReader
 from lynearm.wire.dictionary_training import train_dictionary
 from lynearm.wire.errors import CodecError, CorruptBlockError, LynearmError, UnsupportedFormatError
+from lynearm.wire.row_layout import FOUR_LANES, KEPT_VARIES, ORDER_OF_DICTIONARY, OWN_TABLES, SAMPLED_APART
 from lynearm.wire.specs import CodecMode
 
 

@@ -17,11 +17,7 @@ from wire.hostile import (
     small_traces,
     tables_for,
 )
-from wire.mutation import (
-    OWN_TABLES,
-    Pieces,
-    put_together,
-)
+from wire.mutation import Pieces, put_together
 
 from lynearm.v1 import trace_pb2
 from lynearm.wire.alphabet import STEP_ESCAPE, STEP_SYMBOLS
@@ -36,6 +32,7 @@ from lynearm.wire.code_tables import (
 from lynearm.wire.codec import decode_block, decode_rows
 from lynearm.wire.errors import CorruptBlockError
 from lynearm.wire.prefix_codes import MAX_CODE_LENGTH
+from lynearm.wire.row_layout import OWN_TABLES
 from lynearm.wire.specs import CodecMode
 from lynearm.wire.write_kernels import write_numbers
 

@@ -12,13 +12,14 @@ from wire.comparing import (
     in_order,
     parts,
 )
-from wire.mutation import FOUR_LANES, take_apart
+from wire.mutation import take_apart
 from wire.round_trip import DRAWS, MODES, ROW_MODES, assert_round_trip, codec_of
 
 from lynearm.wire.codec import decode_block, decode_rows, encode_block
 from lynearm.wire.dictionaries import DictionaryReader
 from lynearm.wire.dictionary_training import train_dictionary
 from lynearm.wire.metadata import write_metadata
+from lynearm.wire.row_layout import FOUR_LANES
 from lynearm.wire.specs import CodecMode, CodecSpec
 from lynearm.wire.traces import FinishReason, SamplingParams, TokenSpan, TopK, Trace
 
