@@ -118,6 +118,12 @@ def next_state(state: Scalar, token_code: Scalar, remembered: Scalar) -> Scalar:
 
 
 @inlined
+def step_context(level: Scalar, level_shift: Scalar) -> Scalar:
+    """Context of a long step from a level."""
+    return min(level >> level_shift, np.uint64(LONG_STEP_CONTEXTS - 1))
+
+
+@inlined
 def gap_symbol(gap: Scalar) -> Scalar:
     """Symbol of an entry on its predecessor's level, `gap` token codes behind the next one."""
     if gap < 4:

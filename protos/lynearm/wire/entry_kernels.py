@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from lynearm.wire.alphabet import LONG_STEP, LONG_STEP_CONTEXTS, STEP_CLASSES, SYMBOL_BITS
+from lynearm.wire.alphabet import LONG_STEP, STEP_CLASSES, SYMBOL_BITS, step_context
 from lynearm.wire.jit import Scalar, inlined, load32, load64
 from lynearm.wire.number_kernels import CODE_MASK
 from lynearm.wire.prefix_codes import MAX_CODE_LENGTH
@@ -82,8 +82,7 @@ def read_late_entry(
 
 @inlined
 def _long_step_table(long_steps_at: Scalar, level_shift: Scalar, level: Scalar) -> Scalar:
-    context = min(level >> level_shift, U64(LONG_STEP_CONTEXTS - 1))
-    return long_steps_at + (context << U64(MAX_CODE_LENGTH + 3))
+    return long_steps_at + (step_context(level, level_shift) << U64(MAX_CODE_LENGTH + 3))
 
 
 @inlined

@@ -12,7 +12,6 @@ from lynearm.wire.alphabet import (
     ENTRY_STATES,
     LISTS_USED,
     LONG_STEP,
-    LONG_STEP_CONTEXTS,
     NEAR_SYMBOLS,
     NUMBER_ESCAPE,
     NUMBER_WIDTHS,
@@ -25,6 +24,7 @@ from lynearm.wire.alphabet import (
     gap_symbol,
     next_state,
     number_symbol,
+    step_context,
     token_symbol,
 )
 from lynearm.wire.jit import Scalar, address_of, compiled, inlined, load8, load32, store64
@@ -39,12 +39,6 @@ U64 = np.uint64
 
 MAX_ENTRY_BITS = 2 * MAX_CODE_LENGTH + SYMBOL_BITS + 20 + 32
 """Longest that one entry can be."""
-
-
-@inlined
-def _step_context(level: Scalar, level_shift: Scalar) -> Scalar:
-    """Context of a long step from a level."""
-    return min(level >> level_shift, U64(LONG_STEP_CONTEXTS - 1))
 
 
 @compiled
@@ -90,8 +84,8 @@ def name_entries(
             open_bits_NK[t, i] = value - U64(STEP_BASES[symbol])
             counts[context, symbol] += 1
             if step >= U64(LONG_STEP):
-                step_context = _step_context(previous_level, U64(level_shift))
-                step_counts[step_context, number_symbol(np.int64(step) - LONG_STEP)] += 1
+                long_context = step_context(previous_level, U64(level_shift))
+                step_counts[long_context, number_symbol(np.int64(step) - LONG_STEP)] += 1
             previous_code = code
             previous_level = level
             state = next_state(state, code, U64(LISTS_USED))
@@ -212,7 +206,7 @@ def write_rows(
             )
             step = np.int64(levels_NK[t, i]) - level
             if step >= LONG_STEP:
-                context = _step_context(U64(level), U64(level_shift))
+                context = step_context(U64(level), U64(level_shift))
                 row_at = step_codes_at + context * U64(4 * (NUMBER_ESCAPE + 1))
                 at, waiting, count = _put_number(at, waiting, count, step - LONG_STEP, row_at, widths_at)
             level += step
