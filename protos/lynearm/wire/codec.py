@@ -55,7 +55,7 @@ from lynearm.wire.positions import Positions
 from lynearm.wire.row_reading import read_positions
 from lynearm.wire.row_writing import write_positions
 from lynearm.wire.specs import CodecMode, CodecSpec
-from lynearm.wire.trace_rows import check_arguments, name_trace_rows, too_large
+from lynearm.wire.trace_rows import check_arguments, check_tail_draws, name_trace_rows, too_large
 from lynearm.wire.traces import Float32Array, TopK, Trace
 from lynearm.wire.version1.reader import read_traces as read_version_1
 
@@ -87,6 +87,7 @@ def encode_block(
     spec = codec if isinstance(codec, CodecSpec) else CodecSpec(codec)
     check_arguments(traces, spec, vocab_size, dictionary)
     traces = [keep_likely(trace, spec.min_probability) for trace in traces]
+    check_tail_draws(traces, codec)
     hidden = spec_of_traces(traces)
     if isinstance(codec, CodecSpec) and codec.hidden != hidden:
         raise CodecError(

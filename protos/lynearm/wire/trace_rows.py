@@ -17,7 +17,7 @@ from lynearm.wire.errors import CodecError
 from lynearm.wire.grids import Grid
 from lynearm.wire.positions import ROUNDING, Positions, first_previous_tokens
 from lynearm.wire.row_naming import NamedRows, name_rows
-from lynearm.wire.specs import CODEC_MODES, MAX_TOP_K, MAX_VOCAB_SIZE, CodecSpec
+from lynearm.wire.specs import CODEC_MODES, MAX_TOP_K, MAX_VOCAB_SIZE, CodecMode, CodecSpec
 from lynearm.wire.traces import Float32Array, Int32Array, TopK, Trace
 
 _Number = TypeVar("_Number", np.int32, np.float32)
@@ -53,6 +53,25 @@ def check_arguments(
     prompt_tokens = sum(trace.prompt_token_ids.size for trace in traces)
     if prompt_tokens > MAX_BLOCK_ENTRIES:
         raise too_large(f"{prompt_tokens} prompt tokens", MAX_BLOCK_ENTRIES)
+
+
+def check_tail_draws(traces: Sequence[Trace], codec: CodecSpec | CodecMode) -> None:
+    """Refuse traces of one block that have not the same number of tail draws, or not the stream's.
+
+    Raises:
+        CodecError: naming prompt and number.
+    """
+    counts = [trace.top_k.tail_draw_count for trace in traces if row_count(trace)] or [0]
+    count = codec.tail_draws if isinstance(codec, CodecSpec) else counts[0]
+    for trace in traces:
+        found = trace.top_k.tail_draw_count
+        if found != count and row_count(trace):
+            raise CodecError(
+                f"trace of prompt {trace.prompt_id!r} has {found} tail draws a position, expected {count}",
+                "capture as many as the stream's codec says, or publish to another stream",
+            )
+    if count:
+        raise NotImplementedError("tail draws are not encoded yet")
 
 
 def check_rows(traces: Sequence[Trace], rows: Positions, vocab_size: int) -> None:
