@@ -69,7 +69,7 @@ def top_logprobs(
 ) -> TopLogprobs:
     """The k largest logprobs of each row, what makes logprobs of logits, and draws from the rest.
 
-    A token that is less than e^-87 times as likely as the likeliest one is never drawn.
+    Tokens that are less than e^-87 times as likely as the likeliest one may be taken for impossible.
 
     Args:
         logits_NV: Float32. With draws they may be written to, and are as before afterwards.

@@ -160,8 +160,9 @@ def _first_above(cumulated: Tensor, wanted: Tensor) -> Tensor:
     """Where the last dimension's cumulated mass first exceeds what is wanted; the last mass, if it never does."""
     import torch
 
-    found = torch.searchsorted(cumulated, wanted, right=True)
-    return torch.minimum(found, torch.searchsorted(cumulated, cumulated[..., -1:].contiguous()))
+    last = torch.searchsorted(cumulated, cumulated[..., -1:].contiguous())
+    found = torch.minimum(torch.searchsorted(cumulated, wanted, right=True), last)
+    return found.clamp_(max=cumulated.shape[-1] - 1)  # NaN is beyond everything
 
 
 def _count(drawn_ND: Tensor) -> tuple[Tensor, Tensor]:
