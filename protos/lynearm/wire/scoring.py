@@ -272,9 +272,9 @@ def completion_from_proto(message: pb.Completion) -> StudentCompletion:
 def result_bytes_bound(positions: int, settings: ScoreSettings, chosen_per_position: int) -> int:
     """Upper estimate of a completion's encoded result, bytes."""
     chosen_bytes = chosen_per_position * (4 if settings.codec == "exact" else 2)
+    kept_bytes = settings.top_k * BYTES_PER_ENTRY[settings.codec]
     drawn_bytes = settings.tail_draws * BYTES_PER_TAIL_DRAW
-    per_position = _TOKEN_BYTES + settings.top_k * BYTES_PER_ENTRY[settings.codec] + drawn_bytes + chosen_bytes
-    return 512 + int(positions * per_position)
+    return 512 + int(positions * (_TOKEN_BYTES + kept_bytes + drawn_bytes + chosen_bytes))
 
 
 def results_to_proto(

@@ -61,7 +61,7 @@ class TopLogprobs(NamedTuple):
     normalisers_N1: Tensor
     """Log of each row's sum of exponentials: any other logprob is a logit less this."""
     tail_ids_ND: Tensor
-    """Int32: draws from what is not kept, -1 in rows that keep everything. D is 0 where none were asked for."""
+    """Int32: draws from what is not kept, -1 in rows that keep all there is. D is 0 where none are wanted."""
 
 
 def top_logprobs(
@@ -75,7 +75,7 @@ def top_logprobs(
         logits_NV: Float32. With draws they may be written to, and are as before afterwards.
         k: 0 for normalisers and draws alone.
         copy_NV: Gets a copy of the logits; None: nothing does.
-        chances_ND: Float64, in [0, 1), on the logits' device: where in the tail's cumulated mass each draw is.
+        chances_ND: Float64, in [0, 1), on the logits' device: where in the tail's cumulated mass a draw is.
             None: nothing is drawn.
     """
     import torch

@@ -140,15 +140,15 @@ def keep_and_draw(
         nothing to draw from.
     """
     tail_TU = np.exp(logprobs_TV[:, k:].astype(np.float64))
-    cumulated_TU = tail_TU.cumsum(axis=1)
+    cumulated_TU: npt.NDArray[np.float64] = tail_TU.cumsum(axis=1)
     token_ids = np.zeros(chances_TD.shape, np.int32)
     logprobs = np.full(chances_TD.shape, -np.inf, np.float32)
     for t in range(chances_TD.shape[0] if cumulated_TU.shape[1] else 0):
-        cumulated_U, total = cumulated_TU[t], cumulated_TU[t, -1]
+        total = float(cumulated_TU[t, -1])
         if total > 0:
-            places = np.searchsorted(cumulated_U, chances_TD[t] * total, side="right")
             # A chance that rounds up to all of it is the last token's that has any mass.
-            places = k + np.minimum(places, np.searchsorted(cumulated_U, total))
+            last = cumulated_TU[t].searchsorted(total)
+            places = k + np.minimum(cumulated_TU[t].searchsorted(chances_TD[t] * total, side="right"), last)
             token_ids[t], logprobs[t] = token_ids_TV[t, places], logprobs_TV[t, places]
     return (
         np.concatenate((token_ids_TV[:, :k].astype(np.int32), token_ids), axis=1),
@@ -157,7 +157,7 @@ def keep_and_draw(
 
 
 def _first_above(cumulated: Tensor, wanted: Tensor) -> Tensor:
-    """Where the last dimension's cumulated mass first exceeds what is wanted; the last mass, if it never does."""
+    """Where the last dimension's cumulated mass first exceeds what is wanted; the last mass, if none does."""
     import torch
 
     last = torch.searchsorted(cumulated, cumulated[..., -1:].contiguous())

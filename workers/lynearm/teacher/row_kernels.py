@@ -158,7 +158,7 @@ def _find_largest(row: Float32Array, maxima: Float32Array, threshold: Scalar, pl
 
 @vectorised
 def _log_sum(row: Float32Array, largest: Scalar, sums: Float64Array, more: float) -> float:
-    """Log of the sum of a row's exponentials and of `more` besides; leaves the sums of its parts in `sums`."""
+    """Log of the sum of a row's exponentials and of `more`; leaves the sums of the row's parts in `sums`."""
     total = more
     for part in range(sums.size):
         exponents = row[part * _SUMMED : (part + 1) * _SUMMED]

@@ -170,7 +170,6 @@ class ScoringWorker:
                 _fill(found, segment, logits_NV[begin:end], self._lynearm_chances(segment, logits_NV.device))
                 begin = end
 
-
     def _lynearm_chances(self, segment: _Segment, device: Untyped) -> Untyped:
         """One for each draw from the tails of a segment's rows, [T, D]; None without any."""
         if not segment.wanted.tail_draws:
