@@ -295,4 +295,5 @@ def _top_k(positions: Positions, rows: slice, width: int) -> TopK:
         token_ids=positions.token_ids[rows, :width],
         logprobs=positions.logprobs[rows, :width],
         tail_mass=positions.tail_mass[rows],
+        tail_draws=None if positions.tail_draws is None else positions.tail_draws[rows],
     )
