@@ -283,7 +283,7 @@ def _targets(
 
 
 def _tail_ids(pairs: Sequence[tuple[Trace, int]]) -> np.ndarray | None:
-    """Tokens drawn from the tails, int64 [N, D], -1 where a trace has fewer or none; None if all have none."""
+    """Tokens drawn from the tails, int64 [N, D], -1 where a trace has fewer or none; None if none has any."""
     most = max(trace.top_k.tail_draw_count for trace, _ in pairs)
     if not most:
         return None

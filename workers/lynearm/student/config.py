@@ -11,7 +11,7 @@ from lynearm.rollouts.config import SUPPORTS, Support
 from lynearm.student.freezing import parse_patterns
 from lynearm.student.lora_settings import parse_lora
 from lynearm.student.mixing import parse_streams
-from lynearm.student.objective import Objective, parse_terms
+from lynearm.student.objective import DEFAULT_LOSS, Objective, parse_terms
 from lynearm.student.rollout_share import parse_share
 from lynearm.student.weighting import PositionWeighting
 from lynearm.wire.errors import ConfigError
@@ -79,9 +79,9 @@ class TrainConfig:
     grad_clip: float = 1.0
     """Largest global norm of a step's gradient; 0 does not clip."""
 
-    loss: tuple[str, ...] = ("forward-kl:1", "cross-entropy:0.1")
-    """What is summed, each NAME[@MIX][:WEIGHT], as docs/losses.md explains. A little cross-entropy on the
-    tokens that the teacher drew steadies the forward KL."""
+    loss: tuple[str, ...] = ()
+    """What is summed, each NAME[@MIX][:WEIGHT], as docs/losses.md explains. Empty: forward-kl:1 and
+    cross-entropy:0.1, and on streams with draws from the tail tail-cross-entropy:1."""
 
     temperature: float = 1.0
     """At which student and teacher are compared; the stream's, unless `retemper`."""
@@ -303,7 +303,7 @@ class TrainConfig:
         parse_patterns(self.freeze)
         if self.lora:
             parse_lora(self.lora)
-        Objective(parse_terms(self.loss))
+        Objective(parse_terms(self.loss or DEFAULT_LOSS))
         Objective(parse_terms(self.rollout_loss))
         parse_share(self.on_policy_share)
         PositionWeighting(self.span_weights, self.tag_weights)
@@ -366,7 +366,8 @@ class TrainConfig:
             "hidden states are compared in loss, and rollouts have none: not with on_policy": not (
                 self.on_policy
                 and any(
-                    Objective(parse_terms(terms)).hidden_terms for terms in (self.loss, self.rollout_loss)
+                    Objective(parse_terms(terms)).hidden_terms
+                    for terms in (self.loss or DEFAULT_LOSS, self.rollout_loss)
                 )
             ),
             "on_policy does not go with ray: start the run with torchrun, or on one process": not (
