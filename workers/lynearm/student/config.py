@@ -15,7 +15,7 @@ from lynearm.student.objective import DEFAULT_LOSS, Objective, parse_terms
 from lynearm.student.rollout_share import parse_share
 from lynearm.student.weighting import PositionWeighting
 from lynearm.wire.errors import ConfigError
-from lynearm.wire.specs import NAME_PATTERN
+from lynearm.wire.specs import MAX_TAIL_DRAWS, NAME_PATTERN
 
 SCHEDULES = ("constant", "cosine")
 PACKINGS = ("auto", "on", "off")
@@ -264,6 +264,10 @@ class TrainConfig:
     """Whose likeliest tokens those are. "teacher"; or "student": reverse KL counts what the student holds
     likely, and this says what the teacher thinks of just that."""
 
+    rollout_tail_draws: int = 0
+    """Tokens that the teacher draws from the tail of each position, for tail-cross-entropy in `rollout_loss`;
+    with support "teacher" alone."""
+
     rollout_batch: int = 0
     """Rollouts that are written, scored and published together; 0 for half of those that are used before they
     are too old, at most 64."""
@@ -361,6 +365,11 @@ class TrainConfig:
             ),
             f"rollout_support is {self.rollout_support!r}, expected one of {SUPPORTS}": self.rollout_support
             in SUPPORTS,
+            f"rollout_tail_draws is {self.rollout_tail_draws}, expected 0 to {MAX_TAIL_DRAWS}": (
+                0 <= self.rollout_tail_draws <= MAX_TAIL_DRAWS
+            ),
+            "rollout_tail_draws goes with rollout_support 'teacher': beside the student's own tokens nothing is "
+            "drawn": self.rollout_tail_draws == 0 or self.rollout_support == "teacher",
             f"rollout_stream is {self.rollout_stream!r}, expected a name": not self.rollout_stream
             or NAME_PATTERN.fullmatch(self.rollout_stream) is not None,
             "hidden states are compared in loss, and rollouts have none: not with on_policy": not (
