@@ -368,7 +368,7 @@ class TrainConfig:
             f"rollout_tail_draws is {self.rollout_tail_draws}, expected 0 to {MAX_TAIL_DRAWS}": (
                 0 <= self.rollout_tail_draws <= MAX_TAIL_DRAWS
             ),
-            "rollout_tail_draws goes with rollout_support 'teacher': beside the student's own tokens nothing is "
+            "rollout_tail_draws goes with rollout_support 'teacher': beside the student's tokens, nothing is "
             "drawn": self.rollout_tail_draws == 0 or self.rollout_support == "teacher",
             f"rollout_stream is {self.rollout_stream!r}, expected a name": not self.rollout_stream
             or NAME_PATTERN.fullmatch(self.rollout_stream) is not None,
