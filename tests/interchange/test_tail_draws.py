@@ -32,6 +32,7 @@ from lynearm.wire.traces import Trace
 
 DRAWS = 3
 
+
 def with_draws(trace: Trace, draws: int = DRAWS) -> Trace:
     """The trace with tokens drawn from its tails, from every second one nothing."""
     rng = np.random.default_rng(trace.top_k.positions)
