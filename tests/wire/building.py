@@ -162,7 +162,9 @@ def draw_tails(trace: Trace, draws: int, vocab_size: int = VOCAB_SIZE, seed: int
         draws_TD = np.full((top_k.positions, draws), -1, np.int32)
         for t in range(top_k.positions):
             kept = top_k.token_ids[t, top_k.logprobs[t] > -np.inf]
-            others = np.setdiff1d(np.arange(vocab_size), kept)
+            free = np.ones(vocab_size, np.bool_)
+            free[kept] = False
+            others = np.flatnonzero(free)
             if others.size and t % 5 != 4:
                 draws_TD[t] = others[(others.size * rng.random(draws) ** 4).astype(np.int64)]
         return dataclasses.replace(top_k, tail_draws=draws_TD)
