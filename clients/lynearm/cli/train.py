@@ -64,7 +64,7 @@ def train(
             metavar="NAME[@MIX][:WEIGHT]",
             help="A term of the loss, for example forward-kl:0.9, reverse-kl, jsd@0.5, cross-entropy:0.1, "
             "hidden-cosine@4=9:0.5. May be repeated: they are summed.",
-            show_default="forward-kl:1, cross-entropy:0.1; where tails were drawn from, tail-cross-entropy:1",
+            show_default="forward-kl:1 and cross-entropy:0.1",
         ),
     ] = None,
     temperature: Annotated[

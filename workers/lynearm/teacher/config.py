@@ -93,7 +93,7 @@ class TeachConfig:
     """Draws per position with codec "sampled", for example 50; 0 with every other."""
     tail_draws: int = 0
     """Tokens drawn from the tail of every position, of the teacher's distribution over what is not kept: they
-    show a student what the tail is made of. 1 takes some 13 bits a position; 0 with codec "sampled"."""
+    show a student what the tail is made of. 1 takes some 14 bits a position; 0 with codec "sampled"."""
     dictionary: bool = True
     """Train a codec dictionary on the stream's first blocks: small blocks shrink by a few per cent."""
 
