@@ -210,7 +210,7 @@ def build_traces(corpus: Corpus, k: int, tail_draws: int = 0) -> list[Trace]:
     """A trace of each completion, with its k likeliest entries, draws from their tails, and no prompt.
 
     Tails are drawn from as far as the corpus has their tokens, which are the next likeliest ones: a teacher's
-    draws reach further, and cost half a bit more.
+    draws reach further, and cost a third of a bit more.
     """
     likely_NK = np.exp(corpus.logprobs_NK[:, k:].astype(np.float64))
     rows = TopK(

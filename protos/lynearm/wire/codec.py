@@ -6,8 +6,9 @@ logprobs and tail masses on a grid that adds at most 1e-6, 1e-4 and 1e-3 nats of
 mean position, over kept entries and tail; "sampled" returns draws and their counts. Token ids, text and
 everything else travel unchanged. docs/format.md specifies the bytes for readers in other languages.
 
-Two things are not kept. The token id of a padding entry comes back as 0. Entries of one level, in the exact
-mode entries of equal logprob, come back in another order, since nothing orders them.
+Three things are not kept. The token id of a padding entry comes back as 0. Entries of one level, in the exact
+mode entries of equal logprob, come back in another order, since nothing orders them; and so do the draws from
+a row's tail.
 """
 
 from __future__ import annotations
