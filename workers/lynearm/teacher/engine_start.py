@@ -110,7 +110,7 @@ def engine_arguments(config: TeachConfig) -> dict[str, object]:
         "model": config.model,
         "max_model_len": max_model_len,
         "max_num_seqs": config.max_batch,
-        "max_logprobs": _max_logprobs(config, int(text_config.vocab_size)),
+        "max_logprobs": _max_logprobs(config, text_config),
         "logprobs_mode": "raw_logprobs",
         "dtype": config.dtype,
         "tensor_parallel_size": config.tensor_parallel,
@@ -142,10 +142,11 @@ def engine_arguments(config: TeachConfig) -> dict[str, object]:
     return arguments
 
 
-def _max_logprobs(config: TeachConfig, vocab_size: int) -> int:
-    """Columns that a request may ask for: of whole distributions where draws are made of these at worst."""
-    columns = config.top_k + config.tail_draws
-    return max(columns, vocab_size) if config.draws or config.tail_draws else max(columns, 1)
+def _max_logprobs(config: TeachConfig, text_config: Untyped) -> int:
+    """Columns that a request may ask for: whole distributions too where draws may have to be made of these."""
+    if config.draws or config.tail_draws:
+        return max(config.top_k + config.tail_draws, int(text_config.vocab_size))
+    return max(config.top_k, 1)
 
 
 def _gpu_bytes(platform: Untyped, config: TeachConfig) -> int:
