@@ -143,7 +143,7 @@ def engine_arguments(config: TeachConfig) -> dict[str, object]:
 
 
 def _max_logprobs(config: TeachConfig, text_config: Untyped) -> int:
-    """Columns that a request may ask for: whole distributions too where draws may have to be made of these."""
+    """Columns that a request may ask for: whole distributions where draws may have to be made of these."""
     if config.draws or config.tail_draws:
         return max(config.top_k + config.tail_draws, int(text_config.vocab_size))
     return max(config.top_k, 1)
