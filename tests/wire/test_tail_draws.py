@@ -219,6 +219,7 @@ def test_draws_of_the_mode_of_draws_have_no_tail() -> None:
         (np.zeros((24, 0), np.int32), r"shape \(24, 0\), expected \(24, 1\)"),
         (np.zeros((23, 1), np.int32), r"shape \(23, 1\), expected \(24, 1\)"),
         (np.zeros((24, 1), np.int64), "dtype int64"),
+        (np.zeros(24, np.int32), r"shape \(24,\), expected \(24, 1\)"),
     ],
 )
 def test_a_trace_has_draws_for_every_position(draws: Int32Array, message: str) -> None:
