@@ -74,6 +74,18 @@ def test_traces_without_rows_need_no_draws_and_come_back_with_as_many() -> None:
     for codec in (CodecSpec("exact", tail_draws=2), "exact"):
         decoded = decode_block(encode_block(traces, codec=codec, vocab_size=VOCAB_SIZE))
         assert [drawn_ids(trace).shape for trace in decoded] == [(0, 2), (24, 2), (0, 2)]
+    odd = draw_tails(record, 5)
+    decoded = decode_block(encode_block([odd, traces[1]], codec="exact", vocab_size=VOCAB_SIZE))
+    assert [drawn_ids(trace).shape for trace in decoded] == [(0, 2), (24, 2)]
+    (decoded_odd,) = decode_block(encode_block([odd], codec="exact", vocab_size=VOCAB_SIZE))
+    assert drawn_ids(decoded_odd).shape == (0, 5)
+    decoded = decode_block(encode_block([odd, draw_tails(record, 1)], codec="exact", vocab_size=VOCAB_SIZE))
+    assert [drawn_ids(trace).shape for trace in decoded] == [(0, 5), (0, 5)]
+    plain = [odd, build_trace(3, k=4)]
+    assert all(
+        trace.top_k.tail_draws is None
+        for trace in decode_block(encode_block(plain, codec="exact", vocab_size=VOCAB_SIZE))
+    )
     spec = CodecSpec("exact", tail_draws=2)
     (alone,) = decode_block(encode_block([record], codec=spec, vocab_size=VOCAB_SIZE))
     assert alone.top_k.tail_draws is None
@@ -179,6 +191,11 @@ def with_draws(draws: list[list[int]]) -> Trace:
     return replace_top_k(build_rows([[-0.5], [-0.5]], [[3], [4]]), tail_draws=np.array(draws, np.int32))
 
 
+def test_more_draws_than_there_may_be_are_refused_of_no_positions_too() -> None:
+    with pytest.raises(CodecError, match="17 tail draws a position, at most 16"):
+        encode_block([build_drawn(draws=17, positions=0)], vocab_size=VOCAB_SIZE)
+
+
 @pytest.mark.parametrize("name", REFUSED)
 def test_draws_that_cannot_be_are_refused(name: str) -> None:
     build, message = REFUSED[name]
@@ -208,9 +225,11 @@ def test_draws_have_to_be_as_many_as_the_stream_has() -> None:
 def test_draws_of_the_mode_of_draws_have_no_tail() -> None:
     trace = build_rows([[0.0]], [[3]])
     trace = replace_top_k(trace, tail_draws=np.array([[4]], np.int32))
+    empty = build_drawn(positions=0, k=0)
     for codec in (CodecSpec("sampled", draws=2, tail_draws=1), CodecSpec("sampled", draws=2)):
-        with pytest.raises(CodecError, match=r"mode 'sampled' has no tails|has 1 tail draws"):
-            encode_block([trace], codec=codec, vocab_size=10)
+        for some in ([trace], [empty]):
+            with pytest.raises(CodecError, match="mode 'sampled' has no tails"):
+                encode_block(some, codec=codec, vocab_size=10)
 
 
 @pytest.mark.parametrize(
@@ -219,6 +238,7 @@ def test_draws_of_the_mode_of_draws_have_no_tail() -> None:
         (np.zeros((24, 0), np.int32), r"shape \(24, 0\), expected \(24, 1\)"),
         (np.zeros((23, 1), np.int32), r"shape \(23, 1\), expected \(24, 1\)"),
         (np.zeros((24, 1), np.int64), "dtype int64"),
+        (np.zeros(24, np.int32), r"shape \(24,\), expected \(24, 1\)"),
     ],
 )
 def test_a_trace_has_draws_for_every_position(draws: Int32Array, message: str) -> None:

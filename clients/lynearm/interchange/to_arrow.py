@@ -34,7 +34,6 @@ def traces_to_batch(pa: Untyped, schema: Untyped, traces: Sequence[Trace]) -> Un
         "top_k": [trace.top_k.k for trace in traces],
         **_entries(pa, traces),
         "tail_mass": _lists(pa, [trace.top_k.tail_mass for trace in traces], np.float32),
-        "tail_draws": _tail_draws(pa, traces),
         "spans": [
             [{"kind": span.kind, "start": span.start, "end": span.end} for span in trace.spans]
             for trace in traces
@@ -42,6 +41,8 @@ def traces_to_batch(pa: Untyped, schema: Untyped, traces: Sequence[Trace]) -> Un
         "sampling": [_sampling(trace.sampling) for trace in traces],
         "tags": [[{"key": key, "value": value} for key, value in trace.tags.items()] for trace in traces],
     }
+    if "tail_draws" in schema.names:
+        columns["tail_draws"] = _tail_draws(pa, traces)
     arrays = [
         columns[field.name]
         if isinstance(columns[field.name], pa.Array)

@@ -77,7 +77,8 @@ def encode_block(
 
     Args:
         traces: At least one; K may differ between them.
-        codec: The stream's codec, or its mode alone. `top_k` is not enforced; `min_probability` is.
+        codec: The stream's codec, or its mode alone. `top_k` is not enforced; `min_probability` is. Traces
+            must have the codec's hidden states and tail draws; with the mode alone, all of them the same.
         vocab_size: Width of the teacher's logits, 1 to 2^20; every token id is below it.
         dictionary: What the codec has learned about the teacher; the reader needs it then.
 

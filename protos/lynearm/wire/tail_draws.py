@@ -1,8 +1,8 @@
 """Tokens drawn from the tails of rows, as the numbers of a block.
 
 Draws are independent, so that their order says nothing: a row's are written as ranks in the vocabulary's
-order, ascending, the first one plain and the others by their distance from the one before. That saves
-log2(D!) bits a row, 1.1 bits a draw at D = 4.
+order, ascending, the first one plain and the others by their distance from the one before. Of the log2(D!)
+bits of a row's order that saves most: measured were 1.0 bits a draw at D = 4, and 2.4 at D = 16.
 
 A rank takes 14.2 bits, measured on SmolLM2 with 64 kept entries, where the best code of tokens that does not
 look at the row would take 14.3. Token codes, which look into the lists of followers, companions and recent

@@ -69,9 +69,16 @@ def check_arguments(
 def check_tail_draws(traces: Sequence[Trace], codec: CodecSpec | CodecMode) -> None:
     """Refuse traces of one block that have not the same number of tail draws, or not the stream's.
 
+    Those without rows may have none, or any number.
+
     Raises:
         CodecError: naming prompt and number.
     """
+    most = max(trace.top_k.tail_draw_count for trace in traces)
+    if most and (codec.mode if isinstance(codec, CodecSpec) else codec) == "sampled":
+        raise CodecError("mode 'sampled' has no tails to draw from", "capture in another codec mode")
+    if most > MAX_TAIL_DRAWS:
+        raise CodecError(f"{most} tail draws a position, at most {MAX_TAIL_DRAWS} can be kept")
     counts = [trace.top_k.tail_draw_count for trace in traces if row_count(trace)] or [0]
     count = codec.tail_draws if isinstance(codec, CodecSpec) else counts[0]
     for trace in traces:
@@ -81,10 +88,6 @@ def check_tail_draws(traces: Sequence[Trace], codec: CodecSpec | CodecMode) -> N
                 f"trace of prompt {trace.prompt_id!r} has {found} tail draws a position, expected {count}",
                 "capture as many as the stream's codec says, or publish to another stream",
             )
-    if count and (codec.mode if isinstance(codec, CodecSpec) else codec) == "sampled":
-        raise CodecError("mode 'sampled' has no tails to draw from", "capture in another codec mode")
-    if count > MAX_TAIL_DRAWS:
-        raise CodecError(f"{count} tail draws a position, at most {MAX_TAIL_DRAWS} can be kept")
 
 
 def check_rows(traces: Sequence[Trace], rows: Positions, vocab_size: int) -> None:
@@ -220,13 +223,10 @@ def gather_positions(traces: Sequence[Trace]) -> Positions:
 
 
 def _gather_draws(parts: Sequence[TopK]) -> Int32Array | None:
-    """Draws from all rows' tails; parts without rows may have none, whatever the others have."""
-    count = max(top_k.tail_draw_count for top_k in parts)
-    if count == 0:
-        return None
-    drawn = [top_k.tail_draws for top_k in parts if top_k.tail_draws is not None]
-    draws_ND: Int32Array = np.concatenate([np.empty((0, count), np.int32), *drawn])
-    return draws_ND
+    """Draws from all rows' tails; what parts without rows have does not count beside others."""
+    some = [top_k for top_k in parts if top_k.positions] or parts[:1]
+    drawn = [top_k.tail_draws for top_k in some if top_k.tail_draws is not None]
+    return np.concatenate(drawn) if drawn else None
 
 
 def _stack(parts: Sequence[npt.NDArray[_Number]], width: int, padding: _Number) -> npt.NDArray[_Number]:

@@ -172,9 +172,10 @@ class Trace:
             "top_k.logprobs": (self.top_k.logprobs, (positions, self.top_k.k)),
             "top_k.tail_mass": (self.top_k.tail_mass, (positions,)),
         }
-        draws = self.top_k.tail_draw_count
-        if self.top_k.tail_draws is not None:
-            shapes["top_k.tail_draws"] = (self.top_k.tail_draws, (positions, max(draws, 1)))
+        drawn = self.top_k.tail_draws
+        draws = drawn.shape[1] if drawn is not None and drawn.ndim == 2 else 1
+        if drawn is not None:
+            shapes["top_k.tail_draws"] = (drawn, (positions, max(draws, 1)))
         if (self.prompt_top_k is None) != (self.prompt_logprobs is None):
             raise self._error("prompt_top_k and prompt_logprobs come together, or not at all")
         if self.prompt_top_k is not None and self.prompt_logprobs is not None:
