@@ -202,7 +202,8 @@ def _draw_from_tail(
     tail, weights = sums.sum(), np.empty(_SUMMED, np.float32)
     for d in range(drawn.size):
         drawn[d] = _find_draw(row, largest, sums, chances[d] * tail, weights) if tail > 0 else -1
-    for i in range(places.size):
+    # Backwards, so that the row is whole again even if a search among NaN named a place twice.
+    for i in range(places.size - 1, -1, -1):
         row[places[i]] = held[i]
     return normaliser
 
