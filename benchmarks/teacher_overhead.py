@@ -3,7 +3,7 @@
     python benchmarks/teacher_overhead.py [--quick] [--only MODEL] [--device auto|cpu|cuda] [--tail-draws N]
 
 Takes about ten minutes on two cores. --quick takes one, with the tiny model alone and no server, and shows
-that it runs and no more. With --tail-draws the worker's rows have N draws from their tails: compare with a run
+that it runs and no more. With --tail-draws the worker's rows have N draws from their tails: compare with one
 without. Linux only. SmolLM2-135M comes from the package of the demo.
 
 Each engine runs in a process of its own, with one CPU thread, and answers the same prompts with the same
