@@ -19,9 +19,9 @@ from lynearm.wire.frames import PublishOpen, frame_publish_open, publish_block_p
 from lynearm.wire.labels import TagSummary
 from lynearm.wire.work import FinishedWork
 
-DEFAULT_IN_FLIGHT_BYTES = 32 << 20
-"""Four groups of the server's: while one is on its way, others are written, committed and acknowledged. With
-half of it a publisher waits for acknowledgements on an idle disk."""
+DEFAULT_IN_FLIGHT_BYTES = 64 << 20
+"""Eight groups of the server's: while some are on their way, others are written, committed and acknowledged.
+With half of it a publisher waits for acknowledgements on a disk that is idle now and then."""
 
 OPEN_SECONDS = 30.0
 """How long a connected service may take to answer the opening."""
