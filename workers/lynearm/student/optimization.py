@@ -14,6 +14,7 @@ from lynearm.student.batches import Batch, MicroBatch, PieceSizes, collate, comp
 from lynearm.student.config import TrainConfig
 from lynearm.student.hidden_terms import HiddenTerms
 from lynearm.student.losses import backpropagate_loss
+from lynearm.student.losses.accumulation import accumulate_rows
 from lynearm.student.model import StudentModel, packs_without_leaks
 from lynearm.student.objective import Objective, parse_terms
 from lynearm.student.ranks import Ranks, is_sharded
@@ -208,9 +209,10 @@ class Optimization:
             the hidden terms.
         """
         student = self._student
-        states_BLH, layers = student.layer_states(
-            piece.input_ids_BL, piece.position_ids_BL, self._hidden.student_layers
-        )
+        with accumulate_rows(student.model.get_input_embeddings()):
+            states_BLH, layers = student.layer_states(
+                piece.input_ids_BL, piece.position_ids_BL, self._hidden.student_layers
+            )
         hidden_NH = states_BLH.flatten(0, 1)[piece.positions_N]
         beside = self._hidden.loss(
             [layer_BLH.flatten(0, 1)[piece.positions_N] for layer_BLH in layers],

@@ -18,6 +18,7 @@ from typing import Any, TypeAlias, cast
 import torch
 from torch import Tensor
 
+from lynearm.student.losses.accumulation import check_accumulates
 from lynearm.student.losses.in_place import room_for_logits, spread_gradient
 from lynearm.student.losses.rows import RowLosses, row_losses
 from lynearm.student.losses.targets import Targets
@@ -112,15 +113,11 @@ def backpropagate_loss(
     Returns:
         As there, without `beside`; `loss` is not differentiable any more.
     """
-    for leaf in (head_VH, bias_V):
-        if leaf is not None and leaf.requires_grad and not leaf.is_leaf:
-            raise InvalidInputError(
-                "an output head that is computed from something has no .grad to add to",
-                "use distillation_loss and its backward pass",
-            )
+    leaves = [leaf for leaf in (head_VH, bias_V) if leaf is not None and leaf.requires_grad]
+    for leaf in leaves:
+        check_accumulates(leaf)
     scale = 1.0 / (divisor if divisor is not None else _total_weight(targets))
     with torch.no_grad():
-        leaves = [leaf for leaf in (head_VH, bias_V) if leaf is not None and leaf.requires_grad]
         is_first = all(leaf.grad is None for leaf in leaves)
         for leaf in leaves:
             if leaf.grad is None:
