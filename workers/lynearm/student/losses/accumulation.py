@@ -15,7 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Generator
 from contextlib import contextmanager
-from typing import Any, TypeAlias, cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -106,7 +106,8 @@ class _RowsRead(torch.autograd.Function):
         weight_VH = cast(Tensor, ctx.weight_VH)
         (token_ids,) = cast("tuple[Tensor]", ctx.saved_tensors)
         grad_NH = grad.reshape(-1, weight_VH.shape[1])
-        ids_U, places_N = token_ids.flatten().unique(return_inverse=True)
+        flat_ids: Any = token_ids.flatten()  # torch leaves `unique` untyped
+        ids_U, places_N = cast("tuple[Tensor, Tensor]", flat_ids.unique(return_inverse=True))
         # Autograd's own kernel, whose order of summation is the same in every run on every device.
         rows_UH = torch.ops.aten.embedding_dense_backward(grad_NH, places_N, len(ids_U), -1, False)
         if ctx.padding_id is not None:
