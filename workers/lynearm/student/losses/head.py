@@ -97,9 +97,12 @@ def backpropagate_loss(
 ) -> DistillationLoss:
     """`distillation_loss` and its backward pass in one.
 
-    Gradients of head and bias are added to their `.grad` as they are made, where autograd would first make
-    another [V, H] in every micro-batch and then add it. Hooks of a head that is not tied do not run, so that
-    DDP cannot use this.
+    Gradients of head and bias are added to their `.grad` chunk by chunk, where autograd would first make
+    another [V, H] in every micro-batch and then add it. Both are one call, since a loss that is to be scaled
+    by what comes after it would have to keep its gradients, or to compute the logits again. Gradients of a
+    step's first micro-batch are bit by bit those of `distillation_loss`; sums over several are rounded
+    in another order. Hooks of a head that is not tied do not run: under DDP, this is for the micro-batches
+    within `no_sync`, of which it then reduces the sum.
 
     Args:
         hidden_NH: As there.
@@ -112,6 +115,9 @@ def backpropagate_loss(
 
     Returns:
         As there, without `beside`; `loss` is not differentiable any more.
+
+    Raises:
+        InvalidInputError: if head or bias are no plain leaves, as `check_accumulates` says; nothing was done.
     """
     leaves = [leaf for leaf in (head_VH, bias_V) if leaf is not None and leaf.requires_grad]
     for leaf in leaves:
