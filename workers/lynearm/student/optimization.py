@@ -121,6 +121,7 @@ class Optimization:
                 "lower learning_rate and resume; if it stays, look at the traces of this step",
             )
         self._optimizer.step()  # pyright: ignore[reportUnknownMemberType]  # torch leaves it half typed
+        # None, not zeros: the first micro-batch has room for logits where it makes the head's gradient anew.
         self._optimizer.zero_grad(set_to_none=True)
         kl, cross_entropy = kl / tokens, cross_entropy / tokens
         hidden_loss = hidden if self._hidden.wanted else None
