@@ -15,9 +15,9 @@ There are two cells for each shape, each with a cross-entropy of its own kind to
 - A step's first micro-batch: there is no gradient yet, and the way hands one over. That of the head alone is
   108 and 334 MiB, 0.18 and 0.37 of plain cross-entropy's peak: whatever hands it over in float32 cannot be
   below that, and the goal of 0.35 is out of reach at 151,936 tokens.
-- A later one, "accumulating": the head's gradient is there already and is part of what the process had before,
-  in either way. Autograd makes another one and adds it; `backpropagate_loss`, as the trainer uses it, adds
-  each chunk's part to what is there.
+- A later one, "accumulating": the head's gradient is there already, and is part of what the process had
+  before, in either way. Autograd makes another one and adds it; `backpropagate_loss`, as the trainer uses
+  it, adds each chunk's part to what is there.
 
 The last line is JSON, about forward KL:
 
@@ -89,7 +89,8 @@ def main() -> None:
     print(f"{os.cpu_count()} cores, load average {os.getloadavg()[0]:.1f}")
     figures: dict[str, float] = {}
     for shape in QUICK if options.quick else WHOLE:
-        costs = measure([PLAIN, OURS, PLAIN_ACCUMULATING, OURS_ACCUMULATING], shape, rounds=1 if options.quick else 6)
+        ways = [PLAIN, OURS, PLAIN_ACCUMULATING, OURS_ACCUMULATING]
+        costs = measure(ways, shape, rounds=1 if options.quick else 6)
         for way in () if options.quick else OTHERS:
             # One at a time: all of them at once would need 10 GB.
             costs |= measure([way], shape, rounds=2)

@@ -18,7 +18,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
-from lynearm.student.losses import Targets, backpropagate_loss, distillation_loss
+from lynearm.student.losses import Targets, accumulate_rows, backpropagate_loss, distillation_loss
 from lynearm.student.objective import LossTerm, Objective
 from lynearm.wire.errors import InvalidInputError
 
@@ -70,8 +70,10 @@ def check_adding(shared: nn.Module, input_ids_N: Tensor, mine: Targets, expected
         return
     shared.zero_grad()
     with shared.no_sync():
+        with accumulate_rows(learner.embedding):
+            hidden_NH = learner.states(input_ids_N[:2])
         backpropagate_loss(
-            learner.states(input_ids_N[:2]),
+            hidden_NH,
             learner.head.weight,
             mine.rows(0, 2),
             bias_V=learner.head.bias,

@@ -13,8 +13,7 @@ from torch import Tensor, nn
 from lynearm.student.batches import Batch, MicroBatch, PieceSizes, collate, completion_positions, idle_piece
 from lynearm.student.config import TrainConfig
 from lynearm.student.hidden_terms import HiddenTerms
-from lynearm.student.losses import backpropagate_loss
-from lynearm.student.losses.accumulation import accumulate_rows
+from lynearm.student.losses import accumulate_rows, backpropagate_loss
 from lynearm.student.model import StudentModel, packs_without_leaks
 from lynearm.student.objective import Objective, parse_terms
 from lynearm.student.ranks import Ranks, is_sharded
