@@ -108,7 +108,7 @@ class _RowsRead(torch.autograd.Function):
         grad_NH = grad.reshape(-1, weight_VH.shape[1])
         flat_ids: Any = token_ids.flatten()  # torch leaves `unique` untyped
         ids_U, places_N = cast("tuple[Tensor, Tensor]", flat_ids.unique(return_inverse=True))
-        # Autograd's own kernel, whose order of summation is the same in every run on every device.
+        # Autograd's own kernel, which sums in a fixed order; `index_add_` of repeated ids would not on CUDA.
         rows_UH = torch.ops.aten.embedding_dense_backward(grad_NH, places_N, len(ids_U), -1, False)
         if ctx.padding_id is not None:
             rows_UH[ids_U == ctx.padding_id] = 0.0
