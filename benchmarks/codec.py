@@ -189,12 +189,14 @@ class Bench:
         train, test = self._split[bf16]
         return {"train": train, "test": test, "whole": self._whole[bf16]}[part]
 
-    def traces(self, part: str, k: int, *, bf16: bool = False) -> list[Trace]:
-        return build_traces(self.rows(part, bf16=bf16), k)
+    def traces(self, part: str, k: int, *, tail_draws: int = 0, bf16: bool = False) -> list[Trace]:
+        return build_traces(self.rows(part, bf16=bf16), k, tail_draws)
 
     def measure(self, case: Case) -> Result:
+        spec = case.spec
         train, test, whole = (
-            self.traces(part, case.spec.top_k, bf16=case.bf16) for part in ("train", "test", "whole")
+            self.traces(part, spec.top_k, tail_draws=spec.tail_draws, bf16=case.bf16)
+            for part in ("train", "test", "whole")
         )
         return self.measure_traces(case.spec, train, test, whole)
 
@@ -233,6 +235,7 @@ def print_opening(bench: Bench) -> None:
   mass kept        what the entries hold before any encoding; the rest is one number, the tail mass
   encode, decode   millions of tokens a CPU second, one core: from vLLM's arrays to blocks of the size
                    beside, and from such blocks to the arrays that a trainer batches
+  tail draw        a token drawn from what is not kept, here from the next likeliest that the corpus has
   p ≥ …            adaptive: the entries above a probability, at most k; in brackets, how many on average
   quoted           measured elsewhere on SmolLM2's rows, not in this run: chat JSON with words for tokens,
                    which this run writes as "token_id:N" like vLLM's return_tokens_as_token_ids, and
@@ -267,7 +270,9 @@ def list_cases(k: int, *, quick: bool) -> list[Case]:
     if k == 64:
         cases.append(Case("standard, p ≥ 1e-3", CodecSpec("standard", k, min_probability=1e-3)))
         cases.append(Case("compact, p ≥ 1e-3", CodecSpec("compact", k, min_probability=1e-3)))
+        cases.append(Case("standard, 1 tail draw", CodecSpec("standard", k, tail_draws=1)))
     if k == 64 and not quick:
+        cases.append(Case("standard, 4 tail draws", CodecSpec("standard", k, tail_draws=4)))
         cases.append(Case("standard, p ≥ 1e-2", CodecSpec("standard", k, min_probability=1e-2)))
     return cases
 
@@ -398,6 +403,7 @@ def summarise(results: dict[str, Result], piece_overhead: float) -> dict[str, fl
         "standard_k64_kl": standard.distances.kl_mean,
         "standard_k64_kl_p999": standard.distances.kl_p999,
         "standard_adaptive_bits": results["standard, p ≥ 1e-3 k=64"].bits,
+        "tail_draw_bits": results["standard, 1 tail draw k=64"].bits - standard.bits,
         "compact_adaptive_bits": results["compact, p ≥ 1e-3 k=64"].bits,
         "fine_k64_bits": results["fine k=64"].bits,
         "exact_bf16_k64_bits": results["exact, bf16 logits k=64"].bits,

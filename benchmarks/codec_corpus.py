@@ -206,15 +206,29 @@ def split_corpus(corpus: Corpus) -> tuple[Corpus, Corpus]:
     return corpus.select(in_train_N), corpus.select(~in_train_N)
 
 
-def build_traces(corpus: Corpus, k: int) -> list[Trace]:
-    """A trace of each completion, with its k likeliest entries and no prompt."""
+def build_traces(corpus: Corpus, k: int, tail_draws: int = 0) -> list[Trace]:
+    """A trace of each completion, with its k likeliest entries, draws from their tails, and no prompt.
+
+    Tails are drawn from as far as the corpus has their tokens, which are the next likeliest ones: a teacher's
+    draws reach further, and cost a third of a bit more.
+    """
     likely_NK = np.exp(corpus.logprobs_NK[:, k:].astype(np.float64))
     rows = TopK(
         token_ids=np.ascontiguousarray(corpus.token_ids_NK[:, :k]),
         logprobs=np.ascontiguousarray(corpus.logprobs_NK[:, :k]),
         tail_mass=(corpus.tail_mass_N + likely_NK.sum(axis=1)).astype(np.float32),
+        tail_draws=_draw_entries(corpus.token_ids_NK[:, k:], likely_NK, tail_draws) if tail_draws else None,
     )
     return _traces_of(corpus, rows)
+
+
+def _draw_entries(token_ids_NK: IntArray, likely_NK: FloatArray, draws: int) -> IntArray:
+    """Entries of each row drawn by their probabilities, with replacement."""
+    rng = np.random.default_rng(0)
+    cumulated_NK = likely_NK.cumsum(axis=1)
+    points_DN1 = rng.random((draws, len(likely_NK), 1)) * cumulated_NK[:, -1:]
+    drawn_ND = np.stack([(cumulated_NK <= point_N1).sum(axis=1) for point_N1 in points_DN1], axis=1)
+    return np.take_along_axis(token_ids_NK, drawn_ND, axis=1)
 
 
 def draw_traces(corpus: Corpus, draws: int) -> list[Trace]:
@@ -257,12 +271,15 @@ def cut_trace(trace: Trace, length: int) -> list[Trace]:
             trace,
             completion_token_ids=trace.completion_token_ids[piece],
             sampled_logprobs=trace.sampled_logprobs[piece],
-            top_k=TopK(
-                trace.top_k.token_ids[piece], trace.top_k.logprobs[piece], trace.top_k.tail_mass[piece]
-            ),
+            top_k=select_rows(trace.top_k, piece),
         )
         for piece in pieces
     ]
+
+
+def select_rows(rows: TopK, piece: slice) -> TopK:
+    draws = None if rows.tail_draws is None else rows.tail_draws[piece]
+    return TopK(rows.token_ids[piece], rows.logprobs[piece], rows.tail_mass[piece], draws)
 
 
 def count_tokens(traces: Sequence[Trace]) -> int:
@@ -278,7 +295,7 @@ def _traces_of(corpus: Corpus, rows: TopK) -> list[Trace]:
             prompt_token_ids=np.zeros(0, np.int32),
             completion_token_ids=corpus.sampled_ids_N[piece],
             sampled_logprobs=corpus.sampled_logprobs_N[piece],
-            top_k=TopK(rows.token_ids[piece], rows.logprobs[piece], rows.tail_mass[piece]),
+            top_k=select_rows(rows, piece),
             finish_reason="stop",
         )
         for piece in pieces

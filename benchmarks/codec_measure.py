@@ -162,6 +162,7 @@ def decode_checked(encoded: Sequence[bytes], blocks: Blocks, coder: Coder) -> tu
         pairs: list[tuple[npt.NDArray[np.generic], npt.NDArray[np.generic]]] = [
             (given.token_ids_NK, returned.token_ids_NK),
             (sampled_ids, positions.sampled_ids),
+            (_draws(*(trace.top_k.tail_draws for trace in traces)), _draws(positions.tail_draws)),
         ]
         if coder.spec.mode == "exact":
             pairs += [
@@ -215,6 +216,12 @@ def best_seconds(work: Callable[[], _Result], runs: int) -> tuple[_Result, float
         work()
         times.append(time.process_time() - start)
     return result, min(times)
+
+
+def _draws(*parts: IntArray | None) -> IntArray:
+    """Draws from the tails of rows, ascending by token id; none where there are none."""
+    drawn = [np.sort(part, axis=1) for part in parts if part is not None]
+    return np.concatenate(drawn) if drawn else np.zeros(0, np.int32)
 
 
 def _bits(values: Float32Array) -> npt.NDArray[np.uint32]:

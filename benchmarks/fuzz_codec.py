@@ -36,7 +36,7 @@ from random import Random
 from typing import Any
 
 import numpy as np
-from wire.building import build_rows, build_sampled_trace, build_trace
+from wire.building import build_rows, build_sampled_trace, build_trace, draw_tails
 from wire.mutation import Pieces, put_together, rejoin, spoil_block, spoil_bytes, take_apart, write_rows_part
 
 from lynearm.wire import code_tables, number_stream, row_layout, row_reading
@@ -46,7 +46,7 @@ from lynearm.wire.dictionaries import Dictionary, DictionaryReader
 from lynearm.wire.dictionary_training import train_dictionary
 from lynearm.wire.errors import LynearmError
 from lynearm.wire.specs import CODEC_MODES, CodecMode, CodecSpec
-from lynearm.wire.traces import TokenSpan, TopK, Trace
+from lynearm.wire.traces import Int32Array, TokenSpan, TopK, Trace
 
 VOCAB_SIZE = 300
 _REPORT_EVERY = 250_000
@@ -64,11 +64,14 @@ class Corpus:
         for mode in CODEC_MODES:
             for dtype in ("float32", "bfloat16", "float16") if mode == "exact" else ("float32",):
                 self._add(mode, few_rows(mode, dtype))
+        for mode, draws in (("exact", 1), ("standard", 3)):
+            self._add(mode, [drawn_rows(group, draws) for group in few_rows(mode, "float32")])
         self.contents = list(map(dictionary_content, self.dictionaries.values()))
         self.reader = DictionaryReader(self._find)
 
     def _add(self, mode: CodecMode, groups: list[list[Trace]]) -> None:
-        codec = CodecSpec(mode, draws=6 if mode == "sampled" else 0)
+        tail_draws = groups[0][0].top_k.tail_draw_count
+        codec = CodecSpec(mode, draws=6 if mode == "sampled" else 0, tail_draws=tail_draws)
         dictionary = train_dictionary(groups, codec=codec, vocab_size=VOCAB_SIZE)
         self.dictionaries[dictionary.digest] = dictionary.encoded
         for group in groups:
@@ -121,6 +124,11 @@ def few_rows(mode: CodecMode, dtype: str) -> list[list[Trace]]:
         [build(4, positions=66, k=1)],
         [build(5, positions=1, k=40)],
     ]
+
+
+def drawn_rows(traces: list[Trace], draws: int) -> list[Trace]:
+    """The traces with tokens drawn from their tails."""
+    return [draw_tails(trace, draws, VOCAB_SIZE) for trace in traces]
 
 
 def dictionary_content(encoded: bytes) -> bytes:
@@ -201,6 +209,7 @@ class Judge:
                 and np.array_equal(rows.positions.logprobs[here, : top_k.k], top_k.logprobs)
                 and np.array_equal(rows.positions.tail_mass[here], top_k.tail_mass)
                 and np.array_equal(rows.positions.sampled_ids[here], ids)
+                and same_draws(rows.positions.tail_draws, here, top_k.tail_draws)
             )
             if not same:
                 raise AssertionError("decode_block and decode_rows differ")
@@ -215,6 +224,13 @@ class Judge:
         if self.failed <= 20:
             (self._failing / name).write_bytes(data)
             print(f"{name}: {why}", flush=True)
+
+
+def same_draws(draws_ND: Int32Array | None, rows: slice, draws_TD: Int32Array | None) -> bool:
+    """Whether some rows have the same draws from their tails, which are tokens or −1."""
+    if draws_ND is None or draws_TD is None:
+        return draws_ND is draws_TD
+    return np.array_equal(draws_ND[rows], draws_TD) and not ((draws_TD < -1) | (draws_TD >= 1 << 20)).any()
 
 
 def guard_kernels() -> None:
@@ -237,6 +253,8 @@ def guard_kernels() -> None:
     numbers.read_fixed = guarded(numbers.read_fixed, 0)
     # Stream, tables, levels, kept, last levels, and the values and masses of levels.
     numbers.read_grid_values = guarded(numbers.read_grid_values, 0, 3, 5, 6, 7, 9, 10)
+    # Draws, kept entries, and how many these are.
+    rows.find_kept_draw = guarded(rows.find_kept_draw, 0, 1, 2)
     # Stream, ends, kept, first levels, tables, states, plain elements, long steps, buckets, order, lists, and
     # what the rows' codes and their tokens' addresses are put into.
     rows.read_rows = guarded(rows.read_rows, 0, 2, 3, 4, 5, 7, 9, 10, 12, 13, 14, 15, 16, 24, 25)

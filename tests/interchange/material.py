@@ -19,12 +19,12 @@ VOCAB_SIZE = 512
 K = 6
 
 
-def make_spec(name: str, mode: CodecMode = "exact") -> StreamSpec:
+def make_spec(name: str, mode: CodecMode = "exact", tail_draws: int = 0) -> StreamSpec:
     return StreamSpec(
         name=name,
         teacher=TeacherSpec("teacher", "sha256:00", "test 1.0", "float32", VOCAB_SIZE, 4096, "raw", 1.0),
         tokenizer=TokenizerSpec("tok", bytes(range(32)), b"", VOCAB_SIZE, (0, 2)),
-        codec=CodecSpec(mode, K),
+        codec=CodecSpec(mode, K, tail_draws=tail_draws),
         license="CC-BY-4.0",
         labels={"purpose": "tests"},
     )
@@ -130,6 +130,16 @@ def assert_same(actual: Sequence[Trace], expected: Sequence[Trace]) -> None:
         _assert_bits(one.top_k.tail_mass, other.top_k.tail_mass)
         kept = other.top_k.logprobs > -np.inf
         _assert_bits(one.top_k.token_ids, np.where(kept, other.top_k.token_ids, 0).astype(np.int32))
+        _assert_draws(one.top_k, other.top_k)
+
+
+def _assert_draws(actual: TopK, expected: TopK) -> None:
+    """Draws may change places; of no positions there are none, whatever their number."""
+    draws, others = actual.tail_draws, expected.tail_draws
+    if expected.positions:
+        assert (draws is None) == (others is None)
+    if draws is not None and others is not None:
+        _assert_bits(np.sort(draws, axis=1), np.sort(others, axis=1))
 
 
 def _assert_bits(actual: npt.NDArray[Any], expected: npt.NDArray[Any]) -> None:

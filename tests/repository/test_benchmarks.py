@@ -16,6 +16,7 @@ FIGURES = {
     "standard_k64_kl",
     "standard_k64_kl_p999",
     "standard_adaptive_bits",
+    "tail_draw_bits",
     "compact_adaptive_bits",
     "fine_k64_bits",
     "exact_bf16_k64_bits",

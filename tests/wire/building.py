@@ -155,6 +155,26 @@ def build_rows(logprobs: npt.ArrayLike, token_ids: npt.ArrayLike, **overrides: A
     return Trace(**{**fields, **overrides})
 
 
+def draw_tails(trace: Trace, draws: int, vocab_size: int = VOCAB_SIZE, seed: int = 0) -> Trace:
+    """The trace with tokens drawn from each row's tail, likely ones more often; every fifth row has none."""
+    rng = np.random.default_rng(seed)
+
+    def draw(top_k: TopK) -> TopK:
+        draws_TD = np.full((top_k.positions, draws), -1, np.int32)
+        for t in range(top_k.positions):
+            kept = top_k.token_ids[t, top_k.logprobs[t] > -np.inf]
+            free = np.ones(vocab_size, np.bool_)
+            free[kept] = False
+            others = np.flatnonzero(free)
+            if others.size and t % 5 != 4:
+                draws_TD[t] = others[(others.size * rng.random(draws) ** 4).astype(np.int64)]
+        return dataclasses.replace(top_k, tail_draws=draws_TD)
+
+    prompt = trace.prompt_top_k
+    prompt_top_k = None if prompt is None else draw(prompt)
+    return dataclasses.replace(trace, top_k=draw(trace.top_k), prompt_top_k=prompt_top_k)
+
+
 def replace_top_k(trace: Trace, **arrays: npt.NDArray[Any]) -> Trace:
     """The trace with other arrays in its completion's rows."""
     return dataclasses.replace(trace, top_k=dataclasses.replace(trace.top_k, **arrays))

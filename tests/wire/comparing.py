@@ -55,6 +55,7 @@ def assert_equal_exactly(actual: Trace, expected: Trace) -> None:
         assert_same_bits(top_k.tail_mass, top_k_before.tail_mass)
         for after, before in zip(in_order(top_k), in_order(top_k_before), strict=True):
             assert_same_bits(after, before)
+        assert_same_draws(top_k, top_k_before)
         assert_sorted(top_k)
 
 
@@ -71,6 +72,13 @@ def by_id(top_k: TopK) -> tuple[npt.NDArray[np.int32], Float32Array]:
     ids = np.where(padding, -1, top_k.token_ids).astype(np.int32)
     order = np.argsort(ids, axis=1, kind="stable")
     return np.take_along_axis(ids, order, 1), np.take_along_axis(top_k.logprobs, order, 1)
+
+
+def assert_same_draws(actual: TopK, expected: TopK) -> None:
+    """The same tokens were drawn from each tail, in whatever order."""
+    assert (actual.tail_draws is None) == (expected.tail_draws is None)
+    if actual.tail_draws is not None and expected.tail_draws is not None:
+        assert_same_bits(np.sort(actual.tail_draws, axis=1), np.sort(expected.tail_draws, axis=1))
 
 
 def assert_sorted(top_k: TopK) -> None:
@@ -109,6 +117,7 @@ def assert_close(actual: Trace, expected: Trace, grid: Grid) -> None:
     lowest = max(float(grid.table()[-1]), -3e4)
     for (top_k, sampled), (top_k_before, sampled_before) in zip(parts(actual), parts(expected), strict=True):
         assert_sorted(top_k)
+        assert_same_draws(top_k, top_k_before)
         (ids, after), (ids_before, before) = by_id(top_k), by_id(top_k_before)
         np.testing.assert_array_equal(ids, ids_before)
         np.testing.assert_array_equal(np.isinf(after), np.isinf(before))

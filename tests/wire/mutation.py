@@ -14,7 +14,7 @@ import zstandard
 
 from lynearm.wire.blocks import BlockHeader, checksum, join_block, split_block
 from lynearm.wire.fields import ByteReader, varint
-from lynearm.wire.row_layout import FOUR_LANES, OWN_TABLES, SCALE_OF_DICTIONARY
+from lynearm.wire.row_layout import FOUR_LANES, OWN_TABLES, SCALE_OF_DICTIONARY, TAIL_DRAWS
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,6 +25,8 @@ class Pieces:
     metadata: bytes
     """Not compressed."""
     flags: int
+    draws: int
+    """D; written where a flag says so."""
     vocab_size: int
     scale: bytes
     tables: bytes
@@ -41,6 +43,7 @@ def take_apart(block: bytes) -> Pieces:
     raw = header.uncompressed_size_bytes == 0
     metadata = stored if raw else zstandard.ZstdDecompressor().decompress(stored)
     flags, vocab_size, scale = reader.byte(), 0, b""
+    draws = reader.byte() if flags & TAIL_DRAWS else 0
     if not flags & SCALE_OF_DICTIONARY:
         vocab_size, kind = reader.varint(), reader.byte()
         scale = bytes((kind,)) + b"".join(varint(reader.varint()) for _ in range({0: 2, 4: 1}.get(kind, 0)))
@@ -48,7 +51,7 @@ def take_apart(block: bytes) -> Pieces:
     sizes = [reader.varint() for _ in range(4 if flags & FOUR_LANES else 0)]
     streams = [bytes(reader.take(size)) for size in sizes]
     streams.append(bytes(reader.rest()))
-    return Pieces(header, metadata, flags, vocab_size, scale, tables, tuple(streams))
+    return Pieces(header, metadata, flags, draws, vocab_size, scale, tables, tuple(streams))
 
 
 def write_rows_part(pieces: Pieces) -> bytes:
@@ -56,7 +59,8 @@ def write_rows_part(pieces: Pieces) -> bytes:
     sized = varint(len(pieces.tables)) + pieces.tables if pieces.flags & OWN_TABLES else b""
     sizes = b"".join(varint(len(stream)) for stream in pieces.streams[:-1])
     vocab_size = b"" if pieces.flags & SCALE_OF_DICTIONARY else varint(pieces.vocab_size)
-    head = bytes((pieces.flags,)) + vocab_size + pieces.scale + sized + sizes
+    draws = bytes((pieces.draws,)) if pieces.flags & TAIL_DRAWS else b""
+    head = bytes((pieces.flags,)) + draws + vocab_size + pieces.scale + sized + sizes
     return head + b"".join(pieces.streams)
 
 
@@ -177,9 +181,12 @@ def _splice(pieces: Pieces, other: Pieces, rng: Random) -> Pieces:
 
 
 def _lie(pieces: Pieces, rng: Random) -> Pieces:
-    kind = rng.randrange(4)
+    kind = rng.randrange(5)
     if kind == 0:
-        return dataclasses.replace(pieces, flags=pieces.flags ^ 1 << rng.randrange(7))
+        draws = pieces.draws or rng.randint(1, 3)
+        return dataclasses.replace(pieces, flags=pieces.flags ^ 1 << rng.randrange(8), draws=draws)
+    if kind == 4:
+        return dataclasses.replace(pieces, flags=pieces.flags | TAIL_DRAWS, draws=rng.randint(0, 20))
     if kind == 1:
         vocab_size = rng.choice((0, 1, 2, 255, pieces.vocab_size - 1, 1 << 12, (1 << 20) + 1, 1 << 40))
         return dataclasses.replace(pieces, vocab_size=vocab_size)

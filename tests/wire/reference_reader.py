@@ -47,6 +47,8 @@ class Row:
     tail_mass: float
     sampled_id: int
     sampled_logprob: float
+    tail_draws: list[int] | None = None
+    """Empty where nothing was drawn; none where the block has no draws."""
 
 
 @dataclass
@@ -381,6 +383,9 @@ class Tables:
         check(self.merge <= 3 and self.step_shift <= 31 and self.shift <= 31, "merge or shift")
         self.entry_codes = self.read_codes(reader, (1, 8, 32, 128)[self.merge], 327)
         self.number_codes = self.read_codes(reader, 44, 125)
+        self.draw_codes: list[Code] | None = None
+        if reader.position < len(data):
+            self.draw_codes = self.read_codes(reader, 2, 125)
         check(reader.rest() == b"", "bytes behind the tables")
 
     @staticmethod
@@ -528,8 +533,10 @@ class RowsPart:
         self.known_companions: set[int | None] = set()
         self.grown: set[tuple[str, int]] = set()
         self.flags = reader.take(1)[0]
-        if self.flags > 127:
-            raise NewerError(f"flags {self.flags:#x}; this reader knows 0x7f")
+        self.draws = reader.take(1)[0] if self.flags & 128 else 0
+        if self.draws > 16:
+            raise NewerError(f"{self.draws} draws from each tail; this reader knows 16")
+        check(self.flags < 128 or (self.draws > 0 and mode != SAMPLED), "draws from the tails")
         if self.flags & 48 or not self.flags & 1:
             check(dictionary is not None, "a dictionary is needed, and the header names none")
         if self.flags & 32:
@@ -609,8 +616,29 @@ class RowsPart:
             tail_mass = self.read_tail(entries.levels, logprobs)
             check(-0.01 <= tail_mass <= 1.01, "a tail mass NaN or outside 0 to 1")
             rows.append(Row(entries.token_ids, logprobs, tail_mass, sampled_id, sampled_logprob))
+        if self.draws:
+            self.read_tail_draws(rows)
         self.numbers.expect_end()
         return rows
+
+    def read_tail_draws(self, rows: list[Row]) -> None:
+        """The tokens that were drawn from each row's tail."""
+        check(len(rows) * self.draws <= MAX_ENTRIES, "draws of the block")
+
+        def column(count: int, code: int) -> list[int]:
+            check(count <= 8 * len(self.numbers.data) - self.numbers.position, "more draws than bits")
+            if self.tables.draw_codes is None:
+                return self.plain(count, self.vocabulary.bit_length())
+            return [read_number(self.numbers, self.tables.draw_codes[code]) for _ in range(count)]
+
+        first = column(len(rows), 0)
+        gaps = iter(column((len(rows) - first.count(0)) * (self.draws - 1), 1))
+        for row, number in zip(rows, first, strict=True):
+            steps = [number - 1, *(next(gaps) for _ in range(self.draws - 1))] if number else []
+            ranks = list(accumulate(steps))
+            check(all(rank < self.vocabulary for rank in ranks), "a draw beyond V")
+            row.tail_draws = [self.order[rank] for rank in ranks]
+            check(not set(row.tail_draws) & set(row.token_ids), "a draw that the row keeps")
 
     def read_lanes(
         self, kept: list[int], sampled: list[int], outside_ids: list[int]

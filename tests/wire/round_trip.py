@@ -23,8 +23,8 @@ ROW_MODES = pytest.mark.parametrize("mode", ["exact", "fine", "standard", "compa
 DRAWS = 6
 
 
-def codec_of(mode: CodecMode) -> CodecSpec:
-    return CodecSpec(mode, draws=DRAWS if mode == "sampled" else 0)
+def codec_of(mode: CodecMode, tail_draws: int = 0) -> CodecSpec:
+    return CodecSpec(mode, draws=DRAWS if mode == "sampled" else 0, tail_draws=tail_draws)
 
 
 def assert_round_trip(
@@ -33,7 +33,8 @@ def assert_round_trip(
     vocab_size: int = VOCAB_SIZE,
     dictionary: Dictionary | None = None,
 ) -> bytes:
-    block = encode_block(traces, codec=codec_of(mode), vocab_size=vocab_size, dictionary=dictionary)
+    codec = codec_of(mode, max(trace.top_k.tail_draw_count for trace in traces))
+    block = encode_block(traces, codec=codec, vocab_size=vocab_size, dictionary=dictionary)
     reader = DictionaryReader(lambda _: dictionary.encoded if dictionary else b"")
     decoded = decode_block(block, dictionaries=reader)
     assert len(decoded) == len(traces)
@@ -60,6 +61,9 @@ def assert_rows_agree(block: bytes, decoded: tuple[Trace, ...], reader: Dictiona
             assert_same_bits(np.ascontiguousarray(rows.positions.logprobs[here, : top_k.k]), top_k.logprobs)
             assert (rows.positions.logprobs[here, top_k.k :] == -np.inf).all()
             assert_same_bits(rows.positions.tail_mass[here], top_k.tail_mass)
+            assert (rows.positions.tail_draws is None) == (top_k.tail_draws is None)
+            if rows.positions.tail_draws is not None and top_k.tail_draws is not None:
+                assert_same_bits(rows.positions.tail_draws[here], top_k.tail_draws)
             assert_same_bits(rows.positions.sampled_logprobs[here], sampled)
             start = here.stop
     assert start == rows.positions.kept.size

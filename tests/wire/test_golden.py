@@ -66,6 +66,9 @@ def assert_rows(top_k: TopK, described: dict[str, Any], *, exactly: bool) -> Non
     assert np.take_along_axis(top_k.token_ids, order, 1).tolist() == described["token_ids"]
     assert_floats(np.take_along_axis(top_k.logprobs, order, 1), described["logprobs"], exactly=exactly)
     assert_floats(top_k.tail_mass, described["tail_mass"], exactly=exactly)
+    # Nor are draws from a tail in any order.
+    drawn = None if top_k.tail_draws is None else np.sort(top_k.tail_draws, axis=1).tolist()
+    assert drawn == described.get("tail_draws")
 
 
 def assert_floats(actual: npt.NDArray[np.float32], described: list[Any], *, exactly: bool) -> None:

@@ -12,6 +12,7 @@ import zstandard
 from wire.building import build_trace
 from wire.hostile import (
     HERE,
+    KINDS,
     MODES,
     VOCAB_SIZE,
     at_most,
@@ -26,15 +27,24 @@ from lynearm.wire.codec import decode_block, decode_rows
 from lynearm.wire.dictionaries import Dictionary, DictionaryReader
 from lynearm.wire.dictionary_training import train_dictionary
 from lynearm.wire.errors import CodecError, CorruptBlockError, LynearmError, UnsupportedFormatError
-from lynearm.wire.row_layout import FOUR_LANES, KEPT_VARIES, ORDER_OF_DICTIONARY, OWN_TABLES, SAMPLED_APART
+from lynearm.wire.row_layout import (
+    FOUR_LANES,
+    KEPT_VARIES,
+    ORDER_OF_DICTIONARY,
+    OWN_TABLES,
+    SAMPLED_APART,
+    TAIL_DRAWS,
+)
 from lynearm.wire.specs import CodecMode
 
 
-@MODES
+@KINDS
 @pytest.mark.parametrize("with_dictionary", [False, True])
-def test_a_spoilt_block_is_refused_or_still_traces(mode: CodecMode, with_dictionary: bool) -> None:
-    traces = small_traces(mode)
-    dictionary = train_dictionary([traces], codec=codec_of(mode), vocab_size=VOCAB_SIZE)
+def test_a_spoilt_block_is_refused_or_still_traces(
+    mode: CodecMode, tail_draws: int, with_dictionary: bool
+) -> None:
+    traces = small_traces(mode, tail_draws)
+    dictionary = train_dictionary([traces], codec=codec_of(mode, tail_draws), vocab_size=VOCAB_SIZE)
     reader = DictionaryReader(lambda _: dictionary.encoded)
     pieces = encode(traces, mode, dictionary if with_dictionary else None)
     others = [pieces, encode(traces, mode, None if with_dictionary else dictionary)]
@@ -52,12 +62,15 @@ def test_a_spoilt_block_is_refused_or_still_traces(mode: CodecMode, with_diction
         for trace in decoded:
             assert trace.top_k.token_ids.min(initial=0) >= 0
             assert trace.top_k.token_ids.max(initial=0) < 1 << 20
+            if trace.top_k.tail_draws is not None:
+                assert trace.top_k.tail_draws.min(initial=0) >= -1
+                assert trace.top_k.tail_draws.max(initial=0) < 1 << 20
     assert 700 < refused < 1500
 
 
-@MODES
-def test_every_flipped_bit_of_the_rows_is_refused_or_still_traces(mode: CodecMode) -> None:
-    pieces = encode(small_traces(mode), mode)
+@KINDS
+def test_every_flipped_bit_of_the_rows_is_refused_or_still_traces(mode: CodecMode, tail_draws: int) -> None:
+    pieces = encode(small_traces(mode, tail_draws), mode)
     rows = write_rows_part(pieces)
     for bit in range(len(rows) * 8):
         changed = bytearray(rows)
@@ -68,9 +81,9 @@ def test_every_flipped_bit_of_the_rows_is_refused_or_still_traces(mode: CodecMod
             continue
 
 
-@MODES
-def test_every_truncation_is_refused(mode: CodecMode) -> None:
-    pieces = encode(small_traces(mode), mode)
+@KINDS
+def test_every_truncation_is_refused(mode: CodecMode, tail_draws: int) -> None:
+    pieces = encode(small_traces(mode, tail_draws), mode)
     rows = write_rows_part(pieces)
     for size in range(len(rows)):
         with pytest.raises(CorruptBlockError):
@@ -109,13 +122,16 @@ def test_lanes_that_changed_places_or_sizes_are_refused_or_other_rows() -> None:
             decode_rows(put_together(wrong))
 
 
-@pytest.mark.parametrize("flag", [OWN_TABLES, KEPT_VARIES, SAMPLED_APART, FOUR_LANES, ORDER_OF_DICTIONARY])
-@MODES
-def test_every_wrong_flag_is_refused(mode: CodecMode, flag: int) -> None:
-    pieces = encode(small_traces(mode), mode)
+@pytest.mark.parametrize(
+    "flag", [OWN_TABLES, KEPT_VARIES, SAMPLED_APART, FOUR_LANES, ORDER_OF_DICTIONARY, TAIL_DRAWS]
+)
+@KINDS
+def test_every_wrong_flag_is_refused(mode: CodecMode, tail_draws: int, flag: int) -> None:
+    pieces = encode(small_traces(mode, tail_draws), mode)
     rows = bytearray(write_rows_part(pieces))
     rows[0] ^= flag
-    with pytest.raises(CorruptBlockError):
+    # What is no number of draws may be one in a later format.
+    with pytest.raises((CorruptBlockError, UnsupportedFormatError)):
         decode_block(put_together(pieces, bytes(rows)))
 
 

@@ -20,6 +20,7 @@ from wire.hostile import (
 from wire.mutation import Pieces, put_together
 
 from lynearm.v1 import trace_pb2
+from lynearm.wire import trace_rows
 from lynearm.wire.alphabet import STEP_ESCAPE, STEP_SYMBOLS
 from lynearm.wire.code_tables import (
     NUMBER_CONTEXTS,
@@ -29,10 +30,10 @@ from lynearm.wire.code_tables import (
     SymbolCounts,
     build_tables,
 )
-from lynearm.wire.codec import decode_block, decode_rows
-from lynearm.wire.errors import CorruptBlockError
+from lynearm.wire.codec import decode_block, decode_rows, encode_block
+from lynearm.wire.errors import CorruptBlockError, UnsupportedFormatError
 from lynearm.wire.prefix_codes import MAX_CODE_LENGTH
-from lynearm.wire.row_layout import OWN_TABLES
+from lynearm.wire.row_layout import OWN_TABLES, TAIL_DRAWS
 from lynearm.wire.specs import CodecMode
 from lynearm.wire.write_kernels import write_numbers
 
@@ -82,6 +83,29 @@ LIES: dict[str, tuple[Callable[[], Pieces], str]] = {
         lambda: dataclasses.replace(encode(small_traces("sampled"), "sampled"), scale=b"\4\1"),
         "do not decode",
     ),
+    "no draws from each tail": (
+        lambda: dataclasses.replace(encode(small_traces("exact", 2), "exact"), draws=0),
+        "mode 'exact' with 0 draws from each tail",
+    ),
+    "draws from tails in a block of draws": (
+        lambda: with_draws_from_tails(encode(small_traces("sampled"), "sampled")),
+        "mode 'sampled' with 1 draws from each tail",
+    ),
+    "draw of a token beyond the vocabulary": (
+        lambda: one_drawn_row([1 + VOCAB_SIZE]),
+        "a draw of token rank 300 in a vocabulary of 300",
+    ),
+    "further draw beyond the vocabulary": (
+        lambda: one_drawn_row([1, VOCAB_SIZE]),
+        "a draw of token rank 300 in a vocabulary of 300",
+    ),
+    "draws of 32 bits": (
+        lambda: one_drawn_row([2**32 - 1] * 16),
+        f"a draw of token rank {16 * (2**32 - 1) - 1} in a vocabulary of 300",
+    ),
+    "draws that are not there": (lambda: spoil_draws([1 + 299], slice(-2)), "do not decode|too early"),
+    "further draws that are not there": (lambda: spoil_draws([1, 299, 0], slice(-3)), "do not decode|early"),
+    "bytes behind the draws": (lambda: spoil_draws([1, 0], slice(None), b"\0"), "bytes follow the numbers"),
     "counts in an exact block": (
         lambda: dataclasses.replace(encode(small_traces("exact"), "exact"), scale=b"\4\6"),
         "mode 'exact' has scale 4",
@@ -91,6 +115,22 @@ LIES: dict[str, tuple[Callable[[], Pieces], str]] = {
         "mode 'standard' has scale 1",
     ),
 }
+
+
+def one_drawn_row(draws: list[int]) -> Pieces:
+    """A block with one row without entries, and the numbers of what was drawn from its tail."""
+    return no_entries(one_row(columns=OUTSIDE_7, fixed=[0xBF800000], tail=0, entries=b"", draws=draws))
+
+
+def spoil_draws(draws: list[int], kept: slice, more: bytes = b"") -> Pieces:
+    """The same with other bytes at its end."""
+    pieces = one_drawn_row(draws)
+    return dataclasses.replace(pieces, streams=(pieces.streams[0][kept] + more,))
+
+
+def with_draws_from_tails(pieces: Pieces) -> Pieces:
+    """The block, which says that it has a draw from each tail."""
+    return dataclasses.replace(pieces, flags=pieces.flags | TAIL_DRAWS, draws=1)
 
 
 @pytest.mark.parametrize("name", LIES)
@@ -136,10 +176,48 @@ def test_rows_of_our_own_decode() -> None:
     assert trace.top_k.tail_mass.tolist() == [1.0]
 
 
+def test_draws_of_our_own_decode() -> None:
+    (trace,) = decode_block(put_together(one_drawn_row([1 + 7, 0, 292])))
+    assert trace.top_k.tail_draws is not None
+    assert trace.top_k.tail_draws.tolist() == [[7, 7, 299]]
+
+
+@pytest.mark.parametrize("draw", [3, 4])
+def test_a_draw_that_its_row_keeps_is_refused(monkeypatch: pytest.MonkeyPatch, draw: int) -> None:
+    trace = build_rows([[-0.5, -1.5], [-0.5, -np.inf]], [[7, 8], [3, 0]])
+    rows = dataclasses.replace(trace.top_k, tail_draws=np.array([[0, 1], [2, draw]], np.int32))
+    trace = dataclasses.replace(trace, top_k=rows)
+    with monkeypatch.context() as patched:
+        # A writer that does not look.
+        patched.setattr(trace_rows, "find_kept_draw", lambda *_: -1)
+        block = encode_block([trace], codec="exact", vocab_size=VOCAB_SIZE)
+    if draw == 4:
+        assert decode_rows(block).positions.kept.tolist() == [2, 1]
+        return
+    for decode in (decode_block, decode_rows):
+        with pytest.raises(CorruptBlockError, match="tail of position 1 is one that it keeps"):
+            decode(block)
+
+
+def test_more_draws_than_there_may_be_are_of_a_newer_format() -> None:
+    pieces = dataclasses.replace(one_drawn_row([1]), draws=17)
+    with pytest.raises(UnsupportedFormatError, match="17 draws from each tail"):
+        decode_block(put_together(pieces))
+
+
 def test_an_oversubscribed_code_is_refused() -> None:
     pieces = encode(small_traces("exact"), "exact")
     tables = CodeTables.from_bytes(pieces.tables)
     tables.step_lengths[0, :3] = 1
+    with pytest.raises(CorruptBlockError, match="oversubscribed"):
+        decode_block(put_together(dataclasses.replace(pieces, tables=tables.to_bytes())))
+
+
+def test_an_oversubscribed_code_of_draws_is_refused() -> None:
+    pieces = one_drawn_row([1])
+    tables = CodeTables.from_bytes(pieces.tables)
+    assert tables.draw_lengths is not None
+    tables.draw_lengths[1, :3] = 1
     with pytest.raises(CorruptBlockError, match="oversubscribed"):
         decode_block(put_together(dataclasses.replace(pieces, tables=tables.to_bytes())))
 

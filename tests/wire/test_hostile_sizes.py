@@ -16,7 +16,9 @@ from wire.hostile import (
     at_most,
     compressed,
     encode,
+    no_entries,
     small_traces,
+    tables_for,
 )
 from wire.mutation import (
     put_together,
@@ -27,9 +29,10 @@ from wire.mutation import (
 from lynearm.v1 import trace_pb2
 from lynearm.wire.blocks import MAX_BLOCK_ENTRIES
 from lynearm.wire.codec import decode_block, decode_rows, encode_block
-from lynearm.wire.errors import CorruptBlockError
+from lynearm.wire.errors import CodecError, CorruptBlockError
 from lynearm.wire.fields import varint
 from lynearm.wire.metadata import MAX_BLOCK_ITEMS
+from lynearm.wire.row_layout import OWN_TABLES, TAIL_DRAWS
 
 
 @pytest.mark.parametrize(
@@ -69,6 +72,44 @@ def test_claimed_entries_without_bytes_take_no_memory() -> None:
     )
     with at_most(1), pytest.raises(CorruptBlockError, match="8192000 entries in 1000 bytes"):
         decode_rows(put_together(claimed))
+
+
+@pytest.mark.parametrize("draws", [1, 16])
+def test_claimed_draws_without_bytes_take_no_memory(draws: int) -> None:
+    """Positions have their bits, and what was drawn from the tail of each has none."""
+    pieces = encode([build_rows([[-np.inf]], [[0]])], "exact")
+    message = trace_pb2.BlockMetadata.FromString(pieces.metadata)
+    positions = MAX_BLOCK_ENTRIES // 16
+    message.traces[0].completion_length = positions
+    header = dataclasses.replace(pieces.header, completion_token_count=positions)
+    tables = tables_for(draws=True)
+    tables.number_lengths[:, 0] = 1
+    for size in (positions // 8, positions // 2):
+        claimed = dataclasses.replace(
+            pieces,
+            metadata=message.SerializeToString(),
+            header=header,
+            flags=OWN_TABLES | TAIL_DRAWS,
+            draws=draws,
+            tables=tables.to_bytes(),
+            streams=(bytes(size),),
+        )
+        with at_most(40), pytest.raises(CorruptBlockError):
+            decode_rows(put_together(no_entries(claimed)))
+
+
+def test_more_draws_than_a_block_may_have_are_refused() -> None:
+    """Whoever wrote them, and whoever is asked to write them."""
+    positions = MAX_BLOCK_ENTRIES // 16 + 1
+    trace = build_rows(np.full((positions, 1), -0.5), np.zeros((positions, 1), np.int32))
+    drawn = np.full((positions, 16), -1, np.int32)
+    trace = dataclasses.replace(trace, top_k=dataclasses.replace(trace.top_k, tail_draws=drawn))
+    with pytest.raises(CodecError, match=f"{positions} positions of 16 draws"):
+        encode_block([trace], codec="exact", vocab_size=VOCAB_SIZE)
+    fewer = dataclasses.replace(trace.top_k, tail_draws=drawn[:, :15])
+    pieces = encode([dataclasses.replace(trace, top_k=fewer)], "exact")
+    with pytest.raises(CorruptBlockError, match=f"{positions} positions of 16 draws"):
+        decode_rows(put_together(dataclasses.replace(pieces, draws=16)))
 
 
 def test_the_widest_rows_of_the_most_positions_take_what_a_block_may() -> None:

@@ -16,6 +16,7 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 from wire import reference_reader as reference
+from wire.building import draw_tails
 
 from lynearm.wire.blocks import BlockHeader, checksum, join_block, split_block
 from lynearm.wire.code_tables import SymbolCounts, build_tables
@@ -201,6 +202,9 @@ def assert_same_rows(
         if mode == "exact":
             assert all(math.copysign(1, a) == math.copysign(1, b) for a, b in pairs)
         assert ulps(float(top_k.tail_mass[t]), row.tail_mass) <= tail_ulps
+        assert (top_k.tail_draws is None) == (row.tail_draws is None)
+        if top_k.tail_draws is not None:
+            assert top_k.tail_draws[t].tolist() == (row.tail_draws or [-1] * top_k.tail_draw_count)
 
 
 def assert_both_read(block: bytes, *, mode: CodecMode, dictionary: Dictionary | None = None) -> None:
@@ -227,8 +231,9 @@ KINDS = pytest.mark.parametrize(
 )
 
 
-def codec(mode: CodecMode, min_probability: float = 0.0) -> CodecSpec:
-    return CodecSpec(mode, min_probability=min_probability, draws=DRAWS if mode == "sampled" else 0)
+def codec(mode: CodecMode, min_probability: float = 0.0, tail_draws: int = 0) -> CodecSpec:
+    draws = DRAWS if mode == "sampled" else 0
+    return CodecSpec(mode, min_probability=min_probability, draws=draws, tail_draws=tail_draws)
 
 
 @KINDS
@@ -282,10 +287,33 @@ def test_both_readers_find_the_same_in_a_large_block_of_adaptive_rows(
     assert_both_read(block, mode=mode, dictionary=dictionary)
 
 
+@pytest.mark.parametrize("tail_draws", [1, 5])
+@pytest.mark.parametrize("rows", [16, 70, 400], ids=["few-rows", "four-lanes", "many-rows"])
+@pytest.mark.parametrize("trained_on", [None, 0, 1], ids=["own-tables", "no-codes", "codes"])
+@pytest.mark.parametrize("min_probability", [0.0, 1e-3], ids=["all", "adaptive"])
+def test_both_readers_find_the_same_draws_from_the_tails(
+    tail_draws: int, rows: int, trained_on: int | None, min_probability: float
+) -> None:
+    """In draw codes, the block's or a dictionary's, or in plain bits where a dictionary has none."""
+    dictionary = None
+    if trained_on is not None:
+        known = build_block(1, 40, mode="standard")
+        spec = codec("standard", min_probability, trained_on)
+        if trained_on:
+            known = [draw_tails(trace, trained_on, VOCAB_SIZE) for trace in known]
+        dictionary = train_dictionary([known], codec=spec, vocab_size=VOCAB_SIZE)
+        assert (dictionary.tables.draw_lengths is None) == (trained_on == 0)
+    traces = [draw_tails(trace, tail_draws, VOCAB_SIZE) for trace in build_block(2, rows, mode="standard")]
+    spec = codec("standard", min_probability, tail_draws)
+    block = encode_block(traces, codec=spec, vocab_size=VOCAB_SIZE, dictionary=dictionary)
+    assert_both_read(block, mode="standard", dictionary=dictionary)
+
+
 @pytest.mark.parametrize("mode", ["exact", "standard"])
 def test_both_readers_find_the_same_in_rows_without_entries(mode: CodecMode) -> None:
     traces = [build_trace(4, 3, 0), build_trace(5, 0, 0)]
-    assert_both_read(encode_block(traces, codec=mode, vocab_size=VOCAB_SIZE), mode=mode)
+    for some in (traces, [draw_tails(trace, 2, VOCAB_SIZE) for trace in traces]):
+        assert_both_read(encode_block(some, codec=mode, vocab_size=VOCAB_SIZE), mode=mode)
 
 
 @pytest.mark.parametrize("mode", ["exact", "standard"])
@@ -343,12 +371,13 @@ def flags_at(block: bytes) -> int:
 def test_both_readers_refuse_what_is_newer() -> None:
     block = encode_block([build_trace(9, 3, 4)], vocab_size=VOCAB_SIZE)
     payload = bytearray(split_block(block)[1])
-    newer_flags, newer_scale = payload.copy(), payload.copy()
-    newer_flags[flags_at(block)] |= 128
+    newer_draws, newer_scale = payload.copy(), payload.copy()
+    newer_draws[flags_at(block)] |= 128
+    newer_draws.insert(flags_at(block) + 1, 17)
     newer_scale[flags_at(block) + 3] = 5
     for refused in (
         rebuild(block, bytes(payload), format_version=3),
-        rebuild(block, bytes(newer_flags)),
+        rebuild(block, bytes(newer_draws)),
         rebuild(block, bytes(newer_scale)),
     ):
         with pytest.raises(reference.NewerError):
@@ -361,7 +390,17 @@ def test_both_readers_refuse_what_is_newer() -> None:
 def test_what_the_reference_reader_accepts_both_read_alike(mode: CodecMode, teacher: Teacher) -> None:
     """Damaged blocks: the page refuses at least what lynearm refuses, and otherwise says what comes out."""
     traces = build_block(10, 20, mode=mode, teacher=teacher, k=4)
-    block = encode_block(traces, codec=codec(mode), vocab_size=VOCAB_SIZE)
+    assert_damage_is_read_alike(encode_block(traces, codec=codec(mode), vocab_size=VOCAB_SIZE), mode)
+
+
+@pytest.mark.parametrize("mode", ["exact", "standard"])
+def test_what_the_reference_reader_accepts_of_tail_draws_both_read_alike(mode: CodecMode) -> None:
+    traces = [draw_tails(trace, 3, VOCAB_SIZE) for trace in build_block(10, 20, mode=mode, k=4)]
+    spec = codec(mode, tail_draws=3)
+    assert_damage_is_read_alike(encode_block(traces, codec=spec, vocab_size=VOCAB_SIZE), mode)
+
+
+def assert_damage_is_read_alike(block: bytes, mode: CodecMode) -> None:
     payload = bytes(split_block(block)[1])
     chance = random.Random(11)
     accepted = 0

@@ -15,7 +15,8 @@ from lynearm.v1 import trace_pb2
 from lynearm.wire.blocks import MAX_BLOCK_ENTRIES, checksum, join_block, split_block, verify_block
 from lynearm.wire.codec import decode_block, decode_rows, encode_block
 from lynearm.wire.errors import CodecError, CorruptBlockError, InvalidInputError, UnsupportedFormatError
-from lynearm.wire.specs import CODEC_MODES, MAX_TOP_K, CodecSpec
+from lynearm.wire.row_layout import TAIL_DRAWS
+from lynearm.wire.specs import CODEC_MODES, MAX_TAIL_DRAWS, MAX_TOP_K, CodecSpec
 from lynearm.wire.traces import SamplingParams, TokenSpan, TopK, Trace
 
 
@@ -220,7 +221,8 @@ def test_a_block_of_a_newer_version_or_an_unknown_mode_is_refused_politely() -> 
 def test_what_a_payload_says_that_is_not_known_here_is_refused_politely() -> None:
     pieces = take_apart(BLOCK)
     for later in (
-        dataclasses.replace(pieces, flags=pieces.flags | 128),
+        dataclasses.replace(pieces, flags=pieces.flags | TAIL_DRAWS, draws=MAX_TAIL_DRAWS + 1),
+        dataclasses.replace(pieces, flags=pieces.flags | TAIL_DRAWS, draws=0xFF),
         dataclasses.replace(pieces, scale=b"\5"),
         dataclasses.replace(pieces, scale=b"\xff"),
     ):

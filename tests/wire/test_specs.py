@@ -23,6 +23,7 @@ from lynearm.wire.specs import (
     alignment_differences,
     hash_chat_template,
     hash_vocab,
+    spec_differences,
 )
 
 TOKENIZER = TokenizerSpec("tok", hash_vocab([("a", 0), ("b", 1)]), hash_chat_template("{{ x }}"), 2, (1,))
@@ -36,9 +37,19 @@ SPEC = StreamSpec(
 )
 
 
-def test_a_spec_survives_the_wire() -> None:
-    data = spec_to_proto(SPEC).SerializeToString()
-    assert spec_from_proto(trace_pb2.StreamSpec.FromString(data)) == SPEC
+@pytest.mark.parametrize(
+    "codec",
+    [SPEC.codec, CodecSpec("sampled", draws=9), CodecSpec(min_probability=0.25, tail_draws=16)],
+)
+def test_a_spec_survives_the_wire(codec: CodecSpec) -> None:
+    spec = replace(SPEC, codec=codec)
+    data = spec_to_proto(spec).SerializeToString()
+    assert spec_from_proto(trace_pb2.StreamSpec.FromString(data)) == spec
+
+
+def test_streams_differ_by_their_tail_draws() -> None:
+    drawn = replace(SPEC, codec=replace(SPEC.codec, tail_draws=2))
+    assert spec_differences(SPEC, drawn) == ["codec.tail_draws is 0, wanted 2"]
 
 
 def test_a_stream_survives_the_wire() -> None:
@@ -60,6 +71,9 @@ def test_names_that_could_become_paths_are_refused(name: str) -> None:
         ({"teacher": replace(SPEC.teacher, vocab_size=0)}, "vocab_size 0"),
         ({"tokenizer": replace(TOKENIZER, vocab_sha256=b"short")}, "not 32 bytes"),
         ({"codec": CodecSpec("exact", 1025)}, "top_k 1025"),
+        ({"codec": CodecSpec(tail_draws=17)}, r"tail_draws 17 is outside 0\.\.16"),
+        ({"codec": CodecSpec(tail_draws=-1)}, r"tail_draws -1 is outside 0\.\.16"),
+        ({"codec": CodecSpec("sampled", draws=9, tail_draws=1)}, "tail_draws 1 does not suit mode 'sampled'"),
     ],
 )
 def test_an_incomplete_spec_names_the_field(change: dict[str, object], message: str) -> None:

@@ -74,6 +74,8 @@ def _codec(codec: Mapping[str, Any]) -> str:
         facts.append(f"p≥{codec['min_probability']:g}")
     if codec.get("draws"):
         facts.append(f"{codec['draws']} draws")
+    if codec.get("tail_draws"):
+        facts.append(f"{codec['tail_draws']} tail draws")
     return ", ".join(facts)
 
 

@@ -15,7 +15,7 @@ from lynearm.cli.text import printable
 from lynearm.wire.hidden import HiddenStatesSpec
 from lynearm.wire.protobuf import StreamInfo
 from lynearm.wire.retention import Retention
-from lynearm.wire.specs import TokenizerSpec
+from lynearm.wire.specs import CodecSpec, TokenizerSpec
 
 _SPACIOUS_COLUMNS = 80
 
@@ -109,7 +109,7 @@ def _details(info: StreamInfo) -> dict[str, str]:
         "kept": f"from offset {info.first_offset:,}, {size(info.retained_bytes)}",
         "retention": describe_retention(info.retention),
         "bits per token": f"{bits:.1f}" if bits is not None else "-",
-        "codec": f"{info.spec.codec.mode}, top-k {info.spec.codec.top_k}",
+        "codec": _codec(info.spec.codec),
         **_hidden_details(info.spec.codec.hidden),
         "licence": info.spec.license,
         "teacher": teacher.model,
@@ -120,6 +120,11 @@ def _details(info: StreamInfo) -> dict[str, str]:
         **_tokenizer_details(info.spec.tokenizer),
     }
     return details | {f"label {key}": value for key, value in sorted(info.spec.labels.items())}
+
+
+def _codec(codec: CodecSpec) -> str:
+    draws = f", {codec.tail_draws} tail draws" if codec.tail_draws else ""
+    return f"{codec.mode}, top-k {codec.top_k}{draws}"
 
 
 def _hidden_details(hidden: HiddenStatesSpec | None) -> dict[str, str]:

@@ -49,11 +49,12 @@ def load_arrow() -> Untyped:
         ) from error
 
 
-def trace_schema(pa: Untyped) -> Untyped:
+def trace_schema(pa: Untyped, *, tail_draws: bool = True) -> Untyped:
     """The columns of a trace.
 
     Args:
         pa: The module pyarrow.
+        tail_draws: With the column of draws from the tails, which only some streams have.
     """
     ids = pa.list_(pa.int32())
     floats = pa.list_(pa.float32())
@@ -75,6 +76,7 @@ def trace_schema(pa: Untyped) -> Untyped:
         ]
     )
     tag = pa.struct([("key", pa.string()), ("value", pa.string())])
+    drawn = [("tail_draws", pa.list_(ids))] if tail_draws else []
     return pa.schema(
         [
             ("prompt_id", pa.string()),
@@ -92,5 +94,6 @@ def trace_schema(pa: Untyped) -> Untyped:
             ("spans", pa.list_(span)),
             ("sampling", sampling),
             ("tags", pa.list_(tag)),
+            *drawn,
         ]
     )

@@ -1,12 +1,12 @@
 """Arrow columns to traces: checks types, nulls and lengths, and puts the padding back.
 
-Shape legend: T = completion positions, K = entries kept per position.
+Shape legend: T = completion positions, K = entries kept per position, D = draws from the tail of each.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import cast
 
 import numpy as np
@@ -100,10 +100,12 @@ def batch_to_traces(pa: Untyped, batch: Untyped, schema: Untyped) -> Iterator[Tr
         for name in ("prompt_token_ids", "completion_token_ids", "sampled_logprobs", "tail_mass")
     }
     entries = {name: _nested(columns[name], name) for name in ("top_k_token_ids", "top_k_logprobs")}
+    draws = _nested(columns["tail_draws"], "tail_draws") if "tail_draws" in columns else None
     rows = _plain_rows(columns, batch.num_rows)
     for index, row in enumerate(rows):
         try:
-            yield _trace(row, {name: column.row(index) for name, column in lists.items()}, entries, index)
+            trace = _trace(row, {name: column.row(index) for name, column in lists.items()}, entries, index)
+            yield trace if draws is None else _with_tail_draws(trace, *draws, index)
         except (InvalidInputError, CodecError) as error:
             raise RowError(index, error.message, error.remedy) from error
 
@@ -166,6 +168,23 @@ def _top_k(
         offsets = _row_offsets(*entries[name], index)
         padded[kept_TK] = entries[name][1].values[offsets[0] : offsets[-1]]
     return TopK(token_ids_TK, logprobs_TK, cast("npt.NDArray[np.float32]", tail_mass))
+
+
+def _with_tail_draws(trace: Trace, outer: _Lists, inner: _Lists, index: int) -> Trace:
+    """The trace with what was drawn from its tails; unchanged where its lists are empty."""
+    offsets = _row_offsets(outer, inner, index)
+    count_T = np.diff(offsets)
+    _check_length("tail_draws", count_T.size, trace.completion_token_ids.size)
+    draws = int(count_T.max(initial=0))
+    if (count_T != draws).any():
+        raise InvalidInputError(
+            f"tail_draws has positions of {count_T.min()} and of {draws} draws",
+            "give every position as many, -1 where nothing was drawn",
+        )
+    if draws == 0:
+        return trace
+    draws_TD = inner.values[offsets[0] : offsets[-1]].reshape(-1, draws).astype(np.int32)
+    return replace(trace, top_k=replace(trace.top_k, tail_draws=draws_TD))
 
 
 def _row_offsets(outer: _Lists, inner: _Lists, index: int) -> npt.NDArray[np.int64]:

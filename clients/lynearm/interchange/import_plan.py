@@ -73,7 +73,7 @@ def plan_stream(config: ImportConfig, client: TraceClient, sources: Sequence[Sou
     if jsonl and len(jsonl) == len(sources) and response is None:
         raise InvalidInputError(f"{', '.join(str(one.path) for one in jsonl)} holds no response")
     known = SpecFacts(
-        guesses=_guesses(teacher, response),
+        guesses=_guesses(teacher, response, sources),
         existing=_existing(client, config.stream or (in_files[0][1].name if in_files else "")),
         tokenizer=_tokenizer_facts(teacher),
         file=in_files[0][1] if in_files else None,
@@ -98,12 +98,17 @@ def _existing(client: TraceClient, name: str) -> StreamSpec | None:
         return None
 
 
-def _guesses(teacher: TeacherFiles | None, response: ResponseFacts | None) -> Facts:
+def _guesses(
+    teacher: TeacherFiles | None, response: ResponseFacts | None, sources: Sequence[Source]
+) -> Facts:
     guesses: dict[str, object] = {"tokenizer.name": teacher.spec.name} if teacher is not None else {}
     if response is not None:
         said = {"teacher.model": response.model, "teacher.engine": response.engine}
         guesses |= {name: value for name, value in said.items() if value}
         guesses["codec.top_k"] = response.top_k
+    first = sources[0]
+    if isinstance(first, ParquetTraceSource) and first.spec is None:
+        guesses["codec.tail_draws"] = first.tail_draws
     return guesses
 
 

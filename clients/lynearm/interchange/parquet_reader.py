@@ -83,6 +83,16 @@ class ParquetTraceSource:
         rows = int(self._file.metadata.num_rows)
         return self.size_bytes * self._rows_read // rows if rows else self.size_bytes
 
+    @property
+    def tail_draws(self) -> int:
+        """Draws from the tail of each position, read from the first one; 0 without any."""
+        if "tail_draws" in self._file.schema_arrow.names:
+            for batch in self._batches(columns=["tail_draws"], rows=self._batch_rows()):
+                positions = batch.column(0).flatten()
+                if len(positions):
+                    return len(positions[0].as_py() or ())
+        return 0
+
     def check_prompts(self, seen: dict[str, str]) -> None:
         """Refuse prompts whose rows are not adjacent, reading no other column.
 

@@ -51,7 +51,8 @@ class ParquetTraceWriter:
         self.row_groups = 0
         self._overwrite = overwrite
         self._pa = load_arrow()
-        self._schema = trace_schema(self._pa).with_metadata(_metadata(spec))
+        schema = trace_schema(self._pa, tail_draws=spec.codec.tail_draws > 0)
+        self._schema = schema.with_metadata(_metadata(spec))
         self._check_path()
         self._part = path.with_name(path.name + ".part")
         self._batches: list[Untyped] = []

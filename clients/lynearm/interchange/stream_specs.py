@@ -32,6 +32,7 @@ _DEFAULTS: Facts = {
     "codec.min_probability": 0.0,
     "codec.draws": 0,
     "codec.hidden": None,
+    "codec.tail_draws": 0,
     "labels": {},
 }
 

@@ -1,6 +1,6 @@
 """Traces to Arrow columns, without padding.
 
-Shape legend: T = completion positions, K = entries kept per position.
+Shape legend: T = completion positions, K = entries kept per position, D = draws from the tail of each.
 """
 
 from __future__ import annotations
@@ -41,6 +41,8 @@ def traces_to_batch(pa: Untyped, schema: Untyped, traces: Sequence[Trace]) -> Un
         "sampling": [_sampling(trace.sampling) for trace in traces],
         "tags": [[{"key": key, "value": value} for key, value in trace.tags.items()] for trace in traces],
     }
+    if "tail_draws" in schema.names:
+        columns["tail_draws"] = _tail_draws(pa, traces)
     arrays = [
         columns[field.name]
         if isinstance(columns[field.name], pa.Array)
@@ -68,6 +70,20 @@ def _entries(pa: Untyped, traces: Sequence[Trace]) -> dict[str, Untyped]:
         )
         for name, values in (("top_k_token_ids", ids), ("top_k_logprobs", logprobs))
     }
+
+
+def _tail_draws(pa: Untyped, traces: Sequence[Trace]) -> Untyped:
+    """Tokens drawn from the tails: for each trace a list of D for each position, empty without draws."""
+    draws_TD = [
+        np.empty((trace.top_k.positions, 0), np.int32)
+        if trace.top_k.tail_draws is None
+        else trace.top_k.tail_draws
+        for trace in traces
+    ]
+    counts = [count for draws in draws_TD for count in [draws.shape[1]] * len(draws)]
+    drawn = pa.array(_concatenated([draws.ravel() for draws in draws_TD], np.int32))
+    positions = pa.ListArray.from_arrays(_offsets(counts), drawn)
+    return pa.ListArray.from_arrays(_offsets([len(draws) for draws in draws_TD]), positions)
 
 
 def _lists(pa: Untyped, arrays: Sequence[npt.NDArray[np.generic]], dtype: npt.DTypeLike) -> Untyped:

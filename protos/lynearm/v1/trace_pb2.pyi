@@ -251,6 +251,7 @@ class CodecSpec(google.protobuf.message.Message):
     TOP_K_FIELD_NUMBER: builtins.int
     MIN_PROBABILITY_FIELD_NUMBER: builtins.int
     DRAWS_FIELD_NUMBER: builtins.int
+    TAIL_DRAWS_FIELD_NUMBER: builtins.int
     HIDDEN_STATES_FIELD_NUMBER: builtins.int
     mode: Global___CodecMode.ValueType
     """Codec of every block in the stream."""
@@ -262,6 +263,10 @@ class CodecSpec(google.protobuf.message.Message):
     """
     draws: builtins.int
     """Draws kept per position in CODEC_MODE_SAMPLED, at least 1; 0 in every other mode."""
+    tail_draws: builtins.int
+    """Tokens drawn from each position's tail, with replacement, which stand for its mass in equal parts; 0 to
+    16, and 0 in CODEC_MODE_SAMPLED.
+    """
     @property
     def hidden_states(self) -> Global___HiddenStatesSpec:
         """Hidden states that every trace carries. Absent: none."""
@@ -273,10 +278,11 @@ class CodecSpec(google.protobuf.message.Message):
         top_k: builtins.int = ...,
         min_probability: builtins.float = ...,
         draws: builtins.int = ...,
+        tail_draws: builtins.int = ...,
         hidden_states: Global___HiddenStatesSpec | None = ...,
     ) -> None: ...
     def HasField(self, field_name: typing.Literal["hidden_states", b"hidden_states"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["draws", b"draws", "hidden_states", b"hidden_states", "min_probability", b"min_probability", "mode", b"mode", "top_k", b"top_k"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["draws", b"draws", "hidden_states", b"hidden_states", "min_probability", b"min_probability", "mode", b"mode", "tail_draws", b"tail_draws", "top_k", b"top_k"]) -> None: ...
 
 Global___CodecSpec: typing_extensions.TypeAlias = CodecSpec
 

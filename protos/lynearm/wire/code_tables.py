@@ -74,6 +74,18 @@ class NumberContext(IntEnum):
 
 NUMBER_CONTEXTS: Final = NumberContext.REST + REST_CONTEXTS
 
+
+class DrawContext(IntEnum):
+    """What the number of a draw from a tail is. Only tables for rows with such draws have these codes."""
+
+    FIRST = 0
+    """One more than the lowest rank of a row; 0 where nothing was drawn."""
+    GAP = 1
+    """A further one's distance from the one before."""
+
+
+DRAW_CONTEXTS: Final = len(DrawContext)
+
 GROUPS_OF_MERGE: Final[tuple[Uint8Array, ...]] = (
     np.zeros(STEP_CONTEXTS, np.uint8),
     np.repeat(np.arange(RANK_BUCKETS, dtype=np.uint8), ENTRY_STATES),
@@ -104,6 +116,8 @@ class SymbolCounts:
     """Shape [STEP_CONTEXTS, STEP_SYMBOLS + 1]."""
     numbers: Int64Array
     """Shape [NUMBER_CONTEXTS, NUMBER_SYMBOLS + 1]."""
+    draws: Int64Array
+    """Shape [DRAW_CONTEXTS, NUMBER_SYMBOLS + 1]."""
 
     @staticmethod
     def zeros() -> SymbolCounts:
@@ -111,12 +125,14 @@ class SymbolCounts:
         return SymbolCounts(
             np.zeros((STEP_CONTEXTS, STEP_SYMBOLS + 1), np.int64),
             np.zeros((NUMBER_CONTEXTS, NUMBER_SYMBOLS + 1), np.int64),
+            np.zeros((DRAW_CONTEXTS, NUMBER_SYMBOLS + 1), np.int64),
         )
 
     def add(self, other: SymbolCounts) -> None:
         """Count another's symbols too."""
         np.add(self.steps, other.steps, out=self.steps)
         np.add(self.numbers, other.numbers, out=self.numbers)
+        np.add(self.draws, other.draws, out=self.draws)
 
 
 @dataclass(frozen=True, slots=True)
@@ -180,13 +196,23 @@ class CodeTables:
     number_lengths: Uint8Array
     """Shape [NUMBER_CONTEXTS, NUMBER_SYMBOLS + 1]."""
     level_rule: LevelRule
+    draw_lengths: Uint8Array | None = None
+    """Shape [DRAW_CONTEXTS, NUMBER_SYMBOLS + 1]; None: draws from tails are written as they are."""
 
-    def cost_bits(self, counts: SymbolCounts) -> int:
+    def cost_bits(self, counts: SymbolCounts, *, vocab_size: int) -> int:
         """What the codes of these symbols take; open bits aside."""
         groups = GROUPS_OF_MERGE[self.merge]
-        return _cost(counts.steps, self.step_lengths[groups], SYMBOL_BITS) + _cost(
-            counts.numbers, self.number_lengths, _NUMBER_ESCAPE_BITS
+        return (
+            _cost(counts.steps, self.step_lengths[groups], SYMBOL_BITS)
+            + _cost(counts.numbers, self.number_lengths, _NUMBER_ESCAPE_BITS)
+            + self._draw_cost_bits(counts.draws, vocab_size)
         )
+
+    def _draw_cost_bits(self, draws: Int64Array, vocab_size: int) -> int:
+        if self.draw_lengths is not None:
+            return _cost(draws, self.draw_lengths, _NUMBER_ESCAPE_BITS)
+        open_bits = draws[:, :NUMBER_SYMBOLS] * NUMBER_WIDTHS
+        return int(draws.sum()) * plain_draw_bits(vocab_size) - int(open_bits.sum())
 
     @cached_property
     def step_codes(self) -> Uint32Array:
@@ -230,11 +256,27 @@ class CodeTables:
         fill_tables(self.number_lengths, _NUMBER_ENTRIES, _NO_NUMBER, 6, -1, tables)
         return tables.ravel()
 
+    @cached_property
+    def draw_codes(self) -> Uint32Array | None:
+        """As `number_codes`, of draws, shape [DRAW_CONTEXTS, NUMBER_SYMBOLS + 1]; None without codes."""
+        return None if self.draw_lengths is None else _codes(self.draw_lengths)
+
+    @cached_property
+    def draw_table(self) -> Uint64Array | None:
+        """As `number_table`, of draws; None without codes."""
+        if self.draw_lengths is None:
+            return None
+        tables = np.empty((DRAW_CONTEXTS, 1 << MAX_CODE_LENGTH), np.uint64)
+        fill_tables(self.draw_lengths, _NUMBER_ENTRIES, _NO_NUMBER, 6, -1, tables)
+        return tables.ravel()
+
     def to_bytes(self) -> bytes:
         """Merge kind, level rule, and the lengths in nibbles."""
         rule = self.level_rule
         head = _HEAD.pack(self.merge, rule.step_shift, rule.origin, rule.shift, rule.base, rule.slope)
-        return b"".join((head, _pack(self.step_lengths).tobytes(), _pack(self.number_lengths).tobytes()))
+        parts = [self.step_lengths, self.number_lengths]
+        parts += [] if self.draw_lengths is None else [self.draw_lengths]
+        return b"".join((head, *(_pack(lengths).tobytes() for lengths in parts)))
 
     @staticmethod
     def from_bytes(data: bytes | memoryview) -> CodeTables:
@@ -250,19 +292,17 @@ class CodeTables:
             raise CorruptBlockError(f"tables of code lengths of kind {merge}, shifts {step_shift}, {shift}")
         packed = np.frombuffer(data, np.uint8, offset=_HEAD.size)
         nibbles = np.stack((packed & 15, packed >> 4), axis=1).astype(np.uint8).ravel()
-        groups = _group_count(merge)
-        step_lengths = np.zeros((groups, STEP_SYMBOLS + 1), np.uint8)
+        step_lengths = np.zeros((_group_count(merge), STEP_SYMBOLS + 1), np.uint8)
         number_lengths = np.zeros((NUMBER_CONTEXTS, NUMBER_SYMBOLS + 1), np.uint8)
-        end = _unpack(nibbles, 0, step_lengths)
-        # Each of the two parts fills whole bytes.
-        end = _unpack(nibbles, end + end % 2, number_lengths) if end >= 0 else end
-        if end < 0 or end + end % 2 != nibbles.size:
-            raise CorruptBlockError("tables of code lengths end too early, or too late")
-        check_lengths(step_lengths)
-        check_lengths(number_lengths)
-        return CodeTables(
-            merge, step_lengths, number_lengths, LevelRule(step_shift, origin, shift, base, slope)
-        )
+        draw_lengths = np.zeros((DRAW_CONTEXTS, NUMBER_SYMBOLS + 1), np.uint8)
+        end = _unpack_part(nibbles, 0, step_lengths)
+        end = _unpack_part(nibbles, end, number_lengths)
+        with_draws = end < nibbles.size
+        end = _unpack_part(nibbles, end, draw_lengths) if with_draws else end
+        if end != nibbles.size:
+            raise CorruptBlockError("tables of code lengths end too late")
+        rule = LevelRule(step_shift, origin, shift, base, slope)
+        return CodeTables(merge, step_lengths, number_lengths, rule, draw_lengths if with_draws else None)
 
 
 def build_tables(
@@ -275,16 +315,28 @@ def build_tables(
         merge: Index into `GROUPS_OF_MERGE`.
         level_rule: By which the tails were counted.
         with_escapes: Whether symbols that were not counted must be codable too.
+
+    Returns:
+        With codes of draws where some were counted.
     """
     groups = GROUPS_OF_MERGE[merge]
     steps = np.zeros((_group_count(merge), STEP_SYMBOLS + 1), np.int64)
     np.add.at(steps, groups, counts.steps)
-    numbers = counts.numbers.copy()
+    numbers, draws = counts.numbers.copy(), counts.draws.copy()
+    with_draws = bool(draws.any())
     if with_escapes:
         # A symbol met once says how likely an unknown one is (Good 1953).
         steps[:, STEP_ESCAPE] = 1 + (steps == 1).sum(axis=1)
         numbers[:, NUMBER_ESCAPE] = 1 + (numbers == 1).sum(axis=1)
-    return CodeTables(merge, _lengths(steps), _lengths(numbers), level_rule)
+        draws[:, NUMBER_ESCAPE] = 1 + (draws == 1).sum(axis=1)
+    return CodeTables(
+        merge, _lengths(steps), _lengths(numbers), level_rule, _lengths(draws) if with_draws else None
+    )
+
+
+def plain_draw_bits(vocab_size: int) -> int:
+    """Bits of a draw's number where the tables have no code for it: numbers are 0 to V."""
+    return vocab_size.bit_length()
 
 
 def _group_count(merge: int) -> int:
@@ -334,6 +386,19 @@ def _pack(lengths: Uint8Array) -> Uint8Array:
     size += size & 1
     packed: Uint8Array = (nibbles[0:size:2] | (nibbles[1:size:2] << 4)).astype(np.uint8)
     return packed
+
+
+def _unpack_part(nibbles: Uint8Array, start: int, lengths: Uint8Array) -> int:
+    """Fill and check `lengths`; the nibble behind them, since each part fills whole bytes.
+
+    Raises:
+        CorruptBlockError: if they are not there, or are no prefix code's.
+    """
+    end = _unpack(nibbles, start, lengths)
+    if end < 0:
+        raise CorruptBlockError("tables of code lengths end too early")
+    check_lengths(lengths)
+    return end + end % 2
 
 
 @compiled

@@ -6,8 +6,9 @@ logprobs and tail masses on a grid that adds at most 1e-6, 1e-4 and 1e-3 nats of
 mean position, over kept entries and tail; "sampled" returns draws and their counts. Token ids, text and
 everything else travel unchanged. docs/format.md specifies the bytes for readers in other languages.
 
-Two things are not kept. The token id of a padding entry comes back as 0. Entries of one level, in the exact
-mode entries of equal logprob, come back in another order, since nothing orders them.
+Three things are not kept. The token id of a padding entry comes back as 0. Entries of one level, in the exact
+mode entries of equal logprob, come back in another order, since nothing orders them; and so do the draws from
+a row's tail.
 """
 
 from __future__ import annotations
@@ -55,7 +56,7 @@ from lynearm.wire.positions import Positions
 from lynearm.wire.row_reading import read_positions
 from lynearm.wire.row_writing import write_positions
 from lynearm.wire.specs import CodecMode, CodecSpec
-from lynearm.wire.trace_rows import check_arguments, name_trace_rows, too_large
+from lynearm.wire.trace_rows import check_arguments, check_tail_draws, name_trace_rows, too_large
 from lynearm.wire.traces import Float32Array, TopK, Trace
 from lynearm.wire.version1.reader import read_traces as read_version_1
 
@@ -76,7 +77,8 @@ def encode_block(
 
     Args:
         traces: At least one; K may differ between them.
-        codec: The stream's codec, or its mode alone. `top_k` is not enforced; `min_probability` is.
+        codec: The stream's codec, or its mode alone. `top_k` is not enforced; `min_probability` is. Traces
+            must have the codec's hidden states and tail draws; with the mode alone, all of them the same.
         vocab_size: Width of the teacher's logits, 1 to 2^20; every token id is below it.
         dictionary: What the codec has learned about the teacher; the reader needs it then.
 
@@ -87,6 +89,7 @@ def encode_block(
     spec = codec if isinstance(codec, CodecSpec) else CodecSpec(codec)
     check_arguments(traces, spec, vocab_size, dictionary)
     traces = [keep_likely(trace, spec.min_probability) for trace in traces]
+    check_tail_draws(traces, codec)
     hidden = spec_of_traces(traces)
     if isinstance(codec, CodecSpec) and codec.hidden != hidden:
         raise CodecError(
@@ -294,4 +297,5 @@ def _top_k(positions: Positions, rows: slice, width: int) -> TopK:
         token_ids=positions.token_ids[rows, :width],
         logprobs=positions.logprobs[rows, :width],
         tail_mass=positions.tail_mass[rows],
+        tail_draws=None if positions.tail_draws is None else positions.tail_draws[rows],
     )

@@ -18,6 +18,7 @@ from lynearm.wire.token_kernels import AS_SAMPLED
 from lynearm.wire.trace_rows import (
     check_arguments,
     check_rows,
+    check_tail_draws,
     gather_positions,
     kept_mask,
     name_trace_rows,
@@ -49,6 +50,7 @@ def train_dictionary(
     groups = [[keep_likely(trace, spec.min_probability) for trace in block] for block in blocks if block]
     everything = [trace for group in groups for trace in group]
     check_arguments(everything, spec, vocab_size, None)
+    check_tail_draws(everything, codec)
     gathered = gather_positions(everything)
     check_rows(everything, gathered, vocab_size)
     common = order_tokens(np.bincount(gathered.token_ids[kept_mask(gathered)], minlength=vocab_size))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import numpy.typing as npt
 
-from lynearm.wire.code_tables import CodeTables, LevelRule, NumberContext
+from lynearm.wire.code_tables import CodeTables, DrawContext, LevelRule, NumberContext, plain_draw_bits
 from lynearm.wire.errors import CorruptBlockError
 from lynearm.wire.grids import MAX_GRID_LEVEL, Grid
 from lynearm.wire.number_kernels import read_fixed, read_numbers, read_numbers_by_level
@@ -33,6 +33,7 @@ class NumberStream:
     def __init__(self, stream: Uint8Array, end_bit: int, tables: CodeTables) -> None:
         self.stream = stream
         self._end_bit = end_bit
+        self._tables = tables
         self._table = tables.number_table
         self._bit = 0
 
@@ -94,6 +95,18 @@ class NumberStream:
         # No tail's level, −1, finds the last one's mass.
         masses = np.append(np.exp(grid.table(highest + 1)), np.float32(0))
         return logprobs, masses[tail_levels]
+
+    def read_draws(self, context: DrawContext, count: int, vocab_size: int) -> Uint32Array:
+        """Numbers of draws from tails, in the codes that are theirs, or as they are where there are none."""
+        # Every number costs a bit at least: it proves that there are so many.
+        if count > self._end_bit - self._bit:
+            raise CorruptBlockError("the numbers of the block end too early")
+        table = self._tables.draw_table
+        if table is None:
+            return self.read_fixed(count, plain_draw_bits(vocab_size))
+        contexts, numbers = np.full(count, context, np.uint8), np.empty(count, np.uint32)
+        self._move(read_numbers(self.stream, self._bit, self._end_bit, contexts, table, numbers))
+        return numbers
 
     def read_fixed(self, count: int, width: int) -> Uint32Array:
         """Numbers of so many plain bits each."""

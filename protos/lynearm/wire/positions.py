@@ -42,11 +42,13 @@ class Positions:
     """Shape [N]."""
     sampled_logprobs: Float32Array
     """Shape [N]."""
+    tail_draws: Int32Array | None = None
+    """Shape [N, D], as `TopK` has them; None: nothing was drawn from the tails."""
 
     def select(self, rows: slice) -> Positions:
         """Some of the rows, in the memory of these."""
-        parts = {field.name: getattr(self, field.name)[rows] for field in dataclasses.fields(self)}
-        return Positions(**parts)
+        arrays = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        return Positions(**{name: array[rows] for name, array in arrays.items() if array is not None})
 
 
 def first_previous_tokens(lengths: Sequence[int], before: Sequence[int]) -> Int32Array:

@@ -111,6 +111,7 @@ def spec_to_proto(spec: StreamSpec) -> trace_pb2.StreamSpec:
             top_k=spec.codec.top_k,
             min_probability=spec.codec.min_probability,
             draws=spec.codec.draws,
+            tail_draws=spec.codec.tail_draws,
             hidden_states=None if spec.codec.hidden is None else hidden_spec_to_proto(spec.codec.hidden),
         ),
         license=spec.license,
@@ -134,6 +135,7 @@ def spec_from_proto(message: trace_pb2.StreamSpec) -> StreamSpec:
             top_k=message.codec.top_k,
             min_probability=message.codec.min_probability,
             draws=message.codec.draws,
+            tail_draws=message.codec.tail_draws,
             hidden=(
                 hidden_spec_from_proto(message.codec.hidden_states)
                 if message.codec.HasField("hidden_states")

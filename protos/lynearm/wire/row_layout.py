@@ -28,6 +28,7 @@ FOUR_LANES = 8
 ORDER_OF_DICTIONARY = 16
 SCALE_OF_DICTIONARY = 32
 SHORT_TABLES = 64
+TAIL_DRAWS = 128
 """Flags of the rows' part."""
 
 LANES: Final = 4

@@ -23,6 +23,7 @@ from lynearm.wire.row_layout import (
     FIRST_SHIFT,
     KEPT_VARIES,
     SAMPLED_APART,
+    TAIL_DRAWS,
     TOP_OFFSET,
     USUAL_FIRST,
     expect_tails,
@@ -31,6 +32,7 @@ from lynearm.wire.row_layout import (
     zigzag,
 )
 from lynearm.wire.specs import CodecMode
+from lynearm.wire.tail_draws import number_draws
 from lynearm.wire.token_kernels import AS_SAMPLED, assign_token_codes
 from lynearm.wire.traces import Int32Array
 from lynearm.wire.write_kernels import name_entries
@@ -74,6 +76,10 @@ class NamedRows:
     flags: int
     counts: SymbolCounts
     level_rule: LevelRule
+    tail_draws: _Column | None = None
+    """What was drawn from the tails, which has codes of its own; None where nothing was."""
+    tail_draw_count: int = 0
+    """Draws of each row."""
 
     @property
     def fixed_width(self) -> bool:
@@ -174,6 +180,9 @@ def name_rows(
     columns.append(_Column(tail_contexts, _tail_numbers(positions, scale, tail_levels, expected)))
     for column in columns:
         np.add.at(counts.numbers, (column.contexts, number_symbols(column.numbers)), 1)
+    drawn = _draw_column(positions, order)
+    if drawn is not None:
+        np.add.at(counts.draws, (drawn.contexts, number_symbols(drawn.numbers)), 1)
     return NamedRows(
         scale=scale,
         kept=kept,
@@ -182,14 +191,24 @@ def name_rows(
         open_bits=open_bits,
         columns=tuple(columns),
         fixed=tuple(fixed),
-        flags=(KEPT_VARIES if varies else 0) | (SAMPLED_APART if apart else 0),
+        flags=(KEPT_VARIES if varies else 0)
+        | (SAMPLED_APART if apart else 0)
+        | (TAIL_DRAWS if drawn is not None else 0),
         counts=counts,
         level_rule=rule,
+        tail_draws=drawn,
+        tail_draw_count=0 if positions.tail_draws is None else positions.tail_draws.shape[1],
     )
 
 
 def _column(context: NumberContext, numbers: npt.NDArray[np.integer]) -> _Column:
     return _Column(np.full(numbers.size, context, np.uint8), numbers.astype(np.uint32))
+
+
+def _draw_column(positions: Positions, order: TokenOrder) -> _Column | None:
+    if positions.tail_draws is None:
+        return None
+    return _Column(*number_draws(positions.tail_draws, order.rank_of_token))
 
 
 def _to_levels(

@@ -6,13 +6,14 @@ Shape legend: N = positions of a block, K = entries of the widest row, V = vocab
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import accumulate
 
 import numpy as np
 import numpy.typing as npt
 
 from lynearm.wire.alphabet import BUCKET_OF_RANK, LIST_PLACES
+from lynearm.wire.blocks import MAX_BLOCK_ENTRIES
 from lynearm.wire.code_tables import PLAIN_STEP_ENTRIES, CodeTables, NumberContext
 from lynearm.wire.dictionaries import Dictionary, TokenOrder
 from lynearm.wire.errors import CorruptBlockError, UnsupportedFormatError
@@ -33,6 +34,7 @@ from lynearm.wire.row_layout import (
     SAMPLED_APART,
     SCALE_OF_DICTIONARY,
     SHORT_TABLES,
+    TAIL_DRAWS,
     TOP_OFFSET,
     USUAL_FIRST,
     expect_tails,
@@ -41,7 +43,8 @@ from lynearm.wire.row_layout import (
     unzigzag,
 )
 from lynearm.wire.row_scales import read_scale
-from lynearm.wire.specs import CodecMode
+from lynearm.wire.specs import MAX_TAIL_DRAWS, CodecMode
+from lynearm.wire.tail_draws import find_kept_draw, read_draws
 from lynearm.wire.traces import Float32Array, Int32Array
 from lynearm.wire.value_kernels import look_up, pick_sampled
 from lynearm.wire.write_kernels import MAX_ENTRY_BITS
@@ -51,7 +54,6 @@ Uint8Array = npt.NDArray[np.uint8]
 Uint32Array = npt.NDArray[np.uint32]
 Uint64Array = npt.NDArray[np.uint64]
 
-_KNOWN_FLAGS = 127
 _OF_DICTIONARY = ORDER_OF_DICTIONARY | SCALE_OF_DICTIONARY
 
 
@@ -83,6 +85,8 @@ def read_positions(
     columns = _read_columns(numbers, head, lengths, widths)
     entries = _read_entries(numbers, head, columns, first_previous_tokens(lengths, before))
     positions = _read_values(numbers, head, columns, entries)
+    if head.draws:
+        positions = replace(positions, tail_draws=_read_tail_draws(numbers, head, positions))
     numbers.expect_end()
     return positions, head.vocab_size
 
@@ -100,6 +104,8 @@ class _Head:
     """The streams."""
     ends: Uint64Array
     """Bit behind each stream's last byte: that of the numbers, and with four lanes those of the lanes."""
+    draws: int
+    """Tokens drawn from each row's tail."""
 
     @property
     def has_lanes(self) -> bool:
@@ -146,8 +152,7 @@ class _Entries:
 
 def _read_head(head: ByteReader, mode: CodecMode, dictionary: Dictionary | None) -> _Head:
     flags = head.byte()
-    if flags & ~_KNOWN_FLAGS:
-        raise UnsupportedFormatError(f"flags {flags:#x} are not known to this reader", "upgrade lynearm")
+    draws = _read_draw_count(head, mode) if flags & TAIL_DRAWS else 0
     if dictionary is None and (flags & _OF_DICTIONARY or not flags & OWN_TABLES):
         raise CorruptBlockError("the payload needs a dictionary, and the header names none")
     vocab_size, scale = read_scale(head, flags, mode, dictionary)
@@ -158,7 +163,19 @@ def _read_head(head: ByteReader, mode: CodecMode, dictionary: Dictionary | None)
     if sizes[-1] < 0:
         raise CorruptBlockError(f"streams of {sum(sizes[:-1])} bytes in {len(body)}")
     ends = np.array([8 * end for end in accumulate(sizes)], np.uint64)
-    return _Head(flags, vocab_size, scale, tables, order, body, ends)
+    return _Head(flags, vocab_size, scale, tables, order, body, ends, draws)
+
+
+def _read_draw_count(head: ByteReader, mode: CodecMode) -> int:
+    draws = head.byte()
+    if draws > MAX_TAIL_DRAWS:
+        raise UnsupportedFormatError(
+            f"{draws} draws from each tail are more than this reader knows: {MAX_TAIL_DRAWS}",
+            "upgrade lynearm",
+        )
+    if draws == 0 or mode == "sampled":
+        raise CorruptBlockError(f"a block in mode {mode!r} with {draws} draws from each tail")
+    return draws
 
 
 def _read_columns(
@@ -264,6 +281,17 @@ def _read_values(numbers: NumberStream, head: _Head, columns: _Columns, entries:
     if not isinstance(scale, Grid) and not _within(tail_mass, -ROUNDING, 1 + ROUNDING):
         raise CorruptBlockError("the block holds tail masses that are NaN or outside 0..1")
     return Positions(kept, entries.token_ids, logprobs, tail_mass, entries.sampled_ids, sampled_logprobs)
+
+
+def _read_tail_draws(numbers: NumberStream, head: _Head, rows: Positions) -> Int32Array:
+    count = rows.kept.size
+    if count * head.draws > MAX_BLOCK_ENTRIES:
+        raise CorruptBlockError(f"{count} positions of {head.draws} draws are beyond any block")
+    draws_ND = read_draws(numbers, count, head.draws, head.order.token_of_rank)
+    row = find_kept_draw(draws_ND, rows.token_ids, rows.kept)
+    if row >= 0:
+        raise CorruptBlockError(f"a token drawn from the tail of position {row} is one that it keeps")
+    return draws_ND
 
 
 def _within(values: Float32Array, low: float, high: float) -> bool:

@@ -22,6 +22,7 @@ NAME_PATTERN = re.compile(r"[a-z0-9][a-z0-9._-]{0,127}")
 MAX_VOCAB_SIZE = 1 << 20
 MAX_TOP_K = 1024
 MAX_DRAWS = 1 << 16
+MAX_TAIL_DRAWS = 16
 
 
 def check_name(name: str, *, what: str = "stream name") -> str:
@@ -78,6 +79,9 @@ BYTES_PER_ENTRY: Mapping[CodecMode, float] = {
 }
 """Upper estimate of an encoded entry, an id and a logprob; measured were 4.5, 2.1, 1.6, 1.4 and 2.1."""
 
+BYTES_PER_TAIL_DRAW = 2.5
+"""Upper estimate of an encoded draw from the tail."""
+
 
 @dataclass(frozen=True, slots=True)
 class CodecSpec:
@@ -92,6 +96,9 @@ class CodecSpec:
     """Draws per position in mode "sampled"; 0 in every other mode."""
     hidden: HiddenStatesSpec | None = None
     """Hidden states that every trace carries; None: none."""
+    tail_draws: int = 0
+    """Tokens drawn from each position's tail, which stand for its mass in equal parts; at most
+    MAX_TAIL_DRAWS, and 0 in mode "sampled", whose rows have no tail."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -136,6 +143,12 @@ class StreamSpec:
             ),
             f"codec.draws {self.codec.draws} does not suit mode {self.codec.mode!r}": (
                 0 < self.codec.draws <= MAX_DRAWS if self.codec.mode == "sampled" else self.codec.draws == 0
+            ),
+            f"codec.tail_draws {self.codec.tail_draws} is outside 0..{MAX_TAIL_DRAWS}": (
+                0 <= self.codec.tail_draws <= MAX_TAIL_DRAWS
+            ),
+            f"codec.tail_draws {self.codec.tail_draws} does not suit mode 'sampled', which has no tail": (
+                self.codec.mode != "sampled" or self.codec.tail_draws == 0
             ),
             "license is empty": bool(self.license),
             "more than 64 labels": len(self.labels) <= 64,

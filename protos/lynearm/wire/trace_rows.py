@@ -17,7 +17,15 @@ from lynearm.wire.errors import CodecError
 from lynearm.wire.grids import Grid
 from lynearm.wire.positions import ROUNDING, Positions, first_previous_tokens
 from lynearm.wire.row_naming import NamedRows, name_rows
-from lynearm.wire.specs import CODEC_MODES, MAX_TOP_K, MAX_VOCAB_SIZE, CodecSpec
+from lynearm.wire.specs import (
+    CODEC_MODES,
+    MAX_TAIL_DRAWS,
+    MAX_TOP_K,
+    MAX_VOCAB_SIZE,
+    CodecMode,
+    CodecSpec,
+)
+from lynearm.wire.tail_draws import find_kept_draw
 from lynearm.wire.traces import Float32Array, Int32Array, TopK, Trace
 
 _Number = TypeVar("_Number", np.int32, np.float32)
@@ -50,9 +58,36 @@ def check_arguments(
         raise CodecError(f"K is {width}, at most {MAX_TOP_K} can be kept")
     if rows * max(width, 1) > MAX_BLOCK_ENTRIES:
         raise too_large(f"{rows} positions of {width} entries", MAX_BLOCK_ENTRIES)
+    draws = max(trace.top_k.tail_draw_count for trace in traces)
+    if rows * draws > MAX_BLOCK_ENTRIES:
+        raise too_large(f"{rows} positions of {draws} draws", MAX_BLOCK_ENTRIES)
     prompt_tokens = sum(trace.prompt_token_ids.size for trace in traces)
     if prompt_tokens > MAX_BLOCK_ENTRIES:
         raise too_large(f"{prompt_tokens} prompt tokens", MAX_BLOCK_ENTRIES)
+
+
+def check_tail_draws(traces: Sequence[Trace], codec: CodecSpec | CodecMode) -> None:
+    """Refuse traces of one block that have not the same number of tail draws, or not the stream's.
+
+    Those without rows may have none, or any number.
+
+    Raises:
+        CodecError: naming prompt and number.
+    """
+    most = max(trace.top_k.tail_draw_count for trace in traces)
+    if most and (codec.mode if isinstance(codec, CodecSpec) else codec) == "sampled":
+        raise CodecError("mode 'sampled' has no tails to draw from", "capture in another codec mode")
+    if most > MAX_TAIL_DRAWS:
+        raise CodecError(f"{most} tail draws a position, at most {MAX_TAIL_DRAWS} can be kept")
+    counts = [trace.top_k.tail_draw_count for trace in traces if row_count(trace)] or [0]
+    count = codec.tail_draws if isinstance(codec, CodecSpec) else counts[0]
+    for trace in traces:
+        found = trace.top_k.tail_draw_count
+        if found != count and row_count(trace):
+            raise CodecError(
+                f"trace of prompt {trace.prompt_id!r} has {found} tail draws a position, expected {count}",
+                "capture as many as the stream's codec says, or publish to another stream",
+            )
 
 
 def check_rows(traces: Sequence[Trace], rows: Positions, vocab_size: int) -> None:
@@ -82,6 +117,15 @@ def check_rows(traces: Sequence[Trace], rows: Positions, vocab_size: int) -> Non
     checks["tail masses outside 0..1"] = tail.size == 0 or (
         float(tail.min()) >= -ROUNDING and float(tail.max()) <= 1 + ROUNDING
     )
+    draws = rows.tail_draws
+    if draws is not None and draws.size:
+        drawn_N1 = draws[:, :1] >= 0
+        checks[f"tail draws outside 0..{vocab_size - 1}, or −1 for some of a row"] = bool(
+            (((draws >= 0) == drawn_N1) & (draws >= -1) & (draws < vocab_size)).all()
+        )
+        checks["tail draws of tokens that the position keeps"] = (
+            find_kept_draw(draws, rows.token_ids, rows.kept) < 0
+        )
     problems = [problem for problem, holds in checks.items() if not holds]
     if problems and len(traces) == 1:
         raise CodecError(f"trace of prompt {traces[0].prompt_id!r} has {problems[0]}")
@@ -174,7 +218,15 @@ def gather_positions(traces: Sequence[Trace]) -> Positions:
         tail_mass=np.concatenate([top_k.tail_mass for top_k, _, _ in parts]),
         sampled_ids=np.concatenate([ids for _, ids, _ in parts]),
         sampled_logprobs=np.concatenate([logprobs for _, _, logprobs in parts]),
+        tail_draws=_gather_draws([top_k for top_k, _, _ in parts]),
     )
+
+
+def _gather_draws(parts: Sequence[TopK]) -> Int32Array | None:
+    """Draws from all rows' tails; what parts without rows have does not count beside others."""
+    some = [top_k for top_k in parts if top_k.positions] or parts[:1]
+    drawn = [top_k.tail_draws for top_k in some if top_k.tail_draws is not None]
+    return np.concatenate(drawn) if drawn else None
 
 
 def _stack(parts: Sequence[npt.NDArray[_Number]], width: int, padding: _Number) -> npt.NDArray[_Number]:

@@ -45,6 +45,13 @@ class TopK:
     """Natural log probabilities, shape [T, K]; -inf where padded."""
     tail_mass: Float32Array
     """Probability outside the kept entries, shape [T], in [0, 1]."""
+    tail_draws: Int32Array | None = None
+    """Tokens drawn from the tail, shape [T, D]; None: not drawn.
+
+    D independent draws, with replacement, from the teacher's distribution over the tokens that the row does
+    not keep: each stands for tail_mass / D. All D of a row are −1 where it has no tail to draw from, or where
+    nothing was drawn from it. Their order says nothing, and is not kept by the codec.
+    """
 
     @property
     def positions(self) -> int:
@@ -55,6 +62,11 @@ class TopK:
     def k(self) -> int:
         """K."""
         return int(self.token_ids.shape[1])
+
+    @property
+    def tail_draw_count(self) -> int:
+        """D; 0 where nothing was drawn from the tails."""
+        return 0 if self.tail_draws is None else int(self.tail_draws.shape[1])
 
 
 @dataclass(frozen=True, slots=True)
@@ -160,6 +172,10 @@ class Trace:
             "top_k.logprobs": (self.top_k.logprobs, (positions, self.top_k.k)),
             "top_k.tail_mass": (self.top_k.tail_mass, (positions,)),
         }
+        drawn = self.top_k.tail_draws
+        draws = drawn.shape[1] if drawn is not None and drawn.ndim == 2 else 1
+        if drawn is not None:
+            shapes["top_k.tail_draws"] = (drawn, (positions, max(draws, 1)))
         if (self.prompt_top_k is None) != (self.prompt_logprobs is None):
             raise self._error("prompt_top_k and prompt_logprobs come together, or not at all")
         if self.prompt_top_k is not None and self.prompt_logprobs is not None:
@@ -170,10 +186,14 @@ class Trace:
                 "prompt_top_k.logprobs": (self.prompt_top_k.logprobs, (rows, self.prompt_top_k.k)),
                 "prompt_top_k.tail_mass": (self.prompt_top_k.tail_mass, (rows,)),
             }
+            if (self.prompt_top_k.tail_draws is None) != (self.top_k.tail_draws is None):
+                raise self._error("rows of prompt and completion have tail draws, or neither has")
+            if self.prompt_top_k.tail_draws is not None:
+                shapes["prompt_top_k.tail_draws"] = (self.prompt_top_k.tail_draws, (rows, draws))
         for name, (array, expected) in shapes.items():
             if array.shape != expected:
                 raise self._error(f"{name} has shape {array.shape}, expected {expected}")
-            if array.dtype != (np.int32 if "ids" in name else np.float32):
+            if array.dtype != (np.int32 if name.endswith(("ids", "draws")) else np.float32):
                 raise self._error(f"{name} has dtype {array.dtype}")
             if array.dtype == np.float32 and np.isnan(array).any():
                 raise self._error(f"{name} holds NaN")

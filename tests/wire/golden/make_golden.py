@@ -16,6 +16,7 @@ from __future__ import annotations
 import argparse
 import json
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -139,6 +140,31 @@ def draws() -> list[Trace]:
     return [silent(**{**drawn, "top_k": top_k})]
 
 
+def tail_draws() -> list[Trace]:
+    """Three draws from each tail, two of one token; nothing from one of the prompt's rows."""
+    (trace,) = prompt_rows()
+    first = [(t * t * 37 % 90, -0.5) for t in range(40)]
+    drawn = with_draws(silent(**rows([[entry] for entry in first], [0] * 40, [])), 3)
+    return [with_draws(trace, 3), drawn]
+
+
+def with_draws(trace: Trace, count: int) -> Trace:
+    """The trace with tokens drawn from its tails, and none from a first row of a prompt."""
+
+    def draw(top_k: TopK, *, all_rows: bool) -> TopK:
+        draws_TD = np.full((top_k.positions, count), -1, np.int32)
+        for t in range(0 if all_rows else 1, top_k.positions):
+            draws_TD[t] = [100 + (7 * t * t + 60 * (d % 2)) % 190 for d in range(count)]
+        return replace(top_k, tail_draws=draws_TD)
+
+    prompt = trace.prompt_top_k
+    return replace(
+        trace,
+        top_k=draw(trace.top_k, all_rows=True),
+        prompt_top_k=None if prompt is None else draw(prompt, all_rows=False),
+    )
+
+
 def make_all(version: int) -> Iterator[tuple[str, str, list[Trace]]]:
     """Name, mode and traces of every golden block of a version."""
     yield "exact", "exact", any_rows()
@@ -153,6 +179,9 @@ def make_all(version: int) -> Iterator[tuple[str, str, list[Trace]]]:
     yield "fp16", "exact", logits(7, 257, 769, 770, 771, 837)
     yield "float32", "exact", logits(7, 257, 769, 770, 771, 837, coarse_rows=0)
     yield "four-lanes", "standard", many_rows()
+    yield "tail-draws", "exact", tail_draws()
+    yield "tail-draw-few-rows", "fine", [with_draws(trace, 1) for trace in any_rows()]
+    yield "tail-draw-four-lanes", "standard", [with_draws(trace, 1) for trace in many_rows()]
 
 
 def encode(traces: list[Trace], mode: str) -> Iterator[tuple[str, bytes, bytes]]:
@@ -164,7 +193,8 @@ def encode(traces: list[Trace], mode: str) -> Iterator[tuple[str, bytes, bytes]]
     from lynearm.wire.dictionary_training import train_dictionary
     from lynearm.wire.specs import CodecSpec
 
-    spec = CodecSpec(any_mode, draws=8 if mode == "sampled" else 0)
+    drawn = traces[0].top_k.tail_draw_count
+    spec = CodecSpec(any_mode, draws=8 if mode == "sampled" else 0, tail_draws=drawn)
     yield "", codec.encode_block(traces, codec=spec, vocab_size=VOCAB_SIZE), b""
     dictionary = train_dictionary([traces], codec=spec, vocab_size=VOCAB_SIZE)
     block = codec.encode_block(traces, codec=spec, vocab_size=VOCAB_SIZE, dictionary=dictionary)
@@ -197,10 +227,13 @@ def describe(trace: Trace) -> dict[str, Any]:
 def describe_rows(top_k: TopK) -> dict[str, Any]:
     """Rows as JSON; nothing orders entries of equal logprob, so here the ids do."""
     order = np.lexsort((top_k.token_ids, -top_k.logprobs))
+    draws_TD = getattr(top_k, "tail_draws", None)
+    drawn = {} if draws_TD is None else {"tail_draws": np.sort(draws_TD, axis=1).tolist()}
     return {
         "token_ids": np.take_along_axis(top_k.token_ids, order, 1).tolist(),
         "logprobs": [floats(row) for row in np.take_along_axis(top_k.logprobs, order, 1)],
         "tail_mass": floats(top_k.tail_mass),
+        **drawn,
     }
 
 
