@@ -9,6 +9,7 @@ import os
 import sys
 from typing import Any, cast
 
+import pytest
 import torch
 import torch.distributed as dist
 from student.dense_reference import HIDDEN, VOCAB, make_case
@@ -17,8 +18,9 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
-from lynearm.student.losses import Targets, distillation_loss
+from lynearm.student.losses import Targets, accumulate_rows, backpropagate_loss, distillation_loss
 from lynearm.student.objective import LossTerm, Objective
+from lynearm.wire.errors import InvalidInputError
 
 OBJECTIVE = Objective((LossTerm("jsd", mix=0.5), LossTerm("cross-entropy", 0.1)))
 POSITIONS = 12
@@ -36,10 +38,12 @@ class Learner(nn.Module):
         if tied:
             self.head.weight = self.embedding.weight
 
+    def states(self, input_ids_N: Tensor) -> Tensor:
+        return torch.tanh(self.layer(self.embedding(input_ids_N)))
+
     def forward(self, input_ids_N: Tensor, targets: Targets, divisor: float) -> Tensor:
-        hidden_NH = torch.tanh(self.layer(self.embedding(input_ids_N)))
         return distillation_loss(
-            hidden_NH,
+            self.states(input_ids_N),
             self.head.weight,
             targets,
             bias_V=self.head.bias,
@@ -55,6 +59,29 @@ def gradients(model: nn.Module) -> dict[str, Tensor]:
         grad: Any = parameter.grad
         found[name.removeprefix("module.")] = grad.full_tensor() if hasattr(grad, "full_tensor") else grad
     return found
+
+
+def check_adding(shared: nn.Module, input_ids_N: Tensor, mine: Targets, expected: dict[str, Tensor]) -> None:
+    """Adding to gradients in place: under DDP, in all micro-batches but the last; of no sharded parameter."""
+    learner = cast(Learner, getattr(shared, "module", shared))
+    if not isinstance(shared, DistributedDataParallel):
+        with pytest.raises(InvalidInputError, match="DTensor"):
+            backpropagate_loss(torch.zeros(POSITIONS // 2, HIDDEN).double(), learner.head.weight, mine)
+        return
+    shared.zero_grad()
+    with shared.no_sync():
+        with accumulate_rows(learner.embedding):
+            hidden_NH = learner.states(input_ids_N[:2])
+        backpropagate_loss(
+            hidden_NH,
+            learner.head.weight,
+            mine.rows(0, 2),
+            bias_V=learner.head.bias,
+            objective=OBJECTIVE,
+            divisor=POSITIONS / 2,
+        )
+    torch.autograd.backward(shared(input_ids_N[2:], mine.rows(2, len(mine)), POSITIONS / 2))
+    torch.testing.assert_close(gradients(shared), expected)
 
 
 def main(way: str, rank: int, rendezvous: str) -> None:
@@ -76,6 +103,7 @@ def main(way: str, rank: int, rendezvous: str) -> None:
         mine = targets.rows(half.start, half.stop)
         torch.autograd.backward(shared(input_ids_N[half], mine, POSITIONS / 2))
         torch.testing.assert_close(gradients(shared), gradients(alone))
+        check_adding(shared, input_ids_N[half], mine, gradients(alone))
     dist.barrier()
     # The destructors of DistributedDataParallel and of its group now and then wait for ever: none is run.
     sys.stdout.flush()

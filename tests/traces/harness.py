@@ -160,6 +160,14 @@ class ServerProcess:
         self.process.stdout.close()
 
 
+def to_publish(
+    sequence: int, block: bytes, finished_prompt_ids: Sequence[str] = (), **more: Any
+) -> pb.PublishBlock:
+    """A block as a producer sends it."""
+    parsed = trace_pb2.Block.FromString(block)
+    return pb.PublishBlock(sequence=sequence, block=parsed, finished_prompt_ids=finished_prompt_ids, **more)
+
+
 class Producer:
     """A Publish call, one message at a time."""
 
@@ -179,13 +187,11 @@ class Producer:
         self.epoch, self.next_sequence = opened.epoch, opened.next_sequence
 
     def send(self, sequence: int, block: bytes, finished_prompt_ids: Sequence[str] = (), **more: Any) -> None:
-        message = pb.PublishBlock(
-            sequence=sequence,
-            block=trace_pb2.Block.FromString(block),
-            finished_prompt_ids=finished_prompt_ids,
-            **more,
-        )
-        self._requests.put(pb.PublishRequest(block=message))
+        self.send_together([to_publish(sequence, block, finished_prompt_ids, **more)])
+
+    def send_together(self, blocks: Sequence[pb.PublishBlock]) -> None:
+        """In one message."""
+        self._requests.put(pb.PublishRequest(blocks=blocks))
 
     def acks(self, count: int) -> dict[int, int]:
         """The next acknowledgements, `count` or more of them: offset by sequence number."""

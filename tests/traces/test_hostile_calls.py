@@ -80,7 +80,7 @@ def mangled(message: bytes) -> st.SearchStrategy[bytes]:
 
 REAL = [
     pb.PublishRequest(open=pb.PublishOpen(stream="s", producer_id="fuzz")).SerializeToString(),
-    pb.PublishRequest(block=pb.PublishBlock(sequence=1, finished_prompt_ids=["a"])).SerializeToString(),
+    pb.PublishRequest(blocks=[pb.PublishBlock(sequence=1, finished_prompt_ids=["a"])]).SerializeToString(),
     pb.SubscribeRequest(open=pb.SubscribeOpen(stream="s", credit_bytes=1 << 20)).SerializeToString(),
     pb.FetchBlocksRequest(stream="s", offset=0, count=2).SerializeToString(),
     pb.GetDictionaryRequest(stream="s", digest=bytes(8)).SerializeToString(),
@@ -104,9 +104,9 @@ def test_any_bytes_are_answered_with_a_status_of_ours(
 def test_a_publisher_that_turns_hostile_breaks_its_own_call_only(
     server: RunningServer, data: st.DataObject
 ) -> None:
-    block = pb.PublishRequest(block=pb.PublishBlock(sequence=1)).SerializeToString()
+    block = pb.PublishRequest(blocks=[pb.PublishBlock(sequence=1)]).SerializeToString()
     whole = pb.PublishRequest.FromString(block)
-    whole.block.block.MergeFromString(make_block(9))
+    whole.blocks[0].block.MergeFromString(make_block(9))
     messages = data.draw(st.lists(mangled(whole.SerializeToString()) | st.just(REAL[0]), max_size=3))
     opening = pb.PublishRequest(open=pb.PublishOpen(stream="fuzzed", producer_id="fuzz"))
     try:

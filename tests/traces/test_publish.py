@@ -19,12 +19,15 @@ from traces.harness import (
     make_block,
     publish,
     remedy,
+    to_publish,
 )
 
 from lynearm.v1 import trace_pb2
 from lynearm.v1 import trace_service_pb2 as pb
 from lynearm.v1.trace_service_pb2_grpc import TraceServiceStub
-from lynearm.wire.frames import frame_publish_block
+from lynearm.wire.frames import PublishOpen, frame_publish_open, publish_block_parts
+
+OPENING = frame_publish_open(PublishOpen("s", "p"))
 
 
 def next_offset(stub: TraceServiceStub) -> int:
@@ -34,6 +37,24 @@ def next_offset(stub: TraceServiceStub) -> int:
 def test_blocks_get_consecutive_offsets_and_come_back_byte_for_byte(stub: TraceServiceStub) -> None:
     assert publish(stub, range(50)) == {sequence: sequence - 1 for sequence in range(1, 51)}
     assert list(fetch(stub, 0, 100)) == [(number, make_block(number)) for number in range(50)]
+
+
+def test_blocks_of_one_message_are_acknowledged_like_others(stub: TraceServiceStub) -> None:
+    producer = Producer(stub)
+    producer.send_together([to_publish(number, make_block(number)) for number in (1, 2, 3)])
+    producer.send_together([to_publish(4, make_block(4))])
+    assert producer.acks(4) == {1: 0, 2: 1, 3: 2, 4: 3}
+    assert list(fetch(stub, 0, 9)) == [(number - 1, make_block(number)) for number in (1, 2, 3, 4)]
+
+
+def test_of_a_message_what_stands_before_a_refused_block_is_kept(stub: TraceServiceStub) -> None:
+    producer = Producer(stub)
+    damaged = make_block(3)[:-1] + b"\xff"
+    blocks = [make_block(1), make_block(2), damaged, make_block(4)]
+    producer.send_together([to_publish(number, block) for number, block in enumerate(blocks, start=1)])
+    assert producer.acks(2) == {1: 0, 2: 1}
+    assert error_name(producer.error()) == "CorruptBlockError"
+    assert next_offset(stub) == 2
 
 
 def test_a_block_of_three_mebibytes_passes(stub: TraceServiceStub) -> None:
@@ -213,9 +234,11 @@ def test_a_block_in_another_codec_mode_than_the_stream_is_refused(stub: TraceSer
     ("messages", "problem"),
     [
         ([], "must begin with an open"),
-        ([b""], "neither an open nor a block"),
+        ([b""], "neither an open nor blocks"),
         ([b"\xff\xff"], "not a protobuf message"),
-        ([frame_publish_block(1, make_block(1))], "must begin with an open"),
+        ([b"".join(publish_block_parts(1, make_block(1)))], "must begin with an open"),
+        ([OPENING + b"".join(publish_block_parts(1, make_block(1)))], "or both"),
+        ([OPENING, OPENING + OPENING], "or both"),
         ([pb.PublishRequest(open=pb.PublishOpen(stream="s", producer_id="P"))], "producer id 'P'"),
         ([pb.PublishRequest(open=pb.PublishOpen(stream="s", producer_id="p"))] * 2, "opened twice"),
     ],

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from lynearm.wire.frames import publish_block_parts
 from lynearm.wire.traces import Float32Array, TopK, Trace
 
 VOCAB_SIZE = 49_152
@@ -177,3 +178,10 @@ def draw_tails(trace: Trace, draws: int, vocab_size: int = VOCAB_SIZE, seed: int
 def replace_top_k(trace: Trace, **arrays: npt.NDArray[Any]) -> Trace:
     """The trace with other arrays in its completion's rows."""
     return dataclasses.replace(trace, top_k=dataclasses.replace(trace.top_k, **arrays))
+
+
+def publish_request(
+    sequence: int, block: bytes, finished_prompt_ids: tuple[str, ...] = (), **more: Any
+) -> bytes:
+    """A `PublishRequest` with one block."""
+    return b"".join(publish_block_parts(sequence, block, finished_prompt_ids, **more))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+from wire.building import publish_request
 
 from lynearm.v1 import trace_pb2, trace_service_pb2
 from lynearm.wire.blocks import BlockHeader, checksum, join_block, split_block, verify_block
@@ -13,12 +14,12 @@ from lynearm.wire.frames import (
     PublishOpen,
     frame_damaged_block,
     frame_fetch_response,
-    frame_publish_block,
     frame_publish_open,
     frame_subscribe_response,
     parse_fetch_response,
     parse_publish_request,
     parse_subscribe_response,
+    publish_block_parts,
 )
 
 PAYLOAD = bytes(range(256)) * 5
@@ -110,14 +111,23 @@ def test_a_payload_beyond_the_bound_is_not_joined() -> None:
 @pytest.mark.parametrize("finished", [(), ("a",), ("p-1", "Größe ✓", "x" * 256)])
 @pytest.mark.parametrize("sequence", [1, 127, 128, 2**63])
 def test_publish_blocks_match_the_generated_code(sequence: int, finished: tuple[str, ...]) -> None:
-    data = frame_publish_block(sequence, BLOCK, finished)
+    data = publish_request(sequence, BLOCK, finished)
     message = trace_service_pb2.PublishRequest.FromString(data)
-    assert message.block.sequence == sequence
-    assert tuple(message.block.finished_prompt_ids) == finished
-    assert message.block.block == trace_pb2.Block.FromString(BLOCK)
+    (block,) = message.blocks
+    assert block.sequence == sequence
+    assert tuple(block.finished_prompt_ids) == finished
+    assert block.block == trace_pb2.Block.FromString(BLOCK)
     parsed = parse_publish_request(message.SerializeToString())
-    assert isinstance(parsed, PublishBlock)
-    assert (parsed.sequence, bytes(parsed.block), parsed.finished_prompt_ids) == (sequence, BLOCK, finished)
+    assert parsed == (PublishBlock(sequence, memoryview(BLOCK), finished),)
+
+
+def test_blocks_that_are_joined_are_one_request() -> None:
+    data = b"".join(part for sequence in (1, 2, 3) for part in publish_block_parts(sequence, BLOCK))
+    message = trace_service_pb2.PublishRequest.FromString(data)
+    assert [block.sequence for block in message.blocks] == [1, 2, 3]
+    assert message.SerializeToString() == data
+    parsed = parse_publish_request(data)
+    assert parsed == tuple(PublishBlock(sequence, memoryview(BLOCK)) for sequence in (1, 2, 3))
 
 
 def test_publish_open_matches_the_generated_code() -> None:
@@ -166,9 +176,11 @@ def test_fetch_responses_match_the_generated_code() -> None:
         b"\xff" * 11,
         b"\x08\x01",
         frame_publish_open(PublishOpen("s", "p")) * 2,
-        frame_publish_block(0, BLOCK),
-        frame_publish_block(1, BLOCK, ("",)),
-        frame_publish_block(1, BLOCK, ("x" * 257,)),
+        frame_publish_open(PublishOpen("s", "p")) + publish_request(1, BLOCK),
+        publish_request(0, BLOCK),
+        publish_request(1, BLOCK) + publish_request(0, BLOCK),
+        publish_request(1, BLOCK, ("",)),
+        publish_request(1, BLOCK, ("x" * 257,)),
     ],
 )
 def test_what_is_no_publish_request_is_refused(data: bytes) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 
 import pytest
+from wire.building import publish_request
 
 from lynearm.v1 import consumer_pb2, prompt_queue_pb2, trace_pb2, trace_service_pb2
 from lynearm.wire.blocks import BlockHeader, checksum, join_block
@@ -14,7 +15,6 @@ from lynearm.wire.frames import (
     PublishOpen,
     SkippedBlocks,
     SubscribedBlock,
-    frame_publish_block,
     frame_publish_open,
     frame_skipped,
     frame_subscribe_response,
@@ -41,22 +41,19 @@ WORK = (
 TAGS = TagSummary(frozenset({("a", "1"), ("a", "2")}), frozenset({"b"}))
 
 
-def test_work_and_tags_are_read_as_they_were_framed() -> None:
+def test_work_and_tags_are_read_as_they_were_publish_request() -> None:
     for tags in (TAGS, TagSummary(), None):
-        frame = frame_publish_block(3, BLOCK, ["q"], finished_work=WORK, tags=tags)
+        frame = publish_request(3, BLOCK, ("q",), finished_work=WORK, tags=tags)
         parsed = parse_publish_request(frame)
-        assert isinstance(parsed, PublishBlock)
-        assert bytes(parsed.block) == BLOCK
-        assert (parsed.sequence, parsed.finished_prompt_ids) == (3, ("q",))
-        assert (parsed.finished_work, parsed.tags) == (WORK, tags)
+        assert parsed == (PublishBlock(3, memoryview(BLOCK), ("q",), WORK, tags),)
 
 
 def test_generated_code_reads_and_writes_the_same_bytes() -> None:
-    frame = frame_publish_block(3, BLOCK, ["q"], finished_work=WORK, tags=TAGS)
+    frame = publish_request(3, BLOCK, ("q",), finished_work=WORK, tags=TAGS)
     message = trace_service_pb2.PublishRequest.FromString(frame)
     assert message.SerializeToString() == frame
-    assert message.block.finished_work[0].prompts[0].sample_indices == [0, 3]
-    assert message.block.tags.open_keys == ["b"]
+    assert message.blocks[0].finished_work[0].prompts[0].sample_indices == [0, 3]
+    assert message.blocks[0].tags.open_keys == ["b"]
     opening = PublishOpen("s", "p", 4, {"role": "teacher"}, no_wait=True)
     assert parse_publish_request(frame_publish_open(opening)) == opening
 
@@ -89,7 +86,7 @@ def request_with(**fields: object) -> bytes:
         block=trace_pb2.Block.FromString(BLOCK),
         **fields,  # type: ignore[arg-type]  # by name
     )
-    return trace_service_pb2.PublishRequest(block=block).SerializeToString()
+    return trace_service_pb2.PublishRequest(blocks=[block]).SerializeToString()
 
 
 def work_of(prompt_id: str, *indices: int, lease_id: int = 1) -> prompt_queue_pb2.FinishedWork:
@@ -120,7 +117,7 @@ def test_work_that_cannot_be_is_refused(fields: dict[str, object], problem: str)
 
 
 def test_bytes_that_are_no_message_are_refused() -> None:
-    good = frame_publish_block(3, BLOCK, finished_work=WORK[:1], tags=TAGS)
+    good = publish_request(3, BLOCK, finished_work=WORK[:1], tags=TAGS)
     refused = 0
     for position in range(len(good) - 60, len(good)):
         damaged = bytearray(good)

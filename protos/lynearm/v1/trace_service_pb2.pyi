@@ -488,24 +488,25 @@ class PublishRequest(google.protobuf.message.Message):
     DESCRIPTOR: google.protobuf.descriptor.Descriptor
 
     OPEN_FIELD_NUMBER: builtins.int
-    BLOCK_FIELD_NUMBER: builtins.int
+    BLOCKS_FIELD_NUMBER: builtins.int
     @property
     def open(self) -> Global___PublishOpen:
-        """Only and always the first message."""
+        """Only and always the first message, which has no blocks."""
 
     @property
-    def block(self) -> Global___PublishBlock:
-        """Every other message."""
+    def blocks(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[Global___PublishBlock]:
+        """Every other message: at least one, in the order of their sequence numbers. What a message costs is paid
+        once for all of its blocks; those that wait go together, up to about 1 MiB.
+        """
 
     def __init__(
         self,
         *,
         open: Global___PublishOpen | None = ...,
-        block: Global___PublishBlock | None = ...,
+        blocks: collections.abc.Iterable[Global___PublishBlock] | None = ...,
     ) -> None: ...
-    def HasField(self, field_name: typing.Literal["block", b"block", "message", b"message", "open", b"open"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["block", b"block", "message", b"message", "open", b"open"]) -> None: ...
-    def WhichOneof(self, oneof_group: typing.Literal["message", b"message"]) -> typing.Literal["open", "block"] | None: ...
+    def HasField(self, field_name: typing.Literal["open", b"open"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["blocks", b"blocks", "open", b"open"]) -> None: ...
 
 Global___PublishRequest: typing_extensions.TypeAlias = PublishRequest
 

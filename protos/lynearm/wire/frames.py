@@ -24,7 +24,7 @@ from lynearm.wire.work import (
 )
 
 _OPEN_FIELD = 1
-_BLOCK_FIELD = 2
+_BLOCKS_FIELD = 2
 _DAMAGE_FIELD = 15
 
 MAX_FINISHED_PROMPTS = 1 << 16
@@ -47,7 +47,7 @@ class PublishOpen:
 
 @dataclass(frozen=True, slots=True)
 class PublishBlock:
-    """Every later message of a publisher."""
+    """One block of a later message of a publisher."""
 
     sequence: int
     """From 1 without gaps."""
@@ -101,15 +101,18 @@ def frame_publish_open(opening: PublishOpen) -> bytes:
     return trace_service_pb2.PublishRequest(open=message).SerializeToString()
 
 
-def frame_publish_block(
+def publish_block_parts(
     sequence: int,
-    block: bytes | memoryview,
+    block: bytes,
     finished_prompt_ids: Sequence[str] = (),
     *,
     finished_work: Sequence[FinishedWork] = (),
     tags: TagSummary | None = None,
-) -> bytes:
-    """A `PublishRequest` that carries a block."""
+) -> tuple[bytes, bytes, bytes]:
+    """A `PublishRequest` that carries a block, in pieces to be joined.
+
+    Joined with those of other blocks, in their order, they are one request that carries all of them.
+    """
     head = int_field(1, sequence) + bytes_prefix(2, len(block))
     parts = [(3, prompt_id.encode()) for prompt_id in finished_prompt_ids]
     parts += [(4, finished_work_to_proto(work).SerializeToString()) for work in finished_work]
@@ -117,21 +120,22 @@ def frame_publish_block(
         parts.append((5, summary_to_proto(tags).SerializeToString()))
     tail = b"".join(bytes_prefix(number, len(encoded)) + encoded for number, encoded in parts)
     size = len(head) + len(block) + len(tail)
-    return b"".join((bytes_prefix(_BLOCK_FIELD, size), head, block, tail))
+    return bytes_prefix(_BLOCKS_FIELD, size) + head, block, tail
 
 
-def parse_publish_request(data: bytes) -> PublishOpen | PublishBlock:
+def parse_publish_request(data: bytes) -> PublishOpen | tuple[PublishBlock, ...]:
     """What a publisher sent; views into `data`.
 
     Raises:
-        InvalidInputError: if it is not a `PublishRequest` that holds exactly one message.
+        InvalidInputError: if it is not a `PublishRequest` that holds one open, or else blocks.
     """
-    fields = list(read_fields(data))
-    if len(fields) != 1 or fields[0][0] not in (_OPEN_FIELD, _BLOCK_FIELD):
-        raise InvalidInputError("PublishRequest holds neither an open nor a block, or more than one")
-    number, value = fields[0]
-    body = expect_bytes(number, value)
-    return _parse_open(body) if number == _OPEN_FIELD else _parse_block(body)
+    fields = [(number, expect_bytes(number, value)) for number, value in read_fields(data)]
+    numbers = {number for number, _ in fields}
+    if numbers == {_BLOCKS_FIELD}:
+        return tuple(_parse_block(body) for _, body in fields)
+    if numbers == {_OPEN_FIELD} and len(fields) == 1:
+        return _parse_open(fields[0][1])
+    raise InvalidInputError("PublishRequest holds neither an open nor blocks, or both")
 
 
 def frame_subscribe_response(

@@ -17,6 +17,8 @@ from contextlib import suppress
 from dataclasses import dataclass
 from typing import Literal, TypeAlias
 
+import uvloop
+
 from lynearm.traces.config import ServeConfig
 from lynearm.traces.server import TraceServer
 from lynearm.wire.errors import InternalError, LynearmError
@@ -49,7 +51,8 @@ class ServerThread:
     def __init__(self, config: ServeConfig) -> None:
         self._config = config
         self._state = ServerState("starting", process_id=os.getpid())
-        self._loop = asyncio.new_event_loop()
+        # As that of `lynearm.traces.server.run_server`.
+        self._loop = uvloop.new_event_loop()
         self._stop = asyncio.Event()
         self._thread = threading.Thread(target=self._run, name="trace-server", daemon=True)
 

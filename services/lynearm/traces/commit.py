@@ -36,9 +36,9 @@ BLOCK_OVERHEAD_BYTES = 4096
 PROMPT_OVERHEAD_BYTES = 64
 """The same for each prompt id that comes with it, and for each unit of work."""
 
-GROUPS_AHEAD = 2
+GROUPS_AHEAD = 3
 """Groups that are written, or wait to be committed, behind the one that is being committed; at least 2. A
-disk that writes one while it syncs the other has less idle time."""
+disk that writes some while it syncs another has less idle time."""
 
 PendingOffset: TypeAlias = asyncio.Future[int | LynearmError]
 """The offset of a submitted block, or why it has none: a value, since nobody may be left to fetch an

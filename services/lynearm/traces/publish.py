@@ -5,8 +5,8 @@ Invariants:
 - Blocks are committed in the order of their arrival; acknowledgements name them in that order.
 - Everything that was committed before an error is acknowledged before the call ends with it.
 - A block enters the queue only when the stream holds the dictionary that it needs.
-- A block is read only when the commit queue and the stream's consumers have room for the one before it: that
-  holds a producer back.
+- A block is queued only when the commit queue and the stream's consumers have room for it, and a message is
+  read when that holds for the last block of the one before: that holds a producer back.
 """
 
 from __future__ import annotations
@@ -121,14 +121,21 @@ class PublishCall:
             request = parse_publish_request(message)
             if isinstance(request, PublishOpen):
                 raise InvalidInputError("Publish was opened twice", "use one call for each producer")
-            header = verify_block(request.block)
-            block = _new_block(opened, request, header)
-            if needed := header.dictionary_digest:
-                await self._backend.dictionaries.check(opened.producer, request.sequence, needed)
-            # The store asks too; here, what would be refused is not even queued.
-            self._backend.space.check(len(request.block))
-            offset = await self._submit(opened, block, _without_message(request.block, message))
-            await self._pending.put(_Pending(request.sequence, offset))
+            is_mostly_blocks = 2 * sum(len(published.block) for published in request) >= len(message)
+            for published in request:
+                # A view keeps the message alive, which is well where that is little more than its blocks.
+                data = published.block if is_mostly_blocks else bytes(published.block)
+                await self._submit_block(opened, published, data)
+
+    async def _submit_block(self, opened: _Opened, published: PublishBlock, data: bytes | memoryview) -> None:
+        header = verify_block(data)
+        block = _new_block(opened, published, header)
+        if needed := header.dictionary_digest:
+            await self._backend.dictionaries.check(opened.producer, published.sequence, needed)
+        # The store asks too; here, what would be refused is not even queued.
+        self._backend.space.check(len(data))
+        offset = await self._submit(opened, block, data)
+        await self._pending.put(_Pending(published.sequence, offset))
 
     async def _submit(self, opened: _Opened, block: NewBlock, data: bytes | memoryview) -> PendingOffset:
         """Submit a block once the consumers are close enough; one that is committed already need not wait."""
@@ -188,26 +195,26 @@ class PublishCall:
             await self._context.write(pb.PublishResponse(ack=ack))
 
 
-def _new_block(opened: _Opened, request: PublishBlock, header: BlockHeader) -> NewBlock:
+def _new_block(opened: _Opened, published: PublishBlock, header: BlockHeader) -> NewBlock:
     producer = opened.producer
     if header.codec_mode != producer.codec_mode:
         raise InvalidInputError(
-            f"block {request.sequence} is encoded in mode {header.codec_mode!r}, "
+            f"block {published.sequence} is encoded in mode {header.codec_mode!r}, "
             f"stream {producer.stream_name!r} is in {producer.codec_mode!r}",
             "encode in the stream's mode",
         )
     facts = BlockFacts(
-        size_bytes=len(request.block),
-        checksum=xxhash.xxh3_64_intdigest(request.block),
+        size_bytes=len(published.block),
+        checksum=xxhash.xxh3_64_intdigest(published.block),
         trace_count=header.trace_count,
         prompt_token_count=header.prompt_token_count,
         completion_token_count=header.completion_token_count,
     )
     labels = opened.labels
-    if request.tags is not None:
-        labels = labels_to_bytes(BlockLabels(opened.opening.labels, request.tags))
+    if published.tags is not None:
+        labels = labels_to_bytes(BlockLabels(opened.opening.labels, published.tags))
     return NewBlock(
-        producer, request.sequence, facts, request.finished_prompt_ids, request.finished_work, labels
+        producer, published.sequence, facts, published.finished_prompt_ids, published.finished_work, labels
     )
 
 
@@ -217,8 +224,3 @@ def _too_far_behind(stream: str, state: LagState) -> LagLimitError:
         f"{state.lag.traces} traces behind, as far as the stream allows",
         "publish again when it has caught up, or let the service hold the block back (no no_wait)",
     )
-
-
-def _without_message(block: memoryview, message: bytes) -> bytes | memoryview:
-    """The block, not keeping alive a message that is mostly something else."""
-    return block if 2 * len(block) >= len(message) else bytes(block)

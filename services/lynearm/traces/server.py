@@ -179,7 +179,9 @@ def run_server(config: ServeConfig, on_ready: Callable[[str], None]) -> None:
     finally:
         # Such a loop leaves its own behind when it is closed.
         for number, handler in handlers.items():
-            signal.signal(number, handler)
+            # None: one that was not set in Python, and can be neither named nor put back there.
+            if handler is not None:
+                signal.signal(number, handler)
 
 
 async def _serve(config: ServeConfig, on_ready: Callable[[str], None]) -> None:

@@ -31,8 +31,8 @@ from lynearm.traces.direct_writes import DirectWriter
 from lynearm.traces.free_space import FreeSpace
 from lynearm.wire.errors import StorageError, StorageFullError
 
-WRITE_THREADS = 2
-"""One gathers and writes a group while the other waits for the disk to sync one; more gain nothing."""
+WRITE_THREADS = 3
+"""Some gather and write groups while others wait for the disk to sync theirs; more gain nothing."""
 
 READ_THREADS = 2
 """Reads come from the page cache or an SSD; more threads only queue for the interpreter lock."""

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from lynearm.student.batches import Batch, MicroBatch, PieceSizes, collate, completion_positions, idle_piece
 from lynearm.student.config import TrainConfig
 from lynearm.student.hidden_terms import HiddenTerms
-from lynearm.student.losses import backpropagate_loss
+from lynearm.student.losses import accumulate_rows, backpropagate_loss
 from lynearm.student.model import StudentModel, packs_without_leaks
 from lynearm.student.objective import DEFAULT_LOSS, Objective, parse_terms
 from lynearm.student.ranks import Ranks, is_sharded
@@ -120,6 +120,7 @@ class Optimization:
                 "lower learning_rate and resume; if it stays, look at the traces of this step",
             )
         self._optimizer.step()  # pyright: ignore[reportUnknownMemberType]  # torch leaves it half typed
+        # None, not zeros: the first micro-batch has room for logits where it makes the head's gradient anew.
         self._optimizer.zero_grad(set_to_none=True)
         kl, cross_entropy = kl / tokens, cross_entropy / tokens
         hidden_loss = hidden if self._hidden.wanted else None
@@ -208,9 +209,10 @@ class Optimization:
             the hidden terms.
         """
         student = self._student
-        states_BLH, layers = student.layer_states(
-            piece.input_ids_BL, piece.position_ids_BL, self._hidden.student_layers
-        )
+        with accumulate_rows(student.model.get_input_embeddings()):
+            states_BLH, layers = student.layer_states(
+                piece.input_ids_BL, piece.position_ids_BL, self._hidden.student_layers
+            )
         hidden_NH = states_BLH.flatten(0, 1)[piece.positions_N]
         beside = self._hidden.loss(
             [layer_BLH.flatten(0, 1)[piece.positions_N] for layer_BLH in layers],

@@ -18,6 +18,7 @@ from typing import Any, TypeAlias, cast
 import torch
 from torch import Tensor
 
+from lynearm.student.losses.accumulation import check_accumulates
 from lynearm.student.losses.in_place import room_for_logits, spread_gradient
 from lynearm.student.losses.rows import RowLosses, row_losses
 from lynearm.student.losses.targets import Targets
@@ -96,9 +97,12 @@ def backpropagate_loss(
 ) -> DistillationLoss:
     """`distillation_loss` and its backward pass in one.
 
-    Gradients of head and bias are added to their `.grad` as they are made, where autograd would first make
-    another [V, H] in every micro-batch and then add it. Hooks of a head that is not tied do not run, so that
-    DDP cannot use this.
+    Gradients of head and bias are added to their `.grad` chunk by chunk, where autograd would first make
+    another [V, H] in every micro-batch and then add it. Both are one call, since a loss that is to be scaled
+    by what comes after it would have to keep its gradients, or to compute the logits again. Gradients of a
+    step's first micro-batch are bit by bit those of `distillation_loss`; sums over several are rounded
+    in another order. Hooks of a head that is not tied do not run: under DDP, this is for the micro-batches
+    within `no_sync`, of which it then reduces the sum.
 
     Args:
         hidden_NH: As there.
@@ -111,16 +115,15 @@ def backpropagate_loss(
 
     Returns:
         As there, without `beside`; `loss` is not differentiable any more.
+
+    Raises:
+        InvalidInputError: if head or bias are no plain leaves, as `check_accumulates` says; nothing was done.
     """
-    for leaf in (head_VH, bias_V):
-        if leaf is not None and leaf.requires_grad and not leaf.is_leaf:
-            raise InvalidInputError(
-                "an output head that is computed from something has no .grad to add to",
-                "use distillation_loss and its backward pass",
-            )
+    leaves = [leaf for leaf in (head_VH, bias_V) if leaf is not None and leaf.requires_grad]
+    for leaf in leaves:
+        check_accumulates(leaf)
     scale = 1.0 / (divisor if divisor is not None else _total_weight(targets))
     with torch.no_grad():
-        leaves = [leaf for leaf in (head_VH, bias_V) if leaf is not None and leaf.requires_grad]
         is_first = all(leaf.grad is None for leaf in leaves)
         for leaf in leaves:
             if leaf.grad is None:

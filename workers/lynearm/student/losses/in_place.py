@@ -14,8 +14,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-_ROWS_BYTES = 8 << 20
-"""Of the gradient that is made beside its place at once: matrix products of fewer rows are slower."""
+_ROWS_BYTES = 2 << 20
+"""Of the gradient that is made beside its place at once: 910 rows of 576, as fast as more of them."""
 
 
 def room_for_logits(head_grad_VH: Tensor, positions: int, vocab_size: int) -> Tensor | None:
