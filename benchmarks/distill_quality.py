@@ -16,7 +16,8 @@ teacher's whole distribution on prompts that nobody trained on, by transformers 
 - `k64_default_loss`: as `standard_k64`, with 0.1 cross-entropy: what `lynearm train` does unless told.
 - `k64_tail_token`, `k64_tail_token_03`: with `tail-cross-entropy` at weight 1 or 0.3, in which the token that
   the teacher wrote stands for the tail where it fell into it.
-- `k64_token_of_tail`: with one token a row that is drawn from the tail, and stands for all of its mass.
+- `k64_tail_draw`: with a token drawn from the tail of each row (`lynearm teach --tail-draws 1`), which stands
+  for its mass in `tail-cross-entropy`.
 - `k64_drawn_tail`, `adaptive_drawn_tail`: those of 50 draws that fall into the tail stand for it in place of
   its mass. No teacher of lynearm writes such rows yet; here they show what the tail's shape is worth.
 
@@ -135,14 +136,14 @@ def make_methods() -> tuple[Method, ...]:
     from distill_quality_runs import Method
     from distill_quality_traces import DRAWS, TOP_K
 
-    from lynearm.student.config import TrainConfig
+    from lynearm.student.objective import DEFAULT_LOSS
     from lynearm.wire.specs import CodecSpec
 
     adaptive = {"top_k": TOP_K, "min_probability": LEAST_PROBABILITY}
     kl, wide = ("forward-kl",), CodecSpec("standard", TOP_K + DRAWS)
     drawn = CodecSpec("sampled", DRAWS, draws=DRAWS)
-    usual, tail_token = TrainConfig().loss, (*kl, "tail-cross-entropy")
-    a_little = (*kl, "tail-cross-entropy:0.3")
+    tail_token, a_little = (*kl, "tail-cross-entropy"), (*kl, "tail-cross-entropy:0.3")
+    tail_draw = CodecSpec("standard", TOP_K, tail_draws=1)
     return (
         Method(DENSE, "dense", kl, None),
         Method("standard_k64", "standard, k = 64", kl, CodecSpec("standard", TOP_K)),
@@ -150,10 +151,10 @@ def make_methods() -> tuple[Method, ...]:
         Method("compact_adaptive", "compact, adaptive", kl, CodecSpec("compact", **adaptive)),
         Method("sampled", "sampled, 50 draws", ("sampled-kd",), drawn, "draws"),
         Method("hard_labels", "hard labels", ("cross-entropy",), CodecSpec("standard", 0), "none"),
-        Method("k64_default_loss", "k = 64, 0.1 hard labels", usual, CodecSpec("standard", TOP_K)),
+        Method("k64_default_loss", "k = 64, 0.1 hard labels", DEFAULT_LOSS, CodecSpec("standard", TOP_K)),
         Method("k64_tail_token", "k = 64, tail token", tail_token, CodecSpec("standard", TOP_K)),
         Method("k64_tail_token_03", "k = 64, tail token, 0.3", a_little, CodecSpec("standard", TOP_K)),
-        Method("k64_token_of_tail", "k = 64, a token of the tail", kl, wide, "token of tail"),
+        Method("k64_tail_draw", "k = 64, a tail draw", tail_token, tail_draw, "tail draw"),
         Method("k64_drawn_tail", "k = 64, drawn tail", kl, wide, "drawn tail"),
         Method("adaptive_drawn_tail", "adaptive, drawn tail", kl, wide, "drawn tail", LEAST_PROBABILITY),
     )

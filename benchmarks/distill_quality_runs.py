@@ -26,9 +26,10 @@ from lynearm.student.optimization import Optimization
 from lynearm.wire.specs import CodecSpec
 from lynearm.wire.traces import TopK, Trace
 
-Rows: TypeAlias = Literal["likely", "draws", "none", "drawn tail", "token of tail"]
-"""What a row holds: the likeliest entries and the tail's mass, draws, nothing, or the likeliest entries and
-draws of the tail: those of a number of draws of the whole that fell there, or one of the tail alone."""
+Rows: TypeAlias = Literal["likely", "draws", "none", "drawn tail", "tail draw"]
+"""What a row holds: the likeliest entries and the tail's mass, draws, nothing, the likeliest entries and the
+tail by those of a number of draws of the whole that fell there, or the likeliest entries, the tail's mass and
+a token drawn from it."""
 
 
 @dataclass(frozen=True, slots=True)

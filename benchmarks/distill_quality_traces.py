@@ -302,7 +302,7 @@ def make_rows(corpus: Corpus, rows: Rows, min_probability: float = 0.0, *, teach
         corpus: All of it.
         rows: Which.
         min_probability: Of a likely entry; less likely ones go into the tail.
-        teacher: The model that wrote it, which is asked again where a token of the tail is drawn.
+        teacher: The model that wrote it, which is asked again where tails are drawn from.
     """
     import torch
 
@@ -313,9 +313,9 @@ def make_rows(corpus: Corpus, rows: Rows, min_probability: float = 0.0, *, teach
         return [without_rows(trace) for trace in likely]
     if rows == "drawn tail":
         return [with_drawn_tail(trace, drawn) for trace, drawn in zip(likely, corpus.draws, strict=True)]
-    if rows == "token of tail":
+    if rows == "tail draw":
         generator = torch.Generator().manual_seed(1)
-        return [with_token_of_tail(teacher, trace, generator) for trace in likely]
+        return [with_tail_draw(teacher, trace, generator) for trace in likely]
     return likely
 
 
@@ -330,8 +330,8 @@ def without_rows(trace: Trace) -> Trace:
     return replace(trace, top_k=nothing)
 
 
-def with_token_of_tail(teacher: Any, trace: Trace, generator: Any) -> Trace:
-    """The trace with one more entry a row: a token drawn from the tail, which has all of its mass.
+def with_tail_draw(teacher: Any, trace: Trace, generator: Any) -> Trace:
+    """The trace with a token drawn from each row's tail.
 
     Args:
         teacher: The model that wrote it.
@@ -340,13 +340,10 @@ def with_token_of_tail(teacher: Any, trace: Trace, generator: Any) -> Trace:
     """
     import torch
 
-    kept = trace.top_k
-    logprobs_TV = full_logprobs(teacher, trace)
-    is_kept_TV = torch.zeros_like(logprobs_TV, dtype=torch.bool)
-    is_kept_TV.scatter_(1, torch.from_numpy(kept.token_ids.astype(np.int64)), value=True)
-    tail_TV = logprobs_TV.exp().masked_fill(is_kept_TV, 0.0)
+    kept_ids_TK = torch.from_numpy(trace.top_k.token_ids.astype(np.int64))
+    tail_TV = full_logprobs(teacher, trace).exp().scatter_(1, kept_ids_TK, 0.0)
     drawn_T1 = torch.multinomial(tail_TV, 1, generator=generator).numpy().astype(np.int32)
-    return with_more_entries(trace, drawn_T1, kept.tail_mass[:, None], np.zeros_like(kept.tail_mass))
+    return replace(trace, top_k=replace(trace.top_k, tail_draws=drawn_T1))
 
 
 def with_drawn_tail(trace: Trace, drawn: Trace) -> Trace:

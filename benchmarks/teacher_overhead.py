@@ -1,9 +1,10 @@
 """What it costs a teacher to record its distributions and publish them, beside plain generation in vLLM.
 
-    python benchmarks/teacher_overhead.py [--quick] [--only MODEL] [--device auto|cpu|cuda]
+    python benchmarks/teacher_overhead.py [--quick] [--only MODEL] [--device auto|cpu|cuda] [--tail-draws N]
 
 Takes about ten minutes on two cores. --quick takes one, with the tiny model alone and no server, and shows
-that it runs and no more. Linux only. SmolLM2-135M comes from the package of the demo.
+that it runs and no more. With --tail-draws the worker's rows have N draws from their tails: compare with one
+without. Linux only. SmolLM2-135M comes from the package of the demo.
 
 Each engine runs in a process of its own, with one CPU thread, and answers the same prompts with the same
 seeds in every way, so that all generate the same tokens. The ways of a process take turns, in rounds of a few
@@ -98,6 +99,7 @@ def main() -> None:
     parser.add_argument("--only", choices=["smollm2", "tiny"], help="leave the other model out")
     parser.add_argument("--quick", action="store_true", help="little, once")
     parser.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto", help="where it computes")
+    parser.add_argument("--tail-draws", type=int, default=0, help="of each row of the worker's")
     options = parser.parse_args()
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
     clock = choose_clock(options.device)
@@ -110,7 +112,7 @@ def main() -> None:
         for plan in QUICK if options.quick else WHOLE:
             if options.only not in (None, plan.name):
                 continue
-            comparisons, error = measure(plan, Path(directory), clock)
+            comparisons, error = measure(plan, Path(directory), clock, options.tail_draws)
             print_rows(plan.name, comparisons)
             figures |= name_figures(plan.name, comparisons)
             errors.append(error)
@@ -136,13 +138,21 @@ def choose_clock(device: str) -> Clock:
     return "cpu"
 
 
-def measure(plan: Plan, directory: Path, clock: Clock) -> tuple[list[Comparison], float]:
+def measure(plan: Plan, directory: Path, clock: Clock, tail_draws: int) -> tuple[list[Comparison], float]:
     """All comparisons of a plan, and the largest error of a logprob."""
     model = find_model(plan.name, directory)
     prompts = load_prompts()
     with ServerProcess(ServeConfig(data_dir=directory / f"{plan.name}-traces", port=0)) as service:
         task = engines.Task(
-            model, prompts, plan.tokens, plan.worker, plan.lists, service.address, service.process_id, clock
+            model,
+            prompts,
+            plan.tokens,
+            plan.worker,
+            plan.lists,
+            service.address,
+            service.process_id,
+            clock,
+            tail_draws,
         )
         with Worker() as worker:
             comparisons, error = worker.run(engines.measure_engine, task).result

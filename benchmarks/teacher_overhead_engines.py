@@ -46,6 +46,8 @@ class Task:
     """Address of a trace service."""
     service_process_id: int
     clock: Clock
+    tail_draws: int = 0
+    """Of each row of the worker's."""
 
     def config(self) -> TeachConfig:
         """The teacher as a user would run it, with one thread, and room for every cell."""
@@ -61,6 +63,7 @@ class Task:
             max_tokens=self.tokens,
             max_model_len=512,
             threads=1,
+            tail_draws=self.tail_draws,
         )
 
 
@@ -192,4 +195,4 @@ def max_logprob_error(engine: TeacherEngine, model: Path, prompts: Sequence[Prom
 def _keep(engine: TeacherEngine, top_k: int) -> None:
     """Make an engine keep another k than it was loaded with."""
     engine.top_k = min(top_k, engine.vocab_size)
-    engine._logprob_count = engine.top_k
+    engine._logprob_count = engine.top_k + engine._config.tail_draws

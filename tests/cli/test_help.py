@@ -17,6 +17,7 @@ from lynearm.demo.config import DemoConfig
 from lynearm.export.config import CoreMlExportConfig, MlxExportConfig
 from lynearm.interchange.config import ImportConfig
 from lynearm.student.config import TrainConfig
+from lynearm.student.objective import DEFAULT_LOSS
 from lynearm.teacher.config import TeachConfig
 from lynearm.teacher.serving_config import ServeTeacherConfig
 from lynearm.traces.config import ServeConfig
@@ -126,6 +127,8 @@ def test_help_tells_the_defaults_of_the_configuration(command: tuple[str, ...]) 
     defaults: dict[str, Any] = {
         field.name: field.default for field in dataclasses.fields(CONFIG_CLASSES[command])
     }
+    if command == ("train",):
+        defaults["loss"] = DEFAULT_LOSS  # An empty one stands for it.
     for parameter in found.params:
         told, default = getattr(parameter, "show_default", None), defaults.get(parameter.name)
         if not isinstance(told, str) or isinstance(default, Path) or default is None:

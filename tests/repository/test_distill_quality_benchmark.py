@@ -32,7 +32,7 @@ METHODS = (
     "k64_default_loss",
     "k64_tail_token",
     "k64_tail_token_03",
-    "k64_token_of_tail",
+    "k64_tail_draw",
     "k64_drawn_tail",
     "adaptive_drawn_tail",
 )

@@ -93,6 +93,11 @@ def dense_row(logits_V: Tensor, targets: Targets, row: int, term: LossTerm, obje
     outside = torch.ones(len(logits_V), dtype=torch.bool)
     outside[ids] = False
     if term.name == "tail-cross-entropy":
+        drawn = () if targets.tail_ids_ND is None else targets.tail_ids_ND[row].tolist()
+        drawn = [token for token in drawn if 0 <= token < len(logits_V)]
+        if drawn:
+            tail_mass = targets.tail_mass_N[row] / teacher_B.sum()
+            return -tail_mass * (student_V[drawn] / student_V[outside].sum()).log().mean()
         token = targets.sampled_ids_N[row]
         is_draw = targets.drawn_N is None or bool(targets.drawn_N[row])
         if not is_draw or not outside[token] or not targets.tail_mass_N[row]:

@@ -22,7 +22,7 @@ from lynearm.student.config import TrainConfig
 from lynearm.student.evaluation import evaluate
 from lynearm.student.exact_match import ExactMatch, Question
 from lynearm.student.model import StudentModel, load_student
-from lynearm.student.objective import Objective, parse_terms
+from lynearm.student.objective import DEFAULT_LOSS, Objective, parse_terms
 from lynearm.student.optimization import Optimization, StepResult
 from lynearm.student.ranks import Ranks, is_sharded, join_ranks
 from lynearm.student.sharding import clip_gradients, shard_student
@@ -123,7 +123,9 @@ def train(directory: Path, case: Case, lessons: Lessons, ranks: Ranks, *, sharde
     if sharded:
         student = shard_student(student, ranks)
     student.train(True)
-    objective = Objective(parse_terms(config.loss), teacher_hidden_size=case.teacher_hidden_size)
+    objective = Objective(
+        parse_terms(config.loss or DEFAULT_LOSS), teacher_hidden_size=case.teacher_hidden_size
+    )
     optimization = Optimization(student, config, objectives=(objective,), ranks=ranks)
     steps = [
         optimization.step(Batch(tuple(traces)), number) for number, traces in enumerate(lessons.batches, 1)

@@ -187,6 +187,40 @@ def test_rows_that_keep_fewer_entries_are_padded(traces: list[Trace]) -> None:
     assert int(piece.targets.token_ids_NK[padded == 5][:, 3:].max()) == 0
 
 
+def test_tensors_hold_the_draws_from_the_tail_of_those_traces_that_have_any(traces: list[Trace]) -> None:
+    def with_draws(trace: Trace, draws: int) -> Trace:
+        drawn = np.arange(trace.top_k.positions * draws, dtype=np.int32).reshape(-1, draws) % 384
+        return replace(trace, top_k=replace(trace.top_k, tail_draws=drawn))
+
+    one, none, two = with_draws(traces[10], 1), traces[11], with_draws(traces[12], 2)
+    together = {"sizes": PieceSizes(512, 64, packed=True), "vocab_size": 384}
+    assert collate([none], **together)[0].targets.tail_ids_ND is None
+    (piece,) = collate([one, none, two], **together)
+    found = piece.targets.tail_ids_ND
+    assert found is not None
+    assert found.dtype == torch.int64
+    rows = {0: 0, 1: 0, 2: 0}
+    for count in (found >= 0).sum(1).tolist():
+        rows[count] += 1
+    assert rows == {len_: trace.top_k.positions for len_, trace in ((1, one), (0, none), (2, two))}
+    assert one.top_k.tail_draws is not None
+    assert two.top_k.tail_draws is not None
+    written = sorted([*one.top_k.tail_draws.ravel().tolist(), *two.top_k.tail_draws.ravel().tolist()])
+    assert sorted(found[found >= 0].tolist()) == written
+    # Cut where the completion is.
+    longest = max((one, two), key=lambda trace: trace.top_k.positions)
+    cut = len(longest.prompt_token_ids) + 2
+    (short,) = collate([longest], PieceSizes(512, cut), vocab_size=384)
+    assert short.targets.tail_ids_ND is not None
+    assert len(short.targets.tail_ids_ND) == len(short.targets)
+    (again,) = collate([longest], PieceSizes(512, 4096), vocab_size=384)
+    assert again.targets.tail_ids_ND is not None
+    assert torch.equal(again.targets.tail_ids_ND[: len(short.targets)], short.targets.tail_ids_ND)
+    assert torch.equal(
+        again.targets.rows(1, 3).to(torch.device("cpu")).tail_ids_ND, again.targets.tail_ids_ND[1:3]
+    )
+
+
 def test_tensors_say_which_tokens_are_draws_of_the_teachers_distribution(traces: list[Trace]) -> None:
     plain, greedy = (
         replace(trace, sampling=SamplingParams(temperature, max_tokens=9, seed=1))

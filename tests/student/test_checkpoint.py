@@ -195,6 +195,15 @@ def test_many_held_out_traces_span_several_blocks(tmp_path: Path, traces: list[T
     assert_same_traces(load_held_out(tmp_path), long)
 
 
+def test_held_out_traces_of_streams_with_and_without_draws_are_kept_together(
+    tmp_path: Path, traces: list[Trace]
+) -> None:
+    plain, rows = traces[0], traces[1].top_k
+    drawn = replace(rows, tail_draws=np.full((rows.positions, 1), -1, np.int32))
+    save_held_out(tmp_path, [plain, replace(traces[1], top_k=drawn)], 384)
+    assert_same_traces(load_held_out(tmp_path), [plain, traces[1]])
+
+
 def test_parity_tokens_are_the_held_out_traces(tmp_path: Path, traces: list[Trace]) -> None:
     with pytest.raises(CheckpointError, match="no held-out traces"):
         write_parity_tokens(tmp_path, tmp_path / "parity.json")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import replace
 
 import pytest
@@ -238,6 +239,123 @@ def test_draws_teach_in_the_mean_what_the_whole_distribution_teaches() -> None:
             ids = counts_V.nonzero()[:, 0].tolist()
             mean += p_V[first] * p_V[second] * gradient(ids, counts_V[ids] / 2, "sampled-kd")
     torch.testing.assert_close(mean, whole)
+
+
+def with_tail_draws(case: Case, draws: int, *, every: int = 1, seed: int = 0) -> Case:
+    """The case with tokens drawn evenly from what each row does not keep, in one row of `every`."""
+    targets = case.targets
+    generator = torch.Generator().manual_seed(seed)
+    tail_ids_ND = torch.full((len(targets), draws), -1)
+    for row in range(0, len(targets), every):
+        outside_V = torch.ones(VOCAB)
+        outside_V[targets.token_ids_NK[row][targets.logprobs_NK[row] > -torch.inf]] = 0.0
+        if outside_V.any() and targets.tail_mass_N[row]:
+            tail_ids_ND[row] = torch.multinomial(outside_V, draws, replacement=True, generator=generator)
+    return replace(case, targets=replace(targets, tail_ids_ND=tail_ids_ND))
+
+
+TAIL = LossTerm("tail-cross-entropy", 0.7)
+
+
+@pytest.mark.parametrize("draws", [1, 3])
+@pytest.mark.parametrize("k", [0, 1, 6, VOCAB - 1, VOCAB])
+@pytest.mark.parametrize("others", [(), (LossTerm("forward-kl"), LossTerm("cross-entropy", 0.1))])
+def test_draws_of_the_tail_equal_the_dense_reference(
+    draws: int, k: int, others: tuple[LossTerm, ...]
+) -> None:
+    # Rows without draws go by the token that was written, as ever.
+    case = with_tail_draws(make_case(k=k), draws, every=2)
+    check_against_dense(case, Objective((*others, TAIL)))
+    check_against_dense(case, Objective((*others, TAIL), temperature=0.7, teacher_temperature=0.7))
+    weighted = replace(case.targets, weights_N=torch.arange(9.0))
+    check_against_dense(replace(case, targets=weighted), Objective((*others, TAIL)))
+    # Which tokens the completion has, and how it came by them, is then no matter.
+    drawn = with_tail_draws(make_case(k=k), draws)
+    picked = replace(drawn.targets, drawn_N=torch.zeros(9, dtype=torch.bool))
+    other = replace(picked, sampled_ids_N=(picked.sampled_ids_N + 5) % VOCAB)
+    results = [
+        distillation_loss(drawn.hidden_NH, drawn.head_VH, targets, objective=Objective((TAIL,))).loss_N
+        for targets in (drawn.targets, picked, other)
+    ]
+    if k < VOCAB:
+        assert results[0].any()
+        torch.testing.assert_close(results, [results[0]] * 3)
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+@pytest.mark.parametrize(("k", "draws"), [(0, 1), (1, 1), (6, 1), (19, 2)])
+def test_draws_of_the_tail_teach_the_whole_distribution_in_the_mean(
+    k: int, draws: int, temperature: float
+) -> None:
+    """Over all tokens that may be drawn, each by its probability: the gradient of KL over the vocabulary.
+
+    Rounding has left the rows' sum off one, which takes nothing from that: all buckets are normalised alike.
+    """
+    case = make_case(positions=1, k=VOCAB, padded=False)
+    ids_V, logprobs_V = case.targets.token_ids_NK[0], case.targets.logprobs_NK[0]
+    settings = {"temperature": temperature, "teacher_temperature": temperature}
+    whole = Objective((LossTerm("forward-kl"),), **settings)
+    every = replace(case.targets, tail_mass_N=torch.zeros(1).double())
+    expected = gradients(
+        distillation_loss(case.hidden_NH, case.head_VH, every, objective=whole).loss, case.leaves[:2]
+    )
+    off = 1.0 + 1e-3
+    tail_mass = 1 - logprobs_V[:k].exp().sum()
+    both = Objective((LossTerm("forward-kl"), LossTerm("tail-cross-entropy")), **settings)
+    means = [torch.zeros_like(gradient) for gradient in expected]
+    for chosen in itertools.product(range(k, VOCAB), repeat=draws):
+        targets = Targets(
+            ids_V[None, :k],
+            (logprobs_V[None, :k].exp() * off).log(),
+            (tail_mass * off)[None],
+            case.targets.sampled_ids_N,
+            drawn_N=torch.zeros(1, dtype=torch.bool),
+            tail_ids_ND=ids_V[list(chosen)][None],
+        )
+        loss = distillation_loss(case.hidden_NH, case.head_VH, targets, objective=both).loss
+        probability = (logprobs_V[list(chosen)].exp() / tail_mass).prod()
+        for mean, gradient in zip(means, gradients(loss, case.leaves[:2]), strict=True):
+            mean += probability * gradient
+    for mean, gradient in zip(means, expected, strict=True):
+        torch.testing.assert_close(mean, gradient, atol=1e-9, rtol=1e-7)
+
+
+def test_draws_beyond_the_students_vocabulary_count_for_nothing() -> None:
+    narrow = VOCAB - 4
+    case = with_tail_draws(make_case(k=4), 3)
+    case = replace(case, targets=replace(case.targets, sampled_ids_N=case.targets.sampled_ids_N % narrow))
+    assert case.targets.tail_ids_ND is not None
+    case.targets.tail_ids_ND[::2, 1] = VOCAB + 9
+    case.targets.tail_ids_ND[3] = VOCAB
+    check_against_dense(case, Objective((TAIL,), vocab_size=narrow))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("factor", [1.0, 30.0, 1e4])
+def test_draws_of_the_tail_leave_a_sure_student_finite(factor: float, dtype: torch.dtype) -> None:
+    for k in (0, 4, VOCAB - 1, VOCAB):
+        case = as_float32(with_tail_draws(make_case(k=k), 2), factor=factor)
+        hidden_NH = case.hidden_NH.detach().to(dtype).requires_grad_()
+        result = distillation_loss(hidden_NH, case.head_VH, case.targets, objective=Objective((TAIL,)))
+        grads = torch.autograd.grad(result.loss, [hidden_NH, case.head_VH])
+        assert is_finite(result.loss.detach(), result.loss_N, *grads)
+
+
+def test_draws_of_the_tail_survive_chunks_blocks_and_one_pass(monkeypatch: pytest.MonkeyPatch) -> None:
+    case = with_tail_draws(make_case(positions=11), 2, every=2)
+    objective = Objective((LossTerm("forward-kl"), TAIL))
+
+    def run() -> list[Tensor]:
+        result = distillation_loss(case.hidden_NH, case.head_VH, case.targets, objective=objective)
+        return [result.loss.detach(), *torch.autograd.grad(result.loss, [case.hidden_NH, case.head_VH])]
+
+    whole = run()
+    monkeypatch.setattr(head, "CHUNK_BYTES", 4 * VOCAB * 8)
+    torch.testing.assert_close(run(), whole)
+    for leaf in (case.hidden_NH, case.head_VH):
+        leaf.grad = None
+    loss = backpropagate_loss(case.hidden_NH, case.head_VH, case.targets, objective=objective).loss
+    torch.testing.assert_close([loss, case.hidden_NH.grad, case.head_VH.grad], whole)
 
 
 @every_loss

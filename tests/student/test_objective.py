@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -55,7 +56,7 @@ def test_what_is_no_term_is_named(text: str, said: str) -> None:
 
 def test_a_sum_has_each_loss_once() -> None:
     with pytest.raises(ConfigError, match="none"):
-        TrainConfig(loss=())
+        TrainConfig(rollout_loss=())
     with pytest.raises(ConfigError, match="each one once"):
         TrainConfig(loss=("forward-kl", "forward-kl:2"))
     both = TrainConfig(loss=("jsd@0.1", "jsd@0.9", "cross-entropy"))
@@ -104,6 +105,32 @@ def test_draws_suit_the_losses_that_they_leave_unbiased(teacher: StudentModel) -
         make_objective(drawn, ["sampled-kd"], temperature=2.0, retemper=True)
     with pytest.raises(MisalignmentError, match="holds no draws"):
         make_objective(spec, ["sampled-kd"])
+
+
+def test_draws_from_the_tail_are_of_one_temperature(warm_spec: StreamSpec) -> None:
+    drawn = replace(warm_spec, codec=replace(warm_spec.codec, tail_draws=1))
+    terms = ["forward-kl", "tail-cross-entropy"]
+    assert make_objective(drawn, terms, temperature=2.0).tail_cross_entropy_weight == 1.0
+    with pytest.raises(MisalignmentError, match="are at temperature 2, the loss compares at 1: nothing says"):
+        make_objective(drawn, terms, retemper=True)
+    make_objective(drawn, ["forward-kl"], retemper=True)
+    # The token that was written says at what temperature it was drawn, trace by trace.
+    make_objective(warm_spec, terms, retemper=True)
+
+
+def test_a_stream_with_draws_from_the_tail_is_learnt_with_them_by_default(
+    teacher: StudentModel, warm_spec: StreamSpec
+) -> None:
+    def default(spec: StreamSpec, **settings: Any) -> list[str]:
+        return [str(term) for term in make_objective(spec, TrainConfig().loss, **settings).terms]
+
+    plain = make_spec(teacher)
+    assert default(plain) == ["forward-kl:1", "cross-entropy:0.1"]
+    drawn = replace(plain, codec=replace(plain.codec, tail_draws=1))
+    assert default(drawn) == ["forward-kl:1", "cross-entropy:0.1", "tail-cross-entropy:1"]
+    warm = replace(warm_spec, codec=drawn.codec)
+    assert default(warm, temperature=2.0) == default(drawn)
+    assert default(warm, retemper=True) == default(plain)
 
 
 def test_spans_and_tags_weigh_positions(traces: list[Trace]) -> None:

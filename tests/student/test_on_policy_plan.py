@@ -105,6 +105,9 @@ def test_a_rollout_stream_says_whose_it_is(teacher: StudentModel, student_dir: P
     assert spec.license == "Apache-2.0"
     assert (spec.labels["source"], spec.labels["support"]) == ("student", "student")
     assert spec.labels["prompts"] == "stream maths"
+    assert spec.codec.tail_draws == 0
+    with_draws = replace(config, rollout_support="teacher", rollout_tail_draws=2)
+    assert rollout_spec("rollouts", served, with_draws, others).codec.tail_draws == 2
     # Of another teacher, the terms are not known.
     another = replace(served, spec=replace(served.spec, revision="sha256:ff"))
     assert rollout_spec("rollouts", another, config, others).license == "unknown"
@@ -140,6 +143,8 @@ def test_a_manifest_says_how_much_was_on_policy(teacher: StudentModel) -> None:
         ({"on_policy_share": "half"}, "on_policy_share is 'half'"),
         ({"refresh_every_steps": 18}, "refresh_every_steps is 18, expected at most max_staleness"),
         ({"rollout_support": "both"}, "rollout_support is 'both'"),
+        ({"rollout_tail_draws": 17}, "rollout_tail_draws is 17"),
+        ({"rollout_tail_draws": 1, "rollout_support": "student"}, "goes with rollout_support 'teacher'"),
         ({"rollout_loss": ("banana",)}, "banana"),
         ({"rollout_stream": "No Name"}, "rollout_stream is 'No Name'"),
         ({"loss": ("forward-kl", "hidden-cosine")}, "hidden states"),

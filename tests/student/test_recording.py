@@ -91,7 +91,8 @@ def test_a_run_leaves_metrics_manifest_card_and_a_page(configure: Callable[..., 
     manifest = json.loads((report.checkpoint / "lynearm.json").read_text())
     (stream,), (run,) = manifest["streams"], manifest["runs"]
     assert stream["prompts"] == "acme/questions"
-    assert stream["codec"] == {"mode": "exact", "top_k": 8, "min_probability": 0.0, "draws": 0}
+    codec = {"mode": "exact", "top_k": 8, "min_probability": 0.0, "draws": 0, "tail_draws": 0}
+    assert stream["codec"] == codec
     assert stream["distillation"] == {"verdict": "allowed", "reason": ""}
     assert run["code"]["torch"] == torch.__version__
     assert run["code"]["transformers"] == transformers.__version__

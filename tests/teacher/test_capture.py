@@ -292,6 +292,52 @@ def test_draws_come_out_of_the_sampler(
     assert len(seen) > 2 * draws
 
 
+@pytest.mark.parametrize("outside", [False, True], ids=["in the sampler", "from whole rows"])
+def test_draws_from_the_tail_come_beside_the_likeliest_entries(
+    engine: TeacherEngine, tell: Tell, reference: Any, monkeypatch: pytest.MonkeyPatch, outside: bool
+) -> None:
+    draws, k = 3, 300
+    monkeypatch.setattr(engine, "top_k", k)
+    monkeypatch.setattr(engine, "_logprob_count", k)
+    monkeypatch.setattr(engine._engine.model_config, "max_logprobs", -1)
+    plain = generate(engine)
+    monkeypatch.setattr(engine, "_config", replace(engine._config, tail_draws=draws))
+    if outside:
+        monkeypatch.setattr(engine, "_logprob_count", engine.vocab_size)
+        monkeypatch.setattr(LogprobRows, "reduce", engine._draw)
+    else:
+        monkeypatch.setattr(engine, "_logprob_count", k + draws)
+        assert tell(CaptureWish(tail_draws=draws)).has_draws
+    seen, tail_ids = 0, set[int]()
+    for name, completion in generate(engine).items():
+        check(completion, reference(prompts_of(engine)[name], completion.token_ids), 1.0)
+        np.testing.assert_array_equal(completion.token_ids, plain[name].token_ids)
+        np.testing.assert_array_equal(completion.top_k.token_ids, plain[name].top_k.token_ids)
+        drawn = completion.top_k.tail_draws
+        assert drawn is not None
+        assert drawn.shape == (completion.token_ids.size, draws)
+        assert drawn.min() >= 0
+        assert drawn.max() < engine.vocab_size
+        assert not (drawn[:, :, None] == completion.top_k.token_ids[:, None]).any()
+        seen, tail_ids = seen + drawn.size, tail_ids | set(drawn.ravel().tolist())
+    # The tiny model is nearly uniform: a few tokens again and again would be a cumulated sum gone wrong.
+    assert len(tail_ids) > seen // 4
+
+
+def test_a_row_that_keeps_the_whole_vocabulary_has_no_draw(
+    engine: TeacherEngine, tell: Tell, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(engine, "_config", replace(engine._config, tail_draws=1))
+    monkeypatch.setattr(engine, "top_k", engine.vocab_size)
+    monkeypatch.setattr(engine, "_logprob_count", engine.vocab_size + 1)
+    monkeypatch.setattr(engine._engine.model_config, "max_logprobs", engine.vocab_size + 1)
+    tell(CaptureWish(tail_draws=1))
+    for completion in generate(engine).values():
+        drawn = completion.top_k.tail_draws
+        assert drawn is not None
+        assert (drawn == -1).all()
+
+
 def test_the_newer_runner_is_given_logits_at_the_temperature(
     engine: TeacherEngine, monkeypatch: pytest.MonkeyPatch
 ) -> None:

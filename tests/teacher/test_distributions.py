@@ -29,7 +29,8 @@ def log_normalisers(logits: torch.Tensor) -> torch.Tensor:
 
 def top_entries(logits: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:
     """The k largest logits and their places; checks that their logprobs are these less the normaliser."""
-    logprobs, token_ids, normalisers = top_logprobs(logits, k)
+    logprobs, token_ids, normalisers, drawn = top_logprobs(logits, k)
+    assert drawn.shape == (logits.shape[0], 0)
     assert token_ids.dtype == torch.int32
     token_ids = token_ids.long()
     assert torch.equal(normalisers, log_normalisers(logits)) or bool(normalisers.isnan().any())

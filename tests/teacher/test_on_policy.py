@@ -103,8 +103,10 @@ def test_a_student_learns_from_its_own_text_through_kill_and_resume(
         on_policy_share="0.5",
         max_staleness=4,
         refresh_every_steps=2,
+        rollout_loss=("reverse-kl", "tail-cross-entropy:0.5"),
         rollout_tokens=12,
         rollout_top_k=8,
+        rollout_tail_draws=1,
         rollout_threads=1,
         rollout_kv_cache_mib=64,
         max_sequence_tokens=64,
@@ -135,6 +137,8 @@ def test_a_student_learns_from_its_own_text_through_kill_and_resume(
     numbers = [trace.sample_index for trace in rollouts]
     assert numbers == sorted(set(numbers))
     assert {trace.prompt_id for trace in rollouts} <= {f"p{number}" for number in range(60)}
+    drawn = [trace.top_k.tail_draws for trace in rollouts]
+    assert all(one is not None and one.shape[1] == 1 and bool((one >= 0).all()) for one in drawn)
     steps = {int(trace.tags["student_step"]) for trace in rollouts}
     assert len(steps) >= 3
     assert final.scored_tokens <= sum(len(trace.completion_token_ids) for trace in rollouts)

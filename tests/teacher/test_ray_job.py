@@ -91,6 +91,7 @@ def test_a_submitted_job_answers_every_prompt_on_the_cluster(
         *("--model", str(model), "--prompts", str(prompts), "--stream", "lessons"),
         *("--license", "MIT", "--service", service.target, "--threads", "1"),
         *("--max-model-len", "128", "--max-tokens", "16", "--completions", "2"),
+        *("--tail-draws", "2"),
     ]
     submitted = subprocess.run(
         [
@@ -118,3 +119,9 @@ def test_a_submitted_job_answers_every_prompt_on_the_cluster(
         traces = [trace for one in blocks for trace in decode_block(one.block, dictionaries=dictionaries)]
     wanted = sorted((f"p{n}", sample) for n in range(20) for sample in (0, 1))
     assert sorted((trace.prompt_id, trace.sample_index) for trace in traces) == wanted
+    for trace in traces:
+        drawn = trace.top_k.tail_draws
+        assert drawn is not None
+        assert drawn.shape == (trace.completion_token_ids.size, 2)
+        assert (drawn >= 0).all()
+        assert not (drawn[:, :, None] == trace.top_k.token_ids[:, None]).any()

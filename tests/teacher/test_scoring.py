@@ -87,6 +87,31 @@ def test_a_temperature_is_applied_to_the_whole_distribution(engine: TeacherEngin
     assert not np.allclose(scores["warm-0.5"].top_k.tail_mass, scores["warm-2.0"].top_k.tail_mass, atol=0.01)
 
 
+def test_draws_from_the_tail_come_with_a_score(engine: TeacherEngine, tiny_model: Path) -> None:
+    prompt, completion = some_ids(3, 9), some_ids(4, 60)
+    tasks = [
+        ScoreTask(f"tail-{draws}-{k}", prompt, completion, top_k=k, temperature=t, tail_draws=draws)
+        for draws, k, t in [(0, 8, 1.0), (2, 8, 1.0), (16, 370, 0.5), (1, VOCAB, 1.0)]
+    ]
+    scores = score_all(engine, tasks)
+    assert scores["tail-0-8"].top_k.tail_draws is None
+    np.testing.assert_array_equal(scores["tail-2-8"].top_k.token_ids, scores["tail-0-8"].top_k.token_ids)
+    for task in tasks[1:]:
+        check(scores[task.request_id], task, reference_distributions(tiny_model, task))
+        top_k = scores[task.request_id].top_k
+        drawn = top_k.tail_draws
+        assert drawn is not None
+        assert drawn.shape == (60, task.tail_draws)
+        if task.top_k == VOCAB:
+            assert (drawn == -1).all()
+        else:
+            assert drawn.min() >= 0
+            assert drawn.max() < VOCAB
+            assert not (drawn[:, :, None] == top_k.token_ids[:, None]).any()
+            # Another chance at each position: 60 times the same few would not be.
+            assert len(set(drawn.ravel().tolist())) > 10
+
+
 def test_scoring_says_what_generating_said(engine: TeacherEngine) -> None:
     prompt = some_ids(7, 21)
     sampling = replace(engine.sampling("again", 0, 21), max_tokens=24, temperature=2.0)
@@ -211,6 +236,6 @@ def test_without_the_worker_prompt_logprobs_give_the_same(
     np.testing.assert_array_equal(gathered.top_k.token_ids, again.top_k.token_ids)
     assert np.abs(gathered.top_k.logprobs - again.top_k.logprobs).max() < 1e-4
     assert np.abs(gathered.sampled_logprobs - again.sampled_logprobs).max() < 1e-4
-    for refused in (make_task("ids", 5, 5), replace(task, temperature=2.0)):
+    for refused in (make_task("ids", 5, 5), replace(task, temperature=2.0), replace(task, tail_draws=1)):
         with pytest.raises(PreconditionError, match="neither chosen ids nor temperatures"):
             public.add(refused)

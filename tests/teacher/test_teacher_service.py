@@ -40,6 +40,7 @@ from lynearm.wire.errors import (
     RequestConflictError,
     ServiceUnavailableError,
 )
+from lynearm.wire.specs import CodecMode
 from lynearm.wire.traces import Int32Array, SamplingParams
 
 # torch and vLLM warn about each other's old names while they are imported.
@@ -119,6 +120,23 @@ def test_a_temperature_reaches_scores_and_chosen_ids(client: TeacherClient, tiny
     sent = make_completion("warm")
     (scored,) = client.score([sent], replace(EXACT, temperature=2.0))
     check(scored, sent, tiny_model, temperature=2.0)
+
+
+@pytest.mark.parametrize("codec", ["exact", "fine"])
+def test_draws_from_the_tail_come_with_scores(client: TeacherClient, codec: CodecMode) -> None:
+    sent = [make_completion("drawn", 20, 60), StudentCompletion("empty", some_ids(1, 5), some_ids(2, 0))]
+    settings = ScoreSettings(top_k=8, codec=codec, tail_draws=3)
+    drawn, empty = sorted(client.score(sent, settings), key=lambda scored: scored.request_id)
+    (plain,) = client.score(sent[:1], replace(settings, tail_draws=0))
+    found = drawn.trace.top_k.tail_draws
+    assert found is not None
+    assert found.shape == (60, 3)
+    assert ((found >= 0) & (found < VOCAB)).all()
+    assert not (found[:, :, None] == drawn.trace.top_k.token_ids[:, None]).any()
+    assert len(set(found.ravel().tolist())) > 60
+    assert empty.trace.top_k.tail_draw_count in (0, 3)
+    assert plain.trace.top_k.tail_draws is None
+    assert np.abs(plain.trace.top_k.logprobs - drawn.trace.top_k.logprobs).max() < 5e-3
 
 
 def test_chosen_logprobs_of_other_codecs_are_right_to_half_a_thousandth(client: TeacherClient) -> None:

@@ -8,6 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from models.teaching import teach_config
 
@@ -48,8 +49,11 @@ def make_worker(engine: TeacherEngine, tiny_model: Path, service: Any) -> Iterat
     """Workers of a job of some prompts; they are called one after the other."""
     made: list[TeacherWorker] = []
 
-    def make(prompts: Sequence[Prompt], job: str = "job", name: str = "teacher-0") -> TeacherWorker:
+    def make(
+        prompts: Sequence[Prompt], job: str = "job", name: str = "teacher-0", **codec: Any
+    ) -> TeacherWorker:
         spec = make_spec(engine)
+        spec = replace(spec, codec=replace(spec.codec, **codec))
         with TraceClient(service.target) as client:
             client.open_stream(spec)
             job_prompts = [encode_prompt(prompt) for prompt in prompts]
@@ -97,6 +101,39 @@ def test_every_sample_is_published_once_and_what_cannot_be_answered_is_given_up(
         ((failed,)) = client.jobs.failures("lessons", "job")
         assert (failed.prompt_id, failed.sample_indices) == ("long", (0, 1))
         assert "tokens, and the context of 128 must also hold a completion" in failed.reason
+
+
+@pytest.mark.parametrize("min_probability", [0.0, 4e-3])
+def test_draws_from_the_tail_are_published_with_their_rows(
+    make_worker: MakeWorker,
+    engine: TeacherEngine,
+    service: Any,
+    monkeypatch: pytest.MonkeyPatch,
+    min_probability: float,
+) -> None:
+    monkeypatch.setattr(engine, "_config", replace(engine._config, tail_draws=2))
+    monkeypatch.setattr(engine, "_logprob_count", engine.top_k + 2)
+    monkeypatch.setattr(engine._engine.model_config, "max_logprobs", engine.vocab_size)
+    assert engine._start_capture(fast=True)
+    try:
+        make_worker(numbered(30), tail_draws=2, min_probability=min_probability).run()
+    finally:
+        monkeypatch.undo()
+        engine._start_capture(fast=True)
+    seen, rows, dropped = set[int](), 0, 0
+    for trace in read_all(service.target):
+        drawn, is_kept = trace.top_k.tail_draws, trace.top_k.logprobs > -np.inf
+        assert drawn is not None
+        assert drawn.shape == (trace.completion_token_ids.size, 2)
+        assert ((drawn >= 0) & (drawn < engine.vocab_size)).all()
+        is_same = drawn[:, :, None] == trace.top_k.token_ids[:, None]
+        assert not (is_same & is_kept[:, None]).any()
+        seen |= set(drawn.ravel().tolist())
+        rows, dropped = rows + drawn.shape[0], dropped + int((~is_kept).sum())
+    assert rows > 200
+    # Of 384 tokens that are nearly alike, 400 draws show at least half.
+    assert len(seen) > 190
+    assert (dropped > 0) == (min_probability > 0)
 
 
 def test_the_samples_of_a_prompt_share_a_block(make_worker: MakeWorker, service: Any) -> None:

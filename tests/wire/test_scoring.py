@@ -148,6 +148,7 @@ def test_settings_come_out_as_they_went_in() -> None:
         ({"temperature": -1.0}, "temperature -1.0"),
         ({"temperature": float("inf")}, "temperature inf"),
         ({"codec": "sampled"}, "codec 'sampled'"),
+        ({"tail_draws": 17}, "tail_draws 17"),
     ],
 )
 def test_settings_out_of_range_are_refused(changes: dict[str, Any], words: str) -> None:

@@ -108,6 +108,10 @@ def teach(
     top_k: Annotated[
         int | None, typer.Option(help="Entries kept for each position.", show_default="64")
     ] = None,
+    tail_draws: Annotated[
+        int | None,
+        typer.Option(help="Tokens drawn from the tail of each position, 0 to 16.", show_default="0"),
+    ] = None,
     completions: Annotated[
         int | None, typer.Option(help="Completions for each prompt.", show_default="1")
     ] = None,

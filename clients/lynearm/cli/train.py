@@ -63,7 +63,8 @@ def train(
         typer.Option(
             metavar="NAME[@MIX][:WEIGHT]",
             help="A term of the loss, for example forward-kl:0.9, reverse-kl, jsd@0.5, cross-entropy:0.1, "
-            "hidden-cosine@4=9:0.5. May be repeated: they are summed.",
+            "hidden-cosine@4=9:0.5. May be repeated: they are summed. Without any, streams with draws from "
+            "the tail add tail-cross-entropy.",
             show_default="forward-kl:1 and cross-entropy:0.1",
         ),
     ] = None,

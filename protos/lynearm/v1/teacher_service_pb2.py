@@ -25,15 +25,15 @@ _sym_db = _symbol_database.Default()
 from lynearm.v1 import trace_pb2 as lynearm_dot_v1_dot_trace__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n lynearm/v1/teacher_service.proto\x12\nlynearm.v1\x1a\x16lynearm/v1/trace.proto\"\x9a\x01\n\x07Teacher\x12%\n\x04spec\x18\x01 \x01(\x0b\x32\x17.lynearm.v1.TeacherSpec\x12,\n\ttokenizer\x18\x02 \x01(\x0b\x32\x19.lynearm.v1.TokenizerSpec\x12\x0f\n\x07license\x18\x03 \x01(\t\x12\x11\n\tmax_top_k\x18\x04 \x01(\r\x12\x16\n\x0emax_chosen_ids\x18\x05 \x01(\r\"\x13\n\x11GetTeacherRequest\":\n\x12GetTeacherResponse\x12$\n\x07teacher\x18\x01 \x01(\x0b\x32\x13.lynearm.v1.Teacher\"t\n\x0cScoreRequest\x12%\n\x04open\x18\x01 \x01(\x0b\x32\x15.lynearm.v1.ScoreOpenH\x00\x12\x32\n\x0b\x63ompletions\x18\x02 \x01(\x0b\x32\x1b.lynearm.v1.CompletionBatchH\x00\x42\t\n\x07message\"\x84\x01\n\tScoreOpen\x12\x0f\n\x07session\x18\x01 \x01(\t\x12\r\n\x05top_k\x18\x02 \x01(\r\x12\x17\n\x0fmin_probability\x18\x03 \x01(\x01\x12\x13\n\x0btemperature\x18\x04 \x01(\x01\x12)\n\ncodec_mode\x18\x05 \x01(\x0e\x32\x15.lynearm.v1.CodecMode\">\n\x0f\x43ompletionBatch\x12+\n\x0b\x63ompletions\x18\x01 \x03(\x0b\x32\x16.lynearm.v1.Completion\"\xa8\x01\n\nCompletion\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x18\n\x10prompt_token_ids\x18\x02 \x03(\r\x12\x1c\n\x14\x63ompletion_token_ids\x18\x03 \x03(\r\x12\x1b\n\x13\x63hosen_per_position\x18\x04 \x01(\r\x12\x17\n\x0f\x63hosen_id_bytes\x18\x05 \x01(\r\x12\x18\n\x10\x63hosen_token_ids\x18\x06 \x01(\x0c\"r\n\rScoreResponse\x12)\n\x06opened\x18\x01 \x01(\x0b\x32\x17.lynearm.v1.ScoreOpenedH\x00\x12+\n\x07results\x18\x02 \x01(\x0b\x32\x18.lynearm.v1.ScoreResultsH\x00\x42\t\n\x07message\"3\n\x0bScoreOpened\x12$\n\x07teacher\x18\x01 \x01(\x0b\x32\x13.lynearm.v1.Teacher\"\x8a\x01\n\x0cScoreResults\x12 \n\x05\x62lock\x18\x01 \x01(\x0b\x32\x11.lynearm.v1.Block\x12*\n\x06\x63hosen\x18\x02 \x03(\x0b\x32\x1a.lynearm.v1.ChosenLogprobs\x12,\n\x08\x66\x61ilures\x18\x03 \x03(\x0b\x32\x1a.lynearm.v1.RequestFailure\"d\n\x0e\x43hosenLogprobs\x12\x14\n\x0cper_position\x18\x01 \x01(\r\x12,\n\x08\x65ncoding\x18\x02 \x01(\x0e\x32\x1a.lynearm.v1.ChosenEncoding\x12\x0e\n\x06values\x18\x03 \x01(\x0c\"c\n\x0eRequestFailure\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x0c\n\x04\x63ode\x18\x02 \x01(\x05\x12\x0f\n\x07message\x18\x03 \x01(\t\x12\x0e\n\x06remedy\x18\x04 \x01(\t\x12\x0e\n\x06reason\x18\x05 \x01(\t\"\x9f\x02\n\x0fGenerateRequest\x12\x0f\n\x07session\x18\x01 \x01(\t\x12\x12\n\nrequest_id\x18\x02 \x01(\t\x12\x0e\n\x04text\x18\x03 \x01(\tH\x00\x12&\n\x04\x63hat\x18\x04 \x01(\x0b\x32\x16.lynearm.v1.ChatPromptH\x00\x12)\n\x06tokens\x18\x05 \x01(\x0b\x32\x17.lynearm.v1.TokenPromptH\x00\x12,\n\x08sampling\x18\x06 \x01(\x0b\x32\x1a.lynearm.v1.SamplingParams\x12\x12\n\nwith_trace\x18\x07 \x01(\x08\x12\r\n\x05top_k\x18\x08 \x01(\r\x12)\n\ncodec_mode\x18\t \x01(\x0e\x32\x15.lynearm.v1.CodecModeB\x08\n\x06prompt\"1\n\nChatPrompt\x12#\n\x05turns\x18\x01 \x03(\x0b\x32\x14.lynearm.v1.ChatTurn\")\n\x08\x43hatTurn\x12\x0c\n\x04role\x18\x01 \x01(\t\x12\x0f\n\x07\x63ontent\x18\x02 \x01(\t\" \n\x0bTokenPrompt\x12\x11\n\ttoken_ids\x18\x01 \x03(\r\"p\n\x10GenerateResponse\x12)\n\x04text\x18\x01 \x01(\x0b\x32\x19.lynearm.v1.GeneratedTextH\x00\x12&\n\x03\x65nd\x18\x02 \x01(\x0b\x32\x17.lynearm.v1.GenerateEndH\x00\x42\t\n\x07message\"\x1d\n\rGeneratedText\x12\x0c\n\x04text\x18\x01 \x01(\t\"\xb1\x01\n\x0bGenerateEnd\x12/\n\rfinish_reason\x18\x01 \x01(\x0e\x32\x18.lynearm.v1.FinishReason\x12\x1a\n\x12prompt_token_count\x18\x02 \x01(\r\x12\x1e\n\x16\x63ompletion_token_count\x18\x03 \x01(\r\x12 \n\x05\x62lock\x18\x04 \x01(\x0b\x32\x11.lynearm.v1.Block\x12\x13\n\x0bstop_string\x18\x05 \x01(\t*k\n\x0e\x43hosenEncoding\x12\x1f\n\x1b\x43HOSEN_ENCODING_UNSPECIFIED\x10\x00\x12\x1b\n\x17\x43HOSEN_ENCODING_FLOAT32\x10\x01\x12\x1b\n\x17\x43HOSEN_ENCODING_FIXED16\x10\x02\x32\xe8\x01\n\x0eTeacherService\x12K\n\nGetTeacher\x12\x1d.lynearm.v1.GetTeacherRequest\x1a\x1e.lynearm.v1.GetTeacherResponse\x12@\n\x05Score\x12\x18.lynearm.v1.ScoreRequest\x1a\x19.lynearm.v1.ScoreResponse(\x01\x30\x01\x12G\n\x08Generate\x12\x1b.lynearm.v1.GenerateRequest\x1a\x1c.lynearm.v1.GenerateResponse0\x01\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n lynearm/v1/teacher_service.proto\x12\nlynearm.v1\x1a\x16lynearm/v1/trace.proto\"\x9a\x01\n\x07Teacher\x12%\n\x04spec\x18\x01 \x01(\x0b\x32\x17.lynearm.v1.TeacherSpec\x12,\n\ttokenizer\x18\x02 \x01(\x0b\x32\x19.lynearm.v1.TokenizerSpec\x12\x0f\n\x07license\x18\x03 \x01(\t\x12\x11\n\tmax_top_k\x18\x04 \x01(\r\x12\x16\n\x0emax_chosen_ids\x18\x05 \x01(\r\"\x13\n\x11GetTeacherRequest\":\n\x12GetTeacherResponse\x12$\n\x07teacher\x18\x01 \x01(\x0b\x32\x13.lynearm.v1.Teacher\"t\n\x0cScoreRequest\x12%\n\x04open\x18\x01 \x01(\x0b\x32\x15.lynearm.v1.ScoreOpenH\x00\x12\x32\n\x0b\x63ompletions\x18\x02 \x01(\x0b\x32\x1b.lynearm.v1.CompletionBatchH\x00\x42\t\n\x07message\"\x98\x01\n\tScoreOpen\x12\x0f\n\x07session\x18\x01 \x01(\t\x12\r\n\x05top_k\x18\x02 \x01(\r\x12\x17\n\x0fmin_probability\x18\x03 \x01(\x01\x12\x13\n\x0btemperature\x18\x04 \x01(\x01\x12)\n\ncodec_mode\x18\x05 \x01(\x0e\x32\x15.lynearm.v1.CodecMode\x12\x12\n\ntail_draws\x18\x06 \x01(\r\">\n\x0f\x43ompletionBatch\x12+\n\x0b\x63ompletions\x18\x01 \x03(\x0b\x32\x16.lynearm.v1.Completion\"\xa8\x01\n\nCompletion\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x18\n\x10prompt_token_ids\x18\x02 \x03(\r\x12\x1c\n\x14\x63ompletion_token_ids\x18\x03 \x03(\r\x12\x1b\n\x13\x63hosen_per_position\x18\x04 \x01(\r\x12\x17\n\x0f\x63hosen_id_bytes\x18\x05 \x01(\r\x12\x18\n\x10\x63hosen_token_ids\x18\x06 \x01(\x0c\"r\n\rScoreResponse\x12)\n\x06opened\x18\x01 \x01(\x0b\x32\x17.lynearm.v1.ScoreOpenedH\x00\x12+\n\x07results\x18\x02 \x01(\x0b\x32\x18.lynearm.v1.ScoreResultsH\x00\x42\t\n\x07message\"3\n\x0bScoreOpened\x12$\n\x07teacher\x18\x01 \x01(\x0b\x32\x13.lynearm.v1.Teacher\"\x8a\x01\n\x0cScoreResults\x12 \n\x05\x62lock\x18\x01 \x01(\x0b\x32\x11.lynearm.v1.Block\x12*\n\x06\x63hosen\x18\x02 \x03(\x0b\x32\x1a.lynearm.v1.ChosenLogprobs\x12,\n\x08\x66\x61ilures\x18\x03 \x03(\x0b\x32\x1a.lynearm.v1.RequestFailure\"d\n\x0e\x43hosenLogprobs\x12\x14\n\x0cper_position\x18\x01 \x01(\r\x12,\n\x08\x65ncoding\x18\x02 \x01(\x0e\x32\x1a.lynearm.v1.ChosenEncoding\x12\x0e\n\x06values\x18\x03 \x01(\x0c\"c\n\x0eRequestFailure\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x0c\n\x04\x63ode\x18\x02 \x01(\x05\x12\x0f\n\x07message\x18\x03 \x01(\t\x12\x0e\n\x06remedy\x18\x04 \x01(\t\x12\x0e\n\x06reason\x18\x05 \x01(\t\"\x9f\x02\n\x0fGenerateRequest\x12\x0f\n\x07session\x18\x01 \x01(\t\x12\x12\n\nrequest_id\x18\x02 \x01(\t\x12\x0e\n\x04text\x18\x03 \x01(\tH\x00\x12&\n\x04\x63hat\x18\x04 \x01(\x0b\x32\x16.lynearm.v1.ChatPromptH\x00\x12)\n\x06tokens\x18\x05 \x01(\x0b\x32\x17.lynearm.v1.TokenPromptH\x00\x12,\n\x08sampling\x18\x06 \x01(\x0b\x32\x1a.lynearm.v1.SamplingParams\x12\x12\n\nwith_trace\x18\x07 \x01(\x08\x12\r\n\x05top_k\x18\x08 \x01(\r\x12)\n\ncodec_mode\x18\t \x01(\x0e\x32\x15.lynearm.v1.CodecModeB\x08\n\x06prompt\"1\n\nChatPrompt\x12#\n\x05turns\x18\x01 \x03(\x0b\x32\x14.lynearm.v1.ChatTurn\")\n\x08\x43hatTurn\x12\x0c\n\x04role\x18\x01 \x01(\t\x12\x0f\n\x07\x63ontent\x18\x02 \x01(\t\" \n\x0bTokenPrompt\x12\x11\n\ttoken_ids\x18\x01 \x03(\r\"p\n\x10GenerateResponse\x12)\n\x04text\x18\x01 \x01(\x0b\x32\x19.lynearm.v1.GeneratedTextH\x00\x12&\n\x03\x65nd\x18\x02 \x01(\x0b\x32\x17.lynearm.v1.GenerateEndH\x00\x42\t\n\x07message\"\x1d\n\rGeneratedText\x12\x0c\n\x04text\x18\x01 \x01(\t\"\xb1\x01\n\x0bGenerateEnd\x12/\n\rfinish_reason\x18\x01 \x01(\x0e\x32\x18.lynearm.v1.FinishReason\x12\x1a\n\x12prompt_token_count\x18\x02 \x01(\r\x12\x1e\n\x16\x63ompletion_token_count\x18\x03 \x01(\r\x12 \n\x05\x62lock\x18\x04 \x01(\x0b\x32\x11.lynearm.v1.Block\x12\x13\n\x0bstop_string\x18\x05 \x01(\t*k\n\x0e\x43hosenEncoding\x12\x1f\n\x1b\x43HOSEN_ENCODING_UNSPECIFIED\x10\x00\x12\x1b\n\x17\x43HOSEN_ENCODING_FLOAT32\x10\x01\x12\x1b\n\x17\x43HOSEN_ENCODING_FIXED16\x10\x02\x32\xe8\x01\n\x0eTeacherService\x12K\n\nGetTeacher\x12\x1d.lynearm.v1.GetTeacherRequest\x1a\x1e.lynearm.v1.GetTeacherResponse\x12@\n\x05Score\x12\x18.lynearm.v1.ScoreRequest\x1a\x19.lynearm.v1.ScoreResponse(\x01\x30\x01\x12G\n\x08Generate\x12\x1b.lynearm.v1.GenerateRequest\x1a\x1c.lynearm.v1.GenerateResponse0\x01\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'lynearm.v1.teacher_service_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_CHOSENENCODING']._serialized_start=2054
-  _globals['_CHOSENENCODING']._serialized_end=2161
+  _globals['_CHOSENENCODING']._serialized_start=2074
+  _globals['_CHOSENENCODING']._serialized_end=2181
   _globals['_TEACHER']._serialized_start=73
   _globals['_TEACHER']._serialized_end=227
   _globals['_GETTEACHERREQUEST']._serialized_start=229
@@ -43,35 +43,35 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_SCOREREQUEST']._serialized_start=310
   _globals['_SCOREREQUEST']._serialized_end=426
   _globals['_SCOREOPEN']._serialized_start=429
-  _globals['_SCOREOPEN']._serialized_end=561
-  _globals['_COMPLETIONBATCH']._serialized_start=563
-  _globals['_COMPLETIONBATCH']._serialized_end=625
-  _globals['_COMPLETION']._serialized_start=628
-  _globals['_COMPLETION']._serialized_end=796
-  _globals['_SCORERESPONSE']._serialized_start=798
-  _globals['_SCORERESPONSE']._serialized_end=912
-  _globals['_SCOREOPENED']._serialized_start=914
-  _globals['_SCOREOPENED']._serialized_end=965
-  _globals['_SCORERESULTS']._serialized_start=968
-  _globals['_SCORERESULTS']._serialized_end=1106
-  _globals['_CHOSENLOGPROBS']._serialized_start=1108
-  _globals['_CHOSENLOGPROBS']._serialized_end=1208
-  _globals['_REQUESTFAILURE']._serialized_start=1210
-  _globals['_REQUESTFAILURE']._serialized_end=1309
-  _globals['_GENERATEREQUEST']._serialized_start=1312
-  _globals['_GENERATEREQUEST']._serialized_end=1599
-  _globals['_CHATPROMPT']._serialized_start=1601
-  _globals['_CHATPROMPT']._serialized_end=1650
-  _globals['_CHATTURN']._serialized_start=1652
-  _globals['_CHATTURN']._serialized_end=1693
-  _globals['_TOKENPROMPT']._serialized_start=1695
-  _globals['_TOKENPROMPT']._serialized_end=1727
-  _globals['_GENERATERESPONSE']._serialized_start=1729
-  _globals['_GENERATERESPONSE']._serialized_end=1841
-  _globals['_GENERATEDTEXT']._serialized_start=1843
-  _globals['_GENERATEDTEXT']._serialized_end=1872
-  _globals['_GENERATEEND']._serialized_start=1875
-  _globals['_GENERATEEND']._serialized_end=2052
-  _globals['_TEACHERSERVICE']._serialized_start=2164
-  _globals['_TEACHERSERVICE']._serialized_end=2396
+  _globals['_SCOREOPEN']._serialized_end=581
+  _globals['_COMPLETIONBATCH']._serialized_start=583
+  _globals['_COMPLETIONBATCH']._serialized_end=645
+  _globals['_COMPLETION']._serialized_start=648
+  _globals['_COMPLETION']._serialized_end=816
+  _globals['_SCORERESPONSE']._serialized_start=818
+  _globals['_SCORERESPONSE']._serialized_end=932
+  _globals['_SCOREOPENED']._serialized_start=934
+  _globals['_SCOREOPENED']._serialized_end=985
+  _globals['_SCORERESULTS']._serialized_start=988
+  _globals['_SCORERESULTS']._serialized_end=1126
+  _globals['_CHOSENLOGPROBS']._serialized_start=1128
+  _globals['_CHOSENLOGPROBS']._serialized_end=1228
+  _globals['_REQUESTFAILURE']._serialized_start=1230
+  _globals['_REQUESTFAILURE']._serialized_end=1329
+  _globals['_GENERATEREQUEST']._serialized_start=1332
+  _globals['_GENERATEREQUEST']._serialized_end=1619
+  _globals['_CHATPROMPT']._serialized_start=1621
+  _globals['_CHATPROMPT']._serialized_end=1670
+  _globals['_CHATTURN']._serialized_start=1672
+  _globals['_CHATTURN']._serialized_end=1713
+  _globals['_TOKENPROMPT']._serialized_start=1715
+  _globals['_TOKENPROMPT']._serialized_end=1747
+  _globals['_GENERATERESPONSE']._serialized_start=1749
+  _globals['_GENERATERESPONSE']._serialized_end=1861
+  _globals['_GENERATEDTEXT']._serialized_start=1863
+  _globals['_GENERATEDTEXT']._serialized_end=1892
+  _globals['_GENERATEEND']._serialized_start=1895
+  _globals['_GENERATEEND']._serialized_end=2072
+  _globals['_TEACHERSERVICE']._serialized_start=2184
+  _globals['_TEACHERSERVICE']._serialized_end=2416
 # @@protoc_insertion_point(module_scope)

@@ -159,6 +159,7 @@ class ScoreOpen(google.protobuf.message.Message):
     MIN_PROBABILITY_FIELD_NUMBER: builtins.int
     TEMPERATURE_FIELD_NUMBER: builtins.int
     CODEC_MODE_FIELD_NUMBER: builtins.int
+    TAIL_DRAWS_FIELD_NUMBER: builtins.int
     session: builtins.str
     """Requests are named within a session, so that clients need not agree on ids; matches the pattern of stream
     names.
@@ -173,6 +174,8 @@ class ScoreOpen(google.protobuf.message.Message):
     """Encoding of the traces; CODEC_MODE_SAMPLED is refused. CODEC_MODE_EXACT also sends the chosen ids' logprobs
     as float32.
     """
+    tail_draws: builtins.int
+    """Draws from each position's tail, as in CodecSpec."""
     def __init__(
         self,
         *,
@@ -181,8 +184,9 @@ class ScoreOpen(google.protobuf.message.Message):
         min_probability: builtins.float = ...,
         temperature: builtins.float = ...,
         codec_mode: lynearm.v1.trace_pb2.CodecMode.ValueType = ...,
+        tail_draws: builtins.int = ...,
     ) -> None: ...
-    def ClearField(self, field_name: typing.Literal["codec_mode", b"codec_mode", "min_probability", b"min_probability", "session", b"session", "temperature", b"temperature", "top_k", b"top_k"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["codec_mode", b"codec_mode", "min_probability", b"min_probability", "session", b"session", "tail_draws", b"tail_draws", "temperature", b"temperature", "top_k", b"top_k"]) -> None: ...
 
 Global___ScoreOpen: typing_extensions.TypeAlias = ScoreOpen
 

@@ -33,6 +33,8 @@ from lynearm.wire.protobuf import (
 )
 from lynearm.wire.specs import (
     BYTES_PER_ENTRY,
+    BYTES_PER_TAIL_DRAW,
+    MAX_TAIL_DRAWS,
     MAX_TOP_K,
     CodecMode,
     CodecSpec,
@@ -88,6 +90,8 @@ class ScoreSettings:
     """Divides the logits before the distribution is taken, over the whole vocabulary."""
     codec: CodecMode = "fine"
     """"fine" keeps logprobs to 0.004 nats, at a third of the bytes of "exact"."""
+    tail_draws: int = 0
+    """Tokens drawn from the tail of each position, as in a stream."""
 
     def __post_init__(self) -> None:
         """Check every field."""
@@ -101,6 +105,8 @@ class ScoreSettings:
             raise InvalidInputError(
                 f"temperature {self.temperature} is not above 0", "1 is the teacher itself"
             )
+        if not 0 <= self.tail_draws <= MAX_TAIL_DRAWS:
+            raise InvalidInputError(f"tail_draws {self.tail_draws} is outside 0..{MAX_TAIL_DRAWS}")
         if self.codec not in BYTES_PER_ENTRY or self.codec == "sampled":
             raise InvalidInputError(
                 f"codec {self.codec!r} does not carry scores", "use exact, fine, standard or compact"
@@ -144,6 +150,7 @@ def settings_to_proto(settings: ScoreSettings) -> pb.ScoreOpen:
         min_probability=settings.min_probability,
         temperature=settings.temperature,
         codec_mode=MODE_TO_PROTO[settings.codec],
+        tail_draws=settings.tail_draws,
     )
 
 
@@ -159,6 +166,7 @@ def settings_from_proto(message: pb.ScoreOpen) -> ScoreSettings:
         min_probability=message.min_probability,
         temperature=message.temperature or 1.0,
         codec=codec_mode_from_proto(message.codec_mode),
+        tail_draws=message.tail_draws,
     )
 
 
@@ -264,8 +272,9 @@ def completion_from_proto(message: pb.Completion) -> StudentCompletion:
 def result_bytes_bound(positions: int, settings: ScoreSettings, chosen_per_position: int) -> int:
     """Upper estimate of a completion's encoded result, bytes."""
     chosen_bytes = chosen_per_position * (4 if settings.codec == "exact" else 2)
-    per_position = _TOKEN_BYTES + settings.top_k * BYTES_PER_ENTRY[settings.codec] + chosen_bytes
-    return 512 + int(positions * per_position)
+    kept_bytes = settings.top_k * BYTES_PER_ENTRY[settings.codec]
+    drawn_bytes = settings.tail_draws * BYTES_PER_TAIL_DRAW
+    return 512 + int(positions * (_TOKEN_BYTES + kept_bytes + drawn_bytes + chosen_bytes))
 
 
 def results_to_proto(
@@ -279,7 +288,9 @@ def results_to_proto(
     # The codec brings numba, for which clients that score nothing need not wait.
     from lynearm.wire.codec import encode_block
 
-    codec = CodecSpec(settings.codec, settings.top_k, settings.min_probability)
+    codec = CodecSpec(
+        settings.codec, settings.top_k, settings.min_probability, tail_draws=settings.tail_draws
+    )
     results = pb.ScoreResults()
     block = encode_block([one.trace for one in scored], codec=codec, vocab_size=vocab_size)
     results.block.ParseFromString(block)

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, Literal, TypeAlias, cast, get_args
 
 from lynearm.wire.errors import ConfigError
-from lynearm.wire.specs import MAX_TOP_K
+from lynearm.wire.specs import MAX_TAIL_DRAWS, MAX_TOP_K
 from lynearm.wire.traces import Cursor
 
 Support: TypeAlias = Literal["teacher", "student"]
@@ -58,6 +58,8 @@ class RolloutConfig:
     likeliest, with the teacher's probabilities there."""
     score_temperature: float = 1.0
     """At which teacher and student are compared."""
+    tail_draws: int = 0
+    """Tokens that the teacher draws from the tail of each scored row; 0 with the student's support."""
 
     max_staleness: int = 16
     """Steps that a rollout may be behind the student that learns from it."""
@@ -94,6 +96,9 @@ class RolloutConfig:
             f"top_k is {self.top_k}, expected 1 to {MAX_TOP_K}": 1 <= self.top_k <= MAX_TOP_K,
             f"support is {self.support!r}, expected one of {SUPPORTS}": self.support in SUPPORTS,
             f"score_temperature is {self.score_temperature}, expected above 0": self.score_temperature > 0,
+            f"tail_draws is {self.tail_draws}, expected 0 to {MAX_TAIL_DRAWS}, 0 with support 'student'": (
+                0 <= self.tail_draws <= (MAX_TAIL_DRAWS if self.support == "teacher" else 0)
+            ),
             f"max_staleness is {self.max_staleness}, expected 0 or more": self.max_staleness >= 0,
             f"per_step is {self.per_step}, expected above 0": self.per_step > 0,
             f"wave is {self.wave}, expected 1 to ahead, which is {self.ahead}": 1 <= self.wave <= self.ahead,

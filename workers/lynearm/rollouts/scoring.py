@@ -32,6 +32,7 @@ def score_settings(config: RolloutConfig, session: str) -> ScoreSettings:
         # The tail of the student's support is what its entries leave: in steps of 1/1024 nat it would be
         # off by a thousandth.
         codec="fine" if on_teacher else "exact",
+        tail_draws=config.tail_draws,
     )
 
 

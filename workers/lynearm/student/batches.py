@@ -270,6 +270,7 @@ def _targets(
     sampled_N = np.concatenate([trace.completion_token_ids[:count] for trace, count in pairs])
     weights_N = np.concatenate([weighting.weigh(trace)[:count] for trace, count in pairs])
     drawn = [trace.sampling.is_plain(temperature) for trace in traces]
+    tail_ids_ND = _tail_ids(pairs)
     return Targets(
         torch.as_tensor(token_ids_NK),
         torch.as_tensor(logprobs_NK),
@@ -277,7 +278,23 @@ def _targets(
         torch.as_tensor(sampled_N.astype(np.int64)),
         None if weighting.is_even else torch.as_tensor(weights_N),
         None if all(drawn) else torch.as_tensor(np.repeat(drawn, counts)),
+        None if tail_ids_ND is None else torch.as_tensor(tail_ids_ND),
     )
+
+
+def _tail_ids(pairs: Sequence[tuple[Trace, int]]) -> np.ndarray | None:
+    """Tokens drawn from the tails, int64 [N, D], -1 where a trace has fewer or none; None if none has any."""
+    most = max(trace.top_k.tail_draw_count for trace, _ in pairs)
+    if not most:
+        return None
+    tail_ids_ND = np.full((sum(count for _, count in pairs), most), -1, np.int64)
+    start = 0
+    for trace, count in pairs:
+        drawn = trace.top_k.tail_draws
+        if drawn is not None:
+            tail_ids_ND[start : start + count, : drawn.shape[1]] = drawn[:count]
+        start += count
+    return tail_ids_ND
 
 
 def _check_ids(input_ids: np.ndarray, sampled_ids_N: Tensor, vocab_size: int) -> None:

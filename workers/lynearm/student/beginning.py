@@ -167,6 +167,7 @@ def _choose_objectives(
     )
     first = objectives[0]
     for stream, objective in zip(streams, objectives, strict=True):
+        logger.info("loss on stream %s: %s", stream.spec.name, " + ".join(map(str, objective.terms)))
         # Their projections are shared: they lead from the student's states to those of one width.
         if first.hidden_terms and _compared(objective) != _compared(first):
             raise MisalignmentError(

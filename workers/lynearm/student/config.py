@@ -11,11 +11,11 @@ from lynearm.rollouts.config import SUPPORTS, Support
 from lynearm.student.freezing import parse_patterns
 from lynearm.student.lora_settings import parse_lora
 from lynearm.student.mixing import parse_streams
-from lynearm.student.objective import Objective, parse_terms
+from lynearm.student.objective import DEFAULT_LOSS, Objective, parse_terms
 from lynearm.student.rollout_share import parse_share
 from lynearm.student.weighting import PositionWeighting
 from lynearm.wire.errors import ConfigError
-from lynearm.wire.specs import NAME_PATTERN
+from lynearm.wire.specs import MAX_TAIL_DRAWS, NAME_PATTERN
 
 SCHEDULES = ("constant", "cosine")
 PACKINGS = ("auto", "on", "off")
@@ -79,9 +79,9 @@ class TrainConfig:
     grad_clip: float = 1.0
     """Largest global norm of a step's gradient; 0 does not clip."""
 
-    loss: tuple[str, ...] = ("forward-kl:1", "cross-entropy:0.1")
-    """What is summed, each NAME[@MIX][:WEIGHT], as docs/losses.md explains. A little cross-entropy on the
-    tokens that the teacher drew steadies the forward KL."""
+    loss: tuple[str, ...] = ()
+    """What is summed, each NAME[@MIX][:WEIGHT], as docs/losses.md explains. Empty: forward-kl:1 and
+    cross-entropy:0.1, and on streams with draws from the tail tail-cross-entropy:1."""
 
     temperature: float = 1.0
     """At which student and teacher are compared; the stream's, unless `retemper`."""
@@ -264,6 +264,10 @@ class TrainConfig:
     """Whose likeliest tokens those are. "teacher"; or "student": reverse KL counts what the student holds
     likely, and this says what the teacher thinks of just that."""
 
+    rollout_tail_draws: int = 0
+    """Tokens that the teacher draws from the tail of each position, for tail-cross-entropy in `rollout_loss`;
+    with support "teacher" alone."""
+
     rollout_batch: int = 0
     """Rollouts that are written, scored and published together; 0 for half of those that are used before they
     are too old, at most 64."""
@@ -303,7 +307,7 @@ class TrainConfig:
         parse_patterns(self.freeze)
         if self.lora:
             parse_lora(self.lora)
-        Objective(parse_terms(self.loss))
+        Objective(parse_terms(self.loss or DEFAULT_LOSS))
         Objective(parse_terms(self.rollout_loss))
         parse_share(self.on_policy_share)
         PositionWeighting(self.span_weights, self.tag_weights)
@@ -361,12 +365,18 @@ class TrainConfig:
             ),
             f"rollout_support is {self.rollout_support!r}, expected one of {SUPPORTS}": self.rollout_support
             in SUPPORTS,
+            f"rollout_tail_draws is {self.rollout_tail_draws}, expected 0 to {MAX_TAIL_DRAWS}": (
+                0 <= self.rollout_tail_draws <= MAX_TAIL_DRAWS
+            ),
+            "rollout_tail_draws goes with rollout_support 'teacher': beside the student's tokens, nothing is "
+            "drawn": self.rollout_tail_draws == 0 or self.rollout_support == "teacher",
             f"rollout_stream is {self.rollout_stream!r}, expected a name": not self.rollout_stream
             or NAME_PATTERN.fullmatch(self.rollout_stream) is not None,
             "hidden states are compared in loss, and rollouts have none: not with on_policy": not (
                 self.on_policy
                 and any(
-                    Objective(parse_terms(terms)).hidden_terms for terms in (self.loss, self.rollout_loss)
+                    Objective(parse_terms(terms)).hidden_terms
+                    for terms in (self.loss or DEFAULT_LOSS, self.rollout_loss)
                 )
             ),
             "on_policy does not go with ray: start the run with torchrun, or on one process": not (

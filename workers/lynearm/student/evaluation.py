@@ -6,7 +6,7 @@ import itertools
 import json
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -98,13 +98,24 @@ def evaluate(
 def save_held_out(directory: Path, traces: Sequence[Trace], vocab_size: int) -> None:
     """Write traces as `held_out.block`, in exact mode; what exceeds a block as `held_out.1.block` and so on.
 
+    Without draws from the tail: rows of one block have as many, and nothing here measures them.
+
     Raises:
         CodecError: if a single trace does not fit into a block.
     """
-    for number, part in enumerate(_block_sized(traces)):
+    for number, part in enumerate(_block_sized([_without_draws(trace) for trace in traces])):
         (directory / _held_out_name(number)).write_bytes(
             encode_block(part, codec="exact", vocab_size=vocab_size)
         )
+
+
+def _without_draws(trace: Trace) -> Trace:
+    prompt = trace.prompt_top_k
+    return replace(
+        trace,
+        top_k=replace(trace.top_k, tail_draws=None),
+        prompt_top_k=None if prompt is None else replace(prompt, tail_draws=None),
+    )
 
 
 def load_held_out(directory: Path) -> tuple[Trace, ...]:

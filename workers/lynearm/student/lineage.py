@@ -139,6 +139,7 @@ def _stream_entry(use: StreamUse) -> JsonObject:
             "top_k": codec.top_k,
             "min_probability": codec.min_probability,
             "draws": codec.draws,
+            "tail_draws": codec.tail_draws,
         },
         "labels": dict(use.spec.labels),
     }

@@ -36,6 +36,13 @@ LOSS_NAMES: tuple[LossName, ...] = (
 DEFAULT_MIX: dict[str, float] = {"jsd": 0.5, "skew-kl": 0.1, "skew-reverse-kl": 0.1}
 """The losses that compare with a mixture, and its usual proportion: GKD's β and DistiLLM's α."""
 
+DEFAULT_LOSS = ("forward-kl:1", "cross-entropy:0.1")
+"""Where none is given. A little cross-entropy on the tokens that the teacher drew steadies the forward KL."""
+
+DEFAULT_LOSS_OF_TAIL = "tail-cross-entropy:1"
+"""One more term on streams with draws from the tail: with it, the gradient is in the mean that of forward KL
+over the whole vocabulary."""
+
 _TERM = re.compile(r"(?P<name>[a-z-]+)(@(?P<mix>[^:@]+))?(:(?P<weight>[^:@]+))?")
 _HOW = "write NAME[@MIX][:WEIGHT], for example forward-kl:0.9, jsd@0.5:1 or hidden-cosine@4=9,9=19:0.5"
 
@@ -184,7 +191,7 @@ def make_objective(
 
     Args:
         spec: Of the stream.
-        losses: Terms as `parse_term` reads them.
+        losses: Terms as `parse_term` reads them; none: `default_loss`.
         temperature: At which to compare.
         retemper: Bring a stream of another temperature to this one: see `losses.teacher.retemper` for what
             that gets wrong.
@@ -195,16 +202,18 @@ def make_objective(
     Raises:
         ConfigError: if the terms cannot be read, or compare layers that the student does not have.
         MisalignmentError: if the stream has another temperature and is not to be re-tempered, its codec mode
-            does not suit a loss, or it does not carry the hidden states that a loss compares.
+            does not suit a loss, its draws from the tail are at another temperature, or it does not carry the
+            hidden states that a loss compares.
     """
+    differs = spec.teacher.logprobs_temperature != temperature
+    terms = parse_terms(losses or default_loss(spec, temperature))
     objective = Objective(
-        tuple(_settle_layers(term, spec, student_layers) for term in parse_terms(losses)),
+        tuple(_settle_layers(term, spec, student_layers) for term in terms),
         temperature,
         spec.teacher.logprobs_temperature,
         min(spec.teacher.vocab_size, vocab_size or spec.teacher.vocab_size),
         spec.codec.hidden.hidden_size if spec.codec.hidden else 0,
     )
-    differs = spec.teacher.logprobs_temperature != temperature
     if objective.divergences and differs and not retemper:
         raise MisalignmentError(
             f"the logprobs of stream {spec.name!r} are at temperature {spec.teacher.logprobs_temperature:g}, "
@@ -219,7 +228,25 @@ def make_objective(
             f"stream {spec.name!r} holds draws: no tail is left over for tail-cross-entropy",
             "train with sampled-kd alone, which learns the whole distribution from them",
         )
+    if objective.tail_cross_entropy_weight and spec.codec.tail_draws and differs:
+        raise MisalignmentError(
+            f"the draws from the tail in stream {spec.name!r} are at temperature "
+            f"{spec.teacher.logprobs_temperature:g}, the loss compares at {temperature:g}: nothing says how "
+            "probable they are there",
+            f"train without tail-cross-entropy, or with temperature={spec.teacher.logprobs_temperature:g}",
+        )
     return objective
+
+
+def default_loss(spec: StreamSpec, temperature: float = 1.0) -> tuple[str, ...]:
+    """The terms of training on a stream where none are given.
+
+    Args:
+        spec: Of the stream.
+        temperature: At which to compare: draws from the tail at another one are left alone.
+    """
+    has_draws = spec.codec.tail_draws > 0 and spec.teacher.logprobs_temperature == temperature
+    return (*DEFAULT_LOSS, DEFAULT_LOSS_OF_TAIL) if has_draws else DEFAULT_LOSS
 
 
 def _settle_layers(term: LossTerm, spec: StreamSpec, student_layers: int) -> LossTerm:

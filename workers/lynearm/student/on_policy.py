@@ -188,6 +188,7 @@ class OnPolicy:
             top_k=config.rollout_top_k,
             support=config.rollout_support,
             score_temperature=config.temperature,
+            tail_draws=config.rollout_tail_draws,
             max_staleness=config.max_staleness,
             per_step=expected_per_step(config),
             ahead=rollouts_ahead(config),

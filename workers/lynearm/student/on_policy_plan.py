@@ -112,7 +112,7 @@ def rollout_spec(
         name=name,
         teacher=replace(teacher.spec, logprobs_temperature=config.temperature),
         tokenizer=teacher.tokenizer,
-        codec=CodecSpec("standard", config.rollout_top_k),
+        codec=CodecSpec("standard", config.rollout_top_k, tail_draws=config.rollout_tail_draws),
         license=teacher.license or next((spec.license for spec in same), "unknown"),
         labels={
             SOURCE_TAG: SOURCE,

@@ -15,7 +15,7 @@ from lynearm.student.config import TrainConfig
 from lynearm.student.hidden_terms import HiddenTerms
 from lynearm.student.losses import accumulate_rows, backpropagate_loss
 from lynearm.student.model import StudentModel, packs_without_leaks
-from lynearm.student.objective import Objective, parse_terms
+from lynearm.student.objective import DEFAULT_LOSS, Objective, parse_terms
 from lynearm.student.ranks import Ranks, is_sharded
 from lynearm.student.sharding import clip_gradients, even_out, gather_all, shard_like
 from lynearm.student.weighting import PositionWeighting
@@ -52,8 +52,8 @@ class Optimization:
     Args:
         student: Its parameters that require a gradient are trained.
         config: Rates, weights and sizes.
-        objectives: What is brought down, on each stream; the terms of `config` if not given. Their hidden
-            terms are the same.
+        objectives: What is brought down, on each stream; the terms of `config`, or the default, if not given.
+            Their hidden terms are the same.
         ranks: Who shares the work.
     """
 
@@ -68,7 +68,7 @@ class Optimization:
         self._student = student
         self._ranks = ranks or Ranks()
         self._config = config
-        self._objectives = tuple(objectives) or (Objective(parse_terms(config.loss)),)
+        self._objectives = tuple(objectives) or (Objective(parse_terms(config.loss or DEFAULT_LOSS)),)
         self._weighting = PositionWeighting(config.span_weights, config.tag_weights)
         self._sizes = PieceSizes(
             config.micro_batch_tokens, config.max_sequence_tokens, packed=_packs(student, config.packing)

@@ -54,6 +54,8 @@ class CaptureWish:
     """Divides the logits."""
     draws: int = 0
     """Draws from the whole distribution in place of its likeliest entries; 0 for none."""
+    tail_draws: int = 0
+    """Draws from what is not kept, behind the likeliest entries; 0 for none, as with `draws`."""
     seed: int = 0
     """Of the draws."""
 
@@ -65,7 +67,8 @@ class CaptureReport:
     has_temperature: bool
     """Distributions are at the temperature that was asked for."""
     has_draws: bool = False
-    """A request gets draws, in as many columns as it asks logprobs for."""
+    """A request gets draws, in as many columns as it asks logprobs for; or those of the tail in the last ones
+    of them."""
     problem: str = ""
     """Why vLLM's own steps stayed; empty where they were replaced, or are as lean."""
 
@@ -90,7 +93,7 @@ class CaptureWorker:
         rows = _Rows(sampler, wish)
         for name in _STEPS:
             setattr(sampler, name, getattr(rows, name))
-        return CaptureReport(has_temperature=True, has_draws=wish.draws > 0)
+        return CaptureReport(has_temperature=True, has_draws=max(wish.draws, wish.tail_draws) > 0)
 
     def lynearm_capture_as_vllm(self) -> None:
         """Undo `lynearm_capture`."""
@@ -134,25 +137,34 @@ class _Rows:
         if self._sampled_k is None:
             return temper(logits, temperature)
         k = 0 if self._wish.draws else self._sampled_k
+        chances = None
+        if self._wish.tail_draws and k >= self._wish.tail_draws:
+            k -= self._wish.tail_draws
+            chances = self._chances(logits)
         kept = self._room_for(logits)
         if temperature == 1 and logits.dtype == kept.dtype:
-            self._top = top_logprobs(logits, k, copy_NV=kept)
+            self._top = top_logprobs(logits, k, copy_NV=kept, chances_ND=chances)
         else:
-            self._top = top_logprobs(temper(logits, temperature, out=kept), k)
+            self._top = top_logprobs(temper(logits, temperature, out=kept), k, chances_ND=chances)
         return kept
 
     def gather_logprobs(self, logprobs: Tensor, num_logprobs: int, token_ids: Tensor) -> Untyped:
         """The given token of each row, then the likeliest, or drawn ones.
 
-        Of what `compute_logprobs` returned. Ranks are not counted: nobody here reads them.
+        Of what `compute_logprobs` returned. Ranks are not counted: nobody here reads them. Where a row has no
+        tail to draw from, the draw is token 0 at −inf.
         """
         import torch
         from vllm.v1.outputs import LogprobsTensors
 
         top = top_logprobs(logprobs, num_logprobs) if self._top is None else self._top
-        kept_NK, ids_NK, normalisers_N1 = top
+        kept_NK, ids_NK, normalisers_N1, drawn_ND = top
         if self._wish.draws and self._sampled_k is not None:
             ids_NK, kept_NK = draw_from_logits(logprobs, num_logprobs, self._chance(logprobs))
+        if drawn_ND.shape[1]:
+            of_drawn_ND = logprobs_at(logprobs, drawn_ND.clamp(min=0).long(), normalisers_N1)
+            ids_NK = torch.cat((ids_NK, drawn_ND.clamp(min=0)), dim=1)
+            kept_NK = torch.cat((kept_NK, of_drawn_ND.masked_fill_(drawn_ND < 0, -torch.inf)), dim=1)
         given_N1 = token_ids.unsqueeze(-1)
         return LogprobsTensors(
             torch.cat((given_N1, ids_NK), dim=1).to(torch.int32),
@@ -178,6 +190,14 @@ class _Rows:
             # Made once for the largest batch: fresh memory costs more than what is copied into it.
             kept = self._kept = torch.empty(logits.shape, dtype=torch.float32, device=logits.device)
         return kept[: logits.shape[0]]
+
+    def _chances(self, logits: Tensor) -> Tensor:
+        """One for each draw from the tails of these logits, [N, D]."""
+        import torch
+
+        shape = (logits.shape[0], self._wish.tail_draws)
+        generator = self._chance(logits)
+        return torch.rand(shape, dtype=torch.float64, device=logits.device, generator=generator)
 
     def _chance(self, beside: Tensor) -> Untyped:
         if self._generator is None:

@@ -11,7 +11,15 @@ from lynearm.teacher.routing import PromptRoute
 from lynearm.wire.blocks import MAX_PAYLOAD_BYTES
 from lynearm.wire.errors import ConfigError, InvalidInputError
 from lynearm.wire.sampling import sampling_problem
-from lynearm.wire.specs import BYTES_PER_ENTRY, CODEC_MODES, MAX_TOP_K, CodecMode, check_name
+from lynearm.wire.specs import (
+    BYTES_PER_ENTRY,
+    BYTES_PER_TAIL_DRAW,
+    CODEC_MODES,
+    MAX_TAIL_DRAWS,
+    MAX_TOP_K,
+    CodecMode,
+    check_name,
+)
 from lynearm.wire.traces import SamplingParams
 
 Dtype: TypeAlias = Literal["auto", "float32", "bfloat16", "float16"]
@@ -83,6 +91,9 @@ class TeachConfig:
     0 keeps all. At 1e-3 a position takes less than half of the bits."""
     draws: int = 0
     """Draws per position with codec "sampled", for example 50; 0 with every other."""
+    tail_draws: int = 0
+    """Tokens drawn from the tail of every position, of the teacher's distribution over what is not kept: they
+    show a student what the tail is made of. 1 takes some 14 bits a position; 0 with codec "sampled"."""
     dictionary: bool = True
     """Train a codec dictionary on the stream's first blocks: small blocks shrink by a few per cent."""
 
@@ -210,6 +221,12 @@ class TeachConfig:
             f"draws {self.draws} with codec {self.codec!r}: only 'sampled' draws": (
                 self.codec == "sampled" or self.draws == 0
             ),
+            f"tail_draws {self.tail_draws} is outside 0..{MAX_TAIL_DRAWS}": (
+                0 <= self.tail_draws <= MAX_TAIL_DRAWS
+            ),
+            f"tail_draws {self.tail_draws} with codec 'sampled', which leaves no tail to draw from": (
+                self.codec != "sampled" or self.tail_draws == 0
+            ),
             f"top_k {self.top_k} is outside 0..{MAX_TOP_K}": 0 <= self.top_k <= MAX_TOP_K,
             f"temperature {self.temperature} is negative": self.temperature >= 0,
             f"logprobs_temperature {self.logprobs_temperature} is outside (0, 100]": (
@@ -275,7 +292,8 @@ class TeachConfig:
 
     def bytes_per_token(self) -> float:
         """Upper estimate of an encoded position, bytes."""
-        return 16 + (self.draws or self.top_k) * BYTES_PER_ENTRY.get(self.codec, 8.0)
+        entries = self.draws or self.top_k
+        return 16 + entries * BYTES_PER_ENTRY.get(self.codec, 8.0) + self.tail_draws * BYTES_PER_TAIL_DRAW
 
     def prompt_bytes_bound(self) -> float:
         """Upper estimate of everything that one prompt adds to a block, bytes."""

@@ -5,7 +5,7 @@ up in float32 lane by lane, so that kept mass and tail are off 1 by 1e-5 and mor
 and the top k are sought among the best blocks of the vocabulary alone. Where a CPU has few threads, compiled
 code does both, in one visit to each row.
 
-Shape legend: N = rows, V = vocabulary, K = kept entries, B = entries of a block.
+Shape legend: N = rows, V = vocabulary, K = kept entries, B = entries of a block, D = draws of the tail.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
+from lynearm.teacher.draws import draw_in_blocks
 from lynearm.teacher.row_kernels import take_rows
 
 if TYPE_CHECKING:
@@ -59,30 +60,44 @@ class TopLogprobs(NamedTuple):
     """Int32. Which of equal entries are taken, and in what order, is not said."""
     normalisers_N1: Tensor
     """Log of each row's sum of exponentials: any other logprob is a logit less this."""
+    tail_ids_ND: Tensor
+    """Int32: draws from what is not kept, -1 in rows that keep all there is. D is 0 where none are wanted."""
 
 
-def top_logprobs(logits_NV: Tensor, k: int, copy_NV: Tensor | None = None) -> TopLogprobs:
-    """The k largest logprobs of each row, and what makes logprobs of logits.
+def top_logprobs(
+    logits_NV: Tensor, k: int, copy_NV: Tensor | None = None, chances_ND: Tensor | None = None
+) -> TopLogprobs:
+    """The k largest logprobs of each row, what makes logprobs of logits, and draws from the rest.
+
+    Tokens that are less than e^-87 times as likely as the likeliest one may be taken for impossible.
 
     Args:
-        logits_NV: Float32.
-        k: 0 for normalisers alone.
+        logits_NV: Float32. With draws they may be written to, and are as before afterwards.
+        k: 0 for normalisers and draws alone.
         copy_NV: Gets a copy of the logits; None: nothing does.
+        chances_ND: Float64, in [0, 1), on the logits' device: where in the tail's cumulated mass a draw is.
+            None: nothing is drawn.
     """
     import torch
 
+    if chances_ND is None:
+        chances_ND = torch.empty((logits_NV.shape[0], 0), dtype=torch.float64, device=logits_NV.device)
     if _has_few_threads(logits_NV) and k <= _FEW_ENTRIES:
         copy = None if copy_NV is None else copy_NV.numpy()
         # Logits that are a part of wider rows, as of a padded vocabulary, are copied first.
-        logprobs, token_ids, normalisers = take_rows(np.ascontiguousarray(logits_NV.numpy()), k, copy)
+        logits = np.ascontiguousarray(logits_NV.numpy())
+        logprobs, token_ids, normalisers, drawn = take_rows(logits, k, copy, chances_ND.numpy())
         return TopLogprobs(
-            torch.as_tensor(logprobs), torch.as_tensor(token_ids), torch.as_tensor(normalisers[:, None])
+            torch.as_tensor(logprobs),
+            torch.as_tensor(token_ids),
+            torch.as_tensor(normalisers[:, None]),
+            torch.as_tensor(drawn),
         )
     if copy_NV is not None:
         copy_NV.copy_(logits_NV)
     values_NK, ids_NK = _top_entries(logits_NV, k)
-    normalisers_N1 = _log_normalisers(logits_NV, ids_NK[:, :1] if k else None)
-    return TopLogprobs(values_NK - normalisers_N1, ids_NK.to(torch.int32), normalisers_N1)
+    normalisers_N1, drawn_ND = _sum_rows(logits_NV, values_NK, ids_NK, chances_ND)
+    return TopLogprobs(values_NK - normalisers_N1, ids_NK.to(torch.int32), normalisers_N1, drawn_ND)
 
 
 def logprobs_at(logits_NV: Tensor, token_ids_NK: Tensor, normalisers_N1: Tensor) -> Tensor:
@@ -90,32 +105,42 @@ def logprobs_at(logits_NV: Tensor, token_ids_NK: Tensor, normalisers_N1: Tensor)
     return logits_NV.gather(1, token_ids_NK) - normalisers_N1
 
 
-def _log_normalisers(logits_NV: Tensor, best_N1: Tensor | None) -> Tensor:
-    """Normalisers, to about 1e-6: the exponentials are float32, their sum is taken pairwise.
+def _sum_rows(
+    logits_NV: Tensor, values_NK: Tensor, ids_NK: Tensor, chances_ND: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Normalisers, to about 1e-6, and draws: the exponentials are float32, their sum is taken pairwise.
 
     Args:
         logits_NV: Float32.
-        best_N1: Where a largest entry of each row is; None: nobody knows.
+        values_NK: The k largest of each row, descending.
+        ids_NK: Where they are, int64.
+        chances_ND: As for `top_logprobs`.
+
+    Returns:
+        Shapes [N, 1] and [N, D].
     """
     import torch
 
     rows, vocab_size = logits_NV.shape
     normalisers_N1 = logits_NV.new_empty((rows, 1))
+    drawn_ND = torch.empty(chances_ND.shape, dtype=torch.int32, device=logits_NV.device)
     chunk = min(rows, max(1, _chunk_bytes(logits_NV) // (4 * vocab_size), 2 * torch.get_num_threads()))
     scratch = logits_NV.new_empty((chunk, vocab_size))
     for start in range(0, rows, chunk):
-        part = logits_NV[start : start + chunk]
+        part = slice(start, min(start + chunk, rows))
+        logits = logits_NV[part]
         # softmax = exp(logit - largest) / sum, of which the sum alone is inexact: by what the softmax adds up
         # to. Its largest entry is 1 / sum.
-        probabilities = torch.softmax(part, dim=-1, out=scratch[: part.shape[0]])
-        if best_N1 is None:
-            largest, of_largest = part.amax(-1, keepdim=True), probabilities.amax(-1, keepdim=True)
+        probabilities = torch.softmax(logits, dim=-1, out=scratch[: logits.shape[0]])
+        if ids_NK.shape[1]:
+            largest, of_largest = values_NK[part, :1], probabilities.gather(1, ids_NK[part, :1])
         else:
-            best = best_N1[start : start + chunk]
-            largest, of_largest = part.gather(1, best), probabilities.gather(1, best)
+            largest, of_largest = logits.amax(-1, keepdim=True), probabilities.amax(-1, keepdim=True)
         total = probabilities.sum(-1, keepdim=True)
-        normalisers_N1[start : start + chunk] = largest + (total / of_largest).log()
-    return normalisers_N1
+        normalisers_N1[part] = largest + (total / of_largest).log()
+        if chances_ND.shape[1]:
+            drawn_ND[part] = draw_in_blocks(probabilities.scatter_(1, ids_NK[part], 0.0), chances_ND[part])
+    return normalisers_N1, drawn_ND
 
 
 def _top_entries(logits_NV: Tensor, k: int) -> tuple[Tensor, Tensor]:

@@ -17,7 +17,7 @@ import numpy.typing as npt
 
 from lynearm.teacher.capture import CaptureReport, CaptureWish
 from lynearm.teacher.config import TeachConfig
-from lynearm.teacher.draws import draw_rows
+from lynearm.teacher.draws import draw_rows, keep_and_draw
 from lynearm.teacher.engine_sampling import engine_sampling, leave_candidates_as_ids
 from lynearm.teacher.engine_start import (
     engine_arguments,
@@ -107,14 +107,16 @@ class TeacherEngine:
         except (ValueError, OSError, RuntimeError) as error:
             raise ConfigError(f"cannot load teacher {config.model!r}: {_first_line(error)}") from error
         draws_inside = self._start_capture(fast=arrays)
+        draws_outside = not draws_inside and max(config.draws, config.tail_draws) > 0
+        self._reduce = self._draw if draws_outside else None
         if arrays:
-            self._restore = collect_as_arrays(self._draw if config.draws and not draws_inside else None)
+            self._restore = collect_as_arrays(self._reduce)
         model_config: Untyped = self._engine.model_config
         self.vocab_size = int(model_config.get_vocab_size())
         self.max_model_len = int(model_config.max_model_len)
         self.top_k = min(config.draws or config.top_k, self.vocab_size)
         """Entries of a row at most."""
-        self._logprob_count = self.vocab_size if config.draws and not draws_inside else self.top_k
+        self._logprob_count = self.vocab_size if draws_outside else self.top_k + config.tail_draws
         self._dtype = str(model_config.dtype).removeprefix("torch.")
         self._raw_tokenizer: Untyped = self._engine.get_tokenizer()
         self.tokenizer = PromptTokenizer(
@@ -276,7 +278,12 @@ class TeacherEngine:
         temperature = self._config.logprobs_temperature
         if not fast and temperature == 1:
             return False
-        wish = CaptureWish(temperature, self._config.draws if fast else 0, self._config.seed or 0)
+        wish = CaptureWish(
+            temperature,
+            self._config.draws if fast else 0,
+            self._config.tail_draws if fast else 0,
+            self._config.seed or 0,
+        )
         reports: list[CaptureReport] = self._engine.collective_rpc("lynearm_capture", args=(wish,))
         problem = next((report.problem for report in reports if report.problem), "")
         if not all(report.has_temperature for report in reports):
@@ -312,22 +319,26 @@ class TeacherEngine:
         )
 
     def _rows_of(self, container: Untyped, token_ids: Sequence[int]) -> tuple[Float32Array, TopK]:
-        if not self._config.draws:
-            return top_k_from_rows(container, token_ids, self.top_k)
-        if not isinstance(container, LogprobRows):
+        if self._reduce is not None and not isinstance(container, LogprobRows):
             ids, logprobs = rows_of(container, len(token_ids), self._logprob_count)
             container = LogprobRows()
-            container.append(*self._draw(ids, logprobs))
+            container.append(*self._reduce(ids, logprobs))
+        if not self._config.draws:
+            tail_draws = self._config.tail_draws
+            return top_k_from_rows(container, token_ids, self.top_k, tail_draws=tail_draws)
         sampled_logprobs, top_k = top_k_from_rows(container, token_ids, self._config.draws)
         # Draws stand for the whole distribution: there is nothing outside them.
         return sampled_logprobs, replace(top_k, tail_mass=np.zeros_like(top_k.tail_mass))
 
     def _draw(self, token_ids: npt.NDArray[np.generic], logprobs: npt.NDArray[np.generic]) -> RowArrays:
-        """Draws in place of whole distributions; the sampled token stays first."""
-        drawn_ids, drawn_logprobs = draw_rows(
-            token_ids[:, 1:], logprobs[:, 1:], self._config.draws, self._generator
-        )
-        return np.c_[token_ids[:, :1], drawn_ids], np.c_[logprobs[:, :1], drawn_logprobs]
+        """What is kept of whole distributions: draws, or entries and draws; the sampled token stays first."""
+        whole = token_ids[:, 1:], logprobs[:, 1:]
+        if self._config.draws:
+            kept_ids, kept_logprobs = draw_rows(*whole, self._config.draws, self._generator)
+        else:
+            chances = self._generator.random((token_ids.shape[0], self._config.tail_draws))
+            kept_ids, kept_logprobs = keep_and_draw(*whole, self.top_k, chances)
+        return np.c_[token_ids[:, :1], kept_ids], np.c_[logprobs[:, :1], kept_logprobs]
 
 
 def completion_seed(seed: int, prompt_id: str, sample_index: int) -> int:

@@ -38,8 +38,8 @@ def set_engine_environment(config: TeachConfig) -> None:
         os.environ["OMP_NUM_THREADS"] = str(len(os.sched_getaffinity(0)))
     os.environ["VLLM_CPU_OMP_THREADS_BIND"] = "nobind"
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
-    if config.capture or config.stats:
-        # The newer model runner has no place to look from.
+    if config.capture or config.stats or config.tail_draws:
+        # The newer model runner has no place to look from, and none where tails are at hand.
         os.environ["VLLM_USE_V2_MODEL_RUNNER"] = "0"
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
     os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
@@ -110,7 +110,7 @@ def engine_arguments(config: TeachConfig) -> dict[str, object]:
         "model": config.model,
         "max_model_len": max_model_len,
         "max_num_seqs": config.max_batch,
-        "max_logprobs": -1 if config.draws else max(config.top_k, 1),
+        "max_logprobs": _max_logprobs(config, text_config),
         "logprobs_mode": "raw_logprobs",
         "dtype": config.dtype,
         "tensor_parallel_size": config.tensor_parallel,
@@ -140,6 +140,13 @@ def engine_arguments(config: TeachConfig) -> dict[str, object]:
         arguments["max_num_batched_tokens"] = max(_CPU_BATCHED_TOKENS, config.max_batch, max_model_len)
         arguments["gpu_memory_utilization"] = 0.4
     return arguments
+
+
+def _max_logprobs(config: TeachConfig, text_config: Untyped) -> int:
+    """Columns that a request may ask for: whole distributions where draws may have to be made of these."""
+    if config.draws or config.tail_draws:
+        return max(config.top_k + config.tail_draws, int(text_config.vocab_size))
+    return max(config.top_k, 1)
 
 
 def _gpu_bytes(platform: Untyped, config: TeachConfig) -> int:

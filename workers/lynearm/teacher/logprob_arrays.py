@@ -106,7 +106,7 @@ def collect_as_arrays(reduce: ReduceRows | None = None) -> Callable[[], None] | 
 
 
 def top_k_from_rows(
-    container: Untyped, completion_token_ids: Sequence[int], k: int
+    container: Untyped, completion_token_ids: Sequence[int], k: int, *, tail_draws: int = 0
 ) -> tuple[Float32Array, TopK]:
     """What vLLM collected for a completion, as the arrays of a trace.
 
@@ -114,6 +114,7 @@ def top_k_from_rows(
         container: `LogprobRows`, or vLLM's FlatLogprobs.
         completion_token_ids: The T tokens of the completion.
         k: Entries asked for.
+        tail_draws: Draws from the tail that come behind them; one at −inf is none.
 
     Returns:
         The sampled tokens' logprobs, shape [T], and the top K. The tail mass is 1 less the kept mass,
@@ -123,15 +124,17 @@ def top_k_from_rows(
         TeacherError: if rows are missing, malformed, or not about the completion's tokens.
     """
     positions = len(completion_token_ids)
-    ids, logprobs = rows_of(container, positions, k)
+    ids, logprobs = rows_of(container, positions, k + tail_draws)
     if not np.array_equal(ids[:, 0], np.asarray(completion_token_ids, np.int32)):
         raise TeacherError("vLLM returned logprobs for other tokens than it generated")
     # Compared, not subtracted: −inf − −inf is NaN.
-    if np.isnan(logprobs).any() or (k > 1 and bool((logprobs[:, 2:] > logprobs[:, 1:-1]).any())):
+    kept_ids, kept = np.ascontiguousarray(ids[:, 1 : k + 1]), np.ascontiguousarray(logprobs[:, 1 : k + 1])
+    if np.isnan(logprobs).any() or (k > 1 and bool((kept[:, 1:] > kept[:, :-1]).any())):
         raise TeacherError("vLLM returned logprobs that are NaN or not in descending order")
-    kept_mass = np.exp(logprobs[:, 1:].astype(np.float64)).sum(axis=1)
+    kept_mass = np.exp(kept.astype(np.float64)).sum(axis=1)
     tail_mass = np.clip(1.0 - kept_mass, 0.0, 1.0).astype(np.float32)
-    top_k = TopK(np.ascontiguousarray(ids[:, 1:]), np.ascontiguousarray(logprobs[:, 1:]), tail_mass)
+    drawn = np.where(logprobs[:, k + 1 :] > -np.inf, ids[:, k + 1 :], np.int32(-1)) if tail_draws else None
+    top_k = TopK(kept_ids, kept, tail_mass, drawn)
     return np.ascontiguousarray(logprobs[:, 0]), top_k
 
 

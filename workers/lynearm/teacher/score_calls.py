@@ -175,6 +175,7 @@ class ScoreCall:
             settings.top_k,
             completion.chosen_ids,
             settings.temperature,
+            settings.tail_draws,
         )
         spec = self._teacher.spec
         check_task(task, vocab_size=spec.vocab_size, max_model_len=spec.max_model_len)
@@ -280,7 +281,7 @@ def content_digest(task: ScoreTask) -> bytes:
     """Equal for tasks that give equal scores alone."""
     digest = hashlib.sha256(b"score")
     chosen = np.zeros((0, 0), np.int32) if task.chosen_ids is None else task.chosen_ids
-    facts = (task.top_k, task.temperature, task.prompt_token_ids.size, chosen.shape)
+    facts = (task.top_k, task.temperature, task.tail_draws, task.prompt_token_ids.size, chosen.shape)
     digest.update(repr(facts).encode())
     for ids in (task.prompt_token_ids, task.completion_token_ids, chosen):
         digest.update(np.ascontiguousarray(ids).tobytes())
@@ -290,7 +291,8 @@ def content_digest(task: ScoreTask) -> bytes:
 def _result_bytes(completion: StudentCompletion, settings: ScoreSettings) -> int:
     """Memory of a result, as arrays."""
     chosen = 0 if completion.chosen_ids is None else completion.chosen_ids.shape[1]
-    return 1024 + completion.completion_token_ids.size * (12 + 8 * settings.top_k + 8 * chosen)
+    per_position = 12 + 8 * settings.top_k + 4 * settings.tail_draws + 8 * chosen
+    return 1024 + completion.completion_token_ids.size * per_position
 
 
 def _encoded_bytes(outcome: _Outcome, settings: ScoreSettings) -> int:

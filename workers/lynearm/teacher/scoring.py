@@ -43,6 +43,8 @@ class ScoreTask:
     """Ids whose logprobs are wanted at each position, shape [T, S]; None for none."""
     temperature: float = 1.0
     """Divides the logits before the distribution is taken, over the whole vocabulary."""
+    tail_draws: int = 0
+    """Tokens drawn from what is not kept of each position's distribution."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -81,7 +83,7 @@ class EngineScoring:
 
     @property
     def gathers(self) -> bool:
-        """Whether chosen ids and temperatures can be scored."""
+        """Whether chosen ids and temperatures can be scored, and tails be drawn from."""
         self._install()
         return self._gather
 
@@ -151,7 +153,7 @@ class EngineScoring:
             if not self._gather:
                 logger.warning(
                     "this vLLM's worker is not known: scoring takes its slower prompt logprobs, without "
-                    "chosen ids and temperatures"
+                    "chosen ids, temperatures and draws from the tail"
                 )
         self._reuses_prefixes = self._gather and limit_prefix_reuse()
 
@@ -164,9 +166,11 @@ class EngineScoring:
         return [*task.prompt_token_ids.tolist(), *task.completion_token_ids[:-1].tolist()], parameters
 
     def _public(self, task: ScoreTask) -> tuple[list[int], Untyped]:
-        if task.temperature != 1.0 or (task.chosen_ids is not None and task.chosen_ids.size):
+        has_chosen = task.chosen_ids is not None and task.chosen_ids.size > 0
+        if task.temperature != 1.0 or has_chosen or task.tail_draws:
             raise PreconditionError(
-                "this teacher's vLLM scores neither chosen ids nor temperatures other than 1",
+                "this teacher's vLLM scores neither chosen ids nor temperatures other than 1, and draws from "
+                "no tail",
                 "use the vLLM release that lynearm names, or ask for top_k alone",
             )
         parameters = _parameters(prompt_logprobs=task.top_k, flat_logprobs=True)
@@ -232,7 +236,15 @@ def _rows_wanted(task: ScoreTask) -> RowsWanted:
     positions = task.completion_token_ids.size
     chosen = np.zeros((positions, 0), np.int32) if task.chosen_ids is None else task.chosen_ids
     first = task.prompt_token_ids.size - 1
-    return RowsWanted(task.request_id, first, task.completion_token_ids, task.top_k, task.temperature, chosen)
+    return RowsWanted(
+        task.request_id,
+        first,
+        task.completion_token_ids,
+        task.top_k,
+        task.temperature,
+        chosen,
+        task.tail_draws,
+    )
 
 
 def _parameters(**options: object) -> Untyped:
@@ -274,7 +286,7 @@ def _join(task: ScoreTask, rows: ScoredRows, cached_tokens: int = 0) -> Score:
     return Score(
         task.request_id,
         rows.target_logprobs,
-        TopK(rows.token_ids, rows.logprobs, tail_mass),
+        TopK(rows.token_ids, rows.logprobs, tail_mass, rows.tail_ids if task.tail_draws else None),
         rows.chosen_logprobs,
         cached_tokens,
     )

@@ -8,7 +8,8 @@ time, however long an input is.
 It stands before one private method of vLLM's V1 model runner, and only in a known version, where that looks
 as expected.
 
-Shape legend: N = rows of a chunk, T = rows of a request, K = kept entries, S = chosen ids, V = vocabulary.
+Shape legend: N = rows of a chunk, T = rows of a request, K = kept entries, S = chosen ids, V = vocabulary,
+D = draws from a row's tail.
 """
 
 from __future__ import annotations
@@ -49,6 +50,8 @@ class RowsWanted:
     temperature: float
     chosen_ids: Int32Array
     """Ids whose logprobs are wanted at each row, shape [T, S]; S may be 0."""
+    tail_draws: int = 0
+    """Tokens to draw from what is not kept of each row, D."""
 
 
 @dataclass(slots=True)
@@ -63,6 +66,8 @@ class ScoredRows:
     """Shape [T]."""
     chosen_logprobs: Float32Array
     """Shape [T, S]."""
+    tail_ids: Int32Array
+    """Shape [T, D]; -1 in rows that keep everything."""
     is_filled: list[bool] = field(default_factory=list[bool])
     """By row. A row is computed twice where vLLM let go of a request and began it anew."""
 
@@ -75,6 +80,7 @@ class ScoredRows:
             np.zeros((rows, wanted.top_k), np.float32),
             np.zeros((rows,), np.float32),
             np.zeros((rows, chosen), np.float32),
+            np.full((rows, wanted.tail_draws), -1, np.int32),
             [False] * rows,
         )
 
@@ -116,6 +122,7 @@ class ScoringWorker:
             return True
         self._lynearm_scores: dict[str, ScoredRows] = {}
         self._lynearm_counts = ScoringCounts()
+        self._lynearm_chance: Untyped = None
         original: Callable[..., Untyped] = runner._get_prompt_logprobs_dict
 
         def get_prompt_logprobs_dict(
@@ -160,8 +167,20 @@ class ScoringWorker:
                 found = self._lynearm_scores.get(segment.wanted.key)
                 if found is None:
                     found = self._lynearm_scores[segment.wanted.key] = ScoredRows.empty(segment.wanted)
-                _fill(found, segment, logits_NV[begin:end])
+                _fill(found, segment, logits_NV[begin:end], self._lynearm_chances(segment, logits_NV.device))
                 begin = end
+
+    def _lynearm_chances(self, segment: _Segment, device: Untyped) -> Untyped:
+        """One for each draw from the tails of a segment's rows, [T, D]; None without any."""
+        if not segment.wanted.tail_draws:
+            return None
+        import torch
+
+        if self._lynearm_chance is None:
+            self._lynearm_chance = torch.Generator(device)
+            self._lynearm_chance.manual_seed(0)
+        shape = (segment.count, segment.wanted.tail_draws)
+        return torch.rand(shape, dtype=torch.float64, device=device, generator=self._lynearm_chance)
 
 
 def _segments(runner: Untyped, num_scheduled_tokens: Mapping[str, int]) -> Iterator[_Segment]:
@@ -218,13 +237,15 @@ def _states_of(hidden_states: Untyped, chunk: Sequence[_Segment]) -> Untyped:
     return hidden_states[torch.as_tensor(np.concatenate(places), device=hidden_states.device)]
 
 
-def _fill(found: ScoredRows, segment: _Segment, logits_TV: Untyped) -> None:
+def _fill(found: ScoredRows, segment: _Segment, logits_TV: Untyped, chances_TD: Untyped) -> None:
     """Take what is wanted out of the distributions at a segment's rows."""
     import torch
 
     wanted = segment.wanted
     rows = slice(segment.first_row, segment.first_row + segment.count)
-    logprobs_TK, token_ids_TK, normalisers_T1 = top_logprobs(logits_TV, wanted.top_k)
+    logprobs_TK, token_ids_TK, normalisers_T1, drawn_TD = top_logprobs(
+        logits_TV, wanted.top_k, chances_ND=chances_TD
+    )
 
     def logprobs_of(ids: Int32Array) -> Untyped:
         index = torch.as_tensor(ids.astype(np.int64), device=logits_TV.device)
@@ -236,6 +257,8 @@ def _fill(found: ScoredRows, segment: _Segment, logits_TV: Untyped) -> None:
     if wanted.top_k:
         found.logprobs[rows] = logprobs_TK.cpu().numpy()
         found.token_ids[rows] = token_ids_TK.cpu().numpy()
+    if wanted.tail_draws:
+        found.tail_ids[rows] = drawn_TD.cpu().numpy()
     found.is_filled[rows] = [True] * segment.count
 
 

@@ -30,7 +30,7 @@ logger = logging.getLogger(__name__)
 Untyped: TypeAlias = Any
 """An object of transformers, which ships no types that a strict checker accepts."""
 
-_CODEC_FIELDS = ("codec", "top_k", "min_probability", "draws")
+_CODEC_FIELDS = ("codec", "top_k", "min_probability", "draws", "tail_draws")
 """What the teachers of one stream must agree on besides the tokenizer."""
 
 

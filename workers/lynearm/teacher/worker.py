@@ -106,6 +106,7 @@ class TeacherWorker:
                 min_probability=self._config.min_probability,
                 draws=self._config.draws,
                 hidden=self._engine.hidden,
+                tail_draws=self._config.tail_draws,
             ),
             license=self._config.license,
             labels=dict(self._config.labels),

@@ -1,6 +1,7 @@
 """Losses of a few rows of logits, and their gradient in the logits' place.
 
-Shape legend: R = rows, V = vocabulary, K = entries kept per row, B = K + 1 buckets, the tail last.
+Shape legend: R = rows, V = vocabulary, K = entries kept per row, B = K + 1 buckets, the tail last, S = tokens
+that stand for the tail.
 
 With the kept entries at −inf, one softmax over [R, V] gives t, the student's distribution *within* the
 tail. Its log-normaliser and the few kept logits then say everything else: log q of every bucket, without
@@ -87,6 +88,9 @@ def _losses_at_once(
         exponent=objective.teacher_temperature / objective.temperature,
     )
     sampled_logit_R = logits_RV.gather(1, sampled_R1)[:, 0]
+    standing = None
+    if objective.tail_cross_entropy_weight:
+        standing = _stand_for_tail(logits_RV, targets, ids_RK, is_kept_RK, log_p_RB[:, -1].exp())
     log_sums_RB = _tail_softmax(logits_RV, ids_RK, is_kept_RK)
     log_total_R = log_sums_RB.logsumexp(1)
     log_q_RB = (log_sums_RB - log_total_R[:, None]).clamp_min(NOTHING)
@@ -104,29 +108,67 @@ def _losses_at_once(
         loss_R = loss_R + term.weight * value_R
         slope_RB += term.weight * one_slope_RB
     token_weight_R = torch.full_like(cross_entropy_R, cross_entropy_weight)
-    tail_weight = objective.tail_cross_entropy_weight
-    if tail_weight:
+    if standing is not None:
         # −log(q(token) / q_0): slope 1 on the tail's bucket, and as much cross-entropy.
-        weight_R = tail_weight * _stands_for_tail(targets, ids_RK, is_kept_RK).to(loss_R.dtype)
-        loss_R = loss_R + weight_R * (cross_entropy_R + log_q_RB[:, -1])
-        slope_RB[:, -1] += weight_R
-        token_weight_R += weight_R
+        weights_RS = objective.tail_cross_entropy_weight * standing.weights_RS
+        gap_RS = torch.where(weights_RS > 0, log_sums_RB[:, -1:] - standing.logits_RS, 0.0)
+        loss_R = loss_R + (weights_RS * gap_RS).sum(1)
+        slope_RB[:, -1] += weights_RS.sum(1)
+        token_weight_R += weights_RS.sum(1)
     if scale_R is not None:
         # A q + g for each bucket.
         grad_RB = (token_weight_R[:, None] - slope_RB.sum(1, keepdim=True)) * log_q_RB.exp() + slope_RB
         grad_RB *= scale_R[:, None]
         logits_RV *= grad_RB[:, -1:]
         logits_RV.scatter_add_(1, ids_RK, torch.where(is_kept_RK, grad_RB[:, :-1], 0.0))
-        if cross_entropy_weight or tail_weight:
-            logits_RV.scatter_add_(1, sampled_R1, (-token_weight_R * scale_R)[:, None])
+        if cross_entropy_weight:
+            logits_RV.scatter_add_(1, sampled_R1, -cross_entropy_weight * scale_R[:, None])
+        if standing is not None:
+            shares_RS = objective.tail_cross_entropy_weight * scale_R[:, None] * standing.weights_RS
+            logits_RV.scatter_add_(1, standing.ids_RS, -shares_RS)
     return RowLosses(loss_R, kl_R, cross_entropy_R)
 
 
-def _stands_for_tail(targets: Targets, ids_RK: Tensor, is_kept_RK: Tensor) -> Tensor:
-    """Where the token is a draw of the row's distribution that fell outside its entries, bool [R]."""
-    is_kept_R = ((ids_RK == targets.sampled_ids_N[:, None]) & is_kept_RK).any(1)
-    stands_R = ~is_kept_R & (targets.tail_mass_N > 0)
-    return stands_R if targets.drawn_N is None else stands_R & targets.drawn_N
+@dataclass(frozen=True, slots=True)
+class _TailTokens:
+    """Tokens outside of the rows' entries that show what the tails are made of."""
+
+    ids_RS: Tensor
+    """Below V."""
+    logits_RS: Tensor
+    """The student's."""
+    weights_RS: Tensor
+    """0 for those that stand for nothing, whatever they are."""
+
+
+def _stand_for_tail(
+    logits_RV: Tensor, targets: Targets, ids_RK: Tensor, is_kept_RK: Tensor, tail_mass_R: Tensor
+) -> _TailTokens:
+    """What stands for the tails: tokens drawn from them; where there are none, the completion's own.
+
+    Draws share the tail's mass: so the cross-entropy of a tail is weighed in the KL of the whole. The written
+    token was drawn from all of the row: it falls into the tail as often as that has mass, and then weighs 1.
+
+    Args:
+        logits_RV: The student's.
+        targets: The rows. A draw beyond V, from the padding of a teacher's wider head, is none.
+        ids_RK: Below V.
+        is_kept_RK: Which of them are kept entries.
+        tail_mass_R: The teacher's, normalised as its buckets are.
+    """
+    sampled_R1 = targets.sampled_ids_N[:, None]
+    is_kept_R1 = ((ids_RK == sampled_R1) & is_kept_RK).any(1, keepdim=True)
+    stands_R1 = ~is_kept_R1 & (targets.tail_mass_N > 0)[:, None]
+    if targets.drawn_N is not None:
+        stands_R1 &= targets.drawn_N[:, None]
+    ids_RS, weights_RS = sampled_R1, stands_R1.to(tail_mass_R.dtype)
+    if targets.tail_ids_ND is not None:
+        is_draw_RD = (targets.tail_ids_ND >= 0) & (targets.tail_ids_ND < logits_RV.shape[1])
+        count_R1 = is_draw_RD.sum(1, keepdim=True)
+        share_R1 = tail_mass_R[:, None] / count_R1.clamp_min(1)
+        ids_RS = torch.cat((sampled_R1, torch.where(is_draw_RD, targets.tail_ids_ND, 0)), 1)
+        weights_RS = torch.cat((weights_RS * (count_R1 == 0), is_draw_RD * share_R1), 1)
+    return _TailTokens(ids_RS, logits_RV.gather(1, ids_RS), weights_RS)
 
 
 def _tail_softmax(logits_RV: Tensor, ids_RK: Tensor, is_kept_RK: Tensor) -> Tensor:

@@ -1,6 +1,6 @@
 """What the teacher said, row by row, as tensors.
 
-Shape legend: N = completion positions, K = entries kept per position.
+Shape legend: N = completion positions, K = entries kept per position, D = tokens drawn from its tail.
 """
 
 from __future__ import annotations
@@ -28,6 +28,9 @@ class Targets:
     drawn_N: Tensor | None = None
     """bool: whether the sampled token was drawn from the row's own distribution, at the temperature at which
     it is compared; None: all of them were."""
+    tail_ids_ND: Tensor | None = None
+    """int64: tokens drawn from the row's distribution over what it does not keep, which stand for the tail's
+    mass in equal parts; -1 where there are none, or fewer. None: no row has any."""
 
     def __len__(self) -> int:
         """N."""
@@ -42,6 +45,7 @@ class Targets:
             self.sampled_ids_N[start:end],
             None if self.weights_N is None else self.weights_N[start:end],
             None if self.drawn_N is None else self.drawn_N[start:end],
+            None if self.tail_ids_ND is None else self.tail_ids_ND[start:end],
         )
 
     def to(self, device: torch.device) -> Targets:
@@ -53,4 +57,5 @@ class Targets:
             self.sampled_ids_N.to(device),
             None if self.weights_N is None else self.weights_N.to(device),
             None if self.drawn_N is None else self.drawn_N.to(device),
+            None if self.tail_ids_ND is None else self.tail_ids_ND.to(device),
         )
