@@ -58,7 +58,7 @@ def test_text_of_streams_is_no_markup(spec: StreamSpec) -> None:
     assert "license: mit" not in card.splitlines()
     assert "script" not in front
     (row,) = [line for line in card.splitlines() if "lessons" in line and line.startswith("|")]
-    assert row.count("|") == 8
+    assert row.count("|") == 9
     # Within code spans only.
     outside = "".join(part for index, part in enumerate(card.split("`")) if index % 2 == 0)
     assert "<script>" not in outside.replace("\\<", "")

@@ -93,6 +93,8 @@ def test_a_run_leaves_metrics_manifest_card_and_a_page(configure: Callable[..., 
     assert stream["prompts"] == "acme/questions"
     codec = {"mode": "exact", "top_k": 8, "min_probability": 0.0, "draws": 0, "tail_draws": 0}
     assert stream["codec"] == codec
+    assert stream["loss"] == ["forward-kl:1", "cross-entropy:0.1"]
+    assert "loss" not in run["settings"]
     assert stream["distillation"] == {"verdict": "allowed", "reason": ""}
     assert run["code"]["torch"] == torch.__version__
     assert run["code"]["transformers"] == transformers.__version__

@@ -81,6 +81,9 @@ def _codec(codec: Mapping[str, Any]) -> str:
 
 def _notes(streams: Sequence[Mapping[str, Any]]) -> Iterator[Text]:
     for stream in streams:
+        if isinstance(loss := stream.get("loss"), list) and loss:
+            terms_of_loss = " + ".join(map(str, cast("list[object]", loss)))
+            yield _text(f"loss on {stream.get('stream')}: {terms_of_loss}")
         terms = _part(stream, "distillation")
         if terms.get("verdict", "allowed") != "allowed":
             yield _text(f"terms of {stream.get('stream')}: {terms['verdict']}: {terms.get('reason', '')}")

@@ -108,8 +108,8 @@ def _adapter(adapter: Mapping[str, Any]) -> str:
 def _teachers(streams: Sequence[JsonObject]) -> str:
     if not streams:
         return ""
-    rows = ["| stream | teacher | revision | licence | prompts | completion tokens | codec |",
-            "|---|---|---|---|---|---:|---|"]  # fmt: skip
+    rows = ["| stream | teacher | revision | licence | prompts | completion tokens | codec | loss |",
+            "|---|---|---|---|---|---:|---|---|"]  # fmt: skip
     for stream in streams:
         teacher, codec = _part(stream, "teacher"), _part(stream, "codec")
         cells = [
@@ -120,6 +120,7 @@ def _teachers(streams: Sequence[JsonObject]) -> str:
             _quote(stream.get("prompts", "unknown")),
             f"{int(stream.get('completion_tokens', 0)):,}",
             _quote(f"{codec.get('mode', '')}, k={codec.get('top_k', '')}"),
+            _quote(" + ".join(_listed(stream.get("loss", [])))),
         ]
         rows.append(f"| {' | '.join(cells)} |")
     return "## What it learnt from\n\n" + "\n".join(rows)

@@ -9,7 +9,7 @@
               lowest, is unit i
     adapter   its kind, rank and targets, and name and revision of its base, for a student that is an adapter;
               merged: true where it has been added to the base
-    streams   one entry for each run and stream: offsets, tokens, teacher, terms, codec, labels
+    streams   one entry for each run and stream: offsets, tokens, loss, teacher, terms, codec, labels
     runs      one entry for each run: settings, versions, what was overridden, what was measured
 """
 
@@ -49,6 +49,8 @@ class StreamUse:
     """Trained on, repetitions included."""
     tokens: int
     """Completion tokens trained on, repetitions included."""
+    loss: tuple[str, ...] = ()
+    """Terms of what was brought down on it."""
 
 
 def read_lineage(directory: Path) -> JsonObject:
@@ -120,6 +122,7 @@ def _stream_entry(use: StreamUse) -> JsonObject:
         "complete_passes": use.passes,
         "traces": use.traces,
         "completion_tokens": use.tokens,
+        "loss": list(use.loss),
         "teacher": {
             "model": teacher.model,
             "revision": teacher.revision,

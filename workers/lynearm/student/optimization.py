@@ -68,12 +68,13 @@ class Optimization:
         self._student = student
         self._ranks = ranks or Ranks()
         self._config = config
-        self._objectives = tuple(objectives) or (Objective(parse_terms(config.loss or DEFAULT_LOSS)),)
+        self.objectives = tuple(objectives) or (Objective(parse_terms(config.loss or DEFAULT_LOSS)),)
+        """One for each stream."""
         self._weighting = PositionWeighting(config.span_weights, config.tag_weights)
         self._sizes = PieceSizes(
             config.micro_batch_tokens, config.max_sequence_tokens, packed=_packs(student, config.packing)
         )
-        self._hidden = HiddenTerms(student, self._objectives[0], seed=config.seed)
+        self._hidden = HiddenTerms(student, self.objectives[0], seed=config.seed)
         self._parameters = student.trainable_parameters() | self._hidden.parameters()
         self._optimizer = torch.optim.AdamW(
             _group(self._parameters.values(), config.weight_decay),
@@ -104,7 +105,7 @@ class Optimization:
         for group in self._optimizer.param_groups:
             group["lr"] = rate
         sums = [0.0] * 4
-        pieces = even_out(pieces, self._student, lambda: (idle_piece(), self._objectives[0]))
+        pieces = even_out(pieces, self._student, lambda: (idle_piece(), self.objectives[0]))
         for number, (piece, objective) in enumerate(pieces, 1):
             if self._student.shards is not None:
                 self._student.shards.accumulate(is_last=number == len(pieces))
@@ -183,12 +184,12 @@ class Optimization:
         """
         streams = batch.streams or [0] * len(batch.traces)
         pairs = [
-            (trace, self._objectives[stream]) for trace, stream in zip(batch.traces, streams, strict=True)
+            (trace, self.objectives[stream]) for trace, stream in zip(batch.traces, streams, strict=True)
         ]
         mine = self._ranks.share(pairs, positions)
         return [
             (piece, objective)
-            for objective in dict.fromkeys(self._objectives)
+            for objective in dict.fromkeys(self.objectives)
             for piece in collate(
                 [trace for trace, its_objective in mine if its_objective == objective],
                 self._sizes,

@@ -57,6 +57,8 @@ def describe_run(
         world_size: Processes that share each batch.
     """
     settings = {name: value for name, value in asdict(config).items() if name not in NOT_TOLD}
+    if not config.loss:
+        del settings["loss"]  # each stream's is told beside what was taken from it
     account: JsonObject = {
         "streams": [spec.name for spec in specs],
         "settings": cast(JsonObject, _plain(settings)),

@@ -162,8 +162,17 @@ class Saver:
 
     def _lineage(self, state: TrainState) -> JsonObject:
         uses = [
-            StreamUse(spec, stream.furthest, stream.epoch, stream.traces, stream.tokens)
-            for spec, stream in zip(self._specs, state.streams, strict=True)
+            StreamUse(
+                spec,
+                stream.furthest,
+                stream.epoch,
+                stream.traces,
+                stream.tokens,
+                loss=tuple(map(str, objective.terms)),
+            )
+            for spec, stream, objective in zip(
+                self._specs, state.streams, self._optimization.objectives, strict=True
+            )
         ]
         run = describe_run(
             self._config,
