@@ -16,7 +16,7 @@ from traces.harness import make_block, make_spec
 from lynearm.client import TraceClient
 from lynearm.traces import failpoints
 from lynearm.traces.backend import Backend, open_backend
-from lynearm.traces.catalog import BlockFacts, NewBlock, StreamRecord
+from lynearm.traces.catalog import BlockFacts, NewBlock, StreamRecord, WrittenGroup
 from lynearm.traces.config import ServeConfig
 from lynearm.wire.errors import CorruptBlockError
 
@@ -34,7 +34,7 @@ def data_dir(tmp_path: Path) -> Path:
         stored = await backend.store.write(BLOCKS)
         facts = [BlockFacts(len(block), xxhash.xxh3_64_intdigest(block), 1, 1, 1) for block in BLOCKS]
         group = [NewBlock(producer, sequence, one) for sequence, one in enumerate(facts, 1)]
-        await backend.catalog.commit(stored, group)
+        await backend.catalog.commit([WrittenGroup(stored, group)])
 
     with_backend(directory, fill)
     return directory

@@ -22,7 +22,7 @@ from traces.harness import (
 )
 from traces.storages import StoredObjects, catalog_rows
 
-from lynearm.traces.catalog import BlockFacts, CommittedBlock, NewBlock, Producer
+from lynearm.traces.catalog import BlockFacts, CommittedBlock, NewBlock, Producer, WrittenGroup
 from lynearm.traces.config import ServeConfig
 from lynearm.traces.storage import Storage, open_storage
 from lynearm.traces.store import Span, StoredObject
@@ -102,9 +102,10 @@ def test_a_condemned_object_can_not_be_committed_any_more(opened: Storage, loop:
         producer = await open_producer(opened)
         assert await catalog.condemn_objects([ORPHAN]) == [ORPHAN]
         with pytest.raises(ServiceUnavailableError, match="collected as garbage"):
-            await catalog.commit(stored(ORPHAN), [new_block(producer, 1)])
+            await catalog.commit([WrittenGroup(stored(ORPHAN), [new_block(producer, 1)])])
         # Nothing of it is there: the same block goes with another object.
-        assert await catalog.commit(stored("1f" * 16), [new_block(producer, 1)]) == [CommittedBlock(0, True)]
+        with_another = WrittenGroup(stored("1f" * 16), [new_block(producer, 1)])
+        assert await catalog.commit([with_another]) == [CommittedBlock(0, True)]
         assert await catalog.condemn_objects([ORPHAN]) == [ORPHAN]
 
     loop.run(run())
@@ -113,7 +114,7 @@ def test_a_condemned_object_can_not_be_committed_any_more(opened: Storage, loop:
 def test_a_committed_object_is_never_condemned(opened: Storage, loop: LoopThread) -> None:
     async def run() -> None:
         producer = await open_producer(opened)
-        await opened.catalog.commit(stored(ORPHAN), [new_block(producer, 1)])
+        await opened.catalog.commit([WrittenGroup(stored(ORPHAN), [new_block(producer, 1)])])
         assert await opened.catalog.find_unreferenced([ORPHAN]) == []
         assert await opened.catalog.condemn_objects([ORPHAN]) == []
 
@@ -130,7 +131,7 @@ def test_of_a_commit_and_a_collector_at_the_same_instant_one_wins(opened: Storag
         sequence = 1
         for number in range(40):
             key = secrets.token_hex(16)
-            committing = opened.catalog.commit(stored(key), [new_block(producer, sequence)])
+            committing = opened.catalog.commit([WrittenGroup(stored(key), [new_block(producer, sequence)])])
             both = (committing, condemn(key, number % 8 / 1000))
             committed, condemned = await asyncio.gather(*both, return_exceptions=True)
             if condemned == [key]:

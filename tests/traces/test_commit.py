@@ -12,7 +12,15 @@ from typing import Any, cast
 import pytest
 from traces.harness import LoopThread
 
-from lynearm.traces.catalog import BlockFacts, Catalog, CommitOutcome, CommittedBlock, NewBlock, Producer
+from lynearm.traces.catalog import (
+    BlockFacts,
+    Catalog,
+    CommitOutcome,
+    CommittedBlock,
+    NewBlock,
+    Producer,
+    WrittenGroup,
+)
 from lynearm.traces.commit import GROUPS_AHEAD, GroupCommitter, PendingOffset
 from lynearm.traces.reader import BlockCache
 from lynearm.traces.store import Span, StoredObject
@@ -55,22 +63,28 @@ class FakeStore:
 
 class FakeCatalog:
     def __init__(self) -> None:
-        self.groups: list[list[int]] = []
+        self.commits: list[list[list[int]]] = []
+        """Sequence numbers of each group of each commit."""
         self.failures: list[Exception] = []
         self.is_new = True
         self.gate = asyncio.Event()
         self.gate.set()
         self._next_offset = 0
 
-    async def commit(self, stored: StoredObject, blocks: Sequence[NewBlock]) -> list[CommitOutcome]:
+    @property
+    def groups(self) -> list[list[int]]:
+        return [group for commit in self.commits for group in commit]
+
+    async def commit(self, groups: Sequence[WrittenGroup]) -> list[CommitOutcome]:
         await self.gate.wait()
         if self.failures:
             raise self.failures.pop(0)
-        self.groups.append([block.sequence for block in blocks])
+        self.commits.append([[block.sequence for block in group.blocks] for group in groups])
         outcomes: list[CommitOutcome] = []
-        for _ in blocks:
-            outcomes.append(CommittedBlock(self._next_offset, self.is_new))
-            self._next_offset += 1
+        for group in groups:
+            for _ in group.blocks:
+                outcomes.append(CommittedBlock(self._next_offset, self.is_new))
+                self._next_offset += 1
         return outcomes
 
 
@@ -159,6 +173,43 @@ async def test_full_groups_are_written_side_by_side_and_committed_in_order(bench
     assert bench.catalog.groups == [[1], [2]]
 
 
+@with_bench()
+async def test_groups_that_are_written_during_a_commit_share_the_next_one(bench: Bench) -> None:
+    bench.catalog.gate.clear()
+    pending = [await bench.submit(1, 100)]
+    while not bench.store.objects:
+        await asyncio.sleep(0.001)
+    await asyncio.sleep(0.01)  # the first is being committed
+    bench.store.failures.append(StorageError("a bad sector"))
+    pending += [await bench.submit(sequence, 100) for sequence in range(2, 5)]
+    while bench.store.begun < 4:
+        await asyncio.sleep(0.001)
+    bench.catalog.gate.set()
+    outcomes = [await one for one in pending]
+    assert isinstance(outcomes.pop(1), StorageError)
+    assert outcomes == [0, 1, 2]
+    assert bench.catalog.commits == [[[1]], [[3], [4]]]
+
+
+@with_bench()
+async def test_of_groups_that_share_a_commit_each_unused_object_is_deleted(bench: Bench) -> None:
+    bench.catalog.gate.clear()
+    pending = [await bench.submit(1, 100)]
+    while not bench.store.objects:
+        await asyncio.sleep(0.001)
+    await asyncio.sleep(0.01)
+    pending += [await bench.submit(sequence, 100) for sequence in range(2, 4)]
+    while len(bench.store.objects) < 3:
+        await asyncio.sleep(0.001)
+    bench.catalog.failures += [StorageError("doubtful"), StorageFullError("full")]
+    bench.catalog.gate.set()
+    outcomes = [await one for one in pending]
+    assert list(map(type, outcomes)) == [StorageError, StorageFullError, StorageFullError]
+    while len(bench.store.deleted) < 2:
+        await asyncio.sleep(0.001)
+    assert bench.store.deleted == ["1", "2"]
+
+
 @with_bench(group_seconds=0.0)
 async def test_a_group_that_is_not_full_waits_for_the_one_ahead(bench: Bench) -> None:
     bench.store.gate.clear()
@@ -175,7 +226,11 @@ async def test_a_group_that_is_not_full_waits_for_the_one_ahead(bench: Bench) ->
 @with_bench()
 async def test_no_more_groups_are_written_than_the_pipeline_holds(bench: Bench) -> None:
     bench.catalog.gate.clear()
-    pending = [await bench.submit(sequence, 100) for sequence in range(1, 8)]
+    pending = [await bench.submit(1, 100)]
+    while not bench.store.objects:
+        await asyncio.sleep(0.001)
+    await asyncio.sleep(0.01)  # it is being committed
+    pending += [await bench.submit(sequence, 100) for sequence in range(2, 8)]
     await asyncio.sleep(0.05)
     assert bench.store.begun == 1 + GROUPS_AHEAD
     bench.catalog.gate.set()

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 from traces.harness import LoopThread, make_spec
 
-from lynearm.traces.catalog import BlockFacts, CommittedBlock, NewBlock, Producer
+from lynearm.traces.catalog import BlockFacts, CommittedBlock, NewBlock, Producer, WrittenGroup
 from lynearm.traces.job_records import GivenUp, NewJob, NewPrompts, WorkRequest
 from lynearm.traces.sql_catalog import SqlCatalog
 from lynearm.traces.sqlite import SqliteDatabase
@@ -205,9 +205,8 @@ class LeaseMachine(RuleBasedStateMachine):
         # The number of a refused block is free again.
         facts = BlockFacts(8, self.blocks, 1, 1, 1)
         block = NewBlock(self.producer, self.next_sequence, facts, (), (work,))
-        (outcome,) = self.loop.run(
-            self.catalog.commit(StoredObject(f"o{self.blocks}", (Span(0, 8),)), [block])
-        )
+        group = WrittenGroup(StoredObject(f"o{self.blocks}", (Span(0, 8),)), [block])
+        (outcome,) = self.loop.run(self.catalog.commit([group]))
         self.next_sequence += isinstance(outcome, CommittedBlock)
         return outcome
 

@@ -82,6 +82,16 @@ class NewBlock:
 
 
 @dataclass(frozen=True, slots=True)
+class WrittenGroup:
+    """Blocks in the object that holds them."""
+
+    stored: StoredObject
+    """Durable; its spans are those of `blocks`."""
+    blocks: Sequence[NewBlock]
+    """Of any number of streams and producers."""
+
+
+@dataclass(frozen=True, slots=True)
 class CommittedBlock:
     """A block that has its offset."""
 
@@ -224,24 +234,23 @@ class Catalog(QueueCatalog, ConsumerCatalog, Protocol):
         """
         ...
 
-    async def commit(self, stored: StoredObject, blocks: Sequence[NewBlock]) -> list[CommitOutcome]:
-        """Commit a group, in order. A block that must be refused does not fail the others.
+    async def commit(self, groups: Sequence[WrittenGroup]) -> list[CommitOutcome]:
+        """Commit groups in one transaction, in order. A block that must be refused does not fail the others.
 
         Args:
-            stored: The durable object; its spans are those of `blocks`.
-            blocks: Any number of streams and producers.
+            groups: Each in an object of its own.
 
         Returns:
-            One outcome per block. An error is StreamNotFoundError, StreamSealedError, ProducerFencedError,
-            SequenceGapError, SequenceConflictError, PromptFinishedError, LeaseSupersededError or
-            InvalidInputError (units that its lease does not cover). When no block is new, the object is
-            not referred to.
+            One outcome per block, over all groups. An error is StreamNotFoundError, StreamSealedError,
+            ProducerFencedError, SequenceGapError, SequenceConflictError, PromptFinishedError,
+            LeaseSupersededError or InvalidInputError (units that its lease does not cover). When no block of
+            a group is new, its object is not referred to.
 
         Raises:
             StorageFullError: nothing was committed.
             StorageError, CatalogUnavailableError: it is not known whether anything was committed; the
                 object must stay.
-            ServiceUnavailableError: the object was condemned before; nothing was committed.
+            ServiceUnavailableError: an object was condemned before; nothing was committed.
         """
         ...
 

@@ -4,10 +4,12 @@ Invariants:
 
 - A block is answered only after its object is durable and its index row committed.
 - Blocks of one producer are written and committed in the order in which they were submitted.
-- Groups are pipelined: while one commits, up to `GROUPS_AHEAD` behind it are written, side by side where the
-  store can. Commits are never concurrent, and follow the order of the groups whichever is written first.
+- Groups are pipelined: while some commit, up to `GROUPS_AHEAD` behind them are written, side by side where
+  the store can. Commits are never concurrent, and follow the order of the groups whichever is written first;
+  those that are written by the time of a commit share it.
 - The queue is bounded in bytes: `submit` waits for room, and so holds its publisher back.
-- A failed group fails its own blocks and no others; nothing is retried here.
+- A write that fails fails the blocks of its group, and a commit that fails those of its groups, and no
+  others; nothing is retried here.
 """
 
 from __future__ import annotations
@@ -18,11 +20,12 @@ from collections import deque
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
+from itertools import islice
 from types import TracebackType
 from typing import Self, TypeAlias
 
 from lynearm.traces import failpoints
-from lynearm.traces.catalog import Catalog, CommitOutcome, CommittedBlock, NewBlock
+from lynearm.traces.catalog import Catalog, CommitOutcome, CommittedBlock, NewBlock, WrittenGroup
 from lynearm.traces.reader import BlockCache
 from lynearm.traces.store import BlockStore, StoredObject
 from lynearm.traces.tail import Tails
@@ -36,9 +39,10 @@ BLOCK_OVERHEAD_BYTES = 4096
 PROMPT_OVERHEAD_BYTES = 64
 """The same for each prompt id that comes with it, and for each unit of work."""
 
-GROUPS_AHEAD = 3
-"""Groups that are written, or wait to be committed, behind the one that is being committed; at least 2. A
-disk that writes some while it syncs another has less idle time."""
+GROUPS_AHEAD = 4
+"""Groups that are written, or wait to be committed, behind those that are being committed, which are as many
+at most. A disk that writes some while it syncs others has less idle time, and a commit, which takes longer
+beside writes than any of them does, is no bottleneck where several share it."""
 
 PendingOffset: TypeAlias = asyncio.Future[int | LynearmError]
 """The offset of a submitted block, or why it has none: a value, since nobody may be left to fetch an
@@ -107,8 +111,7 @@ class GroupCommitter:
         self._group_seconds = group_seconds
         self._group_bytes = group_bytes
         self._queue = _BoundedQueue(queue_bytes)
-        # The committer holds one beside these; the writer has the last in hand until there is room for it.
-        self._groups: asyncio.Queue[_Group | None] = asyncio.Queue(GROUPS_AHEAD - 1)
+        self._pipeline = _Pipeline()
         self._tasks = asyncio.TaskGroup()
 
     async def __aenter__(self) -> Self:
@@ -155,8 +158,8 @@ class GroupCommitter:
         ahead: _Writing | None = None
         while submissions := await self._queue.take_group(self._group_bytes, self._group_seconds, ahead):
             ahead = self._tasks.create_task(self._write([submission.data for submission in submissions]))
-            await self._groups.put(_Group(submissions, ahead))
-        await self._groups.put(None)
+            await self._pipeline.put(_Group(submissions, ahead))
+        self._pipeline.close()
 
     async def _write(self, blocks: Sequence[bytes | memoryview]) -> StoredObject | Exception:
         try:
@@ -165,26 +168,33 @@ class GroupCommitter:
             return error
 
     async def _commit_groups(self) -> None:
-        while (group := await self._groups.get()) is not None:
-            written = await group.writing
-            if isinstance(written, Exception):
-                self._fail(group.submissions, written)
-            else:
-                await self._commit(written, group.submissions)
+        while groups := await self._pipeline.take_written():
+            submissions: list[_Submission] = []
+            written: list[WrittenGroup] = []
+            for group in groups:
+                stored = group.writing.result()
+                if isinstance(stored, Exception):
+                    self._fail(group.submissions, stored)
+                else:
+                    submissions += group.submissions
+                    written.append(WrittenGroup(stored, [one.block for one in group.submissions]))
+            if written:
+                await self._commit(written, submissions)
 
-    async def _commit(self, stored: StoredObject, submissions: Sequence[_Submission]) -> None:
+    async def _commit(self, groups: Sequence[WrittenGroup], submissions: Sequence[_Submission]) -> None:
         try:
-            outcomes = await self._catalog.commit(stored, [submission.block for submission in submissions])
+            outcomes = await self._catalog.commit(groups)
         except Exception as error:
             self._fail(submissions, error)
             # After any other failure the rows may be there once the catalog is opened again.
-            delete = isinstance(error, StorageFullError)
+            unused = list(groups) if isinstance(error, StorageFullError) else []
         else:
             failpoints.reach("catalog.after_commit")
             self._publish(submissions, outcomes)
-            delete = not any(isinstance(outcome, CommittedBlock) and outcome.is_new for outcome in outcomes)
-        if delete:
-            await self._delete_object(stored.key)
+            in_order = iter(outcomes)
+            unused = [group for group in groups if not any(map(_is_new, islice(in_order, len(group.blocks))))]
+        for group in unused:
+            await self._delete_object(group.stored.key)
 
     def _publish(self, submissions: Sequence[_Submission], outcomes: Sequence[CommitOutcome]) -> None:
         ends: dict[int, int] = {}
@@ -217,6 +227,40 @@ class GroupCommitter:
             await self._store.delete(key)
         except LynearmError as error:
             logger.warning("object %s stays until it is collected: %s", key, error)
+
+
+class _Pipeline:
+    """Groups on their way to the catalog, in order; at most `GROUPS_AHEAD`. One event loop, one taker."""
+
+    def __init__(self) -> None:
+        self._groups: deque[_Group] = deque()
+        self._closed = False
+        self._changed = asyncio.Event()
+
+    async def put(self, group: _Group) -> None:
+        """Add a group; waits until another would have room."""
+        self._groups.append(group)
+        self._changed = _wake(self._changed)
+        while len(self._groups) >= GROUPS_AHEAD:
+            await self._changed.wait()
+
+    async def take_written(self) -> list[_Group]:
+        """The next group, as soon as it is written, and those behind it that are too; none once closed."""
+        while not self._groups:
+            if self._closed:
+                return []
+            await self._changed.wait()
+        await asyncio.wait((self._groups[0].writing,))
+        taken: list[_Group] = []
+        while self._groups and self._groups[0].writing.done():
+            taken.append(self._groups.popleft())
+        self._changed = _wake(self._changed)
+        return taken
+
+    def close(self) -> None:
+        """Let the taker end when all are taken."""
+        self._closed = True
+        self._changed = _wake(self._changed)
 
 
 class _BoundedQueue:
@@ -308,6 +352,10 @@ class _BoundedQueue:
     def _has_room(self, charge_bytes: int) -> bool:
         # An empty queue takes any block, whatever its size.
         return not self._held_bytes or self._held_bytes + charge_bytes <= self._capacity_bytes
+
+
+def _is_new(outcome: CommitOutcome) -> bool:
+    return isinstance(outcome, CommittedBlock) and outcome.is_new
 
 
 def _wake(event: asyncio.Event) -> asyncio.Event:

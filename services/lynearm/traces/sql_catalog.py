@@ -21,11 +21,11 @@ from lynearm.traces.catalog import (
     Producer,
     StreamChange,
     StreamRecord,
+    WrittenGroup,
 )
 from lynearm.traces.consumer_records import NO_BOUND, MaxLag
 from lynearm.traces.database import Database
 from lynearm.traces.sql_queue import SqlQueue
-from lynearm.traces.store import StoredObject
 from lynearm.wire.retention import Retention
 from lynearm.wire.specs import StreamSpec
 
@@ -97,9 +97,9 @@ class SqlCatalog(SqlQueue):
             lambda connection: transactions.open_producer(connection, stream_name, producer_id, epoch)
         )
 
-    async def commit(self, stored: StoredObject, blocks: Sequence[NewBlock]) -> list[CommitOutcome]:
+    async def commit(self, groups: Sequence[WrittenGroup]) -> list[CommitOutcome]:
         """See `Catalog.commit`."""
-        return await self._write(lambda connection: self._commit(connection, stored, blocks))
+        return await self._write(lambda connection: self._commit(connection, groups))
 
     async def find_blocks(self, stream_id: int, offset: int, count: int) -> list[BlockLocation]:
         """See `Catalog.find_blocks`."""
@@ -193,10 +193,9 @@ class SqlCatalog(SqlQueue):
         self._database.lock_schema(connection)
         migrations.prepare_schema(connection, self._database.where)
 
-    def _commit(
-        self, connection: Connection, stored: StoredObject, blocks: Sequence[NewBlock]
-    ) -> list[CommitOutcome]:
-        outcomes = transactions.commit(connection, stored, blocks)
+    def _commit(self, connection: Connection, groups: Sequence[WrittenGroup]) -> list[CommitOutcome]:
+        outcomes = transactions.commit(connection, groups)
+        blocks = [block for group in groups for block in group.blocks]
         self._database.announce(connection, _advances(blocks, outcomes))
         return outcomes
 

@@ -11,7 +11,8 @@ the stream's lock stays true until the end.
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
@@ -50,6 +51,7 @@ from lynearm.traces.catalog import (
     Producer,
     StreamChange,
     StreamRecord,
+    WrittenGroup,
     stream_not_found,
 )
 from lynearm.traces.consumer_records import NO_BOUND, MaxLag
@@ -68,7 +70,7 @@ from lynearm.traces.schema import (
     streams,
 )
 from lynearm.traces.statements import chunks, inserted_key
-from lynearm.traces.store import Span, StoredObject
+from lynearm.traces.store import Span
 from lynearm.traces.work_transactions import delete_jobs, load_work, store_work
 from lynearm.v1 import trace_pb2
 from lynearm.wire.errors import (
@@ -110,6 +112,17 @@ _FIND_BLOCKS = (
     .order_by(blocks.c.offset)
     .limit(bindparam("count"))
 )
+
+
+@dataclass(frozen=True, slots=True)
+class _Admitted:
+    """A block that enters the catalog."""
+
+    block: NewBlock
+    offset: int
+    object_key: str
+    span: Span
+    """Where it lies in the object."""
 
 
 def get_stream(connection: Connection, name: str) -> StreamRecord:
@@ -227,14 +240,22 @@ def open_producer(connection: Connection, stream_name: str, producer_id: str, ep
     )
 
 
-def commit(connection: Connection, stored: StoredObject, group: Sequence[NewBlock]) -> list[CommitOutcome]:
+def commit(connection: Connection, groups: Sequence[WrittenGroup]) -> list[CommitOutcome]:
     """See `Catalog.commit`."""
-    state = _load_state(connection, group)
-    outcomes = admit(group, state)
+    blocks_of_all = [block for group in groups for block in group.blocks]
+    state = _load_state(connection, blocks_of_all)
+    outcomes = admit(blocks_of_all, state)
     if state.admitted:
-        _check_object(connection, stored.key)
-        _store_state(connection, group, state)
-        _insert_blocks(connection, stored, group, state.admitted)
+        places = [(group.stored.key, span) for group in groups for span in group.stored.spans]
+        admitted = [
+            _Admitted(blocks_of_all[index], offset, *places[index]) for index, offset in state.admitted
+        ]
+        # Ascending, as those who condemn objects go.
+        keys = sorted({block.object_key for block in admitted})
+        for key in keys:
+            _check_object(connection, key)
+        _store_state(connection, blocks_of_all, state)
+        _insert_blocks(connection, admitted, {key: _insert_object(connection, key) for key in keys})
         failpoints.reach("catalog.before_commit")
     return outcomes
 
@@ -474,31 +495,31 @@ def _check_object(connection: Connection, key: str) -> None:
         )
 
 
+def _insert_object(connection: Connection, key: str) -> int:
+    values = {"key": key, "created_unix_nano": time.time_ns()}
+    return int(connection.execute(_INSERT_OBJECT, values).scalar_one())
+
+
 def _insert_blocks(
-    connection: Connection,
-    stored: StoredObject,
-    group: Sequence[NewBlock],
-    admitted: Sequence[tuple[int, int]],
+    connection: Connection, admitted: Sequence[_Admitted], object_ids: Mapping[str, int]
 ) -> None:
-    values = {"key": stored.key, "created_unix_nano": time.time_ns()}
-    object_id = int(connection.execute(_INSERT_OBJECT, values).scalar_one())
-    rows = [_block_row(group[index], offset, object_id, stored.spans[index]) for index, offset in admitted]
-    connection.execute(_INSERT_BLOCKS, rows)
+    connection.execute(_INSERT_BLOCKS, [_block_row(one, object_ids[one.object_key]) for one in admitted])
     finished: list[dict[str, Any]] = [
-        {"stream_id": group[index].producer.stream_id, "prompt_id": prompt_id, "offset": offset}
-        for index, offset in admitted
-        for prompt_id in group[index].finished_prompt_ids
+        {"stream_id": one.block.producer.stream_id, "prompt_id": prompt_id, "offset": one.offset}
+        for one in admitted
+        for prompt_id in one.block.finished_prompt_ids
     ]
     if finished:
         connection.execute(insert(finished_prompts), finished)
 
 
-def _block_row(block: NewBlock, offset: int, object_id: int, span: Span) -> dict[str, Any]:
+def _block_row(admitted: _Admitted, object_id: int) -> dict[str, Any]:
+    block = admitted.block
     return {
         "stream_id": block.producer.stream_id,
-        "offset": offset,
+        "offset": admitted.offset,
         "object_id": object_id,
-        "position": span.position,
+        "position": admitted.span.position,
         "size_bytes": block.facts.size_bytes,
         "checksum": block.facts.checksum.to_bytes(8),
         "trace_count": block.facts.trace_count,
