@@ -14,15 +14,13 @@ teacher's whole distribution on prompts that nobody trained on, by transformers 
 - `sampled`: 50 draws and their counts, `sampled-kd`.
 - `hard_labels`: cross-entropy on the teacher's tokens.
 - `k64_default_loss`: as `standard_k64`, with 0.1 cross-entropy: what `lynearm train` does unless told.
-- `k64_tail_token`, `k64_tail_token_03`: with `tail-cross-entropy` at weight 1 or 0.3, in which the token that
-  the teacher wrote stands for the tail where it fell into it.
-- `k64_tail_draw`: with a token drawn from the tail of each row (`lynearm teach --tail-draws 1`), which stands
-  for its mass in `tail-cross-entropy`.
-- `k64_drawn_tail`, `adaptive_drawn_tail`: those of 50 draws that fall into the tail stand for it in place of
-  its mass. No teacher of lynearm writes such rows yet; here they show what the tail's shape is worth.
+- `k64_tail_draw`, `k64_4_tail_draws`, `adaptive_tail_draw`: with one token, or four, drawn from the tail of
+  each row (`lynearm teach --tail-draws 1`), which stand for its mass in `tail-cross-entropy`.
+- `k64_tail_token`: with `tail-cross-entropy` at weight 0.3, in which the token that the teacher wrote stands
+  for the tail where it fell into it.
 
 Results are kept in --out as they come: run it again with the same settings, and it goes on. Takes about two
-hours and a half on 2 free cores, of which the 12 methods have 11 minutes each; --quick takes half a minute
+hours on 2 free cores, of which the 11 methods have some 8 minutes each; --quick takes half a minute
 with a small teacher (--teacher), and shows that it runs and no more. Questions are those of GSM8K and
 self-instruct in --data, or else the demo's. Needs the extras `student`, `teacher` and `demo`.
 
@@ -117,7 +115,7 @@ def parse_options() -> argparse.Namespace:
     parser.add_argument("--out", type=Path, default=_OUT, help="keeps traces, student and results")
     parser.add_argument("--methods", nargs="*", default=(), help="train these alone; all by default")
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--steps", type=int, default=60)
+    parser.add_argument("--steps", type=int, default=40)
     parser.add_argument("--sequences", type=int, default=8, help="traces of a step")
     parser.add_argument("--pool", type=int, default=0, help="traces to draw from; 0: twice those of a seed")
     parser.add_argument("--held-out", type=int, default=32, help="traces to measure on")
@@ -140,10 +138,10 @@ def make_methods() -> tuple[Method, ...]:
     from lynearm.wire.specs import CodecSpec
 
     adaptive = {"top_k": TOP_K, "min_probability": LEAST_PROBABILITY}
-    kl, wide = ("forward-kl",), CodecSpec("standard", TOP_K + DRAWS)
-    drawn = CodecSpec("sampled", DRAWS, draws=DRAWS)
-    tail_token, a_little = (*kl, "tail-cross-entropy"), (*kl, "tail-cross-entropy:0.3")
-    tail_draw = CodecSpec("standard", TOP_K, tail_draws=1)
+    kl, drawn = ("forward-kl",), CodecSpec("sampled", DRAWS, draws=DRAWS)
+    tail, tail_token = (*kl, "tail-cross-entropy"), (*kl, "tail-cross-entropy:0.3")
+    one_draw, four_draws = (CodecSpec("standard", TOP_K, tail_draws=draws) for draws in (1, 4))
+    adaptive_draw = CodecSpec("standard", **adaptive, tail_draws=1)
     return (
         Method(DENSE, "dense", kl, None),
         Method("standard_k64", "standard, k = 64", kl, CodecSpec("standard", TOP_K)),
@@ -152,11 +150,10 @@ def make_methods() -> tuple[Method, ...]:
         Method("sampled", "sampled, 50 draws", ("sampled-kd",), drawn, "draws"),
         Method("hard_labels", "hard labels", ("cross-entropy",), CodecSpec("standard", 0), "none"),
         Method("k64_default_loss", "k = 64, 0.1 hard labels", DEFAULT_LOSS, CodecSpec("standard", TOP_K)),
-        Method("k64_tail_token", "k = 64, tail token", tail_token, CodecSpec("standard", TOP_K)),
-        Method("k64_tail_token_03", "k = 64, tail token, 0.3", a_little, CodecSpec("standard", TOP_K)),
-        Method("k64_tail_draw", "k = 64, a tail draw", tail_token, tail_draw, "tail draw"),
-        Method("k64_drawn_tail", "k = 64, drawn tail", kl, wide, "drawn tail"),
-        Method("adaptive_drawn_tail", "adaptive, drawn tail", kl, wide, "drawn tail", LEAST_PROBABILITY),
+        Method("k64_tail_draw", "k = 64, a tail draw", tail, one_draw, "tail draws"),
+        Method("k64_4_tail_draws", "k = 64, 4 tail draws", tail, four_draws, "tail draws"),
+        Method("adaptive_tail_draw", "adaptive, a tail draw", tail, adaptive_draw, "tail draws"),
+        Method("k64_tail_token", "k = 64, tail token, 0.3", tail_token, CodecSpec("standard", TOP_K)),
     )
 
 
@@ -241,7 +238,7 @@ class Bench:
         if method.codec is None:
             return None
         trained = corpus.from_trace(self.settings.held_out)
-        traces = make_rows(trained, method.rows, method.min_probability, teacher=self._teacher)
+        traces = make_rows(trained, method.rows, method.codec.tail_draws, teacher=self._teacher)
         return pass_through_codec(traces, method.codec, self._teacher.config.vocab_size)
 
     def _train(self, seed: int, method: Method) -> Result:

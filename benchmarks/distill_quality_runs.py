@@ -26,10 +26,9 @@ from lynearm.student.optimization import Optimization
 from lynearm.wire.specs import CodecSpec
 from lynearm.wire.traces import TopK, Trace
 
-Rows: TypeAlias = Literal["likely", "draws", "none", "drawn tail", "tail draw"]
-"""What a row holds: the likeliest entries and the tail's mass, draws, nothing, the likeliest entries and the
-tail by those of a number of draws of the whole that fell there, or the likeliest entries, the tail's mass and
-a token drawn from it."""
+Rows: TypeAlias = Literal["likely", "draws", "none", "tail draws"]
+"""What a row holds: the likeliest entries and the tail's mass, draws, nothing, or the likeliest entries and
+draws from the tail."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,8 +42,6 @@ class Method:
     codec: CodecSpec | None
     """What carries the rows; None: the teacher's whole distributions, which no stream carries."""
     rows: Rows = "likely"
-    min_probability: float = 0.0
-    """Of the rows, where it is applied before they are made; else the codec's own."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -19,12 +19,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from codec_corpus import Float32Array, FloatArray, IntArray, count_tokens, group_traces
+from codec_corpus import count_tokens, group_traces
 from distill_quality_runs import Rows, full_logprobs
 
 from lynearm.teacher.dictionary import TRAINING_POSITIONS
 from lynearm.teacher.draws import draw_from_logits
-from lynearm.wire.adaptive import keep_likely
 from lynearm.wire.codec import decode_block, encode_block
 from lynearm.wire.dictionaries import Dictionary, DictionaryReader
 from lynearm.wire.dictionary_training import train_dictionary
@@ -295,28 +294,25 @@ def pass_through_codec(traces: Sequence[Trace], codec: CodecSpec, vocab_size: in
     )
 
 
-def make_rows(corpus: Corpus, rows: Rows, min_probability: float = 0.0, *, teacher: Any) -> list[Trace]:
+def make_rows(corpus: Corpus, rows: Rows, tail_draws: int = 0, *, teacher: Any) -> list[Trace]:
     """The corpus as traces of one kind of rows.
 
     Args:
         corpus: All of it.
         rows: Which.
-        min_probability: Of a likely entry; less likely ones go into the tail.
+        tail_draws: Draws from each tail, where rows have them.
         teacher: The model that wrote it, which is asked again where tails are drawn from.
     """
     import torch
 
     if rows == "draws":
         return corpus.draws
-    likely = [keep_likely(trace, min_probability) for trace in corpus.top_k]
     if rows == "none":
-        return [without_rows(trace) for trace in likely]
-    if rows == "drawn tail":
-        return [with_drawn_tail(trace, drawn) for trace, drawn in zip(likely, corpus.draws, strict=True)]
-    if rows == "tail draw":
+        return [without_rows(trace) for trace in corpus.top_k]
+    if rows == "tail draws":
         generator = torch.Generator().manual_seed(1)
-        return [with_tail_draw(teacher, trace, generator) for trace in likely]
-    return likely
+        return [with_tail_draws(teacher, trace, tail_draws, generator) for trace in corpus.top_k]
+    return corpus.top_k
 
 
 def without_rows(trace: Trace) -> Trace:
@@ -330,55 +326,21 @@ def without_rows(trace: Trace) -> Trace:
     return replace(trace, top_k=nothing)
 
 
-def with_tail_draw(teacher: Any, trace: Trace, generator: Any) -> Trace:
-    """The trace with a token drawn from each row's tail.
+def with_tail_draws(teacher: Any, trace: Trace, count: int, generator: Any) -> Trace:
+    """The trace with tokens drawn from each row's tail.
 
     Args:
         teacher: The model that wrote it.
         trace: Rows of likely entries, as many in each.
+        count: Of tokens.
         generator: Of torch.
     """
     import torch
 
     kept_ids_TK = torch.from_numpy(trace.top_k.token_ids.astype(np.int64))
     tail_TV = full_logprobs(teacher, trace).exp().scatter_(1, kept_ids_TK, 0.0)
-    drawn_T1 = torch.multinomial(tail_TV, 1, generator=generator).numpy().astype(np.int32)
-    return replace(trace, top_k=replace(trace.top_k, tail_draws=drawn_T1))
-
-
-def with_drawn_tail(trace: Trace, drawn: Trace) -> Trace:
-    """The trace with rows whose tail stands on tokens that were drawn from it, in place of a mass.
-
-    Draws from the whole distribution that fall outside the kept entries are draws from the tail: they share
-    its mass by their counts. Forward KL against such a row has the gradient of the whole KL in expectation,
-    but where no draw fell into the tail, which then stays a mass: the smaller it is, the more often.
-
-    Args:
-        trace: Rows of likely entries.
-        drawn: The same completion with rows of draws.
-    """
-    kept, draws = trace.top_k, drawn.top_k
-    is_kept_TK = kept.logprobs > -np.inf
-    among_kept_TD = ((draws.token_ids[:, :, None] == kept.token_ids[:, None]) & is_kept_TK[:, None]).any(2)
-    counts_TD = np.where(among_kept_TD, 0.0, np.exp(draws.logprobs.astype(np.float64)))
-    total_T1 = counts_TD.sum(1, keepdims=True)
-    share_TD = kept.tail_mass[:, None] * counts_TD / np.maximum(total_T1, 1e-300)
-    tail_T = np.where(total_T1[:, 0] > 0, 0.0, kept.tail_mass).astype(np.float32)
-    return with_more_entries(trace, draws.token_ids, share_TD, tail_T)
-
-
-def with_more_entries(
-    trace: Trace, token_ids_TE: IntArray, probabilities_TE: FloatArray | Float32Array, tail_T: Float32Array
-) -> Trace:
-    """The trace with these entries among its own, where they have a probability, and with this tail."""
-    kept = trace.top_k
-    with np.errstate(divide="ignore"):
-        logprobs = np.concatenate([kept.logprobs, np.log(probabilities_TE).astype(np.float32)], axis=1)
-    token_ids = np.concatenate([kept.token_ids, token_ids_TE], axis=1)
-    order = np.argsort(-logprobs, axis=1, kind="stable")[:, : int((logprobs > -np.inf).sum(1).max())]
-    logprobs = np.take_along_axis(logprobs, order, 1)
-    token_ids = np.where(logprobs > -np.inf, np.take_along_axis(token_ids, order, 1), 0).astype(np.int32)
-    return replace(trace, top_k=TopK(token_ids, logprobs, tail_T))
+    drawn_TD = torch.multinomial(tail_TV, count, replacement=True, generator=generator)
+    return replace(trace, top_k=replace(trace.top_k, tail_draws=drawn_TD.numpy().astype(np.int32)))
 
 
 def _read_lines(path: Path) -> list[dict[str, Any]]:
