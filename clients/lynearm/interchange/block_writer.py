@@ -12,7 +12,7 @@ from lynearm.client import Publisher
 from lynearm.interchange.sources import PromptTraces
 from lynearm.wire.codec import encode_block
 from lynearm.wire.errors import CodecError, InvalidInputError
-from lynearm.wire.specs import BYTES_PER_ENTRY, BYTES_PER_TAIL_DRAW, StreamSpec
+from lynearm.wire.specs import StreamSpec, bound_position_bytes
 from lynearm.wire.traces import Trace
 
 BLOCK_BYTES = 256 << 10
@@ -39,11 +39,8 @@ class BlockWriter:
         self._waiting: list[PromptTraces] = []
         self._waiting_bytes = 0.0
         self._waiting_entries = 0
-        self._bytes_per_token = (
-            16
-            + spec.codec.top_k * BYTES_PER_ENTRY[spec.codec.mode]
-            + spec.codec.tail_draws * BYTES_PER_TAIL_DRAW
-        )
+        codec = spec.codec
+        self._bytes_per_token = bound_position_bytes(codec.mode, codec.top_k, codec.tail_draws)
         self.prompts = self.traces = self.tokens = 0
         """Handed to the publisher, as are the blocks; tokens are those of completions."""
         self.blocks = 0

@@ -32,14 +32,14 @@ from lynearm.wire.protobuf import (
     tokenizer_to_proto,
 )
 from lynearm.wire.specs import (
-    BYTES_PER_ENTRY,
-    BYTES_PER_TAIL_DRAW,
+    CODEC_MODES,
     MAX_TAIL_DRAWS,
     MAX_TOP_K,
     CodecMode,
     CodecSpec,
     TeacherSpec,
     TokenizerSpec,
+    bound_position_bytes,
     check_name,
 )
 from lynearm.wire.status import STATUS_NUMBERS, error_name_of, reason_of, shorten
@@ -55,8 +55,6 @@ MAX_RESULT_BYTES = MAX_PAYLOAD_BYTES
 
 _FIXED16_STEPS_PER_NAT = 1024
 _FIXED16_LAST = 65535
-_TOKEN_BYTES = 16
-"""Upper estimate of what a position costs besides its entries."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,7 +105,7 @@ class ScoreSettings:
             )
         if not 0 <= self.tail_draws <= MAX_TAIL_DRAWS:
             raise InvalidInputError(f"tail_draws {self.tail_draws} is outside 0..{MAX_TAIL_DRAWS}")
-        if self.codec not in BYTES_PER_ENTRY or self.codec == "sampled":
+        if self.codec not in CODEC_MODES or self.codec == "sampled":
             raise InvalidInputError(
                 f"codec {self.codec!r} does not carry scores", "use exact, fine, standard or compact"
             )
@@ -272,9 +270,8 @@ def completion_from_proto(message: pb.Completion) -> StudentCompletion:
 def result_bytes_bound(positions: int, settings: ScoreSettings, chosen_per_position: int) -> int:
     """Upper estimate of a completion's encoded result, bytes."""
     chosen_bytes = chosen_per_position * (4 if settings.codec == "exact" else 2)
-    kept_bytes = settings.top_k * BYTES_PER_ENTRY[settings.codec]
-    drawn_bytes = settings.tail_draws * BYTES_PER_TAIL_DRAW
-    return 512 + int(positions * (_TOKEN_BYTES + kept_bytes + drawn_bytes + chosen_bytes))
+    row_bytes = bound_position_bytes(settings.codec, settings.top_k, settings.tail_draws)
+    return 512 + int(positions * (row_bytes + chosen_bytes))
 
 
 def results_to_proto(

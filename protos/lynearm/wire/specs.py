@@ -70,7 +70,7 @@ class TokenizerSpec:
     eos_token_ids: tuple[int, ...]
 
 
-BYTES_PER_ENTRY: Mapping[CodecMode, float] = {
+_BYTES_PER_ENTRY: Mapping[CodecMode, float] = {
     "exact": 6.0,
     "fine": 3.5,
     "standard": 2.5,
@@ -79,8 +79,23 @@ BYTES_PER_ENTRY: Mapping[CodecMode, float] = {
 }
 """Upper estimate of an encoded entry, an id and a logprob; measured were 4.5, 2.1, 1.6, 1.4 and 2.1."""
 
-BYTES_PER_TAIL_DRAW = 2.5
-"""Upper estimate of an encoded draw from the tail."""
+_BYTES_PER_TAIL_DRAW = 2.5
+"""Upper estimate of an encoded draw from the tail; measured was 1.8."""
+
+_BYTES_PER_TOKEN = 16
+"""Upper estimate of what a position has besides: its token, the token's logprob, the tail's mass."""
+
+
+def bound_position_bytes(mode: CodecMode, entries: int, tail_draws: int = 0) -> float:
+    """Upper estimate of an encoded position, bytes.
+
+    Args:
+        mode: Of the codec; one that is not known counts as `exact`, and is for others to refuse.
+        entries: Kept in a row, or drawn.
+        tail_draws: Draws from its tail.
+    """
+    entry_bytes = _BYTES_PER_ENTRY.get(mode, _BYTES_PER_ENTRY["exact"])
+    return _BYTES_PER_TOKEN + entries * entry_bytes + tail_draws * _BYTES_PER_TAIL_DRAW
 
 
 @dataclass(frozen=True, slots=True)

@@ -23,7 +23,7 @@ from lynearm.wire.codec import encode_block
 from lynearm.wire.errors import DeadlineError, LynearmError, MisalignmentError, ServiceUnavailableError
 from lynearm.wire.labels import summarise_tags
 from lynearm.wire.scoring import ScoredCompletion, TeacherInfo
-from lynearm.wire.specs import BYTES_PER_ENTRY, BYTES_PER_TAIL_DRAW, StreamSpec
+from lynearm.wire.specs import StreamSpec, bound_position_bytes
 from lynearm.wire.traces import Trace
 
 logger = logging.getLogger(__name__)
@@ -109,8 +109,7 @@ class Pipeline:
         """When the teacher was heard last; None while nothing is asked of it."""
         self._scored_any = False
         self._has_met = False
-        entry_bytes = config.top_k * BYTES_PER_ENTRY[spec.codec.mode]
-        self._bytes_per_token = 16 + entry_bytes + config.tail_draws * BYTES_PER_TAIL_DRAW
+        self._bytes_per_token = bound_position_bytes(spec.codec.mode, config.top_k, config.tail_draws)
         self.waiting_reason = ""
         """Why nothing goes on; empty while it does."""
         self._closed = threading.Event()

@@ -12,12 +12,11 @@ from lynearm.wire.blocks import MAX_PAYLOAD_BYTES
 from lynearm.wire.errors import ConfigError, InvalidInputError
 from lynearm.wire.sampling import sampling_problem
 from lynearm.wire.specs import (
-    BYTES_PER_ENTRY,
-    BYTES_PER_TAIL_DRAW,
     CODEC_MODES,
     MAX_TAIL_DRAWS,
     MAX_TOP_K,
     CodecMode,
+    bound_position_bytes,
     check_name,
 )
 from lynearm.wire.traces import SamplingParams
@@ -292,8 +291,7 @@ class TeachConfig:
 
     def bytes_per_token(self) -> float:
         """Upper estimate of an encoded position, bytes."""
-        entries = self.draws or self.top_k
-        return 16 + entries * BYTES_PER_ENTRY.get(self.codec, 8.0) + self.tail_draws * BYTES_PER_TAIL_DRAW
+        return bound_position_bytes(self.codec, self.draws or self.top_k, self.tail_draws)
 
     def prompt_bytes_bound(self) -> float:
         """Upper estimate of everything that one prompt adds to a block, bytes."""

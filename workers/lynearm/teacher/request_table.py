@@ -195,4 +195,6 @@ def _size_bytes(result: EngineResult) -> int:
     """Memory of a result, with a little for its names and objects."""
     arrays = [result.sampled_logprobs, result.top_k.token_ids, result.top_k.logprobs, result.top_k.tail_mass]
     arrays.append(result.token_ids if isinstance(result, Completion) else result.chosen_logprobs)
+    if result.top_k.tail_draws is not None:
+        arrays.append(result.top_k.tail_draws)
     return 1024 + sum(array.nbytes for array in arrays)
