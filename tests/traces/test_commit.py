@@ -67,6 +67,8 @@ class FakeCatalog:
         """Sequence numbers of each group of each commit."""
         self.failures: list[Exception] = []
         self.is_new = True
+        self.resent: set[int] = set()
+        """Sequence numbers of blocks that were committed before."""
         self.gate = asyncio.Event()
         self.gate.set()
         self._next_offset = 0
@@ -82,8 +84,9 @@ class FakeCatalog:
         self.commits.append([[block.sequence for block in group.blocks] for group in groups])
         outcomes: list[CommitOutcome] = []
         for group in groups:
-            for _ in group.blocks:
-                outcomes.append(CommittedBlock(self._next_offset, self.is_new))
+            for block in group.blocks:
+                is_new = self.is_new and block.sequence not in self.resent
+                outcomes.append(CommittedBlock(self._next_offset, is_new))
                 self._next_offset += 1
         return outcomes
 
@@ -208,6 +211,39 @@ async def test_of_groups_that_share_a_commit_each_unused_object_is_deleted(bench
     while len(bench.store.deleted) < 2:
         await asyncio.sleep(0.001)
     assert bench.store.deleted == ["1", "2"]
+
+
+@with_bench()
+async def test_of_groups_that_share_a_commit_only_those_without_a_new_block_are_deleted(bench: Bench) -> None:
+    bench.catalog.gate.clear()
+    pending = [await bench.submit(1, 100)]
+    while not bench.store.objects:
+        await asyncio.sleep(0.001)
+    await asyncio.sleep(0.01)
+    # Two blocks in each group; in the second group, a new one stands before one that is not.
+    bench.catalog.resent = {3, 5, 7, 8}
+    pending += [await bench.submit(sequence, 50) for sequence in range(2, 10)]
+    while len(bench.store.objects) < 5:
+        await asyncio.sleep(0.001)
+    bench.catalog.gate.set()
+    assert [await one for one in pending] == list(range(9))
+    assert bench.catalog.commits[1:] == [[[2, 3], [4, 5], [6, 7], [8, 9]]]
+    assert bench.store.deleted == []
+
+    bench.catalog.gate.clear()
+    pending = [await bench.submit(10, 100)]
+    while len(bench.store.objects) < 6:
+        await asyncio.sleep(0.001)
+    await asyncio.sleep(0.01)
+    bench.catalog.resent = {12, 13, 14, 15}
+    pending += [await bench.submit(sequence, 50) for sequence in range(11, 17)]
+    while len(bench.store.objects) < 9:
+        await asyncio.sleep(0.001)
+    bench.catalog.gate.set()
+    for one in pending:
+        await one
+    assert bench.catalog.commits[-1] == [[11, 12], [13, 14], [15, 16]]
+    assert bench.store.deleted == ["7"]
 
 
 @with_bench(group_seconds=0.0)

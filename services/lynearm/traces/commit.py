@@ -20,7 +20,7 @@ from collections import deque
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
-from itertools import islice
+from itertools import accumulate
 from types import TracebackType
 from typing import Self, TypeAlias
 
@@ -191,8 +191,10 @@ class GroupCommitter:
         else:
             failpoints.reach("catalog.after_commit")
             self._publish(submissions, outcomes)
-            in_order = iter(outcomes)
-            unused = [group for group in groups if not any(map(_is_new, islice(in_order, len(group.blocks))))]
+            of_groups = _split(outcomes, [len(group.blocks) for group in groups])
+            unused = [
+                group for group, found in zip(groups, of_groups, strict=True) if not any(map(_is_new, found))
+            ]
         for group in unused:
             await self._delete_object(group.stored.key)
 
@@ -352,6 +354,12 @@ class _BoundedQueue:
     def _has_room(self, charge_bytes: int) -> bool:
         # An empty queue takes any block, whatever its size.
         return not self._held_bytes or self._held_bytes + charge_bytes <= self._capacity_bytes
+
+
+def _split(outcomes: Sequence[CommitOutcome], sizes: Sequence[int]) -> list[Sequence[CommitOutcome]]:
+    """The outcomes in pieces of these sizes."""
+    ends = list(accumulate(sizes))
+    return [outcomes[end - size : end] for end, size in zip(ends, sizes, strict=True)]
 
 
 def _is_new(outcome: CommitOutcome) -> bool:
