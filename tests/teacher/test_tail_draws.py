@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import pytest
@@ -27,9 +28,9 @@ def ways(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Non
 @pytest.fixture
 def both_ways(monkeypatch: pytest.MonkeyPatch) -> list[TopOf]:
     def with_threads(threads: int) -> TopOf:
-        def top(*arguments: object, **keywords: object) -> TopLogprobs:
+        def top(*arguments: Any, **keywords: Any) -> TopLogprobs:
             monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
-            return top_logprobs(*arguments, **keywords)  # type: ignore[arg-type]
+            return top_logprobs(*arguments, **keywords)
 
         return top
 

@@ -111,6 +111,20 @@ class Bench:
         block = NewBlock(PRODUCER, sequence, BlockFacts(size_bytes, 0, 1, 1, 1))
         return await self.committer.submit(block, bytes(size_bytes))
 
+    async def begin_commit(self, sequence: int) -> PendingOffset:
+        """Let a full group be committed until the catalog's gate is opened."""
+        self.catalog.gate.clear()
+        written = len(self.store.objects)
+        pending = await self.submit(sequence, 100)
+        await until(lambda: len(self.store.objects) > written)
+        await asyncio.sleep(0.01)
+        return pending
+
+
+async def until(condition: Callable[[], bool]) -> None:
+    while not condition():
+        await asyncio.sleep(0.001)
+
 
 BenchTest = Callable[[Bench], Coroutine[Any, Any, None]]
 
@@ -150,8 +164,7 @@ async def test_a_full_group_does_not_wait(bench: Bench) -> None:
 async def test_the_next_group_is_written_while_one_commits(bench: Bench) -> None:
     bench.catalog.gate.clear()
     pending = [await bench.submit(sequence, 100) for sequence in range(1, 3)]
-    while len(bench.store.objects) < 2:
-        await asyncio.sleep(0.001)
+    await until(lambda: len(bench.store.objects) >= 2)
     assert not any(one.done() for one in pending)
     assert bench.catalog.groups == []
     bench.catalog.gate.set()
@@ -163,13 +176,11 @@ async def test_full_groups_are_written_side_by_side_and_committed_in_order(bench
     first_gate = bench.store.gate
     first_gate.clear()
     pending = [await bench.submit(1, 100)]
-    while bench.store.begun < 1:
-        await asyncio.sleep(0.001)
+    await until(lambda: bench.store.begun >= 1)
     bench.store.gate = asyncio.Event()
     bench.store.gate.set()
     pending.append(await bench.submit(2, 100))
-    while len(bench.store.objects) < 1:
-        await asyncio.sleep(0.001)
+    await until(lambda: len(bench.store.objects) >= 1)
     assert bench.catalog.groups == []  # the second is written, and waits for the first
     first_gate.set()
     assert [await one for one in pending] == [0, 1]
@@ -178,15 +189,10 @@ async def test_full_groups_are_written_side_by_side_and_committed_in_order(bench
 
 @with_bench()
 async def test_groups_that_are_written_during_a_commit_share_the_next_one(bench: Bench) -> None:
-    bench.catalog.gate.clear()
-    pending = [await bench.submit(1, 100)]
-    while not bench.store.objects:
-        await asyncio.sleep(0.001)
-    await asyncio.sleep(0.01)  # the first is being committed
+    pending = [await bench.begin_commit(1)]
     bench.store.failures.append(StorageError("a bad sector"))
     pending += [await bench.submit(sequence, 100) for sequence in range(2, 5)]
-    while bench.store.begun < 4:
-        await asyncio.sleep(0.001)
+    await until(lambda: bench.store.begun >= 4)
     bench.catalog.gate.set()
     outcomes = [await one for one in pending]
     assert isinstance(outcomes.pop(1), StorageError)
@@ -196,49 +202,33 @@ async def test_groups_that_are_written_during_a_commit_share_the_next_one(bench:
 
 @with_bench()
 async def test_of_groups_that_share_a_commit_each_unused_object_is_deleted(bench: Bench) -> None:
-    bench.catalog.gate.clear()
-    pending = [await bench.submit(1, 100)]
-    while not bench.store.objects:
-        await asyncio.sleep(0.001)
-    await asyncio.sleep(0.01)
+    pending = [await bench.begin_commit(1)]
     pending += [await bench.submit(sequence, 100) for sequence in range(2, 4)]
-    while len(bench.store.objects) < 3:
-        await asyncio.sleep(0.001)
+    await until(lambda: len(bench.store.objects) >= 3)
     bench.catalog.failures += [StorageError("doubtful"), StorageFullError("full")]
     bench.catalog.gate.set()
     outcomes = [await one for one in pending]
     assert list(map(type, outcomes)) == [StorageError, StorageFullError, StorageFullError]
-    while len(bench.store.deleted) < 2:
-        await asyncio.sleep(0.001)
+    await until(lambda: len(bench.store.deleted) >= 2)
     assert bench.store.deleted == ["1", "2"]
 
 
 @with_bench()
 async def test_of_groups_that_share_a_commit_only_those_without_a_new_block_are_deleted(bench: Bench) -> None:
-    bench.catalog.gate.clear()
-    pending = [await bench.submit(1, 100)]
-    while not bench.store.objects:
-        await asyncio.sleep(0.001)
-    await asyncio.sleep(0.01)
+    pending = [await bench.begin_commit(1)]
     # Two blocks in each group; in the second group, a new one stands before one that is not.
     bench.catalog.resent = {3, 5, 7, 8}
     pending += [await bench.submit(sequence, 50) for sequence in range(2, 10)]
-    while len(bench.store.objects) < 5:
-        await asyncio.sleep(0.001)
+    await until(lambda: len(bench.store.objects) >= 5)
     bench.catalog.gate.set()
     assert [await one for one in pending] == list(range(9))
     assert bench.catalog.commits[1:] == [[[2, 3], [4, 5], [6, 7], [8, 9]]]
     assert bench.store.deleted == []
 
-    bench.catalog.gate.clear()
-    pending = [await bench.submit(10, 100)]
-    while len(bench.store.objects) < 6:
-        await asyncio.sleep(0.001)
-    await asyncio.sleep(0.01)
+    pending = [await bench.begin_commit(10)]
     bench.catalog.resent = {12, 13, 14, 15}
     pending += [await bench.submit(sequence, 50) for sequence in range(11, 17)]
-    while len(bench.store.objects) < 9:
-        await asyncio.sleep(0.001)
+    await until(lambda: len(bench.store.objects) >= 9)
     bench.catalog.gate.set()
     for one in pending:
         await one
@@ -261,11 +251,7 @@ async def test_a_group_that_is_not_full_waits_for_the_one_ahead(bench: Bench) ->
 
 @with_bench()
 async def test_no_more_groups_are_written_than_the_pipeline_holds(bench: Bench) -> None:
-    bench.catalog.gate.clear()
-    pending = [await bench.submit(1, 100)]
-    while not bench.store.objects:
-        await asyncio.sleep(0.001)
-    await asyncio.sleep(0.01)  # it is being committed
+    pending = [await bench.begin_commit(1)]
     pending += [await bench.submit(sequence, 100) for sequence in range(2, 8)]
     await asyncio.sleep(0.05)
     assert bench.store.begun == 1 + GROUPS_AHEAD

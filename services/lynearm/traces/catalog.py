@@ -91,6 +91,11 @@ class WrittenGroup:
     """Of any number of streams and producers."""
 
 
+def blocks_of(groups: Sequence[WrittenGroup]) -> list[NewBlock]:
+    """The blocks of groups, in their order."""
+    return [block for group in groups for block in group.blocks]
+
+
 @dataclass(frozen=True, slots=True)
 class CommittedBlock:
     """A block that has its offset."""

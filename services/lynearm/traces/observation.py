@@ -13,7 +13,7 @@ from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, TypeVar, cast
 
-from lynearm.traces.catalog import Catalog, CommitOutcome, NewBlock, WrittenGroup
+from lynearm.traces.catalog import Catalog, CommitOutcome, NewBlock, WrittenGroup, blocks_of
 from lynearm.traces.commit import GroupCommitter, PendingOffset
 from lynearm.traces.current_call import Call
 from lynearm.traces.store import BlockStore, Span, StoredObject
@@ -176,7 +176,7 @@ class _WatchedCatalog(_Watched):
         super().__init__(catalog, "catalog", observers)
 
     async def commit(self, groups: Sequence[WrittenGroup]) -> list[CommitOutcome]:
-        blocks = [block for group in groups for block in group.blocks]
+        blocks = blocks_of(groups)
         operation = Operation("catalog", "commit", len(blocks))
         outcomes: list[CommitOutcome] = await self._time(operation, self._inner.commit(groups))
         for observer in self._observers:

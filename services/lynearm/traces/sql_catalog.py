@@ -22,6 +22,7 @@ from lynearm.traces.catalog import (
     StreamChange,
     StreamRecord,
     WrittenGroup,
+    blocks_of,
 )
 from lynearm.traces.consumer_records import NO_BOUND, MaxLag
 from lynearm.traces.database import Database
@@ -195,8 +196,7 @@ class SqlCatalog(SqlQueue):
 
     def _commit(self, connection: Connection, groups: Sequence[WrittenGroup]) -> list[CommitOutcome]:
         outcomes = transactions.commit(connection, groups)
-        blocks = [block for group in groups for block in group.blocks]
-        self._database.announce(connection, _advances(blocks, outcomes))
+        self._database.announce(connection, _advances(blocks_of(groups), outcomes))
         return outcomes
 
     def _seal_stream(self, connection: Connection, name: str) -> StreamRecord:

@@ -52,6 +52,7 @@ from lynearm.traces.catalog import (
     StreamChange,
     StreamRecord,
     WrittenGroup,
+    blocks_of,
     stream_not_found,
 )
 from lynearm.traces.consumer_records import NO_BOUND, MaxLag
@@ -242,19 +243,17 @@ def open_producer(connection: Connection, stream_name: str, producer_id: str, ep
 
 def commit(connection: Connection, groups: Sequence[WrittenGroup]) -> list[CommitOutcome]:
     """See `Catalog.commit`."""
-    blocks_of_all = [block for group in groups for block in group.blocks]
-    state = _load_state(connection, blocks_of_all)
-    outcomes = admit(blocks_of_all, state)
+    every_block = blocks_of(groups)
+    state = _load_state(connection, every_block)
+    outcomes = admit(every_block, state)
     if state.admitted:
         places = [(group.stored.key, span) for group in groups for span in group.stored.spans]
-        admitted = [
-            _Admitted(blocks_of_all[index], offset, *places[index]) for index, offset in state.admitted
-        ]
+        admitted = [_Admitted(every_block[index], offset, *places[index]) for index, offset in state.admitted]
         # Ascending, as those who condemn objects go.
         keys = sorted({block.object_key for block in admitted})
         for key in keys:
             _check_object(connection, key)
-        _store_state(connection, blocks_of_all, state)
+        _store_state(connection, every_block, state)
         _insert_blocks(connection, admitted, {key: _insert_object(connection, key) for key in keys})
         failpoints.reach("catalog.before_commit")
     return outcomes
