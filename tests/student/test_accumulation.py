@@ -24,8 +24,8 @@ from lynearm.student.losses import (
     accumulate_rows,
     backpropagate_loss,
     distillation_loss,
-    head,
     in_place,
+    logit_chunks,
 )
 from lynearm.student.model import load_student
 from lynearm.student.objective import LossTerm, Objective
@@ -93,7 +93,7 @@ def check_equal(
 def test_several_micro_batches_add_up_as_with_autograd(
     tied: bool, rows: int, frozen: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(head, "CHUNK_BYTES", rows * (VOCAB - 4) * 8)
+    monkeypatch.setattr(logit_chunks, "CHUNK_BYTES", rows * (VOCAB - 4) * 8)
     found: list[dict[str, Tensor | None]] = []
     for adding in (True, False):
         learner = Learner(tied=tied)

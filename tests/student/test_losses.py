@@ -25,8 +25,9 @@ from lynearm.student.losses import (
     Targets,
     backpropagate_loss,
     distillation_loss,
-    head,
+    head_gradients,
     in_place,
+    logit_chunks,
     measure_loss,
 )
 from lynearm.student.losses.teacher import retemper
@@ -350,7 +351,7 @@ def test_draws_of_the_tail_survive_chunks_blocks_and_one_pass(monkeypatch: pytes
         return [result.loss.detach(), *torch.autograd.grad(result.loss, [case.hidden_NH, case.head_VH])]
 
     whole = run()
-    monkeypatch.setattr(head, "CHUNK_BYTES", 4 * VOCAB * 8)
+    monkeypatch.setattr(logit_chunks, "CHUNK_BYTES", 4 * VOCAB * 8)
     torch.testing.assert_close(run(), whole)
     for leaf in (case.hidden_NH, case.head_VH):
         leaf.grad = None
@@ -450,10 +451,10 @@ def test_chunks_and_blocks_change_neither_loss_nor_gradient(
         return [result.loss.detach(), result.kl_N, kl_N, *grads]
 
     whole = run()
-    monkeypatch.setattr(head, "CHUNK_BYTES", 4 * VOCAB * 8)
-    monkeypatch.setattr(head, "BLOCK_BYTES", 3 * VOCAB * 8)
+    monkeypatch.setattr(logit_chunks, "CHUNK_BYTES", 4 * VOCAB * 8)
+    monkeypatch.setattr(logit_chunks, "BLOCK_BYTES", 3 * VOCAB * 8)
     torch.testing.assert_close(run(), whole)
-    monkeypatch.setattr(head, "_HEAD_ROWS", 5)
+    monkeypatch.setattr(head_gradients, "_HEAD_ROWS", 5)
     hidden_NH = case.hidden_NH.detach().bfloat16().requires_grad_()
     result = distillation_loss(hidden_NH, case.head_VH, case.targets, objective=objective)
     (grad_VH,) = torch.autograd.grad(result.loss, [case.head_VH])
