@@ -79,6 +79,28 @@ def test_a_job_of_a_stream_that_is_deleted_meanwhile_is_refused(
     assert error_name(caught.value) == "StreamNotFoundError"
 
 
+@on_cluster
+def test_a_lease_that_is_made_while_a_block_that_names_it_waits_fails_no_other_block(
+    storage: dict[str, Any], start_server: StartServer
+) -> None:
+    stub = start_server(group_milliseconds=500).stub
+    create(stub)
+    for name in ("j", "k"):
+        create_job(stub, 2, name=name)
+    held = lease(stub, 1, "w").lease
+    guessed = pb.LeaseKey(lease_id=held.key.lease_id + 1, generation=1)
+    good, bad = Producer(stub, producer_id="good"), Producer(stub, producer_id="bad")
+    with psycopg.connect(storage["catalog"]) as holding:
+        holding.execute("SELECT id FROM jobs WHERE name = 'j' FOR UPDATE")
+        work = [finish(held.key, units_of(held)), finish(guessed, [("p1", 0)])]
+        bad.send(1, make_block(1), finished_work=work)
+        good.send(1, make_block(2))
+        wait_until_blocked(storage["catalog"])
+        assert lease(stub, 1, "x", job="k").lease.key == guessed
+    assert good.acks(1) == {1: 0}
+    assert error_name(bad.error()) == "LeaseSupersededError"
+
+
 def wait_until_blocked(catalog: str) -> None:
     """Until a transaction on the catalog waits for a lock."""
     with psycopg.connect(catalog, autocommit=True) as looking:
