@@ -20,7 +20,7 @@ from lynearm.client.async_leases import AsyncPromptWorker
 from lynearm.client.consumers import ConsumerClient
 from lynearm.client.jobs import JobClient
 from lynearm.client.leases import PromptWorker
-from lynearm.wire.errors import DeadlineError, LeaseSupersededError
+from lynearm.wire.errors import DeadlineError, LeaseSupersededError, RateLimitedError, StorageFullError
 from lynearm.wire.labels import TraceFilter
 from lynearm.wire.traces import Cursor
 from lynearm.wire.work import FailedSamples
@@ -138,6 +138,26 @@ def test_leaving_waits_for_what_other_tasks_ask(service: ServiceProcess, slow: s
             assert await worker.take() is None
 
     asyncio.run(main())
+
+
+def test_a_worker_waits_where_the_service_says_that_waiting_helps(service: ServiceProcess) -> None:
+    async def run() -> None:
+        refusals = [RateLimitedError("too many requests for now"), StorageFullError("no room for now")]
+        async with AsyncTraceClient(service.target) as client:
+            await client.create_stream(make_spec())
+            await client.jobs.create("s", "j", [JobPrompt("p", b"x")])
+
+            async def send(call: Any) -> Any:
+                if call.method == "LeasePrompts" and refusals:
+                    raise refusals.pop()
+                return await client.send(call)
+
+            async with AsyncPromptWorker(
+                send, "s", "j", worker="w", max_units=4, patience_seconds=60.0
+            ) as worker:
+                assert await worker.take() is not None
+
+    asyncio.run(run())
 
 
 def test_samples_are_given_up_and_an_heir_takes_over(service: ServiceProcess) -> None:

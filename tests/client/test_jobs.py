@@ -26,6 +26,9 @@ from lynearm.wire.errors import (
     JobIncompleteError,
     JobNotFoundError,
     LeaseSupersededError,
+    LynearmError,
+    RateLimitedError,
+    StorageFullError,
 )
 from lynearm.wire.work import FailedSamples
 
@@ -192,6 +195,26 @@ def test_leaving_waits_for_what_other_threads_ask(client: TraceClient, slow: str
         assert client.jobs.get("s", "j").leased_units == 0
         work.result()
     assert worker.take() is None
+
+
+@pytest.mark.parametrize("error_type", [RateLimitedError, StorageFullError])
+def test_a_worker_waits_where_the_service_says_that_waiting_helps(
+    client: TraceClient, error_type: type[LynearmError]
+) -> None:
+    client.jobs.create("s", "j", Prompts(4))
+    refusals = [error_type("too much for now")]
+
+    def send(call: Any) -> Any:
+        if call.method == "LeasePrompts" and refusals:
+            raise refusals.pop()
+        return client.send(call)
+
+    with PromptWorker(send, "s", "j", worker="w", max_units=4, patience_seconds=60.0) as worker:
+        assert worker.take() is not None
+    with PromptWorker(send, "s", "j", worker="w", max_units=4, patience_seconds=0.0) as worker:
+        refusals.append(error_type("too much for now"))
+        with pytest.raises(error_type):
+            worker.take()
 
 
 def test_leases_are_renewed_while_a_worker_thinks(client: TraceClient) -> None:

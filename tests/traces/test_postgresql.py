@@ -78,6 +78,17 @@ def test_a_user_that_may_not_make_tables_is_told(cluster: Cluster, loop: LoopThr
         open_catalog(loop, cluster.database.replace("//postgres:", "//reader:"))
 
 
+@pytest.mark.parametrize("encoding", ["SQL_ASCII", "LATIN1"])
+def test_a_database_that_cannot_hold_any_text_is_refused(
+    cluster: Cluster, loop: LoopThread, encoding: str
+) -> None:
+    name = f"in_{encoding.lower()}"
+    with psycopg.connect(cluster.database, autocommit=True) as connection:
+        connection.execute(f"CREATE DATABASE {name} TEMPLATE template0 LOCALE 'C' ENCODING '{encoding}'")
+    with pytest.raises(ConfigError, match=f"encoding is {encoding}, expected UTF8: .*--encoding=UTF8"):
+        open_catalog(loop, cluster.database.replace("/postgres?", f"/{name}?"))
+
+
 def test_the_url_of_a_catalog_is_in_no_repr() -> None:
     config = ServeConfig(catalog=f"postgresql://user:{PASSWORD}@host/traces?sslmode=verify-full")
     assert PASSWORD not in repr(config)

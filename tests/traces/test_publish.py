@@ -25,6 +25,7 @@ from traces.harness import (
 from lynearm.v1 import trace_pb2
 from lynearm.v1 import trace_service_pb2 as pb
 from lynearm.v1.trace_service_pb2_grpc import TraceServiceStub
+from lynearm.wire.fields import bytes_prefix
 from lynearm.wire.frames import PublishOpen, frame_publish_open, publish_block_parts
 
 OPENING = frame_publish_open(PublishOpen("s", "p"))
@@ -220,6 +221,17 @@ def test_a_damaged_block_is_refused_before_anything_is_kept(stub: TraceServiceSt
     error = producer.error()
     assert (code(error), error_name(error)) == ("DATA_LOSS", "CorruptBlockError")
     assert next_offset(stub) == 0
+
+
+def test_a_block_that_fits_into_no_message_to_a_reader_is_refused(stub: TraceServiceStub) -> None:
+    # A field that nobody knows makes it larger than its payload may be, and its publish is just small enough.
+    padding = (1 << 20) - 300
+    padded = make_block(1, 3 << 20) + bytes_prefix(99, padding) + bytes(padding)
+    producer = Producer(stub)
+    producer.send(1, padded)
+    with pytest.raises(grpc.RpcError, match="expected at most") as caught:
+        producer.close()
+    assert (error_name(caught.value), next_offset(stub)) == ("InvalidInputError", 0)
 
 
 def test_a_block_in_another_codec_mode_than_the_stream_is_refused(stub: TraceServiceStub) -> None:

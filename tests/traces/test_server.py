@@ -25,7 +25,7 @@ from traces.harness import (
     make_block,
     publish,
 )
-from traces.storages import on_local_disk
+from traces.storages import StoredObjects, on_local_disk
 
 from lynearm.traces.config import ServeConfig
 from lynearm.traces.server import run_server
@@ -116,6 +116,23 @@ def test_blocks_whose_identity_was_damaged_are_refused(
     (server.config.data_dir / "blocks" / "identity").write_text("")
     with pytest.raises(StorageError, match="says that it is '', expected 32"):
         start_server()
+
+
+def test_a_new_catalog_does_not_take_the_blocks_of_another_for_garbage(
+    start_server: StartServer, server: RunningServer, tmp_path: Path
+) -> None:
+    create(server.stub)
+    publish(server.stub, range(3))
+    server.stop()
+    objects = StoredObjects(server.config)
+    before = objects.list_keys()
+    # As when the catalog was lost, or the disk that it is on is not mounted.
+    blocks = server.config.blocks or str(server.config.data_dir / "blocks")
+    for _ in range(2):
+        with pytest.raises(PreconditionError, match=r"catalog is new.*holds the blocks of another"):
+            start_server(catalog=str(tmp_path / "unmounted" / "catalog.sqlite3"), blocks=blocks)
+    assert objects.list_keys() == before
+    assert len(list(fetch(start_server().stub, 0, 9))) == 3
 
 
 @on_local_disk

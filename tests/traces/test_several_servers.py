@@ -222,12 +222,17 @@ class RestartedServer:
         self._data_dir, self._storage = data_dir, storage
         self.process = ServerProcess(data_dir, **storage)
         self.broken_calls = 0
+        self._killed: list[ServerProcess] = []
 
     def kill(self) -> None:
-        dying = self.process
-        dying.process.kill()
+        self.process.process.kill()
+        # Its channel stays open: some thread may be about to use it.
+        self._killed.append(self.process)
         self.process = ServerProcess(self._data_dir, **self._storage)
-        dying.__exit__()
+
+    def close(self) -> None:
+        for server in (*self._killed, self.process):
+            server.__exit__()
 
     def note_broken_call(self) -> None:
         """Count it, and leave time for the next process to start."""
@@ -241,7 +246,7 @@ def processes(storage: dict[str, Any], tmp_path: Path) -> Iterator[tuple[Restart
     create(both[0].process.stub)
     yield both
     for server in both:
-        server.process.__exit__()
+        server.close()
 
 
 BLOCKS_PER_PRODUCER = 300

@@ -4,12 +4,25 @@ from __future__ import annotations
 
 import random
 import threading
+import time
 from typing import Any
 
 import grpc
+import psycopg
 import pytest
 from traces.harness import Producer, StartServer, create, error_name, make_block
-from traces.jobs import Unit, create_job, finish, finished, get_job, lease, units_of
+from traces.jobs import (
+    Unit,
+    create_job,
+    digest_of,
+    finish,
+    finished,
+    get_job,
+    lease,
+    make_prompts,
+    units_of,
+)
+from traces.storages import on_cluster
 
 from lynearm.v1 import prompt_queue_pb2 as pb
 from lynearm.v1 import trace_service_pb2
@@ -47,7 +60,55 @@ def work(stubs: list[TraceServiceStub], name: str, published: list[Unit], faults
             faults.append(error_name(error))
 
 
-@pytest.mark.parametrize("storage", ["cluster"], indirect=True)
+@on_cluster
+def test_a_job_of_a_stream_that_is_deleted_meanwhile_is_refused(
+    storage: dict[str, Any], start_server: StartServer
+) -> None:
+    stub = start_server().stub
+    create(stub)
+    prompts = make_prompts(3)
+    request = pb.CreateJobRequest(
+        stream="s", name="j", samples_per_prompt=1, prompt_count=3, content_sha256=digest_of(prompts)
+    )
+    with psycopg.connect(storage["catalog"]) as deleting:
+        deleting.execute("DELETE FROM streams")
+        call = stub.CreateJob.future(request)
+        wait_until_blocked(storage["catalog"])
+    with pytest.raises(grpc.RpcError) as caught:
+        call.result(60)
+    assert error_name(caught.value) == "StreamNotFoundError"
+
+
+@on_cluster
+def test_a_lease_that_is_made_while_a_block_that_names_it_waits_fails_no_other_block(
+    storage: dict[str, Any], start_server: StartServer
+) -> None:
+    stub = start_server(group_milliseconds=500).stub
+    create(stub)
+    for name in ("j", "k"):
+        create_job(stub, 2, name=name)
+    held = lease(stub, 1, "w").lease
+    guessed = pb.LeaseKey(lease_id=held.key.lease_id + 1, generation=1)
+    good, bad = Producer(stub, producer_id="good"), Producer(stub, producer_id="bad")
+    with psycopg.connect(storage["catalog"]) as holding:
+        holding.execute("SELECT id FROM jobs WHERE name = 'j' FOR UPDATE")
+        work = [finish(held.key, units_of(held)), finish(guessed, [("p1", 0)])]
+        bad.send(1, make_block(1), finished_work=work)
+        good.send(1, make_block(2))
+        wait_until_blocked(storage["catalog"])
+        assert lease(stub, 1, "x", job="k").lease.key == guessed
+    assert good.acks(1) == {1: 0}
+    assert error_name(bad.error()) == "LeaseSupersededError"
+
+
+def wait_until_blocked(catalog: str) -> None:
+    """Until a transaction on the catalog waits for a lock."""
+    with psycopg.connect(catalog, autocommit=True) as looking:
+        while not looking.execute("SELECT 1 FROM pg_locks WHERE NOT granted").fetchone():
+            time.sleep(0.01)
+
+
+@on_cluster
 def test_each_sample_is_published_once_through_two_servers(start_server: StartServer) -> None:
     stubs = [start_server().stub for _ in range(2)]
     create(stubs[0])

@@ -15,10 +15,17 @@ from typing import Self
 from lynearm.client import job_calls
 from lynearm.client.calls import Call
 from lynearm.client.job_calls import Grant, JobInfo
-from lynearm.client.leases import FAILED_PER_CALL, POLL_SECONDS, RENEWALS, HeldLeases, Lease
+from lynearm.client.leases import (
+    FAILED_PER_CALL,
+    POLL_SECONDS,
+    RENEWALS,
+    HeldLeases,
+    Lease,
+    helps_to_wait,
+)
 from lynearm.client.pulse import Pulse
 from lynearm.client.sending import AsyncSendCall
-from lynearm.wire.errors import DeadlineError, LynearmError, ServiceUnavailableError
+from lynearm.wire.errors import LynearmError
 from lynearm.wire.specs import check_name
 from lynearm.wire.work import FailedSamples
 
@@ -36,7 +43,7 @@ class AsyncPromptWorker:
         job: Name of the job.
         worker: Name of this worker.
         max_units: Most units of one lease.
-        patience_seconds: How long `take` waits for a service that went away.
+        patience_seconds: How long `take` waits for a service that went away, or has no room for now.
         predecessor: A worker that has ended, of which this one takes over what it held, and nothing else.
     """
 
@@ -175,8 +182,9 @@ class AsyncPromptWorker:
         while True:
             try:
                 return await self._send(call)
-            except (ServiceUnavailableError, DeadlineError):
-                if self._closed or time.monotonic() - started >= self._patience_seconds:
+            except LynearmError as error:
+                spent = time.monotonic() - started >= self._patience_seconds
+                if self._closed or spent or not helps_to_wait(error):
                     raise
             await _pause()
 

@@ -22,7 +22,7 @@ from lynearm.client import job_calls
 from lynearm.client.calls import Call
 from lynearm.client.job_calls import Grant, JobInfo
 from lynearm.client.sending import SendCall
-from lynearm.wire.errors import DeadlineError, InvalidInputError, LynearmError, ServiceUnavailableError
+from lynearm.wire.errors import DeadlineError, InvalidInputError, LynearmError
 from lynearm.wire.specs import check_name
 from lynearm.wire.work import FailedSamples, FinishedSamples, FinishedWork, LeasedPrompt, LeaseKey
 
@@ -142,7 +142,7 @@ class PromptWorker:
         job: Name of the job.
         worker: Name of this worker: of two that use the same one, each takes the other's leases at its start.
         max_units: Most units of one lease.
-        patience_seconds: How long `take` waits for a service that went away.
+        patience_seconds: How long `take` waits for a service that went away, or has no room for now.
         predecessor: A worker that has ended, of which this one takes over what it held, and nothing else.
     """
 
@@ -228,6 +228,7 @@ class PromptWorker:
             JobCancelledError: somebody ended the job.
             LeaseLimitError: too many leases of the job are held.
             ServiceUnavailableError: the service stayed away too long.
+            RateLimitedError, StorageFullError: it had no room for as long.
         """
         call = job_calls.lease_prompts(
             self.stream,
@@ -314,11 +315,17 @@ class PromptWorker:
         while True:
             try:
                 return self._send(call)
-            except (ServiceUnavailableError, DeadlineError):
-                if self._closed or time.monotonic() - started >= self._patience_seconds:
+            except LynearmError as error:
+                spent = time.monotonic() - started >= self._patience_seconds
+                if self._closed or spent or not helps_to_wait(error):
                     raise
             self._pause()
 
     def _pause(self) -> None:
         with self._changed:
             self._changed.wait_for(lambda: self._closed, POLL_SECONDS * random.uniform(0.5, 1.0))
+
+
+def helps_to_wait(error: LynearmError) -> bool:
+    """Whether the same call may succeed later: the service is away, silent, or has no room for now."""
+    return isinstance(error, DeadlineError) or error.retry_seconds is not None

@@ -130,10 +130,15 @@ def verify_block(data: bytes | memoryview) -> BlockHeader:
     """The header of a block whose payload matches its checksum.
 
     Raises:
-        InvalidInputError: as for `split_block`.
+        InvalidInputError: as for `split_block`, or if the block is too large for a message to its readers.
         UnsupportedFormatError: as for `split_block`.
         CorruptBlockError: if a count or size is out of bounds, or the checksum does not match.
     """
+    if len(data) > MAX_BLOCK_BYTES:
+        raise InvalidInputError(
+            f"block of {len(data)} bytes, expected at most {MAX_BLOCK_BYTES}",
+            "leave out of it what is neither header nor payload",
+        )
     header, payload = split_block(data)
     found = checksum(payload, header.format_version)
     if found != header.payload_xxh3:

@@ -347,8 +347,17 @@ class Catalog(QueueCatalog, ConsumerCatalog, Protocol):
         """Those of the given objects that no block refers to, and from now on never will."""
         ...
 
-    async def adopt_store(self, identity: str) -> str:
-        """The identity of the store that holds the catalog's blocks: this one, if none was adopted before."""
+    async def adopt_store(self, identity: str, *, is_empty: bool) -> str | None:
+        """The identity of the store that holds the catalog's blocks: this one, if none was adopted before.
+
+        Args:
+            identity: Of the store at hand.
+            is_empty: Whether it holds no object.
+
+        Returns:
+            None where the catalog is new and the store is not: its objects are those of another catalog, and
+            would be garbage for this one.
+        """
         ...
 
     async def find_progress(self, stream_ids: Sequence[int]) -> dict[int, StreamChange]:

@@ -13,8 +13,8 @@ from sqlalchemy import ColumnElement, Connection, RowMapping, delete, func, inse
 from lynearm.traces.job_records import JobRecord, NewJob, NewPrompts, PromptLocation, job_not_found
 from lynearm.traces.packing import BLOCK_BYTES, BLOCK_PROMPTS, pack, pack_compressed, unpack_indices
 from lynearm.traces.schema import finished_prompts, finished_samples, job_prompts, jobs, leases
-from lynearm.traces.statements import chunks, lock_stream
-from lynearm.traces.transactions import get_stream
+from lynearm.traces.statements import chunks
+from lynearm.traces.transactions import get_stream, lock_stream
 from lynearm.wire.errors import (
     InvalidInputError,
     JobCancelledError,
@@ -35,7 +35,8 @@ def create_job(connection: Connection, job: NewJob) -> JobRecord:
     }
     row = _find_job(connection, stream_id, job.name)
     if row is None:
-        lock_stream(connection, stream_id)  # of two that announce the same job, the second finds it
+        # Of two that announce the same job, the second finds it; and the stream may be gone by now.
+        stream_id = lock_stream(connection, job.stream_name).stream_id
         row = _find_job(connection, stream_id, job.name)
     if row is None:
         created = {"stream_id": stream_id, "name": job.name, "created_unix_nano": time.time_ns()}

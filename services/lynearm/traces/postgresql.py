@@ -45,6 +45,7 @@ TRIES = 5
 
 _CONNECT_DEFAULTS: dict[str, str | int] = {
     "application_name": "lynearm",
+    "client_encoding": "utf8",
     "connect_timeout": 10,
     # A database machine that vanished is noticed in 25 s instead of hours.
     "keepalives_idle": 10,
@@ -77,7 +78,8 @@ class PostgresDatabase:
             leaves out, the password above all, comes from libpq's environment and files.
 
     Raises:
-        ConfigError: the URL cannot be understood. Its password is in no message.
+        ConfigError: the URL cannot be understood, or, when it is first used, the database's encoding is not
+            UTF-8. Its password is in no message.
         MissingDependencyError: psycopg is not installed.
     """
 
@@ -186,6 +188,13 @@ def _make_engine(url: str) -> tuple[Engine, dict[str, Any]]:
 
 def _set_up(connection: Any, _: ConnectionPoolEntry) -> None:
     # Any: SQLAlchemy hands over the driver's own connection.
+    encoding = connection.info.parameter_status("server_encoding")
+    if encoding != "UTF8":
+        # In another one, a prompt id that has no place in it would fail every block of its commit.
+        raise ConfigError(
+            f"the catalog's database cannot hold any text: its encoding is {encoding}, expected UTF8",
+            "make it with `createdb --template=template0 --encoding=UTF8`",
+        )
     for name, value in _SESSION_SETTINGS.items():
         connection.execute("SELECT set_config(%s, %s, false)", (name, value))
     # Acknowledged means durable, whatever the database's default is; stronger settings stay.

@@ -77,8 +77,8 @@ class TraceServer:
         config: Where to keep data and where to listen.
 
     Raises:
-        PreconditionError: on entering, when a port or the data directory is in use, or the catalog's blocks
-            are in another store.
+        PreconditionError: on entering, when a port or the data directory is in use, the catalog's blocks are
+            in another store, or the blocks are those of another catalog.
         ConfigError: on entering, when the TLS files or the tokens file cannot be used.
         StorageError: on entering, when catalog or blocks cannot be used.
         ServiceUnavailableError: on entering, when they cannot be reached.

@@ -168,9 +168,9 @@ class SqlCatalog(SqlQueue):
         """See `Catalog.condemn_objects`."""
         return await self._write(lambda connection: expiry.condemn_objects(connection, object_keys))
 
-    async def adopt_store(self, identity: str) -> str:
+    async def adopt_store(self, identity: str, *, is_empty: bool) -> str | None:
         """See `Catalog.adopt_store`."""
-        return await self._write(lambda connection: transactions.adopt_store(connection, identity))
+        return await self._write(lambda connection: transactions.adopt_store(connection, identity, is_empty))
 
     async def find_progress(self, stream_ids: Sequence[int]) -> dict[int, StreamChange]:
         """See `Catalog.find_progress`."""

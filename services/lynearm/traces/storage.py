@@ -7,9 +7,10 @@ import logging
 import os
 import re
 from collections.abc import AsyncGenerator, Generator
-from contextlib import AsyncExitStack, asynccontextmanager, contextmanager
+from contextlib import AsyncExitStack, aclosing, asynccontextmanager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import cast
 
 from lynearm.traces.catalog import Catalog
 from lynearm.traces.config import ServeConfig, local_path
@@ -40,7 +41,8 @@ async def open_storage(config: ServeConfig) -> AsyncGenerator[Storage]:
     What is on this machine is locked, against others or with them; what is elsewhere is not.
 
     Raises:
-        PreconditionError: another server uses them, or the catalog's blocks are in another store.
+        PreconditionError: another server uses them, the catalog's blocks are in another store, or the blocks
+            are those of another catalog.
         ConfigError: a URL cannot be understood, the store cannot serve several servers, or a later version
             of lynearm wrote the catalog.
         StorageError: they cannot be used.
@@ -105,20 +107,38 @@ async def _open_store(config: ServeConfig, stack: AsyncExitStack, *, shared_cata
 
 
 async def _check_pair(catalog: Catalog, store: BlockStore) -> None:
-    """Refuse a store without the catalog's blocks: another bucket, or the same path on another machine."""
+    """Refuse a store without the catalog's blocks: another bucket, or the same path on another machine.
+
+    And one with the blocks of another catalog, of which this one would make garbage: its own was lost, or is
+    on a disk that is not mounted.
+    """
     identity = await store.identity()
     if not _IDENTITY.fullmatch(identity):
         raise StorageError(
             f"block store {store.where} says that it is {identity[:40]!r}, expected 32 hexadecimal digits",
             "restore what the store said before from a copy of it",
         )
-    expected = await catalog.adopt_store(identity)
+    expected = await catalog.adopt_store(identity, is_empty=await _is_empty(store))
+    if expected is None:
+        raise PreconditionError(
+            f"the catalog is new, and block store {store.where} holds the blocks of another",
+            "name the catalog that these blocks belong to, or restore it from a copy; to begin anew, name an "
+            "empty store as --blocks",
+        )
     if identity != expected:
         raise PreconditionError(
             f"the catalog's blocks are in another store than {store.where} "
             f"(which is {identity}, expected {expected})",
-            "name the store that the catalog began with as --blocks, or begin with an empty catalog",
+            "name the store that the catalog began with as --blocks, or begin with both empty",
         )
+
+
+async def _is_empty(store: BlockStore) -> bool:
+    async with aclosing(cast("AsyncGenerator[list[str]]", store.list_keys())) as batches:
+        async for keys in batches:
+            if keys:
+                return False
+    return True
 
 
 @contextmanager

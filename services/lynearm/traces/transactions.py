@@ -339,13 +339,16 @@ def has_dictionary(connection: Connection, stream_id: int, digest: bytes) -> boo
     return connection.scalar(found) is not None
 
 
-def adopt_store(connection: Connection, identity: str) -> str:
+def adopt_store(connection: Connection, identity: str, is_empty: bool) -> str | None:
     """See `Catalog.adopt_store`."""
     found = connection.scalar(select(block_store.c.identity))
-    if found is None:
-        connection.execute(insert(block_store).values(id=1, identity=identity))
-        return identity
-    return str(found)
+    if found is not None:
+        return str(found)
+    # A catalog of before stores had identities has streams.
+    if not is_empty and connection.scalar(select(streams.c.id).limit(1)) is None:
+        return None
+    connection.execute(insert(block_store).values(id=1, identity=identity))
+    return identity
 
 
 def _is_named(name: str) -> ColumnElement[bool]:

@@ -135,7 +135,9 @@ def lock_leases(connection: Connection, lease_ids: Iterable[int]) -> dict[int, L
         held = leases.c.id.in_(chunk) & (leases.c.holder != "")
         query = select(leases).where(held).order_by(leases.c.id).with_for_update()
         for row in connection.execute(query).mappings().all():
-            found[row["id"]] = _lease_state(connection, row, of_jobs[row["job_id"]])
+            # One that was made since its job was looked for was named before anybody could know of it.
+            if row["job_id"] in of_jobs:
+                found[row["id"]] = _lease_state(connection, row, of_jobs[row["job_id"]])
     return found
 
 
