@@ -7,7 +7,14 @@ from typing import Self, TypeVar
 
 from sqlalchemy import Connection
 
-from lynearm.traces import attachments, expiry, migrations, transactions
+from lynearm.traces import (
+    attachments,
+    commit_transaction,
+    dictionary_transactions,
+    expiry,
+    migrations,
+    transactions,
+)
 from lynearm.traces.catalog import (
     AttachmentRecord,
     BlockLocation,
@@ -123,13 +130,15 @@ class SqlCatalog(SqlQueue):
     async def put_dictionary(self, stream_name: str, digest: bytes, content: bytes) -> None:
         """See `Catalog.put_dictionary`."""
         await self._write(
-            lambda connection: transactions.put_dictionary(connection, stream_name, digest, content)
+            lambda connection: dictionary_transactions.put_dictionary(
+                connection, stream_name, digest, content
+            )
         )
 
     async def get_dictionary(self, stream_name: str, digest: bytes) -> bytes:
         """See `Catalog.get_dictionary`."""
         return await self._read(
-            lambda connection: transactions.get_dictionary(connection, stream_name, digest)
+            lambda connection: dictionary_transactions.get_dictionary(connection, stream_name, digest)
         )
 
     async def put_attachment(self, stream_name: str, name: str, content: bytes) -> None:
@@ -148,7 +157,9 @@ class SqlCatalog(SqlQueue):
 
     async def has_dictionary(self, stream_id: int, digest: bytes) -> bool:
         """See `Catalog.has_dictionary`."""
-        return await self._read(lambda connection: transactions.has_dictionary(connection, stream_id, digest))
+        return await self._read(
+            lambda connection: dictionary_transactions.has_dictionary(connection, stream_id, digest)
+        )
 
     async def find_unreferenced(self, object_keys: Sequence[str]) -> list[str]:
         """See `Catalog.find_unreferenced`."""
@@ -195,7 +206,7 @@ class SqlCatalog(SqlQueue):
         migrations.prepare_schema(connection, self._database.where)
 
     def _commit(self, connection: Connection, groups: Sequence[WrittenGroup]) -> list[CommitOutcome]:
-        outcomes = transactions.commit(connection, groups)
+        outcomes = commit_transaction.commit(connection, groups)
         self._database.announce(connection, _advances(blocks_of(groups), outcomes))
         return outcomes
 

@@ -11,13 +11,10 @@ the stream's lock stays true until the end.
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from functools import cache
+from collections.abc import Sequence
 from typing import Any
 
 from sqlalchemy import (
-    Column,
     ColumnElement,
     Connection,
     RowMapping,
@@ -31,32 +28,18 @@ from sqlalchemy import (
     update,
 )
 
-from lynearm.traces import failpoints
-from lynearm.traces.admission import (
-    GroupState,
-    ProducerProgress,
-    PublishedBlock,
-    StreamProgress,
-    admit,
-    fenced,
-    sealed,
-)
+from lynearm.traces.admission import fenced, sealed
 from lynearm.traces.catalog import (
     BlockLocation,
-    CommitOutcome,
     DeletedStream,
     FinishedPrompt,
     LabelledOffset,
-    NewBlock,
     Producer,
     StreamChange,
     StreamRecord,
-    WrittenGroup,
-    blocks_of,
     stream_not_found,
 )
 from lynearm.traces.consumer_records import NO_BOUND, MaxLag
-from lynearm.traces.dictionaries import MAX_DICTIONARIES, short_digest
 from lynearm.traces.expiry import release_objects
 from lynearm.traces.schema import (
     attachments,
@@ -72,21 +55,14 @@ from lynearm.traces.schema import (
 )
 from lynearm.traces.statements import chunks, inserted_key
 from lynearm.traces.store import Span
-from lynearm.traces.work_transactions import delete_jobs, load_work, store_work
+from lynearm.traces.work_transactions import delete_jobs
 from lynearm.v1 import trace_pb2
-from lynearm.wire.errors import (
-    DictionaryConflictError,
-    DictionaryLimitError,
-    DictionaryNotFoundError,
-    PreconditionError,
-    ServiceUnavailableError,
-    StreamExistsError,
-)
+from lynearm.wire.errors import PreconditionError, StreamExistsError
 from lynearm.wire.protobuf import StreamInfo, spec_from_proto, spec_to_proto
 from lynearm.wire.retention import Retention
 from lynearm.wire.specs import StreamSpec
 
-_PROGRESS = (
+PROGRESS = (
     "next_offset",
     "trace_count",
     "prompt_token_count",
@@ -95,17 +71,12 @@ _PROGRESS = (
     "finished_prompt_count",
     "retained_bytes",
 )
+"""What a commit moves on: columns and fields of `StreamInfo`, and all of `StreamProgress` but its first."""
 
 _DICTIONARIES = ("dictionary_count", "dictionary_bytes")
 _MAX_LAG = ("max_lag_blocks", "max_lag_traces")
 
-# What every commit and every read of blocks runs, made once: SQLAlchemy takes as long to put a statement
-# together as to run it.
-_UPDATE_STREAM = update(streams).where(streams.c.id == bindparam("row_id"))
-_UPDATE_PRODUCER = update(producers).where(producers.c.id == bindparam("row_id"))
-_FIND_OBJECT = select(objects.c.id).where(objects.c.key == bindparam("object_key"))
-_INSERT_OBJECT = insert(objects).returning(objects.c.id)
-_INSERT_BLOCKS = insert(blocks)
+# Made once, for every read of blocks: SQLAlchemy takes as long to put a statement together as to run it.
 _FIND_BLOCKS = (
     select(blocks.c.offset, objects.c.key, blocks.c.position, blocks.c.size_bytes, blocks.c.checksum)
     .join(objects, objects.c.id == blocks.c.object_id)
@@ -113,17 +84,6 @@ _FIND_BLOCKS = (
     .order_by(blocks.c.offset)
     .limit(bindparam("count"))
 )
-
-
-@dataclass(frozen=True, slots=True)
-class _Admitted:
-    """A block that enters the catalog."""
-
-    block: NewBlock
-    offset: int
-    object_key: str
-    span: Span
-    """Where it lies in the object."""
 
 
 def get_stream(connection: Connection, name: str) -> StreamRecord:
@@ -192,7 +152,7 @@ def create_stream(
             created_unix_nano=time.time_ns(),
             max_lag_blocks=max_lag.blocks,
             max_lag_traces=max_lag.traces,
-            **dict.fromkeys(_PROGRESS, 0),
+            **dict.fromkeys(PROGRESS, 0),
         )
     )
     return get_stream(connection, spec.name)
@@ -241,24 +201,6 @@ def open_producer(connection: Connection, stream_name: str, producer_id: str, ep
     )
 
 
-def commit(connection: Connection, groups: Sequence[WrittenGroup]) -> list[CommitOutcome]:
-    """See `Catalog.commit`."""
-    every_block = blocks_of(groups)
-    state = _load_state(connection, every_block)
-    outcomes = admit(every_block, state)
-    if state.admitted:
-        places = [(group.stored.key, span) for group in groups for span in group.stored.spans]
-        admitted = [_Admitted(every_block[index], offset, *places[index]) for index, offset in state.admitted]
-        # Ascending, as those who condemn objects go.
-        keys = sorted({block.object_key for block in admitted})
-        for key in keys:
-            _check_object(connection, key)
-        _store_state(connection, every_block, state)
-        _insert_blocks(connection, admitted, {key: _insert_object(connection, key) for key in keys})
-        failpoints.reach("catalog.before_commit")
-    return outcomes
-
-
 def find_blocks(connection: Connection, stream_id: int, offset: int, count: int) -> list[BlockLocation]:
     """See `Catalog.find_blocks`."""
     of_range = {"of_stream": stream_id, "from_offset": offset, "count": count}
@@ -290,53 +232,6 @@ def list_finished_prompts(
         .limit(count)
     )
     return [FinishedPrompt(row.position, row.prompt_id) for row in connection.execute(query)]
-
-
-def put_dictionary(connection: Connection, stream_name: str, digest: bytes, content: bytes) -> None:
-    """See `Catalog.put_dictionary`."""
-    stream = lock_stream(connection, stream_name)
-    held = connection.scalar(select(dictionaries.c.content).where(_is_dictionary(stream.stream_id, digest)))
-    if held is not None:
-        if bytes(held) != content:
-            raise DictionaryConflictError(
-                f"stream {stream_name!r} holds another dictionary {short_digest(digest)}",
-                "train it on other traces: one in 4 billion has the digest of another",
-            )
-        return
-    if stream.info.sealed:
-        raise sealed(stream_name)
-    if stream.info.dictionary_count >= MAX_DICTIONARIES:
-        raise DictionaryLimitError(
-            f"stream {stream_name!r} holds {stream.info.dictionary_count} dictionaries, "
-            f"expected at most {MAX_DICTIONARIES}",
-            "encode with one that it holds, or publish to another stream",
-        )
-    connection.execute(
-        insert(dictionaries).values(stream_id=stream.stream_id, digest=digest, content=content)
-    )
-    grown = {
-        "dictionary_count": stream.info.dictionary_count + 1,
-        "dictionary_bytes": stream.info.dictionary_bytes + len(content),
-    }
-    connection.execute(update(streams).where(streams.c.id == stream.stream_id).values(grown))
-
-
-def get_dictionary(connection: Connection, stream_name: str, digest: bytes) -> bytes:
-    """See `Catalog.get_dictionary`."""
-    stream_id = get_stream(connection, stream_name).stream_id
-    content = connection.scalar(select(dictionaries.c.content).where(_is_dictionary(stream_id, digest)))
-    if content is None:
-        raise DictionaryNotFoundError(
-            f"stream {stream_name!r} holds no dictionary {short_digest(digest)}",
-            "put it there, or take the digest from the header of one of the stream's blocks",
-        )
-    return bytes(content)
-
-
-def has_dictionary(connection: Connection, stream_id: int, digest: bytes) -> bool:
-    """See `Catalog.has_dictionary`."""
-    found = select(dictionaries.c.stream_id).where(_is_dictionary(stream_id, digest))
-    return connection.scalar(found) is not None
 
 
 def adopt_store(connection: Connection, identity: str, is_empty: bool) -> str | None:
@@ -376,13 +271,9 @@ def _record(row: RowMapping) -> StreamRecord:
         created_unix_nano=row["created_unix_nano"],
         first_offset=row["first_offset"],
         retention=Retention(row["max_age_seconds"], row["max_bytes"], tuple(row["read_by"].split())),
-        **{column: row[column] for column in (*_PROGRESS, *_DICTIONARIES, *_MAX_LAG)},
+        **{column: row[column] for column in (*PROGRESS, *_DICTIONARIES, *_MAX_LAG)},
     )
     return StreamRecord(row["id"], info)
-
-
-def _is_dictionary(stream_id: int, digest: bytes) -> ColumnElement[bool]:
-    return (dictionaries.c.stream_id == stream_id) & (dictionaries.c.digest == digest)
 
 
 def _take_next_epoch(
@@ -396,139 +287,3 @@ def _take_next_epoch(
         return row["id"], epoch
     values = {"stream_id": stream_id, "producer_id": producer_id, "epoch": 1, "last_sequence": 0}
     return inserted_key(connection, insert(producers).values(values).returning(producers.c.id)), 1
-
-
-def _load_state(connection: Connection, group: Sequence[NewBlock]) -> GroupState:
-    state = GroupState(
-        streams=_load_streams(connection, {block.producer.stream_id for block in group}),
-        producers=_load_producers(connection, {block.producer.key for block in group}),
-        published={},
-        finished=set(),
-        work=load_work(connection, group),
-    )
-    _load_published(connection, group, state)
-    _load_finished(connection, group, state)
-    return state
-
-
-def _load_streams(connection: Connection, stream_ids: Iterable[int]) -> dict[int, StreamProgress]:
-    columns = (streams.c.id, streams.c.sealed, *(streams.c[name] for name in _PROGRESS))
-    return {key: StreamProgress(*rest) for key, *rest in _lock_rows(connection, columns, stream_ids)}
-
-
-def _load_producers(connection: Connection, keys: Iterable[int]) -> dict[int, ProducerProgress]:
-    columns = (producers.c.id, producers.c.epoch, producers.c.last_sequence)
-    return {
-        key: ProducerProgress(epoch, last_sequence)
-        for key, epoch, last_sequence in _lock_rows(connection, columns, keys)
-    }
-
-
-def _lock_rows(
-    connection: Connection, columns: Sequence[Column[Any]], ids: Iterable[int]
-) -> Iterator[tuple[Any, ...]]:
-    """The rows of these ids, the first column, locked ascending."""
-    query = _lock_query(tuple(columns))
-    for chunk in chunks(sorted(ids)):
-        yield from (tuple(row) for row in connection.execute(query, {"ids": chunk}))
-
-
-@cache
-def _lock_query(columns: tuple[Column[Any], ...]) -> Select[Any]:
-    key = columns[0]
-    of_ids = key.in_(bindparam("ids", expanding=True))
-    return select(*columns).where(of_ids).order_by(key).with_for_update(key_share=True)
-
-
-def _load_published(connection: Connection, group: Sequence[NewBlock], state: GroupState) -> None:
-    for block in group:
-        producer = state.producers.get(block.producer.key)
-        if producer is None or block.producer.epoch != producer.epoch:
-            continue
-        if block.sequence > producer.last_sequence:
-            continue
-        for table in (blocks, expired_blocks):
-            row = connection.execute(
-                select(table.c.offset, table.c.size_bytes, table.c.checksum).where(
-                    table.c.producer_key == block.producer.key,
-                    table.c.epoch == producer.epoch,
-                    table.c.sequence == block.sequence,
-                )
-            ).one_or_none()
-            if row is not None:
-                known = PublishedBlock(row.offset, row.size_bytes, int.from_bytes(row.checksum))
-                state.published[block.producer.key, block.sequence] = known
-                break
-
-
-def _load_finished(connection: Connection, group: Sequence[NewBlock], state: GroupState) -> None:
-    prompts_by_stream: dict[int, set[str]] = {}
-    for block in group:
-        of_stream = prompts_by_stream.setdefault(block.producer.stream_id, set())
-        of_stream.update(block.finished_prompt_ids)
-        of_stream.update(prompt.prompt_id for work in block.finished_work for prompt in work.prompts)
-    for stream_id, prompt_ids in prompts_by_stream.items():
-        for chunk in chunks(prompt_ids):
-            found = connection.scalars(
-                select(finished_prompts.c.prompt_id).where(
-                    finished_prompts.c.stream_id == stream_id, finished_prompts.c.prompt_id.in_(chunk)
-                )
-            )
-            state.finished.update((stream_id, prompt_id) for prompt_id in found)
-
-
-def _store_state(connection: Connection, group: Sequence[NewBlock], state: GroupState) -> None:
-    admitted = [group[index] for index, _ in state.admitted]
-    for stream_id in {block.producer.stream_id for block in admitted}:
-        progress = state.streams[stream_id]
-        values = {column: getattr(progress, column) for column in _PROGRESS}
-        connection.execute(_UPDATE_STREAM, {**values, "row_id": stream_id})
-    for key in {block.producer.key for block in admitted}:
-        last = state.producers[key].last_sequence
-        connection.execute(_UPDATE_PRODUCER, {"last_sequence": last, "row_id": key})
-    store_work(connection, state.work)
-
-
-def _check_object(connection: Connection, key: str) -> None:
-    if connection.scalar(_FIND_OBJECT, {"object_key": key}) is not None:
-        raise ServiceUnavailableError(
-            f"object {key} was collected as garbage before its blocks were committed",
-            "publish again; and see why this server was so slow",
-        )
-
-
-def _insert_object(connection: Connection, key: str) -> int:
-    values = {"key": key, "created_unix_nano": time.time_ns()}
-    return int(connection.execute(_INSERT_OBJECT, values).scalar_one())
-
-
-def _insert_blocks(
-    connection: Connection, admitted: Sequence[_Admitted], object_ids: Mapping[str, int]
-) -> None:
-    connection.execute(_INSERT_BLOCKS, [_block_row(one, object_ids[one.object_key]) for one in admitted])
-    finished: list[dict[str, Any]] = [
-        {"stream_id": one.block.producer.stream_id, "prompt_id": prompt_id, "offset": one.offset}
-        for one in admitted
-        for prompt_id in one.block.finished_prompt_ids
-    ]
-    if finished:
-        connection.execute(insert(finished_prompts), finished)
-
-
-def _block_row(admitted: _Admitted, object_id: int) -> dict[str, Any]:
-    block = admitted.block
-    return {
-        "stream_id": block.producer.stream_id,
-        "offset": admitted.offset,
-        "object_id": object_id,
-        "position": admitted.span.position,
-        "size_bytes": block.facts.size_bytes,
-        "checksum": block.facts.checksum.to_bytes(8),
-        "trace_count": block.facts.trace_count,
-        "prompt_token_count": block.facts.prompt_token_count,
-        "completion_token_count": block.facts.completion_token_count,
-        "producer_key": block.producer.key,
-        "epoch": block.producer.epoch,
-        "sequence": block.sequence,
-        "labels": block.labels or None,
-    }
