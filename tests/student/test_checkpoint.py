@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import resource
+from collections.abc import Generator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
@@ -65,6 +68,17 @@ def save(
     return checkpoint.directory
 
 
+@contextmanager
+def files_up_to(size_bytes: int) -> Generator[None]:
+    """As if the disk had room for no larger file."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size_bytes, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
 def assert_same_traces(found: tuple[Trace, ...], expected: list[Trace]) -> None:
     assert [trace.prompt_id for trace in found] == [trace.prompt_id for trace in expected]
     for ours, theirs in zip(found, expected, strict=True):
@@ -121,6 +135,17 @@ def test_only_the_newest_checkpoints_stay(tmp_path: Path, student_dir: Path, tra
         save(tmp_path / "run", student, traces, replace(STATE, step=step))
     found = sorted(path.name for path in (tmp_path / "run").iterdir())
     assert found == ["LATEST", step_name(2), step_name(3)]
+
+
+def test_a_disk_without_room_is_said_and_leaves_earlier_checkpoints(
+    tmp_path: Path, student_dir: Path, traces: list[Trace]
+) -> None:
+    student = load_student(student_dir, device="cpu")
+    first = save(tmp_path, student, traces)
+    with files_up_to(100_000), pytest.raises(CheckpointError, match=r"could not be written.*make room"):
+        save(tmp_path, student, traces, replace(STATE, step=9))
+    assert latest_checkpoint(tmp_path) == first
+    assert not [path for path in tmp_path.iterdir() if path.name.startswith(".unfinished")]
 
 
 def test_records_can_be_brought_up_to_date(tmp_path: Path, student_dir: Path, traces: list[Trace]) -> None:

@@ -171,7 +171,7 @@ def save_checkpoint(
         _put_in_place(unfinished, final)
         point_to_latest(out, final.name)
         point_to_best(out, checkpoint.state.evaluations)
-    except OSError as error:
+    except (OSError, SafetensorError) as error:  # a full disk is the latter to safetensors
         raise CheckpointError(
             f"checkpoint {final} could not be written: {error}",
             "make room, or name another directory with --out",
