@@ -23,12 +23,14 @@ from student.teaching_material import make_blocks, make_spec, offer
 from lynearm.client import TraceClient
 from lynearm.student.checkpoint import latest_checkpoint, load_checkpoint
 from lynearm.student.config import TrainConfig
+from lynearm.student.lineage import read_lineage
 from lynearm.student.model import StudentModel, load_causal_lm, load_student
 from lynearm.student.progress import TrainProgress, TrainReport, ignore_progress
 from lynearm.student.trainer import run_train
 from lynearm.wire.errors import (
     CheckpointError,
     ConfigError,
+    CorruptBlockError,
     InvalidInputError,
     MisalignmentError,
     ServiceUnavailableError,
@@ -371,6 +373,40 @@ def test_a_checkpoint_left_by_a_crash_is_replaced(stream: str, configure: Callab
     again = run_train(replace(config, resume=True))
     assert losses(again) == losses(report)
     assert load_checkpoint(again.checkpoint).state.step == 4
+
+
+def damage_block(data_dir: Path, block: bytes) -> None:
+    """Flip a bit of a block that a service, which does not run now, has stored."""
+    (path,) = [
+        one for one in data_dir.joinpath("blocks").rglob("*") if one.is_file() and block in one.read_bytes()
+    ]
+    stored = bytearray(path.read_bytes())
+    stored[stored.index(block) + len(block) // 2] ^= 1
+    path.write_bytes(stored)
+
+
+def test_a_damaged_block_ends_a_run_or_is_passed_over_and_recorded(
+    tmp_path: Path, teacher: StudentModel, traces: list[Trace], configure: Callable[..., TrainConfig]
+) -> None:
+    with ServiceProcess(tmp_path / "data") as own:
+        offer(own.target, teacher, traces, name="hurt", traces_per_block=4)
+        own.stop()
+        damage_block(tmp_path / "data", make_blocks(teacher, traces, 4)[7])
+        own.start()
+        config = configure("hurt", service=own.target)
+        with pytest.raises(CorruptBlockError, match=r"block 7 .*damaged.*--set on_corrupt=skip"):
+            run_train(config)
+        stopped = latest_checkpoint(config.out)
+        assert stopped is not None
+        assert load_checkpoint(stopped).state.streams[0].damaged == ()
+        resumed = run_train(replace(config, resume=True, on_corrupt="skip", epochs=2))
+        whole = run_train(configure("hurt", "whole", service=own.target, on_corrupt="skip", epochs=2))
+    assert whole.traces == 2 * (len(traces) - 8 - 4)
+    assert losses(resumed) == losses(whole)
+    for report in (resumed, whole):
+        assert report.damaged_blocks == 1
+        assert read_lineage(report.checkpoint)["streams"][0]["damaged_blocks"] == [7]
+        assert "Damaged blocks left out of `hurt`: 1." in (report.checkpoint / "README.md").read_text()
 
 
 def test_a_gradient_that_is_not_finite_ends_the_run_before_the_weights_are_lost(

@@ -84,6 +84,9 @@ def _notes(streams: Sequence[Mapping[str, Any]]) -> Iterator[Text]:
         if isinstance(loss := stream.get("loss"), list) and loss:
             terms_of_loss = " + ".join(map(str, cast("list[object]", loss)))
             yield _text(f"loss on {stream.get('stream')}: {terms_of_loss}")
+        if isinstance(damaged := stream.get("damaged_blocks"), list) and damaged:
+            offsets = ", ".join(map(str, cast("list[object]", damaged)))
+            yield _text(f"left out of {stream.get('stream')}, being damaged: blocks {offsets}")
         terms = _part(stream, "distillation")
         if terms.get("verdict", "allowed") != "allowed":
             yield _text(f"terms of {stream.get('stream')}: {terms['verdict']}: {terms.get('reason', '')}")

@@ -355,6 +355,8 @@ def _summary(report: TrainReport) -> str:
     before, after = report.held_out_before, report.held_out_after
     measured = f"; held-out KL {before:.3f} → {after:.3f}" if before is not None and after is not None else ""
     skipped = f", {report.skipped_traces} traces skipped" if report.skipped_traces else ""
+    if report.damaged_blocks:
+        skipped += f", damaged blocks left out: {report.damaged_blocks}"
     best = f", best {report.best_checkpoint.name}" if report.best_checkpoint else ""
     return (
         f"{report.steps} steps, {report.traces} traces, {report.tokens:,} tokens{skipped} "

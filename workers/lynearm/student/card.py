@@ -123,7 +123,12 @@ def _teachers(streams: Sequence[JsonObject]) -> str:
             _quote(" + ".join(_listed(stream.get("loss", [])))),
         ]
         rows.append(f"| {' | '.join(cells)} |")
-    return "## What it learnt from\n\n" + "\n".join(rows)
+    missing = [
+        f"\nDamaged blocks left out of {_quote(stream.get('stream', ''))}: {len(damaged)}."
+        for stream in streams
+        if (damaged := _listed(stream.get("damaged_blocks", [])))
+    ]
+    return "## What it learnt from\n\n" + "\n".join([*rows, *missing])
 
 
 def _measurements(runs: Sequence[JsonObject]) -> str:

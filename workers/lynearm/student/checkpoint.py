@@ -320,7 +320,8 @@ def _parse_state(state: JsonObject) -> TrainState:
 
 def _parse_stream(stream: JsonObject) -> StreamState:
     cursors = {name: Cursor(**cast("dict[str, int]", stream[name])) for name in ("cursor", "furthest")}
-    fields: JsonObject = {**stream, **cursors}
+    damaged = tuple(cast("Sequence[int]", stream.get("damaged", ())))
+    fields: JsonObject = {**stream, **cursors, "damaged": damaged}
     return StreamState(**fields)
 
 

@@ -9,7 +9,8 @@
               lowest, is unit i
     adapter   its kind, rank and targets, and name and revision of its base, for a student that is an adapter;
               merged: true where it has been added to the base
-    streams   one entry for each run and stream: offsets, tokens, loss, teacher, terms, codec, labels
+    streams   one entry for each run and stream: offsets, tokens, loss, teacher, terms, codec, labels;
+              damaged_blocks, offsets within these that were passed over, if any were
     runs      one entry for each run: settings, versions, what was overridden, what was measured
 """
 
@@ -51,6 +52,8 @@ class StreamUse:
     """Completion tokens trained on, repetitions included."""
     loss: tuple[str, ...] = ()
     """Terms of what was brought down on it."""
+    damaged: tuple[int, ...] = ()
+    """Offsets of the blocks that were passed over, being damaged."""
 
 
 def read_lineage(directory: Path) -> JsonObject:
@@ -112,7 +115,7 @@ def _stream_entry(use: StreamUse) -> JsonObject:
     teacher, tokenizer, codec = use.spec.teacher, use.spec.tokenizer, use.spec.codec
     terms = read_terms(use.spec)
     source = next((use.spec.labels[key] for key in PROMPT_LABELS if key in use.spec.labels), "unknown")
-    return {
+    entry: JsonObject = {
         "stream": use.spec.name,
         "license": use.spec.license,
         "distillation": {"verdict": terms.verdict, "reason": terms.reason},
@@ -146,3 +149,5 @@ def _stream_entry(use: StreamUse) -> JsonObject:
         },
         "labels": dict(use.spec.labels),
     }
+    # Only where there are some: a manifest that says nothing of them was written without any.
+    return {**entry, "damaged_blocks": list(use.damaged)} if use.damaged else entry

@@ -31,7 +31,7 @@ NOT_TOLD = frozenset(
         "allow_terms",
     }
     | {"service", "service_timeout_seconds", "patience_seconds", "wait_seconds", "prefetch_blocks"}
-    | {"checkpoint_every_steps", "keep_checkpoints", "async_checkpoints"}
+    | {"checkpoint_every_steps", "keep_checkpoints", "async_checkpoints", "on_corrupt"}
     | {"threads", "replay_threads", "ray", "ray_address"}
     | {"teacher", "rollout_stream", "rollout_prompts", "rollout_threads", "rollout_kv_cache_mib"}
     | {"rollout_gpus", "rollout_weights"}

@@ -169,6 +169,7 @@ class Saver:
                 stream.traces,
                 stream.tokens,
                 loss=tuple(map(str, objective.terms)),
+                damaged=stream.damaged,
             )
             for spec, stream, objective in zip(
                 self._specs, state.streams, self._optimization.objectives, strict=True

@@ -10,6 +10,7 @@ from contextlib import ExitStack
 from lynearm.client import Subscription, TraceClient
 from lynearm.student.reader import PositionedTrace, TraceReader
 from lynearm.student.reporting import Reporter
+from lynearm.wire.errors import CorruptBlockError
 from lynearm.wire.traces import Cursor
 
 _POLL_SECONDS = 0.2
@@ -28,6 +29,7 @@ class StreamSource:
         prefetch_blocks: Decoded blocks that may wait.
         should_stop: Whether to give up waiting.
         reporter: Hears of waiting.
+        skip_damaged: Whether to pass over blocks that are damaged.
         named: Whether to say the stream's name with what is waited for, as where there are several.
     """
 
@@ -39,6 +41,7 @@ class StreamSource:
         prefetch_blocks: int,
         should_stop: Callable[[], bool],
         reporter: Reporter,
+        skip_damaged: bool = False,
         named: bool = False,
     ) -> None:
         self._client = client
@@ -46,6 +49,7 @@ class StreamSource:
         self._prefetch_blocks = prefetch_blocks
         self._should_stop = should_stop
         self._reporter = reporter
+        self._skip_damaged = skip_damaged
         self._named = named
         self._returned: deque[PositionedTrace] = deque()
         self._stack = ExitStack()
@@ -68,6 +72,13 @@ class StreamSource:
         return self._reader is None or self._reader.received_all
 
     @property
+    def damaged_offsets(self) -> tuple[int, ...]:
+        """Offsets of the blocks that this pass has passed over; none when closed."""
+        if self._subscription is None or self._reader is None:
+            return ()
+        return (*self._subscription.damaged_offsets, *self._reader.damaged_offsets)
+
+    @property
     def exhausted(self) -> bool:
         """Whether every trace of the pass has been taken."""
         return not self._returned and (self._reader is None or self._reader.exhausted)
@@ -79,13 +90,18 @@ class StreamSource:
             LynearmError: as for `TraceClient.subscribe`.
         """
         self.close()
-        self._subscription = self._stack.enter_context(self._client.subscribe(self._name, start=start.offset))
+        self._subscription = self._stack.enter_context(
+            self._client.subscribe(
+                self._name, start=start.offset, on_corrupt="skip" if self._skip_damaged else "raise"
+            )
+        )
         self._reader = self._stack.enter_context(
             TraceReader(
                 self._subscription,
                 start=start,
                 prefetch_blocks=self._prefetch_blocks,
                 dictionaries=self._client.dictionaries(self._name, wait=True),
+                skip_damaged=self._skip_damaged,
                 on_close=self._subscription.close,
             )
         )
@@ -106,10 +122,16 @@ class StreamSource:
             return self._returned.popleft()
         if self._reader is None:
             return None
-        positioned = self._reader.poll(0.0)
-        if positioned is not None or self._reader.exhausted:
-            return positioned
-        return self._wait(self._reader)
+        try:
+            positioned = self._reader.poll(0.0)
+            if positioned is not None or self._reader.exhausted:
+                return positioned
+            return self._wait(self._reader)
+        except CorruptBlockError as error:
+            raise CorruptBlockError(
+                error.message,
+                "bring it back from a copy and resume, or resume without its traces: --set on_corrupt=skip",
+            ) from error
 
     def give_back(self, traces: Sequence[PositionedTrace]) -> None:
         """Traces that were taken and come first again, in their order."""

@@ -8,6 +8,7 @@ lost by it.
 
 from __future__ import annotations
 
+import itertools
 import logging
 import math
 import threading
@@ -44,7 +45,7 @@ from lynearm.student.recording import Recorder, has_stalled
 from lynearm.student.reporting import Reporter
 from lynearm.student.run_directory import best_checkpoint
 from lynearm.student.saving import Saver, resume_command
-from lynearm.wire.errors import LynearmError
+from lynearm.wire.errors import LynearmError, StorageError
 
 logger = logging.getLogger(__name__)
 
@@ -183,6 +184,7 @@ class _Run:
         """Train on the rest of the streams; why the run stops before their end, or None."""
         sources = self._inputs.sources(
             prefetch_blocks=self._config.prefetch_blocks,
+            skip_damaged=self._config.on_corrupt == "skip",
             should_stop=lambda: self._why_stop() is not None,
             reporter=self._reporter,
         )
@@ -243,6 +245,7 @@ class _Run:
     def _step(self, batch: Batch, source: MixedSource) -> None:
         started = time.monotonic()
         step = self._state.step + 1
+        self._check_same_batch(batch)
         self._check_rows(batch)
         result = self._optimization.step(batch, step)
         record = StepRecord(
@@ -269,6 +272,16 @@ class _Run:
             if self._config.eval_every_steps:
                 self._measure()  # the best checkpoint is one of those that were measured
             self._save()
+
+    def _check_same_batch(self, batch: Batch) -> None:
+        """Where a rank may pass over blocks, make sure that all of them did so alike."""
+        if self._config.on_corrupt == "skip":
+            places = [(after.cursor.offset, after.cursor.trace_index, after.tokens) for after in batch.after]
+            if not self._ranks.all_have(*itertools.chain.from_iterable(places)):
+                raise StorageError(
+                    "a block was damaged for some ranks and not for others, so that their batches differ",
+                    "look at the disk of the trace service, and resume",
+                )
 
     def _check_rows(self, batch: Batch) -> None:
         """Look at the first traces of each stream whether their rows stand where they should."""
@@ -356,6 +369,7 @@ class _Run:
             curve=state.curve,
             evaluations=state.evaluations,
             how_to_go_on="" if reason == "stream_end" else resume_command(self._config),
+            damaged_blocks=sum(len(stream.damaged) for stream in state.streams),
             best_checkpoint=best_checkpoint(self._config.out),
         )
 
