@@ -418,8 +418,14 @@ def test_a_gradient_that_is_not_finite_ends_the_run_before_the_weights_are_lost(
     with torch.no_grad():
         model.model.layers[0].mlp.down_proj.weight.fill_(3e38)
     model.save_pretrained(broken)
-    with pytest.raises(InvalidInputError, match="not finite"):
-        run_train(configure(stream, student=broken, held_out_traces=0))
+    config = configure(stream, student=broken, held_out_traces=0)
+    with pytest.raises(InvalidInputError, match=r"step 1 is not finite .*failed-step-00000001\.json"):
+        run_train(config)
+    listed = json.loads((config.out / "failed-step-00000001.json").read_text())
+    assert "not finite" in listed["reason"]
+    # The fixture's first eight are held out.
+    assert [trace["prompt_id"] for trace in listed["traces"]] == ["p8", "p9", "p10", "p11"]
+    assert {trace["stream"] for trace in listed["traces"]} == {stream}
 
 
 def test_a_finished_run_can_take_another_pass(stream: str, configure: Callable[..., TrainConfig]) -> None:

@@ -118,7 +118,7 @@ class Optimization:
             self._optimizer.zero_grad(set_to_none=True)
             raise InvalidInputError(
                 f"the gradient of step {step} is not finite (KL {kl / tokens:.3g})",
-                "lower learning_rate and resume; if it stays, look at the traces of this step",
+                "resume with a lower learning_rate; if it stays, look at the traces",
             )
         self._optimizer.step()  # pyright: ignore[reportUnknownMemberType]  # torch leaves it half typed
         # None, not zeros: the first micro-batch has room for logits where it makes the head's gradient anew.

@@ -25,6 +25,7 @@ from lynearm.student.alignment import check_rows
 from lynearm.student.batches import Batch, Batcher, SplitRule
 from lynearm.student.beginning import Beginning, begin
 from lynearm.student.config import TrainConfig
+from lynearm.student.failed_batch import failed_batch_path, write_failed_batch
 from lynearm.student.held_out import choose_held_out, split_held_out
 from lynearm.student.inputs import Inputs, find_stream
 from lynearm.student.measuring import Measurer
@@ -45,7 +46,7 @@ from lynearm.student.recording import Recorder, has_stalled
 from lynearm.student.reporting import Reporter
 from lynearm.student.run_directory import best_checkpoint
 from lynearm.student.saving import Saver, resume_command
-from lynearm.wire.errors import LynearmError, StorageError
+from lynearm.wire.errors import InvalidInputError, LynearmError, StorageError
 
 logger = logging.getLogger(__name__)
 
@@ -247,7 +248,10 @@ class _Run:
         step = self._state.step + 1
         self._check_same_batch(batch)
         self._check_rows(batch)
-        result = self._optimization.step(batch, step)
+        try:
+            result = self._optimization.step(batch, step)
+        except InvalidInputError as error:
+            raise self._list_traces(batch, error) from error
         record = StepRecord(
             step=step,
             epoch=self._state.epoch,
@@ -272,6 +276,16 @@ class _Run:
             if self._config.eval_every_steps:
                 self._measure()  # the best checkpoint is one of those that were measured
             self._save()
+
+    def _list_traces(self, batch: Batch, error: InvalidInputError) -> InvalidInputError:
+        """The error of a step that came to no finite gradient, with where its traces are listed."""
+        step = self._state.step + 1
+        path = failed_batch_path(self._config.out, step)
+        if self._ranks.writes:
+            names = [self._inputs.plans[stream].name for stream in batch.streams]
+            traces = list(zip(names, batch.traces, strict=True))
+            write_failed_batch(path, traces, step=step, reason=error.message)
+        return InvalidInputError(f"{error.message}; its traces are listed in {path}", error.remedy)
 
     def _check_same_batch(self, batch: Batch) -> None:
         """Where a rank may pass over blocks, make sure that all of them did so alike."""
