@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any, NoReturn
 
 import pytest
 import torch
@@ -25,6 +26,7 @@ from lynearm.student.checkpoint import latest_checkpoint, load_checkpoint
 from lynearm.student.config import TrainConfig
 from lynearm.student.lineage import read_lineage
 from lynearm.student.model import StudentModel, load_causal_lm, load_student
+from lynearm.student.optimization import Optimization
 from lynearm.student.progress import TrainProgress, TrainReport, ignore_progress
 from lynearm.student.trainer import run_train
 from lynearm.wire.errors import (
@@ -35,6 +37,7 @@ from lynearm.wire.errors import (
     MisalignmentError,
     ServiceUnavailableError,
     StreamNotFoundError,
+    TrainingError,
 )
 from lynearm.wire.traces import Cursor, Trace
 
@@ -426,6 +429,67 @@ def test_a_gradient_that_is_not_finite_ends_the_run_before_the_weights_are_lost(
     # The fixture's first eight are held out.
     assert [trace["prompt_id"] for trace in listed["traces"]] == ["p8", "p9", "p10", "p11"]
     assert {trace["stream"] for trace in listed["traces"]} == {stream}
+
+
+def ask_for_too_much(*_: object, **__: object) -> NoReturn:
+    """The allocator's own refusal of a PiB."""
+    torch.empty(1 << 50, dtype=torch.uint8)
+    raise AssertionError("this machine has a PiB of memory")
+
+
+def fail_at(count: int, real: Callable[..., Any]) -> Callable[..., Any]:
+    """A function that finds no memory when it is called for the `count`th time."""
+    calls = itertools.count(1)
+
+    def call(*arguments: object, **named: object) -> object:
+        return ask_for_too_much() if next(calls) == count else real(*arguments, **named)
+
+    return call
+
+
+def test_a_step_without_memory_saves_the_run_and_names_the_settings(
+    stream: str, configure: Callable[..., TrainConfig], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = configure(stream)
+    with monkeypatch.context() as patch:
+        patch.setattr(Optimization, "_backward", fail_at(3, getattr(Optimization, "_backward")))  # noqa: B009
+        with pytest.raises(TrainingError, match=r"out of memory while training .*micro_batch_tokens below"):
+            run_train(config)
+    saved = latest_checkpoint(config.out)
+    assert saved is not None
+    assert load_checkpoint(saved).state.step == 2
+    resumed = run_train(replace(config, resume=True, micro_batch_tokens=64))
+    assert losses(resumed) == pytest.approx(losses(run_train(configure(stream, "whole"))), rel=1e-4)
+
+
+def test_weights_that_a_step_without_memory_had_begun_to_change_are_not_saved(
+    stream: str,
+    configure: Callable[..., TrainConfig],
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    config = configure(stream, checkpoint_every_steps=2)
+    monkeypatch.setattr(torch.optim.AdamW, "step", fail_at(4, torch.optim.AdamW.step))
+    with pytest.raises(TrainingError, match="out of memory"):
+        run_train(config)
+    saved = latest_checkpoint(config.out)
+    assert saved is not None
+    assert load_checkpoint(saved).state.step == 2
+    assert "not saved since step 2" in caplog.text
+
+
+def test_a_student_or_a_measurement_without_memory_says_what_helps(
+    stream: str, configure: Callable[..., TrainConfig], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from lynearm.student import beginning, measuring
+
+    with monkeypatch.context() as patch:
+        patch.setattr(beginning, "load_student", ask_for_too_much)
+        with pytest.raises(TrainingError, match=r"while loading .*smaller student"):
+            run_train(configure(stream, "loading"))
+    monkeypatch.setattr(measuring, "evaluate", ask_for_too_much)
+    with pytest.raises(TrainingError, match=r"while measuring .*micro_batch_tokens below"):
+        run_train(configure(stream, "measuring"))
 
 
 def test_a_finished_run_can_take_another_pass(stream: str, configure: Callable[..., TrainConfig]) -> None:

@@ -120,6 +120,10 @@ class Saver:
             self._ranks.meet()  # a launcher ends the rank that writes when it finds that another has ended
         return directory
 
+    def finish(self) -> None:
+        """Wait for the checkpoint that is being written, if any; warn if it failed."""
+        self._finish_writing(last=True)
+
     def _finish_writing(self, *, last: bool) -> CheckpointError | None:
         """Wait for the write before; what it failed with, unless this is the last."""
         try:
@@ -128,7 +132,7 @@ class Saver:
             if not last:
                 return error
             # The last chance to save: it may be of the very step that failed.
-            logger.warning("%s; trying once more", error)
+            logger.warning("%s", error)
             self.saved_step = None
         return None
 

@@ -33,6 +33,7 @@ from lynearm.student.mixed_source import MixedSource, Selection, TraceSource
 from lynearm.student.mixing import StreamPlan, parse_streams
 from lynearm.student.on_policy import OnPolicy
 from lynearm.student.on_policy_plan import add_rollouts, mean_staleness, open_rollout_stream
+from lynearm.student.out_of_memory import explain_out_of_memory
 from lynearm.student.progress import (
     EvaluationRecord,
     OnProgress,
@@ -87,6 +88,7 @@ def run_train(
         PromptFileError: if the questions cannot be read.
         MissingDependencyError: if a tracker's package is not installed.
         ConfigError: as for `beginning.begin`.
+        TrainingError: if memory runs out; the weights are saved unless they were being changed.
         InvalidInputError: if the gradient stops being finite; the weights before it are saved.
     """
     client = TraceClient(
@@ -105,7 +107,8 @@ def run_train(
         reporter.stage("loading", str(config.out if config.resume else config.student))
         if config.threads:
             torch.set_num_threads(config.threads)
-        beginning = begin(config, streams, ranks)
+        with explain_out_of_memory(config, "loading"):
+            beginning = begin(config, streams, ranks)
         inputs = Inputs(client, plans, tuple(stream.spec for stream in streams))
         return _Run(config, inputs, beginning, ranks=ranks, stop=event, reporter=reporter).go()
 
@@ -165,7 +168,13 @@ class _Run:
             reason = self._train()
         except LynearmError:
             # The other ranks may be anywhere: nothing here waits for them, unless they hold parts of it.
-            if self._student.shards is None or self._ranks.meet():
+            if not self._optimization.is_whole:
+                self._saver.finish()
+                logger.warning(
+                    "the run was not saved since step %s: the step that failed had begun to change weights",
+                    self._saver.saved_step or 0,
+                )
+            elif self._student.shards is None or self._ranks.meet():
                 self._save(last=True, alone=True)
                 logger.warning("the run was saved; go on with: %s", resume_command(self._config))
             else:
@@ -249,7 +258,8 @@ class _Run:
         self._check_same_batch(batch)
         self._check_rows(batch)
         try:
-            result = self._optimization.step(batch, step)
+            with explain_out_of_memory(self._config, "training"):
+                result = self._optimization.step(batch, step)
         except InvalidInputError as error:
             raise self._list_traces(batch, error) from error
         record = StepRecord(
@@ -325,7 +335,8 @@ class _Run:
         state, evaluations = self._state, self._state.evaluations
         if not any(self._held_out) or (evaluations and evaluations[-1].step == state.step):
             return
-        record = self._measurer.measure(self._held_out, step=state.step, tokens=state.tokens)
+        with explain_out_of_memory(self._config, "measuring"):
+            record = self._measurer.measure(self._held_out, step=state.step, tokens=state.tokens)
         self._record(record)
         self._state = replace(state, evaluations=(*evaluations, record))
         self._reporter.evaluated(record)
@@ -336,7 +347,8 @@ class _Run:
 
     def _save(self, *, last: bool = False, alone: bool = False) -> Path:
         """Save, as `Saver.save` says."""
-        directory = self._saver.save(self._student, self._state, self._held_out, last=last, alone=alone)
+        with explain_out_of_memory(self._config, "saving"):
+            directory = self._saver.save(self._student, self._state, self._held_out, last=last, alone=alone)
         # A resumed run was loaded from a checkpoint that will be removed; the newest one stays.
         self._student = replace(self._student, directory=directory)
         return directory
