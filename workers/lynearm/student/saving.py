@@ -7,13 +7,14 @@ is known to all of them before they gather.
 
 from __future__ import annotations
 
+import json
 import logging
 import shlex
-from collections.abc import Sequence
-from dataclasses import replace
+from collections.abc import Mapping, Sequence
+from dataclasses import fields, replace
 from functools import partial
 from pathlib import Path
-from typing import TypeAlias
+from typing import TypeAlias, cast
 
 from torch import Tensor
 
@@ -192,7 +193,7 @@ class Saver:
 
 
 def resume_command(config: TrainConfig) -> str:
-    """What to type for a run to go on; settings of a file, or made by `--set`, have to be given again."""
+    """What to type for a run to go on with all of its settings."""
     words = ["lynearm", "train", "--resume", "--out", str(config.out)]
     for stream in config.streams:
         words += ["--stream", stream]
@@ -203,4 +204,26 @@ def resume_command(config: TrainConfig) -> str:
         words += ["--lora", config.lora]
     for pattern in config.freeze:
         words += ["--freeze", pattern]
+    for field in fields(config):
+        value: object = getattr(config, field.name)
+        if field.name not in _SAID and value != getattr(TrainConfig(), field.name):
+            words += ["--set", f"{field.name}={_toml(value)}"]
     return shlex.join(words)
+
+
+_SAID = frozenset(
+    {"student", "streams", "service", "out", "resume"} | {"on_policy", "teacher", "lora", "freeze"}
+)
+"""Fields that the command says by flags of their own, or that a resumed run does not read."""
+
+
+def _toml(value: object) -> str:
+    if isinstance(value, Mapping):
+        entries = cast("Mapping[str, object]", value).items()
+        return "{" + ", ".join(f"{json.dumps(key)} = {_toml(one)}" for key, one in entries) + "}"
+    if isinstance(value, list | tuple):
+        return "[" + ", ".join(map(_toml, cast("Sequence[object]", value))) + "]"
+    # TOML writes numbers, infinity among them, as Python does; texts, true and false as JSON does.
+    if isinstance(value, float):
+        return repr(value)
+    return json.dumps(str(value) if isinstance(value, Path) else value)
