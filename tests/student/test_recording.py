@@ -22,6 +22,7 @@ from lynearm.client import TraceClient
 from lynearm.report.training import load_training_report, render_training_report
 from lynearm.student.checkpoint import latest_checkpoint
 from lynearm.student.config import TrainConfig
+from lynearm.student.lineage import read_lineage
 from lynearm.student.metrics import METRICS_FILE, MetricsLog, read_metrics
 from lynearm.student.model import StudentModel
 from lynearm.student.progress import EvaluationRecord, StepRecord, TrainProgress
@@ -128,6 +129,34 @@ def test_a_resumed_run_counts_no_step_twice(configure: Callable[..., TrainConfig
     metrics = read_metrics(config.out)
     assert [step.step for step in metrics.steps] == list(range(1, 10))
     assert metrics.evaluations == report.evaluations
+
+
+def test_a_run_that_goes_on_with_other_settings_says_so_and_records_since_when(
+    configure: Callable[..., TrainConfig], caplog: pytest.LogCaptureFixture
+) -> None:
+    config = configure(learning_rate=3e-3, loss=("forward-kl",), max_steps=4)
+    run_train(config)
+    assert "from step" not in caplog.text
+    # Resumed and stopped before a step: nothing was learnt at this rate.
+    run_train(replace(config, learning_rate=0.5, resume=True))
+    assert "learning_rate was 0.003 and is 0.5 from step 5 on" in caplog.text
+    run_train(replace(config, learning_rate=1e-3, max_steps=7, resume=True))
+    last = replace(config, learning_rate=1e-3, loss=(), max_steps=9, resume=True)
+    report = run_train(last)
+    assert "loss was ['forward-kl'] and is ()" in caplog.text
+    (run,) = read_lineage(report.checkpoint)["runs"]
+    assert (run["settings"]["learning_rate"], run["settings"]["max_steps"]) == (1e-3, 9)
+    assert run["earlier"] == [
+        {"until_step": 4, "settings": {"learning_rate": 3e-3, "max_steps": 4}},
+        {"until_step": 7, "settings": {"loss": ["forward-kl"], "max_steps": 7}},
+    ]
+    assert "Until step 4: `learning_rate = 0.003, max_steps = 4`" in (
+        report.checkpoint / "README.md"
+    ).read_text(encoding="utf-8")
+    page = render_training_report(load_training_report(config.out))
+    assert "until step 4" in page
+    shown = CliRunner().invoke(app, ["student", "lineage", str(config.out)], env={"COLUMNS": "200"})
+    assert "until step 7" in shown.stdout
 
 
 def test_the_best_checkpoint_stays_when_later_ones_are_worse(tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ from rich.text import Text
 
 from lynearm.cli.progress import count
 from lynearm.cli.text import printable
-from lynearm.student.lineage import cut_widths
+from lynearm.student.lineage import cut_widths, list_changes
 
 _SHOWN_REVISION = 15
 """Characters of a revision: "sha256:" and eight digits."""
@@ -110,6 +110,8 @@ def _run(number: int, run: Mapping[str, Any]) -> Table:
             table.add_row(f"  held-out {name.replace('_', ' ')}", _text(f"{change}{value:.4g}"))
     settings = ", ".join(f"{name}={value}" for name, value in _part(run, "settings").items())
     table.add_row("  settings", _text(settings))
+    for until, values in list_changes(run):
+        table.add_row(f"  until step {until:,}", _text(values))
     return table
 
 

@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
 
-from lynearm.student.lineage import LINEAGE_FILE, JsonObject, cut_widths
+from lynearm.student.lineage import LINEAGE_FILE, JsonObject, cut_widths, list_changes
 
 CARD_FILE = "README.md"
 
@@ -180,6 +180,7 @@ def _training(runs: Sequence[JsonObject]) -> str:
         versions = ", ".join(f"{name} {version}" for name, version in code.items())
         title = f"Run {number}, with {_plain(versions)}:" if versions else f"Run {number}:"
         blocks.append(f"{title}\n\n```\n" + "\n".join(line.replace("`", "'") for line in lines) + "\n```")
+        blocks += [f"Until step {until}: {_quote(values)}" for until, values in list_changes(run)]
     return "## How it was trained\n\n" + "\n\n".join(blocks) if blocks else ""
 
 

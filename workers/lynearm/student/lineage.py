@@ -11,7 +11,8 @@
               merged: true where it has been added to the base
     streams   one entry for each run and stream: offsets, tokens, loss, teacher, terms, codec, labels;
               damaged_blocks, offsets within these that were passed over, if any were
-    runs      one entry for each run: settings, versions, what was overridden, what was measured
+    runs      one entry for each run: settings, versions, what was overridden, what was measured; earlier,
+              where it was resumed with other settings, versions or ranks: what held until which step
 """
 
 from __future__ import annotations
@@ -103,6 +104,21 @@ def cut_widths(cut: Mapping[str, Any]) -> list[tuple[str, int, int]]:
             number = len(cast("Sequence[Sequence[int]]", kept)[0]) if isinstance(kept, list) else int(kept)
             widths.append((unit, number, int(part.get("of", 0))))
     return widths
+
+
+def list_changes(run: Mapping[str, Any]) -> list[tuple[int, str]]:
+    """Of a run that was resumed with other settings, the steps until which others held, and those in words.
+
+    Args:
+        run: An entry of the manifest's `runs`.
+    """
+    changes: list[tuple[int, str]] = []
+    for earlier in cast("Sequence[JsonObject]", run.get("earlier", [])):
+        values = {**earlier.get("settings", {}), **earlier.get("code", {})}
+        values |= {"ranks": earlier["ranks"]} if "ranks" in earlier else {}
+        said = [f"{name} = {json.dumps(value, ensure_ascii=False)}" for name, value in values.items()]
+        changes.append((int(earlier["until_step"]), ", ".join(said)))
+    return changes
 
 
 def write_lineage(directory: Path, lineage: Mapping[str, Any]) -> None:

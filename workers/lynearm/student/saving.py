@@ -34,7 +34,7 @@ from lynearm.student.model import StudentModel
 from lynearm.student.on_policy_plan import account_for_rollouts
 from lynearm.student.ranks import Ranks
 from lynearm.student.reporting import Reporter
-from lynearm.student.run_account import describe_run
+from lynearm.student.run_account import describe_run, list_earlier
 from lynearm.wire.errors import CheckpointError
 from lynearm.wire.specs import StreamSpec
 from lynearm.wire.traces import Trace
@@ -70,6 +70,7 @@ class Saver:
         self._specs = specs
         self._optimization = beginning.optimization
         self._base_lineage = beginning.base_lineage
+        self._run_before, self._began_at = beginning.run_before, beginning.state.step
         # Not empty only where that was allowed: what the manifest says was overridden.
         self._differences = list_differences(specs, beginning.student)
         self._ranks = ranks
@@ -187,6 +188,8 @@ class Saver:
             evaluations=state.evaluations,
             world_size=self._ranks.world_size,
         )
+        if earlier := list_earlier(self._run_before, run, self._began_at):
+            run["earlier"] = earlier
         if self._config.on_policy:
             run["on_policy"] = account_for_rollouts(state.streams, self._specs[-1])
         return extend_lineage(self._base_lineage, uses, run=run)
