@@ -202,6 +202,23 @@ def test_a_student_that_no_longer_improves_stops(configure: Callable[..., TrainC
     assert report.how_to_go_on
 
 
+def test_a_run_that_stops_early_keeps_its_lowest_measurement(configure: Callable[..., TrainConfig]) -> None:
+    # So high a rate that the KL falls, and then rises.
+    config = configure(
+        learning_rate=0.5,
+        warmup_steps=10,
+        eval_every_steps=1,
+        early_stop_patience=2,
+        checkpoint_every_steps=0,
+    )
+    report = run_train(config)
+    assert report.stop_reason == "no_improvement"
+    lowest = min(report.evaluations, key=lambda record: record.kl)
+    assert 0 < lowest.step < report.steps
+    assert report.best_checkpoint is not None
+    assert report.best_checkpoint.name == step_name(lowest.step)
+
+
 def test_questions_are_asked_at_each_measurement(
     configure: Callable[..., TrainConfig], tmp_path: Path
 ) -> None:

@@ -159,7 +159,8 @@ class TrainConfig:
     """Examples of each task, the first ones; 0 for all. A hundred show where a run is going."""
 
     early_stop_patience: int = 0
-    """Measurements in a row without a lower held-out KL after which the run stops; 0 never stops for that."""
+    """Measurements in a row without a lower held-out KL after which the run stops; 0 never stops for that.
+    Else each measurement that lowers it is saved too, so that the best checkpoint has the lowest of all."""
 
     trackers: tuple[str, ...] = ()
     """Where figures go besides `metrics.jsonl`: "tensorboard", "wandb", "trackio"."""

@@ -280,12 +280,22 @@ class _Run:
         self._record(record)
         self._state = replace(self._state, step=step, streams=batch.after, curve=(*self._state.curve, record))
         self._reporter.stepped(record, tokens=result.tokens, lag_blocks=source.lag_blocks)
-        if self._config.eval_every_steps and step % self._config.eval_every_steps == 0:
+        self._measure_and_save_if_due(step)
+
+    def _measure_and_save_if_due(self, step: int) -> None:
+        evaluation, saving = self._config.eval_every_steps, self._config.checkpoint_every_steps
+        is_measured = bool(evaluation) and step % evaluation == 0
+        is_saved = bool(saving) and step % saving == 0
+        # The best checkpoint is one of those that were measured.
+        if is_measured or (is_saved and evaluation):
             self._measure()
-        if self._config.checkpoint_every_steps and step % self._config.checkpoint_every_steps == 0:
-            if self._config.eval_every_steps:
-                self._measure()  # the best checkpoint is one of those that were measured
+        # A run that waits for a lower KL keeps the weights of the lowest: it goes on to worse ones by design.
+        if is_saved or (is_measured and self._config.early_stop_patience and self._has_improved()):
             self._save()
+
+    def _has_improved(self) -> bool:
+        *before, last = (record.kl for record in self._state.evaluations)
+        return bool(before) and last < min(before)
 
     def _list_traces(self, batch: Batch, error: InvalidInputError) -> InvalidInputError:
         """The error of a step that came to no finite gradient, with where its traces are listed."""
