@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from lynearm.cli.failures import Interrupted, reported, this_command
+from lynearm.cli.failures import EXIT_INTERRUPTED, Interrupted, reported, this_command
 from lynearm.cli.options import (
     Assignments,
     ConfigFile,
@@ -263,16 +263,22 @@ def train(
     }
     settings = load_settings(TrainConfig, "train", file=config, flags=given, assignments=assignments or ())
     # Of several ranks, one speaks.
-    progress = progress if launched_rank() == 0 else ProgressMode.none
+    speaks = launched_rank() == 0
+    progress = progress if speaks else ProgressMode.none
     with Reporter("train", progress, partial(describe, max_steps=settings.max_steps)) as report:
         outcome = _run(settings, report)
         report.conclude(outcome)
-    if report.for_people:
+    if report.for_people and speaks:
         typer.echo(_summary(outcome))
+        if outcome.stop_reason == "no_improvement":
+            patience = settings.early_stop_patience
+            typer.echo(f"stopped early: no lower held-out KL in the last {patience} measurements", err=True)
     resume_command = this_command("--resume")
     if outcome.stop_reason == "interrupted":
+        if not speaks:
+            raise typer.Exit(EXIT_INTERRUPTED)
         raise Interrupted(f"go on with `{resume_command}`")
-    if outcome.stop_reason == "max_seconds" and report.for_people:
+    if outcome.stop_reason == "max_seconds" and report.for_people and speaks:
         typer.echo(f"time is up; go on with `{resume_command}`", err=True)
 
 
