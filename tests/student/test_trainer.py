@@ -255,6 +255,27 @@ def test_an_interrupt_while_it_waits_ends_a_run_at_once(
     assert (state.streams[0].cursor, state.held_out_traces) == (Cursor(), ())
 
 
+def test_a_long_wait_is_said_again(
+    service: ServiceProcess,
+    teacher: StudentModel,
+    configure: Callable[..., TrainConfig],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("lynearm.student.source._ANNOUNCE_AGAIN_SECONDS", 0.3)
+    with TraceClient(service.target) as client:
+        client.create_stream(make_spec(teacher, "silent"))
+    stop, told = threading.Event(), list[str]()
+
+    def listen(event: TrainProgress) -> None:
+        if event.stage == "waiting":
+            told.append(event.message)
+            if len(told) == 3:
+                stop.set()
+
+    run_train(configure("silent"), listen, stop=stop)
+    assert told == ["the teacher's next block"] * 3
+
+
 def test_the_held_out_set_ends_at_its_size_or_at_the_window(
     stream: str, configure: Callable[..., TrainConfig], traces: list[Trace]
 ) -> None:

@@ -291,8 +291,11 @@ def describe(event: TrainProgress, *, max_steps: int = 0) -> Status | None:
     record, held_out = event.record, event.held_out
     # The stages of a run alternate: one line that says "training" throughout is calmer than ten that follow.
     stage = "training" if record is not None else event.stage
-    facts = [f"{event.stage} {event.message}".strip()] if event.stage not in (stage, "training") else []
-    if event.message and (record is None or event.stage == "training"):
+    between = "waiting for data: " if event.stage == "waiting" else f"{event.stage} "
+    facts = [f"{between}{event.message}".strip()] if event.stage not in (stage, "training") else []
+    # A step has no message: what has one while training is told once, such as the end of a stream.
+    news = bool(event.message) and event.stage == "training"
+    if event.message and (record is None or news):
         facts = [event.message]
     # The most wanted first: a narrow terminal cuts the end off.
     if record is not None:
@@ -307,7 +310,8 @@ def describe(event: TrainProgress, *, max_steps: int = 0) -> Status | None:
             facts.append(f"{event.lag_blocks} blocks behind")
     if event.rollouts is not None:
         facts += _rollout_facts(event.rollouts, record)
-    return Status(stage, ", ".join(facts), record.step if record else 0, max_steps or None)
+    completed = record.step if record else 0
+    return Status(stage, ", ".join(facts), completed, max_steps or None, news=news)
 
 
 def _rollout_facts(rollouts: RolloutStatus, record: StepRecord | None) -> list[str]:

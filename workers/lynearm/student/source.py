@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
@@ -18,6 +19,9 @@ _POLL_SECONDS = 0.2
 
 _ANNOUNCE_SECONDS = 1.0
 """Shorter gaps are not worth a change of the display."""
+
+_ANNOUNCE_AGAIN_SECONDS = 10.0
+"""Whoever shows lines at intervals passes over some: a long wait is said until it has been heard."""
 
 
 class StreamSource:
@@ -139,15 +143,16 @@ class StreamSource:
 
     def _wait(self, reader: TraceReader) -> PositionedTrace | None:
         started = time.monotonic()
-        announced = ""
+        announced, announced_at = "", -math.inf
         positioned: PositionedTrace | None = None
         while positioned is None and not reader.exhausted and not self._should_stop():
             positioned = reader.poll(_POLL_SECONDS)
             reason = self._waiting_reason()
             waited_seconds = time.monotonic() - started
-            if positioned is None and waited_seconds > _ANNOUNCE_SECONDS and reason != announced:
+            is_due = reason != announced or waited_seconds - announced_at > _ANNOUNCE_AGAIN_SECONDS
+            if positioned is None and waited_seconds > _ANNOUNCE_SECONDS and is_due:
                 self._reporter.stage("waiting", reason)
-                announced = reason
+                announced, announced_at = reason, waited_seconds
         self._reporter.waiting_seconds += time.monotonic() - started
         return positioned
 
