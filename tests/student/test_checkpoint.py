@@ -229,6 +229,18 @@ def test_held_out_traces_of_streams_with_and_without_draws_are_kept_together(
     assert_same_traces(load_held_out(tmp_path), [plain, traces[1]])
 
 
+def test_held_out_traces_may_keep_tokens_of_a_wider_teachers_padding(
+    tmp_path: Path, traces: list[Trace]
+) -> None:
+    token_ids = traces[0].top_k.token_ids.copy()
+    token_ids[:, -1] = 400
+    padded = replace(traces[0], top_k=replace(traces[0].top_k, token_ids=token_ids))
+    save_held_out(tmp_path, [padded, traces[1]], 384)
+    found = load_held_out(tmp_path)
+    assert_same_traces(found, [padded, traces[1]])
+    np.testing.assert_array_equal(found[0].top_k.token_ids, token_ids)
+
+
 def test_parity_tokens_are_the_held_out_traces(tmp_path: Path, traces: list[Trace]) -> None:
     with pytest.raises(CheckpointError, match="no held-out traces"):
         write_parity_tokens(tmp_path, tmp_path / "parity.json")

@@ -100,13 +100,24 @@ def save_held_out(directory: Path, traces: Sequence[Trace], vocab_size: int) -> 
 
     Without draws from the tail: rows of one block have as many, and nothing here measures them.
 
+    Args:
+        directory: An existing one.
+        traces: Of all streams.
+        vocab_size: Of the student.
+
     Raises:
         CodecError: if a single trace does not fit into a block.
     """
     for number, part in enumerate(_block_sized([_without_draws(trace) for trace in traces])):
-        (directory / _held_out_name(number)).write_bytes(
-            encode_block(part, codec="exact", vocab_size=vocab_size)
-        )
+        # A teacher's head may be wider than the student's: entries of its padding are kept as they came.
+        width = max(vocab_size, *(1 + _last_id(trace) for trace in part))
+        (directory / _held_out_name(number)).write_bytes(encode_block(part, codec="exact", vocab_size=width))
+
+
+def _last_id(trace: Trace) -> int:
+    """The largest token id that a trace keeps."""
+    rows = (trace.top_k, trace.prompt_top_k)
+    return max(int(row.token_ids.max(initial=0)) for row in rows if row is not None)
 
 
 def _without_draws(trace: Trace) -> Trace:
