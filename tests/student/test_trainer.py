@@ -14,6 +14,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, NoReturn
 
+import numpy as np
 import pytest
 import torch
 from models.service_process import ServiceProcess
@@ -39,7 +40,7 @@ from lynearm.wire.errors import (
     StreamNotFoundError,
     TrainingError,
 )
-from lynearm.wire.traces import Cursor, Trace
+from lynearm.wire.traces import Cursor, TopK, Trace
 
 numbers = itertools.count()
 
@@ -352,6 +353,28 @@ def test_a_run_of_other_losses_with_weights_brings_them_down(
     assert report.held_out_before is not None
     assert report.held_out_after is not None
     assert report.held_out_after < report.held_out_before
+
+
+def test_a_run_that_is_refused_before_its_first_step_leaves_nothing_in_the_way(
+    service: ServiceProcess,
+    teacher: StudentModel,
+    teacher_dir: Path,
+    traces: list[Trace],
+    configure: Callable[..., TrainConfig],
+) -> None:
+    # A student that is its teacher finds each row a position late.
+    late = [replace(trace, top_k=roll_rows(trace.top_k)) for trace in traces]
+    offer(service.target, teacher, late, name="late")
+    config = configure("late", student=teacher_dir, max_steps=1)
+    with pytest.raises(MisalignmentError, match="a position late"):
+        run_train(config)
+    assert latest_checkpoint(config.out) is None
+    offer(service.target, teacher, traces, name="in-time")
+    assert run_train(replace(config, streams=("in-time",))).steps == 1
+
+
+def roll_rows(rows: TopK) -> TopK:
+    return TopK(*(np.roll(array, 1, 0) for array in (rows.token_ids, rows.logprobs, rows.tail_mass)))
 
 
 def test_an_unknown_stream_is_named(configure: Callable[..., TrainConfig]) -> None:

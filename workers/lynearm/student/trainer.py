@@ -47,7 +47,7 @@ from lynearm.student.recording import Recorder, has_stalled
 from lynearm.student.reporting import Reporter
 from lynearm.student.run_directory import best_checkpoint
 from lynearm.student.saving import Saver, resume_command
-from lynearm.wire.errors import InvalidInputError, LynearmError, StorageError
+from lynearm.wire.errors import InvalidInputError, LynearmError, MisalignmentError, StorageError
 
 logger = logging.getLogger(__name__)
 
@@ -166,7 +166,9 @@ class _Run:
     def _go(self) -> TrainReport:
         try:
             reason = self._train()
-        except LynearmError:
+        except LynearmError as error:
+            if isinstance(error, MisalignmentError) and not self._state.step:
+                raise  # nothing was learnt: the command is to be given again, with another stream or student
             # The other ranks may be anywhere: nothing here waits for them, unless they hold parts of it.
             if not self._optimization.is_whole:
                 self._saver.finish()
