@@ -27,7 +27,13 @@ from lynearm.student.metrics import METRICS_FILE, MetricsLog, read_metrics
 from lynearm.student.model import StudentModel
 from lynearm.student.progress import EvaluationRecord, StepRecord, TrainProgress
 from lynearm.student.recording import has_stalled
-from lynearm.student.run_directory import best_checkpoint, point_to_best, remove_old, step_name
+from lynearm.student.run_directory import (
+    best_checkpoint,
+    point_to_best,
+    point_to_latest,
+    remove_old,
+    step_name,
+)
 from lynearm.student.trainer import run_train
 from lynearm.wire.errors import (
     CheckpointError,
@@ -168,6 +174,19 @@ def test_the_best_checkpoint_stays_when_later_ones_are_worse(tmp_path: Path) -> 
     found = sorted(path.name for path in tmp_path.iterdir())
     assert found == ["BEST", step_name(2), step_name(4)]
     assert best_checkpoint(tmp_path) == tmp_path / step_name(2)
+
+
+def test_a_run_that_was_led_back_keeps_what_it_saves(tmp_path: Path) -> None:
+    for step in (10, 20, 30):
+        (tmp_path / step_name(step)).mkdir()
+    # LATEST was set back to step 10, since the later ones are damaged, and the run went on to 12 and 14.
+    for step in (12, 14):
+        (tmp_path / step_name(step)).mkdir()
+        point_to_latest(tmp_path, step_name(step))
+        remove_old(tmp_path, 2)
+    found = sorted(path.name for path in tmp_path.iterdir())
+    assert found == ["LATEST", *map(step_name, (12, 14, 20, 30))]
+    assert latest_checkpoint(tmp_path) == tmp_path / step_name(14)
 
 
 def test_a_kl_that_is_no_number_is_never_the_best(tmp_path: Path) -> None:

@@ -17,6 +17,7 @@ from lynearm.student.calibration import PredictionSums, count_predictions
 from lynearm.student.losses import Targets, measure_loss
 from lynearm.student.model import StudentModel
 from lynearm.student.objective import Objective
+from lynearm.student.run_directory import EARLIER_CHECKPOINT
 from lynearm.student.sharding import even_out
 from lynearm.wire.blocks import MAX_PAYLOAD_BYTES
 from lynearm.wire.codec import decode_block, encode_block
@@ -143,7 +144,7 @@ def load_held_out(directory: Path) -> tuple[Trace, ...]:
         try:
             traces += decode_block(path.read_bytes())
         except LynearmError as error:
-            raise CheckpointError(f"{path}: {error.message}", "resume from an earlier checkpoint") from error
+            raise CheckpointError(f"{path}: {error.message}", EARLIER_CHECKPOINT) from error
     raise AssertionError("unreachable")
 
 
