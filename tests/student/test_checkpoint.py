@@ -31,7 +31,7 @@ from lynearm.student.mixing import StreamState, finish_pass
 from lynearm.student.model import StudentModel, load_student
 from lynearm.student.optimization import Optimization
 from lynearm.student.progress import EvaluationRecord, StepRecord
-from lynearm.wire.errors import CheckpointError
+from lynearm.wire.errors import CheckpointError, ConfigError
 from lynearm.wire.traces import Cursor, TopK, Trace
 
 RECORD = StepRecord(3, 0, 0.1 + 0.2, 0.3, 0.4, 99, 1e-3, 2.5)
@@ -197,6 +197,12 @@ def test_a_model_that_cannot_be_loaded_is_refused(tmp_path: Path, student_dir: P
             (tmp_path / path.name).write_bytes(path.read_bytes())
     with pytest.raises(CheckpointError, match="cannot be loaded"):
         load_student(tmp_path)
+
+
+@pytest.mark.parametrize("device", ["gpu", "cuda:99", "cpu:x"])
+def test_a_device_that_torch_does_not_have_is_refused(student_dir: Path, device: str) -> None:
+    with pytest.raises(ConfigError, match=f"device is '{device}', which torch cannot use here"):
+        load_student(student_dir, device=device)
 
 
 def test_many_held_out_traces_span_several_blocks(tmp_path: Path, traces: list[Trace]) -> None:

@@ -208,6 +208,8 @@ def is_sharded(tensor: Tensor) -> bool:
 
 def _initialize(device: str) -> None:
     on_cuda = device.startswith("cuda") or (device == "auto" and torch.cuda.is_available())
+    if on_cuda and not torch.cuda.is_available():
+        raise ConfigError(f"device is {device!r}, and torch finds no CUDA here", 'train with "cpu" or "auto"')
     if on_cuda:
         torch.cuda.set_device(launched_local_rank())
     try:
