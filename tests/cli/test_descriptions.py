@@ -86,10 +86,15 @@ def test_a_trainer_shows_step_loss_held_out_kl_and_rate() -> None:
 
 
 def test_a_trainer_keeps_one_line_through_its_stages() -> None:
-    waiting = describe_train(TrainProgress("waiting", "for the teacher", record=STEP))
+    waiting = describe_train(TrainProgress("waiting", "the teacher's next block", record=STEP))
     assert waiting is not None
     assert (waiting.stage, waiting.total) == ("training", None)
-    assert waiting.text.startswith("waiting for the teacher, step 12")
+    assert waiting.text.startswith("waiting for data: the teacher's next block, step 12")
+    assert not waiting.news
+    ended = describe_train(TrainProgress("training", "stream a has ended; from here on b 100%", record=STEP))
+    assert ended is not None
+    assert ended.text.startswith("stream a has ended; from here on b 100%, step 12")
+    assert ended.news, "it is said once"
     loading = describe_train(TrainProgress("loading", "models/student"))
     assert loading is not None
     assert (loading.stage, loading.text) == ("loading", "models/student")

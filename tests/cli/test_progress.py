@@ -61,6 +61,17 @@ def test_lines_come_at_each_stage_and_not_at_each_event(capsys: pytest.CaptureFi
     assert captured.out == ""
 
 
+def test_news_is_not_passed_over_between_two_lines(capsys: pytest.CaptureFixture[str]) -> None:
+    with Reporter("train", ProgressMode.plain, describe) as report:
+        report(LongStep(done=1))
+        report.announce(Status("working", "a stream has ended", news=True))
+        report(LongStep(done=2))
+    assert capsys.readouterr().err.splitlines() == [
+        "train: working 10%: 1 things",
+        "train: working: a stream has ended",
+    ]
+
+
 def test_none_says_nothing(capsys: pytest.CaptureFixture[str]) -> None:
     with Reporter("train", ProgressMode.none, describe) as report:
         report(LongStep())

@@ -19,6 +19,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from typer.testing import CliRunner
 
 from lynearm.cli.main import app
+from lynearm.student.adapters import find_base
 from lynearm.student.checkpoint import load_checkpoint
 from lynearm.student.config import TrainConfig
 from lynearm.student.lora_settings import LoraSettings, format_lora, parse_lora
@@ -106,6 +107,18 @@ def test_peft_and_transformers_load_it_by_themselves(student_dir: Path, adapter_
     assert torch.equal(logits(AutoModelForCausalLM.from_pretrained(adapter_dir, dtype=torch.float32)), ours)
     tokenizers = [AutoTokenizer.from_pretrained(each) for each in (student_dir, adapter_dir)]
     assert tokenizers[0].get_vocab() == tokenizers[1].get_vocab()
+
+
+def test_an_adapter_on_a_base_with_a_relative_path_is_found_from_anywhere(
+    student_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(student_dir.parent)
+    relative = Path(student_dir.name)
+    student = load_student(relative, device="cpu", lora=parse_lora("r=4,alpha=8"))
+    assert student.adapter is not None
+    student.adapter.save(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    assert find_base(tmp_path) == student_dir.resolve()
 
 
 def test_a_new_adapter_changes_nothing_and_is_the_same_in_every_process(student_dir: Path) -> None:

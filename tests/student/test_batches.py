@@ -47,6 +47,10 @@ class BlockSource:
     def exhausted(self) -> bool:
         return self._reader is None or self._reader.exhausted
 
+    @property
+    def damaged_offsets(self) -> tuple[int, ...]:
+        return self._reader.damaged_offsets if self._reader else ()
+
     def open(self, start: Cursor) -> None:
         self.close()
         self._reader = TraceReader(self._blocks[start.offset :], start=start, prefetch_blocks=2)
@@ -276,6 +280,19 @@ def test_a_corrupt_block_is_named_after_the_traces_before_it(
             assert reader.poll(5.0) is not None
         with pytest.raises(CorruptBlockError, match="block 1"):
             reader.poll(5.0)
+
+
+def test_a_corrupt_block_is_passed_over_where_that_is_asked_for(
+    teacher: StudentModel, traces: list[Trace]
+) -> None:
+    blocks = receive(teacher, traces[:20], 5)
+    blocks[1] = replace(blocks[1], block=memoryview(bytes(blocks[1].block)[:-3]))
+    with TraceReader(blocks, start=Cursor(), prefetch_blocks=4, skip_damaged=True) as reader:
+        given = [positioned for _ in range(15) if (positioned := reader.poll(5.0)) is not None]
+        assert reader.poll(5.0) is None
+    assert [one.trace.prompt_id for one in given] == [f"p{n}" for n in (*range(5), *range(10, 20))]
+    assert given[4].after == Cursor(1, 0)
+    assert reader.damaged_offsets == (1,)
 
 
 def test_the_reader_runs_no_further_ahead_than_it_may(teacher: StudentModel, traces: list[Trace]) -> None:

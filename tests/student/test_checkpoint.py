@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import resource
+from collections.abc import Generator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
@@ -28,7 +31,7 @@ from lynearm.student.mixing import StreamState, finish_pass
 from lynearm.student.model import StudentModel, load_student
 from lynearm.student.optimization import Optimization
 from lynearm.student.progress import EvaluationRecord, StepRecord
-from lynearm.wire.errors import CheckpointError
+from lynearm.wire.errors import CheckpointError, ConfigError
 from lynearm.wire.traces import Cursor, TopK, Trace
 
 RECORD = StepRecord(3, 0, 0.1 + 0.2, 0.3, 0.4, 99, 1e-3, 2.5)
@@ -63,6 +66,17 @@ def save(
     use = StreamUse(make_spec(student), mine.furthest, mine.epoch, mine.traces, mine.tokens)
     save_checkpoint(student, checkpoint, config=config, lineage=extend_lineage(base, [use]))
     return checkpoint.directory
+
+
+@contextmanager
+def files_up_to(size_bytes: int) -> Generator[None]:
+    """As if the disk had room for no larger file."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size_bytes, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
 def assert_same_traces(found: tuple[Trace, ...], expected: list[Trace]) -> None:
@@ -123,6 +137,17 @@ def test_only_the_newest_checkpoints_stay(tmp_path: Path, student_dir: Path, tra
     assert found == ["LATEST", step_name(2), step_name(3)]
 
 
+def test_a_disk_without_room_is_said_and_leaves_earlier_checkpoints(
+    tmp_path: Path, student_dir: Path, traces: list[Trace]
+) -> None:
+    student = load_student(student_dir, device="cpu")
+    first = save(tmp_path, student, traces)
+    with files_up_to(100_000), pytest.raises(CheckpointError, match=r"could not be written.*make room"):
+        save(tmp_path, student, traces, replace(STATE, step=9))
+    assert latest_checkpoint(tmp_path) == first
+    assert not [path for path in tmp_path.iterdir() if path.name.startswith(".unfinished")]
+
+
 def test_records_can_be_brought_up_to_date(tmp_path: Path, student_dir: Path, traces: list[Trace]) -> None:
     directory = save(tmp_path / "run", load_student(student_dir, device="cpu"), traces)
     loaded = load_checkpoint(directory)
@@ -174,6 +199,12 @@ def test_a_model_that_cannot_be_loaded_is_refused(tmp_path: Path, student_dir: P
         load_student(tmp_path)
 
 
+@pytest.mark.parametrize("device", ["gpu", "cuda:99", "cpu:x"])
+def test_a_device_that_torch_does_not_have_is_refused(student_dir: Path, device: str) -> None:
+    with pytest.raises(ConfigError, match=f"device is '{device}', which torch cannot use here"):
+        load_student(student_dir, device=device)
+
+
 def test_many_held_out_traces_span_several_blocks(tmp_path: Path, traces: list[Trace]) -> None:
     generator = np.random.default_rng(0)
     every_id = np.tile(np.arange(384, dtype=np.int32), (8000, 1))
@@ -202,6 +233,18 @@ def test_held_out_traces_of_streams_with_and_without_draws_are_kept_together(
     drawn = replace(rows, tail_draws=np.full((rows.positions, 1), -1, np.int32))
     save_held_out(tmp_path, [plain, replace(traces[1], top_k=drawn)], 384)
     assert_same_traces(load_held_out(tmp_path), [plain, traces[1]])
+
+
+def test_held_out_traces_may_keep_tokens_of_a_wider_teachers_padding(
+    tmp_path: Path, traces: list[Trace]
+) -> None:
+    token_ids = traces[0].top_k.token_ids.copy()
+    token_ids[:, -1] = 400
+    padded = replace(traces[0], top_k=replace(traces[0].top_k, token_ids=token_ids))
+    save_held_out(tmp_path, [padded, traces[1]], 384)
+    found = load_held_out(tmp_path)
+    assert_same_traces(found, [padded, traces[1]])
+    np.testing.assert_array_equal(found[0].top_k.token_ids, token_ids)
 
 
 def test_parity_tokens_are_the_held_out_traces(tmp_path: Path, traces: list[Trace]) -> None:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import shlex
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from student.teaching_material import make_spec
 
+from lynearm.cli.settings import load_settings
 from lynearm.student.alignment import find_differences
 from lynearm.student.config import TrainConfig
 from lynearm.student.model import StudentModel
@@ -73,3 +75,35 @@ def test_the_command_to_go_on_names_what_has_to_be_the_same() -> None:
         "lynearm train --resume --out 'runs/a b' --stream maths:0.7 --stream code:0.3 "
         "--service 127.0.0.1:7411 --lora r=8 --freeze norms --freeze '*.mlp.*'"
     )
+
+
+def test_the_command_to_go_on_repeats_every_setting() -> None:
+    config = TrainConfig(
+        student=Path("s"),
+        streams=("maths:0.7", "code:0.3"),
+        service="10.0.0.1:9",
+        out=Path("runs/a b"),
+        learning_rate=1e-4,
+        loss=("jsd@0.5", "cross-entropy:0.1"),
+        span_weights={"reasoning": 0.5},
+        tag_weights={"domain=it's": 2.0},
+        questions=Path("some questions.jsonl"),
+        schedule="cosine",
+        max_steps=40,
+        epochs=3,
+        gradient_checkpointing=True,
+        async_checkpoints=False,
+        lora="r=8",
+        freeze=("norms", "*.mlp.*"),
+    )
+    words = shlex.split(resume_command(config))
+    assignments = [words[at + 1] for at, word in enumerate(words) if word == "--set"]
+    said = {
+        "streams": ["maths:0.7", "code:0.3"],
+        "service": "10.0.0.1:9",
+        "out": "runs/a b",
+        "lora": "r=8",
+        "freeze": ["norms", "*.mlp.*"],
+        "student": "s",
+    }
+    assert load_settings(TrainConfig, "train", flags=said, assignments=assignments) == config

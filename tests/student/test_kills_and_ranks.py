@@ -5,6 +5,8 @@ from __future__ import annotations
 import itertools
 import json
 import random
+import subprocess
+import sys
 import time
 from collections.abc import Callable
 from dataclasses import replace
@@ -105,7 +107,7 @@ def test_ranks_take_the_same_steps_as_one_process_and_can_take_turns(
 ) -> None:
     alone, together, in_turns = configure("alone"), configure("together"), configure("in-turns")
     join([start_run(alone)])
-    run_ranks(together, 2)
+    run_ranks(replace(together, on_corrupt="skip"), 2)
     run_ranks(replace(in_turns, max_steps=7), 2)
     join([start_run(replace(in_turns, max_steps=15, resume=True))])
     run_ranks(replace(in_turns, resume=True), 3)
@@ -188,3 +190,20 @@ def test_a_checkpoint_that_cannot_be_written_beside_ends_the_run(
         run_train(config)
     # What it had learnt by then was saved all the same.
     assert last(config).state.step == 4
+
+
+@pytest.mark.slow
+def test_of_ranks_that_torchrun_starts_one_speaks(configure: Callable[..., TrainConfig]) -> None:
+    config = configure("spoken")
+    scripts = Path(sys.executable).parent
+    command: list[str | Path] = [scripts / "torchrun", "--standalone", "--nproc-per-node", "2", "--no-python"]
+    command += [scripts / "lynearm", "train", "--student", config.student, "--stream", *config.streams]
+    command += ["--service", config.service, "--out", config.out, "--threads", "1", "--device", "cpu"]
+    command += ["--batch-sequences", "4", "--progress", "json", "--max-steps"]
+    ran = subprocess.run([*command, "2"], capture_output=True, text=True, timeout=300, check=True)
+    events = [json.loads(line)["event"] for line in ran.stdout.splitlines()]
+    assert events[-1] == "train_report"
+    plain = [*command, "3", "--resume", "--progress", "plain"]
+    ran = subprocess.run(plain, capture_output=True, text=True, timeout=300, check=True)
+    (summary,) = ran.stdout.splitlines()
+    assert summary.startswith("3 steps, 12 traces")

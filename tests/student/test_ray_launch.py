@@ -99,10 +99,12 @@ def test_what_a_rank_refuses_ends_the_run_and_a_stop_is_passed_on(
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")
-def test_ranks_under_ray_may_hold_parts_of_the_student(
-    ray_here: None, config: TrainConfig, tmp_path: Path
+def test_ranks_under_ray_may_hold_parts_of_the_student_and_paths_are_those_of_the_driver(
+    ray_here: None, config: TrainConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    config = replace(config, sharding="full", max_steps=4)
+    monkeypatch.chdir(tmp_path)
+    student = Path(os.path.relpath(config.student))
+    config = replace(config, student=student, out=Path("run"), sharding="full", max_steps=4)
     report = run_on_ray(config)
     alone = run_train(replace(config, out=tmp_path / "alone", ray=False, sharding="none"))
     assert (report.steps, report.traces) == (4, alone.traces)

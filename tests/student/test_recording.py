@@ -22,11 +22,18 @@ from lynearm.client import TraceClient
 from lynearm.report.training import load_training_report, render_training_report
 from lynearm.student.checkpoint import latest_checkpoint
 from lynearm.student.config import TrainConfig
+from lynearm.student.lineage import read_lineage
 from lynearm.student.metrics import METRICS_FILE, MetricsLog, read_metrics
 from lynearm.student.model import StudentModel
 from lynearm.student.progress import EvaluationRecord, StepRecord, TrainProgress
 from lynearm.student.recording import has_stalled
-from lynearm.student.run_directory import best_checkpoint, point_to_best, remove_old, step_name
+from lynearm.student.run_directory import (
+    best_checkpoint,
+    point_to_best,
+    point_to_latest,
+    remove_old,
+    step_name,
+)
 from lynearm.student.trainer import run_train
 from lynearm.wire.errors import (
     CheckpointError,
@@ -130,6 +137,34 @@ def test_a_resumed_run_counts_no_step_twice(configure: Callable[..., TrainConfig
     assert metrics.evaluations == report.evaluations
 
 
+def test_a_run_that_goes_on_with_other_settings_says_so_and_records_since_when(
+    configure: Callable[..., TrainConfig], caplog: pytest.LogCaptureFixture
+) -> None:
+    config = configure(learning_rate=3e-3, loss=("forward-kl",), max_steps=4)
+    run_train(config)
+    assert "from step" not in caplog.text
+    # Resumed and stopped before a step: nothing was learnt at this rate.
+    run_train(replace(config, learning_rate=0.5, resume=True))
+    assert "learning_rate was 0.003 and is 0.5 from step 5 on" in caplog.text
+    run_train(replace(config, learning_rate=1e-3, max_steps=7, resume=True))
+    last = replace(config, learning_rate=1e-3, loss=(), max_steps=9, resume=True)
+    report = run_train(last)
+    assert "loss was ['forward-kl'] and is ()" in caplog.text
+    (run,) = read_lineage(report.checkpoint)["runs"]
+    assert (run["settings"]["learning_rate"], run["settings"]["max_steps"]) == (1e-3, 9)
+    assert run["earlier"] == [
+        {"until_step": 4, "settings": {"learning_rate": 3e-3, "max_steps": 4}},
+        {"until_step": 7, "settings": {"loss": ["forward-kl"], "max_steps": 7}},
+    ]
+    assert "Until step 4: `learning_rate = 0.003, max_steps = 4`" in (
+        report.checkpoint / "README.md"
+    ).read_text(encoding="utf-8")
+    page = render_training_report(load_training_report(config.out))
+    assert "until step 4" in page
+    shown = CliRunner().invoke(app, ["student", "lineage", str(config.out)], env={"COLUMNS": "200"})
+    assert "until step 7" in shown.stdout
+
+
 def test_the_best_checkpoint_stays_when_later_ones_are_worse(tmp_path: Path) -> None:
     evaluations = [evaluation(step, kl) for step, kl in ((0, 3.0), (1, 2.0), (2, 1.0), (3, 1.5), (4, 1.7))]
     for count in range(1, 5):
@@ -139,6 +174,19 @@ def test_the_best_checkpoint_stays_when_later_ones_are_worse(tmp_path: Path) -> 
     found = sorted(path.name for path in tmp_path.iterdir())
     assert found == ["BEST", step_name(2), step_name(4)]
     assert best_checkpoint(tmp_path) == tmp_path / step_name(2)
+
+
+def test_a_run_that_was_led_back_keeps_what_it_saves(tmp_path: Path) -> None:
+    for step in (10, 20, 30):
+        (tmp_path / step_name(step)).mkdir()
+    # LATEST was set back to step 10, since the later ones are damaged, and the run went on to 12 and 14.
+    for step in (12, 14):
+        (tmp_path / step_name(step)).mkdir()
+        point_to_latest(tmp_path, step_name(step))
+        remove_old(tmp_path, 2)
+    found = sorted(path.name for path in tmp_path.iterdir())
+    assert found == ["LATEST", *map(step_name, (12, 14, 20, 30))]
+    assert latest_checkpoint(tmp_path) == tmp_path / step_name(14)
 
 
 def test_a_kl_that_is_no_number_is_never_the_best(tmp_path: Path) -> None:
@@ -171,6 +219,23 @@ def test_a_student_that_no_longer_improves_stops(configure: Callable[..., TrainC
     report = run_train(config)
     assert (report.stop_reason, report.steps) == ("no_improvement", 2)
     assert report.how_to_go_on
+
+
+def test_a_run_that_stops_early_keeps_its_lowest_measurement(configure: Callable[..., TrainConfig]) -> None:
+    # So high a rate that the KL falls, and then rises.
+    config = configure(
+        learning_rate=0.5,
+        warmup_steps=10,
+        eval_every_steps=1,
+        early_stop_patience=2,
+        checkpoint_every_steps=0,
+    )
+    report = run_train(config)
+    assert report.stop_reason == "no_improvement"
+    lowest = min(report.evaluations, key=lambda record: record.kl)
+    assert 0 < lowest.step < report.steps
+    assert report.best_checkpoint is not None
+    assert report.best_checkpoint.name == step_name(lowest.step)
 
 
 def test_questions_are_asked_at_each_measurement(

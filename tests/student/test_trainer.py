@@ -12,7 +12,9 @@ import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any, NoReturn
 
+import numpy as np
 import pytest
 import torch
 from models.service_process import ServiceProcess
@@ -23,18 +25,22 @@ from student.teaching_material import make_blocks, make_spec, offer
 from lynearm.client import TraceClient
 from lynearm.student.checkpoint import latest_checkpoint, load_checkpoint
 from lynearm.student.config import TrainConfig
+from lynearm.student.lineage import read_lineage
 from lynearm.student.model import StudentModel, load_causal_lm, load_student
+from lynearm.student.optimization import Optimization
 from lynearm.student.progress import TrainProgress, TrainReport, ignore_progress
 from lynearm.student.trainer import run_train
 from lynearm.wire.errors import (
     CheckpointError,
     ConfigError,
+    CorruptBlockError,
     InvalidInputError,
     MisalignmentError,
     ServiceUnavailableError,
     StreamNotFoundError,
+    TrainingError,
 )
-from lynearm.wire.traces import Cursor, Trace
+from lynearm.wire.traces import Cursor, TopK, Trace
 
 numbers = itertools.count()
 
@@ -250,6 +256,27 @@ def test_an_interrupt_while_it_waits_ends_a_run_at_once(
     assert (state.streams[0].cursor, state.held_out_traces) == (Cursor(), ())
 
 
+def test_a_long_wait_is_said_again(
+    service: ServiceProcess,
+    teacher: StudentModel,
+    configure: Callable[..., TrainConfig],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("lynearm.student.source._ANNOUNCE_AGAIN_SECONDS", 0.3)
+    with TraceClient(service.target) as client:
+        client.create_stream(make_spec(teacher, "silent"))
+    stop, told = threading.Event(), list[str]()
+
+    def listen(event: TrainProgress) -> None:
+        if event.stage == "waiting":
+            told.append(event.message)
+            if len(told) == 3:
+                stop.set()
+
+    run_train(configure("silent"), listen, stop=stop)
+    assert told == ["the teacher's next block"] * 3
+
+
 def test_the_held_out_set_ends_at_its_size_or_at_the_window(
     stream: str, configure: Callable[..., TrainConfig], traces: list[Trace]
 ) -> None:
@@ -328,6 +355,28 @@ def test_a_run_of_other_losses_with_weights_brings_them_down(
     assert report.held_out_after < report.held_out_before
 
 
+def test_a_run_that_is_refused_before_its_first_step_leaves_nothing_in_the_way(
+    service: ServiceProcess,
+    teacher: StudentModel,
+    teacher_dir: Path,
+    traces: list[Trace],
+    configure: Callable[..., TrainConfig],
+) -> None:
+    # A student that is its teacher finds each row a position late.
+    late = [replace(trace, top_k=roll_rows(trace.top_k)) for trace in traces]
+    offer(service.target, teacher, late, name="late")
+    config = configure("late", student=teacher_dir, max_steps=1)
+    with pytest.raises(MisalignmentError, match="a position late"):
+        run_train(config)
+    assert latest_checkpoint(config.out) is None
+    offer(service.target, teacher, traces, name="in-time")
+    assert run_train(replace(config, streams=("in-time",))).steps == 1
+
+
+def roll_rows(rows: TopK) -> TopK:
+    return TopK(*(np.roll(array, 1, 0) for array in (rows.token_ids, rows.logprobs, rows.tail_mass)))
+
+
 def test_an_unknown_stream_is_named(configure: Callable[..., TrainConfig]) -> None:
     with pytest.raises(StreamNotFoundError, match="nowhere"):
         run_train(configure("nowhere"))
@@ -373,6 +422,40 @@ def test_a_checkpoint_left_by_a_crash_is_replaced(stream: str, configure: Callab
     assert load_checkpoint(again.checkpoint).state.step == 4
 
 
+def damage_block(data_dir: Path, block: bytes) -> None:
+    """Flip a bit of a block that a service, which does not run now, has stored."""
+    (path,) = [
+        one for one in data_dir.joinpath("blocks").rglob("*") if one.is_file() and block in one.read_bytes()
+    ]
+    stored = bytearray(path.read_bytes())
+    stored[stored.index(block) + len(block) // 2] ^= 1
+    path.write_bytes(stored)
+
+
+def test_a_damaged_block_ends_a_run_or_is_passed_over_and_recorded(
+    tmp_path: Path, teacher: StudentModel, traces: list[Trace], configure: Callable[..., TrainConfig]
+) -> None:
+    with ServiceProcess(tmp_path / "data") as own:
+        offer(own.target, teacher, traces, name="hurt", traces_per_block=4)
+        own.stop()
+        damage_block(tmp_path / "data", make_blocks(teacher, traces, 4)[7])
+        own.start()
+        config = configure("hurt", service=own.target)
+        with pytest.raises(CorruptBlockError, match=r"block 7 .*damaged.*--set on_corrupt=skip"):
+            run_train(config)
+        stopped = latest_checkpoint(config.out)
+        assert stopped is not None
+        assert load_checkpoint(stopped).state.streams[0].damaged == ()
+        resumed = run_train(replace(config, resume=True, on_corrupt="skip", epochs=2))
+        whole = run_train(configure("hurt", "whole", service=own.target, on_corrupt="skip", epochs=2))
+    assert whole.traces == 2 * (len(traces) - 8 - 4)
+    assert losses(resumed) == losses(whole)
+    for report in (resumed, whole):
+        assert report.damaged_blocks == 1
+        assert read_lineage(report.checkpoint)["streams"][0]["damaged_blocks"] == [7]
+        assert "Damaged blocks left out of `hurt`: 1." in (report.checkpoint / "README.md").read_text()
+
+
 def test_a_gradient_that_is_not_finite_ends_the_run_before_the_weights_are_lost(
     stream: str, configure: Callable[..., TrainConfig], student_dir: Path, tmp_path: Path
 ) -> None:
@@ -382,8 +465,75 @@ def test_a_gradient_that_is_not_finite_ends_the_run_before_the_weights_are_lost(
     with torch.no_grad():
         model.model.layers[0].mlp.down_proj.weight.fill_(3e38)
     model.save_pretrained(broken)
-    with pytest.raises(InvalidInputError, match="not finite"):
-        run_train(configure(stream, student=broken, held_out_traces=0))
+    config = configure(stream, student=broken, held_out_traces=0)
+    with pytest.raises(InvalidInputError, match=r"step 1 is not finite .*failed-step-00000001\.json"):
+        run_train(config)
+    listed = json.loads((config.out / "failed-step-00000001.json").read_text())
+    assert "not finite" in listed["reason"]
+    # The fixture's first eight are held out.
+    assert [trace["prompt_id"] for trace in listed["traces"]] == ["p8", "p9", "p10", "p11"]
+    assert {trace["stream"] for trace in listed["traces"]} == {stream}
+
+
+def ask_for_too_much(*_: object, **__: object) -> NoReturn:
+    """The allocator's own refusal of a PiB."""
+    torch.empty(1 << 50, dtype=torch.uint8)
+    raise AssertionError("this machine has a PiB of memory")
+
+
+def fail_at(count: int, real: Callable[..., Any]) -> Callable[..., Any]:
+    """A function that finds no memory when it is called for the `count`th time."""
+    calls = itertools.count(1)
+
+    def call(*arguments: object, **named: object) -> object:
+        return ask_for_too_much() if next(calls) == count else real(*arguments, **named)
+
+    return call
+
+
+def test_a_step_without_memory_saves_the_run_and_names_the_settings(
+    stream: str, configure: Callable[..., TrainConfig], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = configure(stream)
+    with monkeypatch.context() as patch:
+        patch.setattr(Optimization, "_backward", fail_at(3, getattr(Optimization, "_backward")))  # noqa: B009
+        with pytest.raises(TrainingError, match=r"out of memory while training .*micro_batch_tokens below"):
+            run_train(config)
+    saved = latest_checkpoint(config.out)
+    assert saved is not None
+    assert load_checkpoint(saved).state.step == 2
+    resumed = run_train(replace(config, resume=True, micro_batch_tokens=64))
+    assert losses(resumed) == pytest.approx(losses(run_train(configure(stream, "whole"))), rel=1e-4)
+
+
+def test_weights_that_a_step_without_memory_had_begun_to_change_are_not_saved(
+    stream: str,
+    configure: Callable[..., TrainConfig],
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    config = configure(stream, checkpoint_every_steps=2)
+    monkeypatch.setattr(torch.optim.AdamW, "step", fail_at(4, torch.optim.AdamW.step))
+    with pytest.raises(TrainingError, match="out of memory"):
+        run_train(config)
+    saved = latest_checkpoint(config.out)
+    assert saved is not None
+    assert load_checkpoint(saved).state.step == 2
+    assert "not saved since step 2" in caplog.text
+
+
+def test_a_student_or_a_measurement_without_memory_says_what_helps(
+    stream: str, configure: Callable[..., TrainConfig], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from lynearm.student import beginning, measuring
+
+    with monkeypatch.context() as patch:
+        patch.setattr(beginning, "load_student", ask_for_too_much)
+        with pytest.raises(TrainingError, match=r"while loading .*smaller student"):
+            run_train(configure(stream, "loading"))
+    monkeypatch.setattr(measuring, "evaluate", ask_for_too_much)
+    with pytest.raises(TrainingError, match=r"while measuring .*micro_batch_tokens below"):
+        run_train(configure(stream, "measuring"))
 
 
 def test_a_finished_run_can_take_another_pass(stream: str, configure: Callable[..., TrainConfig]) -> None:

@@ -10,7 +10,7 @@ from rich.text import Text
 
 from lynearm.cli.progress import count
 from lynearm.cli.text import printable
-from lynearm.student.lineage import cut_widths
+from lynearm.student.lineage import cut_widths, list_changes
 
 _SHOWN_REVISION = 15
 """Characters of a revision: "sha256:" and eight digits."""
@@ -84,6 +84,9 @@ def _notes(streams: Sequence[Mapping[str, Any]]) -> Iterator[Text]:
         if isinstance(loss := stream.get("loss"), list) and loss:
             terms_of_loss = " + ".join(map(str, cast("list[object]", loss)))
             yield _text(f"loss on {stream.get('stream')}: {terms_of_loss}")
+        if isinstance(damaged := stream.get("damaged_blocks"), list) and damaged:
+            offsets = ", ".join(map(str, cast("list[object]", damaged)))
+            yield _text(f"left out of {stream.get('stream')}, being damaged: blocks {offsets}")
         terms = _part(stream, "distillation")
         if terms.get("verdict", "allowed") != "allowed":
             yield _text(f"terms of {stream.get('stream')}: {terms['verdict']}: {terms.get('reason', '')}")
@@ -107,6 +110,8 @@ def _run(number: int, run: Mapping[str, Any]) -> Table:
             table.add_row(f"  held-out {name.replace('_', ' ')}", _text(f"{change}{value:.4g}"))
     settings = ", ".join(f"{name}={value}" for name, value in _part(run, "settings").items())
     table.add_row("  settings", _text(settings))
+    for until, values in list_changes(run):
+        table.add_row(f"  until step {until:,}", _text(values))
     return table
 
 

@@ -72,6 +72,8 @@ class Status:
     """Until the end, where somebody knows better than the bar's own estimate."""
     rows: tuple[Row, ...] = ()
     """Below the bar, on a terminal."""
+    news: bool = False
+    """Whether it is said once, and is not to be passed over between two lines."""
 
 
 class Reporter(Generic[_Event]):
@@ -156,7 +158,9 @@ class Reporter(Generic[_Event]):
     def _print(self, status: Status) -> None:
         new_stage = self._shown is None or self._shown.stage != status.stage
         now = time.monotonic()
-        if not new_stage and (status == self._shown or now - self._printed_at < LINE_INTERVAL_SECONDS):
+        if not (new_stage or status.news) and (
+            status == self._shown or now - self._printed_at < LINE_INTERVAL_SECONDS
+        ):
             return
         self._printed_at = now
         done = f" {status.completed / status.total:.0%}" if status.total else ""

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from lynearm.cli.failures import Interrupted, reported, this_command
+from lynearm.cli.failures import EXIT_INTERRUPTED, Interrupted, reported, this_command
 from lynearm.cli.options import (
     Assignments,
     ConfigFile,
@@ -263,16 +263,22 @@ def train(
     }
     settings = load_settings(TrainConfig, "train", file=config, flags=given, assignments=assignments or ())
     # Of several ranks, one speaks.
-    progress = progress if launched_rank() == 0 else ProgressMode.none
+    speaks = launched_rank() == 0
+    progress = progress if speaks else ProgressMode.none
     with Reporter("train", progress, partial(describe, max_steps=settings.max_steps)) as report:
         outcome = _run(settings, report)
         report.conclude(outcome)
-    if report.for_people:
+    if report.for_people and speaks:
         typer.echo(_summary(outcome))
+        if outcome.stop_reason == "no_improvement":
+            patience = settings.early_stop_patience
+            typer.echo(f"stopped early: no lower held-out KL in the last {patience} measurements", err=True)
     resume_command = this_command("--resume")
     if outcome.stop_reason == "interrupted":
+        if not speaks:
+            raise typer.Exit(EXIT_INTERRUPTED)
         raise Interrupted(f"go on with `{resume_command}`")
-    if outcome.stop_reason == "max_seconds" and report.for_people:
+    if outcome.stop_reason == "max_seconds" and report.for_people and speaks:
         typer.echo(f"time is up; go on with `{resume_command}`", err=True)
 
 
@@ -285,8 +291,11 @@ def describe(event: TrainProgress, *, max_steps: int = 0) -> Status | None:
     record, held_out = event.record, event.held_out
     # The stages of a run alternate: one line that says "training" throughout is calmer than ten that follow.
     stage = "training" if record is not None else event.stage
-    facts = [f"{event.stage} {event.message}".strip()] if event.stage not in (stage, "training") else []
-    if event.message and (record is None or event.stage == "training"):
+    between = "waiting for data: " if event.stage == "waiting" else f"{event.stage} "
+    facts = [f"{between}{event.message}".strip()] if event.stage not in (stage, "training") else []
+    # A step has no message: what has one while training is told once, such as the end of a stream.
+    news = bool(event.message) and event.stage == "training"
+    if event.message and (record is None or news):
         facts = [event.message]
     # The most wanted first: a narrow terminal cuts the end off.
     if record is not None:
@@ -301,7 +310,8 @@ def describe(event: TrainProgress, *, max_steps: int = 0) -> Status | None:
             facts.append(f"{event.lag_blocks} blocks behind")
     if event.rollouts is not None:
         facts += _rollout_facts(event.rollouts, record)
-    return Status(stage, ", ".join(facts), record.step if record else 0, max_steps or None)
+    completed = record.step if record else 0
+    return Status(stage, ", ".join(facts), completed, max_steps or None, news=news)
 
 
 def _rollout_facts(rollouts: RolloutStatus, record: StepRecord | None) -> list[str]:
@@ -355,6 +365,8 @@ def _summary(report: TrainReport) -> str:
     before, after = report.held_out_before, report.held_out_after
     measured = f"; held-out KL {before:.3f} → {after:.3f}" if before is not None and after is not None else ""
     skipped = f", {report.skipped_traces} traces skipped" if report.skipped_traces else ""
+    if report.damaged_blocks:
+        skipped += f", damaged blocks left out: {report.damaged_blocks}"
     best = f", best {report.best_checkpoint.name}" if report.best_checkpoint else ""
     return (
         f"{report.steps} steps, {report.traces} traces, {report.tokens:,} tokens{skipped} "

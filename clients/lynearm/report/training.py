@@ -10,7 +10,7 @@ from typing import Any, cast
 
 from lynearm.report.charts import Chart, Point, Series, smooth
 from lynearm.report.page import chart_cards, facts_card, render_page, tiles
-from lynearm.student.lineage import read_lineage
+from lynearm.student.lineage import list_changes, read_lineage
 from lynearm.student.metrics import Metrics, read_metrics
 from lynearm.student.progress import EvaluationRecord, StepRecord
 from lynearm.student.run_directory import best_checkpoint, latest_checkpoint
@@ -278,9 +278,10 @@ def _runs(lineage: Mapping[str, Any]) -> str:
         settings = {name: str(value) for name, value in _part(run, "settings").items()}
         overrides = {f"overridden: {name}": str(value) for name, value in _part(run, "overrides").items()}
         versions = {name: str(value) for name, value in _part(run, "code").items()}
+        earlier = {f"until step {until:,}": values for until, values in list_changes(run)}
         sections.append(
             f"<details><summary>Settings and versions of run {number}</summary>"
-            f"{facts_card({**overrides, **versions, **settings})}</details>"
+            f"{facts_card({**overrides, **versions, **settings, **earlier})}</details>"
         )
     return "\n".join(sections)
 

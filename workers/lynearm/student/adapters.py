@@ -170,7 +170,8 @@ def find_base(directory: Path) -> Path:
 
 def _attach(model: Any, config: Any, base: Path, seed: int) -> Adapter:
     config.inference_mode = False
-    config.base_model_name_or_path = str(base.resolve())
+    # peft writes down by which name the model was loaded, which may be relative, over what its settings say.
+    config.base_model_name_or_path = model.name_or_path = str(base.resolve())
     devices = [torch.cuda.current_device()] if torch.cuda.is_available() else []
     with torch.random.fork_rng(devices=devices):  # pyright: ignore[reportUnknownMemberType]
         torch.manual_seed(seed)  # pyright: ignore[reportUnknownMemberType]  # torch leaves it half typed

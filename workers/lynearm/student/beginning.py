@@ -5,8 +5,9 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any, cast
 
 import torch
 
@@ -37,6 +38,13 @@ _FIXED_FIELDS = ("batch_sequences", "batch_tokens", "max_sequence_tokens", "held
 _FORM_FIELDS = ("lora", "freeze", "freeze_embeddings")
 """What decides which parameters are trained: the optimizer's state is of those."""
 
+_COURSE_FIELDS = (
+    "learning_rate", "schedule", "warmup_steps", "weight_decay", "beta1", "beta2", "grad_clip", "dtype",
+    "loss", "temperature", "retemper", "span_weights", "tag_weights", "streams", "on_policy_share",
+    "rollout_loss",
+)  # fmt: skip
+"""What decides what is learnt from these traces: a resumed run may change it, and says so."""
+
 
 @dataclass(frozen=True, slots=True)
 class Beginning:
@@ -51,6 +59,8 @@ class Beginning:
     """Of all streams, in their order."""
     base_lineage: JsonObject
     """Manifest of the model that the run began with, before any resumption."""
+    run_before: JsonObject = field(default_factory=dict[str, Any])
+    """Of a run that goes on, what its manifest has said of it so far."""
 
 
 def begin(config: TrainConfig, streams: Sequence[StreamInfo], ranks: Ranks) -> Beginning:
@@ -115,19 +125,40 @@ def _resume(
     for stream in state.streams:
         logger.info("resumed from %s at %s of pass %d over %s",
                     directory, stream.cursor, stream.epoch + 1, stream.name)  # fmt: skip
-    return Beginning(student, objectives, optimization, state, checkpoint.held_out, checkpoint.base_lineage)
+    if ranks.writes and state.step:
+        for change in _changes_of_course(config, checkpoint):
+            logger.warning("%s from step %d on", change, state.step + 1)
+    runs = cast("Sequence[JsonObject]", read_lineage(directory).get("runs", []))
+    is_told = len(runs) > len(cast("Sequence[JsonObject]", checkpoint.base_lineage.get("runs", [])))
+    return Beginning(
+        student,
+        objectives,
+        optimization,
+        state,
+        checkpoint.held_out,
+        checkpoint.base_lineage,
+        runs[-1] if is_told else {},
+    )
 
 
-def _changed(config: TrainConfig, checkpoint: Checkpoint) -> list[str]:
-    """Fields that a resumed run must go on with, and does not."""
+def _changes_of_course(config: TrainConfig, checkpoint: Checkpoint) -> list[str]:
+    """What a resumed run may do otherwise than before, and would not by mistake."""
+    decides_on_rates = ("max_steps",) if config.schedule == "cosine" else ()
+    return _changed(config, checkpoint, (*_COURSE_FIELDS, *decides_on_rates))
+
+
+def _changed(
+    config: TrainConfig, checkpoint: Checkpoint, names: Sequence[str] = (*_FIXED_FIELDS, *_FORM_FIELDS)
+) -> list[str]:
+    """Fields that have other values than when a checkpoint was written; if not given, those that must not."""
     changed: list[str] = []
-    for name in (*_FIXED_FIELDS, *_FORM_FIELDS):
+    for name in names:
         # A checkpoint from before a field existed was written with what is now its default.
         before = checkpoint.written_by.get(name, getattr(TrainConfig(), name))
         now: object = getattr(config, name)
         # JSON makes lists of tuples.
         if json.dumps(before) != json.dumps(now):
-            changed.append(f"{name} was {before} and is {now}")
+            changed.append(f"{name} was {before or repr(before)} and is {now or repr(now)}")
     return changed
 
 

@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
 
-from lynearm.student.lineage import LINEAGE_FILE, JsonObject, cut_widths
+from lynearm.student.lineage import LINEAGE_FILE, JsonObject, cut_widths, list_changes
 
 CARD_FILE = "README.md"
 
@@ -123,7 +123,12 @@ def _teachers(streams: Sequence[JsonObject]) -> str:
             _quote(" + ".join(_listed(stream.get("loss", [])))),
         ]
         rows.append(f"| {' | '.join(cells)} |")
-    return "## What it learnt from\n\n" + "\n".join(rows)
+    missing = [
+        f"\nDamaged blocks left out of {_quote(stream.get('stream', ''))}: {len(damaged)}."
+        for stream in streams
+        if (damaged := _listed(stream.get("damaged_blocks", [])))
+    ]
+    return "## What it learnt from\n\n" + "\n".join([*rows, *missing])
 
 
 def _measurements(runs: Sequence[JsonObject]) -> str:
@@ -175,6 +180,7 @@ def _training(runs: Sequence[JsonObject]) -> str:
         versions = ", ".join(f"{name} {version}" for name, version in code.items())
         title = f"Run {number}, with {_plain(versions)}:" if versions else f"Run {number}:"
         blocks.append(f"{title}\n\n```\n" + "\n".join(line.replace("`", "'") for line in lines) + "\n```")
+        blocks += [f"Until step {until}: {_quote(values)}" for until, values in list_changes(run)]
     return "## How it was trained\n\n" + "\n\n".join(blocks) if blocks else ""
 
 

@@ -36,6 +36,7 @@ from lynearm.student.mixing import StreamState
 from lynearm.student.model import StudentModel
 from lynearm.student.progress import EvaluationRecord, StepRecord
 from lynearm.student.run_directory import (
+    EARLIER_CHECKPOINT,
     UNFINISHED_PREFIX,
     latest_checkpoint,
     point_to_best,
@@ -171,7 +172,7 @@ def save_checkpoint(
         _put_in_place(unfinished, final)
         point_to_latest(out, final.name)
         point_to_best(out, checkpoint.state.evaluations)
-    except OSError as error:
+    except (OSError, SafetensorError) as error:  # a full disk is the latter to safetensors
         raise CheckpointError(
             f"checkpoint {final} could not be written: {error}",
             "make room, or name another directory with --out",
@@ -247,13 +248,13 @@ def load_checkpoint(directory: Path) -> Checkpoint:
         base_lineage, config = cast(JsonObject, trainer["base_lineage"]), cast(JsonObject, trainer["config"])
     except (KeyError, TypeError, ValueError) as error:
         raise CheckpointError(
-            f"{directory / TRAINER_FILE} lacks or misstates {error}", "resume from an earlier checkpoint"
+            f"{directory / TRAINER_FILE} lacks or misstates {error}", EARLIER_CHECKPOINT
         ) from error
     try:
         optimizer = cast("dict[str, Tensor]", _SAFETENSORS.load_file(directory / OPTIMIZER_FILE))
     except (OSError, SafetensorError) as error:
         raise CheckpointError(
-            f"{directory / OPTIMIZER_FILE} cannot be read: {error}", "resume from an earlier checkpoint"
+            f"{directory / OPTIMIZER_FILE} cannot be read: {error}", EARLIER_CHECKPOINT
         ) from error
     read_lineage(directory)
     return Checkpoint(directory, state, optimizer, load_held_out(directory), base_lineage, config)
@@ -293,11 +294,9 @@ def _read_trainer(path: Path) -> JsonObject:
     try:
         parsed: object = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise CheckpointError(
-            f"{path} is not readable JSON: {error}", "resume from an earlier checkpoint"
-        ) from error
+        raise CheckpointError(f"{path} is not readable JSON: {error}", EARLIER_CHECKPOINT) from error
     if not isinstance(parsed, dict):
-        raise CheckpointError(f"{path} holds no JSON object", "resume from an earlier checkpoint")
+        raise CheckpointError(f"{path} holds no JSON object", EARLIER_CHECKPOINT)
     trainer = cast(JsonObject, parsed)
     if trainer.get("format") != TRAINER_FORMAT:
         raise CheckpointError(
@@ -320,7 +319,8 @@ def _parse_state(state: JsonObject) -> TrainState:
 
 def _parse_stream(stream: JsonObject) -> StreamState:
     cursors = {name: Cursor(**cast("dict[str, int]", stream[name])) for name in ("cursor", "furthest")}
-    fields: JsonObject = {**stream, **cursors}
+    damaged = tuple(cast("Sequence[int]", stream.get("damaged", ())))
+    fields: JsonObject = {**stream, **cursors, "damaged": damaged}
     return StreamState(**fields)
 
 

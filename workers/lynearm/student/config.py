@@ -21,6 +21,7 @@ SCHEDULES = ("constant", "cosine")
 PACKINGS = ("auto", "on", "off")
 DTYPES = ("auto", "float32", "bfloat16")
 SHARDINGS = ("none", "full")
+CORRUPT_POLICIES = ("stop", "skip")
 TRACKERS = ("tensorboard", "wandb", "trackio")
 
 
@@ -158,7 +159,8 @@ class TrainConfig:
     """Examples of each task, the first ones; 0 for all. A hundred show where a run is going."""
 
     early_stop_patience: int = 0
-    """Measurements in a row without a lower held-out KL after which the run stops; 0 never stops for that."""
+    """Measurements in a row without a lower held-out KL after which the run stops; 0 never stops for that.
+    Else each measurement that lowers it is saved too, so that the best checkpoint has the lowest of all."""
 
     trackers: tuple[str, ...] = ()
     """Where figures go besides `metrics.jsonl`: "tensorboard", "wandb", "trackio"."""
@@ -202,6 +204,10 @@ class TrainConfig:
 
     prefetch_blocks: int = 8
     """Decoded blocks of each stream that wait for the trainer; the service holds back what comes after."""
+
+    on_corrupt: str = "stop"
+    """At a block of a stream that is damaged: "stop" saves and ends the run, "skip" trains on without its
+    traces. The manifest names the blocks that were passed over."""
 
     device: str = "auto"
     """A torch device; "auto" is CUDA where there is one, else the CPU."""
@@ -346,6 +352,8 @@ class TrainConfig:
             f"schedule is {self.schedule!r}, expected one of {SCHEDULES}": self.schedule in SCHEDULES,
             f"dtype is {self.dtype!r}, expected one of {DTYPES}": self.dtype in DTYPES,
             f"sharding is {self.sharding!r}, expected one of {SHARDINGS}": self.sharding in SHARDINGS,
+            f"on_corrupt is {self.on_corrupt!r}, expected one of {CORRUPT_POLICIES}": self.on_corrupt
+            in CORRUPT_POLICIES,
             f"packing is {self.packing!r}, expected one of {PACKINGS}": self.packing in PACKINGS,
             f"trackers is {list(self.trackers)}, expected some of {TRACKERS}": set(self.trackers)
             <= set(TRACKERS),

@@ -17,6 +17,7 @@ from lynearm.student.calibration import PredictionSums, count_predictions
 from lynearm.student.losses import Targets, measure_loss
 from lynearm.student.model import StudentModel
 from lynearm.student.objective import Objective
+from lynearm.student.run_directory import EARLIER_CHECKPOINT
 from lynearm.student.sharding import even_out
 from lynearm.wire.blocks import MAX_PAYLOAD_BYTES
 from lynearm.wire.codec import decode_block, encode_block
@@ -100,13 +101,24 @@ def save_held_out(directory: Path, traces: Sequence[Trace], vocab_size: int) -> 
 
     Without draws from the tail: rows of one block have as many, and nothing here measures them.
 
+    Args:
+        directory: An existing one.
+        traces: Of all streams.
+        vocab_size: Of the student.
+
     Raises:
         CodecError: if a single trace does not fit into a block.
     """
     for number, part in enumerate(_block_sized([_without_draws(trace) for trace in traces])):
-        (directory / _held_out_name(number)).write_bytes(
-            encode_block(part, codec="exact", vocab_size=vocab_size)
-        )
+        # A teacher's head may be wider than the student's: entries of its padding are kept as they came.
+        width = max(vocab_size, *(1 + _last_id(trace) for trace in part))
+        (directory / _held_out_name(number)).write_bytes(encode_block(part, codec="exact", vocab_size=width))
+
+
+def _last_id(trace: Trace) -> int:
+    """The largest token id that a trace keeps."""
+    rows = (trace.top_k, trace.prompt_top_k)
+    return max(int(row.token_ids.max(initial=0)) for row in rows if row is not None)
 
 
 def _without_draws(trace: Trace) -> Trace:
@@ -132,7 +144,7 @@ def load_held_out(directory: Path) -> tuple[Trace, ...]:
         try:
             traces += decode_block(path.read_bytes())
         except LynearmError as error:
-            raise CheckpointError(f"{path}: {error.message}", "resume from an earlier checkpoint") from error
+            raise CheckpointError(f"{path}: {error.message}", EARLIER_CHECKPOINT) from error
     raise AssertionError("unreachable")
 
 

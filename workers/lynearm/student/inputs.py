@@ -56,7 +56,12 @@ class Inputs:
     """Of each plan's stream."""
 
     def sources(
-        self, *, prefetch_blocks: int, should_stop: Callable[[], bool], reporter: Reporter
+        self,
+        *,
+        prefetch_blocks: int,
+        skip_damaged: bool,
+        should_stop: Callable[[], bool],
+        reporter: Reporter,
     ) -> list[StreamSource]:
         """One for each stream, closed."""
         return [
@@ -66,6 +71,7 @@ class Inputs:
                 prefetch_blocks=prefetch_blocks,
                 should_stop=should_stop,
                 reporter=reporter,
+                skip_damaged=skip_damaged,
                 named=len(self.plans) > 1,
             )
             for plan in self.plans

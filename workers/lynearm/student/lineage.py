@@ -9,8 +9,10 @@
               lowest, is unit i
     adapter   its kind, rank and targets, and name and revision of its base, for a student that is an adapter;
               merged: true where it has been added to the base
-    streams   one entry for each run and stream: offsets, tokens, loss, teacher, terms, codec, labels
-    runs      one entry for each run: settings, versions, what was overridden, what was measured
+    streams   one entry for each run and stream: offsets, tokens, loss, teacher, terms, codec, labels;
+              damaged_blocks, offsets within these that were passed over, if any were
+    runs      one entry for each run: settings, versions, what was overridden, what was measured; earlier,
+              where it was resumed with other settings, versions or ranks: what held until which step
 """
 
 from __future__ import annotations
@@ -51,6 +53,8 @@ class StreamUse:
     """Completion tokens trained on, repetitions included."""
     loss: tuple[str, ...] = ()
     """Terms of what was brought down on it."""
+    damaged: tuple[int, ...] = ()
+    """Offsets of the blocks that were passed over, being damaged."""
 
 
 def read_lineage(directory: Path) -> JsonObject:
@@ -102,6 +106,21 @@ def cut_widths(cut: Mapping[str, Any]) -> list[tuple[str, int, int]]:
     return widths
 
 
+def list_changes(run: Mapping[str, Any]) -> list[tuple[int, str]]:
+    """Of a run that was resumed with other settings, the steps until which others held, and those in words.
+
+    Args:
+        run: An entry of the manifest's `runs`.
+    """
+    changes: list[tuple[int, str]] = []
+    for earlier in cast("Sequence[JsonObject]", run.get("earlier", [])):
+        values = {**earlier.get("settings", {}), **earlier.get("code", {})}
+        values |= {"ranks": earlier["ranks"]} if "ranks" in earlier else {}
+        said = [f"{name} = {json.dumps(value, ensure_ascii=False)}" for name, value in values.items()]
+        changes.append((int(earlier["until_step"]), ", ".join(said)))
+    return changes
+
+
 def write_lineage(directory: Path, lineage: Mapping[str, Any]) -> None:
     """Write the manifest into a model's directory."""
     text = json.dumps(lineage, indent=2, ensure_ascii=False)
@@ -112,7 +131,7 @@ def _stream_entry(use: StreamUse) -> JsonObject:
     teacher, tokenizer, codec = use.spec.teacher, use.spec.tokenizer, use.spec.codec
     terms = read_terms(use.spec)
     source = next((use.spec.labels[key] for key in PROMPT_LABELS if key in use.spec.labels), "unknown")
-    return {
+    entry: JsonObject = {
         "stream": use.spec.name,
         "license": use.spec.license,
         "distillation": {"verdict": terms.verdict, "reason": terms.reason},
@@ -146,3 +165,5 @@ def _stream_entry(use: StreamUse) -> JsonObject:
         },
         "labels": dict(use.spec.labels),
     }
+    # Only where there are some: a manifest that says nothing of them was written without any.
+    return {**entry, "damaged_blocks": list(use.damaged)} if use.damaged else entry

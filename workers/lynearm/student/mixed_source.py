@@ -23,6 +23,7 @@ from lynearm.student.mixing import (
     find_shares,
     finish_pass,
     has_ended,
+    note_damaged,
 )
 from lynearm.student.reader import PositionedTrace
 from lynearm.student.reporting import Reporter
@@ -52,6 +53,11 @@ class TraceSource(Protocol):
     @property
     def received_all(self) -> bool:
         """Whether the stream's last block has arrived."""
+        ...
+
+    @property
+    def damaged_offsets(self) -> tuple[int, ...]:
+        """Offsets of the blocks that this pass has passed over, being damaged."""
         ...
 
     def open(self, start: Cursor) -> None:
@@ -205,9 +211,12 @@ class MixedSource:
     def _count(self, index: int, positioned: PositionedTrace, shares: Sequence[float]) -> DrawnTrace:
         tokens = completion_positions(positioned.trace, self._selection.max_sequence_tokens)
         self._states = count_trace(self._states, index, tokens=tokens, after=positioned.after, shares=shares)
+        if damaged := self._sources[index].damaged_offsets:
+            self._states = note_damaged(self._states, index, damaged, before=positioned.after)
         return DrawnTrace(positioned.trace, index, self._states)
 
     def _finish_pass(self, index: int) -> None:
-        self._states = finish_pass(self._states, index)
+        damaged = self._sources[index].damaged_offsets
+        self._states = finish_pass(note_damaged(self._states, index, damaged), index)
         if self._states[index].epoch < self._epochs:
             self._sources[index].open(Cursor())

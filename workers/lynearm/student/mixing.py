@@ -112,6 +112,8 @@ class StreamState:
     """Completion tokens trained on, repetitions included."""
     credit: float = 0.0
     """Completion tokens by which it is behind its share."""
+    damaged: tuple[int, ...] = ()
+    """Offsets of the blocks that were passed over, being damaged; over all passes, each once."""
 
 
 def parse_stream(text: str) -> StreamPlan:
@@ -211,6 +213,25 @@ def count_trace(
         credit=mine.credit - tokens,
     )
     return tuple(counted)
+
+
+def note_damaged(
+    states: Sequence[StreamState], index: int, offsets: Sequence[int], *, before: Cursor | None = None
+) -> tuple[StreamState, ...]:
+    """The states when blocks of a stream were passed over.
+
+    Args:
+        states: Before.
+        index: Of the stream.
+        offsets: Of all that its reader has passed over in this pass.
+        before: Only blocks before this place count: a reader is ahead of what was trained on.
+    """
+    passed = {offset for offset in offsets if before is None or offset < before.offset}
+    damaged = tuple(sorted(passed.union(states[index].damaged)))
+    return tuple(
+        replace(state, damaged=damaged) if number == index and damaged != state.damaged else state
+        for number, state in enumerate(states)
+    )
 
 
 def finish_pass(states: Sequence[StreamState], index: int) -> tuple[StreamState, ...]:

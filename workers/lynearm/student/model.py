@@ -168,7 +168,7 @@ def load_student(
     Raises:
         CheckpointError: if there is no such model, its logits are not a plain head over its states, or the
             base of an adapter is not there.
-        ConfigError: if no adapter of this kind fits, or there is one already.
+        ConfigError: if no adapter of this kind fits, or there is one already; or torch has no such device.
         MissingDependencyError: if an adapter needs peft, and it is not installed.
     """
     base = find_base(directory)
@@ -177,11 +177,7 @@ def load_student(
             f"{directory} is not a model: it has no config.json",
             "name a directory with config.json, model.safetensors and a tokenizer",
         )
-    place = (
-        torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        if device == "auto"
-        else torch.device(device)
-    )
+    place = _choose_device(device)
     half = dtype == "bfloat16" or (dtype == "auto" and place.type == "cuda")
     tokenizer = read_tokenizer_spec(directory)
     model = load_causal_lm(base)
@@ -192,6 +188,22 @@ def load_student(
     student = StudentModel(directory, model, tokenizer, place, compute_dtype, adapter)
     _check_plain_head(student)
     return student
+
+
+def _choose_device(name: str) -> torch.device:
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        place = torch.device(name)
+        torch.empty(0, device=place)
+    # torch without CUDA raises AssertionError, and RuntimeError for a name or a number that is none.
+    except (AssertionError, RuntimeError) as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise ConfigError(
+            f"device is {name!r}, which torch cannot use here ({reason})",
+            'train with "cpu" or "auto", or install torch for this device and see that the system has it',
+        ) from error
+    return place
 
 
 def packs_without_leaks(student: StudentModel) -> bool:

@@ -9,6 +9,8 @@ from collections.abc import Generator
 from contextlib import contextmanager
 from pathlib import Path
 
+from safetensors import SafetensorError
+
 from lynearm.wire.errors import CheckpointError
 
 
@@ -46,5 +48,5 @@ def new_directory(out: Path, what: str) -> Generator[Path]:
             os.replace(unfinished, out)
         finally:
             shutil.rmtree(unfinished, ignore_errors=True)
-    except OSError as error:
+    except (OSError, SafetensorError) as error:  # a full disk is the latter to safetensors
         raise CheckpointError(f"{what} {out} could not be written: {error}", "make room") from error

@@ -74,6 +74,8 @@ class Optimization:
         self._sizes = PieceSizes(
             config.micro_batch_tokens, config.max_sequence_tokens, packed=_packs(student, config.packing)
         )
+        self.is_whole = True
+        """Whether no step was broken off while it changed weights: else they are of no use."""
         self._hidden = HiddenTerms(student, self.objectives[0], seed=config.seed)
         self._parameters = student.trainable_parameters() | self._hidden.parameters()
         self._optimizer = torch.optim.AdamW(
@@ -118,9 +120,11 @@ class Optimization:
             self._optimizer.zero_grad(set_to_none=True)
             raise InvalidInputError(
                 f"the gradient of step {step} is not finite (KL {kl / tokens:.3g})",
-                "lower learning_rate and resume; if it stays, look at the traces of this step",
+                "resume with a lower learning_rate; if it stays, look at the traces",
             )
+        self.is_whole = False
         self._optimizer.step()  # pyright: ignore[reportUnknownMemberType]  # torch leaves it half typed
+        self.is_whole = True
         # None, not zeros: the first micro-batch has room for logits where it makes the head's gradient anew.
         self._optimizer.zero_grad(set_to_none=True)
         kl, cross_entropy = kl / tokens, cross_entropy / tokens

@@ -156,6 +156,8 @@ class TrainReport:
     """The first is from before the first step; empty without held-out traces."""
     how_to_go_on: str = ""
     """What to type to go on; empty when the streams have been used up."""
+    damaged_blocks: int = 0
+    """Left out of the streams, with `on_corrupt` "skip"."""
     best_checkpoint: Path | None = None
     """The measured one with the lowest held-out KL; None where none was measured."""
 

@@ -125,6 +125,12 @@ class Ranks:
         """Whether a condition holds on every rank."""
         return self.most(int(not condition)) == 0
 
+    def all_have(self, *numbers: int) -> bool:
+        """Whether every rank has the same numbers, below 2^53 / `world_size`."""
+        if self.world_size == 1:
+            return True
+        return self.all_hold(self.sum(*numbers) == [number * self.world_size for number in numbers])
+
     def raise_together(self, error: LynearmError | None) -> None:
         """Raise an error that some ranks have met with on all of them.
 
@@ -202,6 +208,8 @@ def is_sharded(tensor: Tensor) -> bool:
 
 def _initialize(device: str) -> None:
     on_cuda = device.startswith("cuda") or (device == "auto" and torch.cuda.is_available())
+    if on_cuda and not torch.cuda.is_available():
+        raise ConfigError(f"device is {device!r}, and torch finds no CUDA here", 'train with "cpu" or "auto"')
     if on_cuda:
         torch.cuda.set_device(launched_local_rank())
     try:

@@ -12,7 +12,8 @@ import tempfile
 import threading
 from collections import Counter, deque
 from contextlib import AbstractContextManager
-from dataclasses import replace
+from dataclasses import fields, replace
+from pathlib import Path
 from typing import Any, TypeAlias
 
 from lynearm.client import stop_on_interrupt
@@ -96,6 +97,7 @@ def run_on_ray(
         TrainingError: if ranks were lost more than `MAX_LOSSES` times.
         LynearmError: as for `run_train`.
     """
+    config = _with_absolute_paths(config)
     with _session(config) as ray, stop_on_interrupt(stop) as event:
         board = ray.remote(num_cpus=0)(Board).remote()
         fit = _Fit(config, ray, board)
@@ -115,6 +117,15 @@ def run_on_ray(
         f"the ranks were lost: {fit.failure or 'Ray Train does not say why'}",
         "see Ray's logs; the same command with --resume goes on from the latest checkpoint",
     )
+
+
+def _with_absolute_paths(config: TrainConfig) -> TrainConfig:
+    """The same, where paths mean what they mean here: Ray's processes run in a directory of their own."""
+    values: dict[str, object] = {field.name: getattr(config, field.name) for field in fields(config)}
+    paths: dict[str, Any] = {
+        name: value.absolute() for name, value in values.items() if isinstance(value, Path)
+    }
+    return replace(config, **paths)
 
 
 def _session(config: TrainConfig) -> AbstractContextManager[Untyped]:

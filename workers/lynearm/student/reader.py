@@ -2,11 +2,13 @@
 
 Invariants: traces come in stream order from the start cursor on, each once, with the cursor that names
 what comes after it. At most `prefetch_blocks` decoded blocks wait; then the thread stops reading, and the
-subscription's credit holds the service back.
+subscription's credit holds the service back. A block that does not decode ends the pass, or is passed over
+where that was asked for; then its offset is known before a trace behind it is given.
 """
 
 from __future__ import annotations
 
+import logging
 import queue
 import threading
 from collections import deque
@@ -18,8 +20,10 @@ from typing import Self
 from lynearm.client import ReceivedBlock
 from lynearm.wire.codec import decode_block
 from lynearm.wire.dictionaries import DictionaryReader
-from lynearm.wire.errors import CorruptBlockError
+from lynearm.wire.errors import CorruptBlockError, InvalidInputError
 from lynearm.wire.traces import Cursor, Trace
+
+logger = logging.getLogger(__name__)
 
 _LOOK_AROUND_SECONDS = 0.1
 """How often a thread that waits for room looks whether it should end."""
@@ -55,6 +59,7 @@ class TraceReader:
         start: First trace to give.
         prefetch_blocks: Decoded blocks that may wait.
         dictionaries: Finds the codec dictionaries that blocks need.
+        skip_damaged: Pass over blocks that do not decode, instead of raising.
         on_close: Called by `close`; has to end an iteration over `blocks` that waits.
     """
 
@@ -65,10 +70,12 @@ class TraceReader:
         start: Cursor,
         prefetch_blocks: int,
         dictionaries: DictionaryReader | None = None,
+        skip_damaged: bool = False,
         on_close: Callable[[], None] = lambda: None,
     ) -> None:
         self._blocks = blocks
         self._dictionaries = dictionaries
+        self._skip_damaged = skip_damaged
         self._on_close = on_close
         self._start = start
         self._decoded: queue.Queue[_Decoded | _Failed | None] = queue.Queue(prefetch_blocks)
@@ -76,6 +83,7 @@ class TraceReader:
         self._next_offset = start.offset
         self._received_all = False
         self._exhausted = False
+        self._damaged_offsets: list[int] = []
         self._stopped = threading.Event()
         self._thread = threading.Thread(target=self._run, name="read-traces", daemon=True)
         self._thread.start()
@@ -99,6 +107,11 @@ class TraceReader:
     def received_all(self) -> bool:
         """Whether the stream's last block has arrived; its traces may still wait here."""
         return self._received_all
+
+    @property
+    def damaged_offsets(self) -> tuple[int, ...]:
+        """Offsets of the blocks that were passed over, since they do not decode."""
+        return tuple(self._damaged_offsets)
 
     @property
     def exhausted(self) -> bool:
@@ -146,8 +159,12 @@ class TraceReader:
     def _decode(self, received: ReceivedBlock) -> tuple[PositionedTrace, ...]:
         try:
             traces = decode_block(received.block, dictionaries=self._dictionaries)
-        except CorruptBlockError as error:
-            raise CorruptBlockError(f"block {received.offset}: {error.message}", error.remedy) from error
+        except (CorruptBlockError, InvalidInputError) as error:  # the latter where it is no block at all
+            if not self._skip_damaged:
+                raise CorruptBlockError(f"block {received.offset}: {error.message}", error.remedy) from error
+            logger.error("skipping block %d, which does not decode: %s", received.offset, error.message)
+            self._damaged_offsets.append(received.offset)
+            return ()
         last = len(traces) - 1
         skipped = self._start.trace_index if received.offset == self._start.offset else 0
         return tuple(

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from importlib import metadata
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 from lynearm.student.config import TrainConfig
 from lynearm.student.lineage import JsonObject
@@ -31,7 +31,7 @@ NOT_TOLD = frozenset(
         "allow_terms",
     }
     | {"service", "service_timeout_seconds", "patience_seconds", "wait_seconds", "prefetch_blocks"}
-    | {"checkpoint_every_steps", "keep_checkpoints", "async_checkpoints"}
+    | {"checkpoint_every_steps", "keep_checkpoints", "async_checkpoints", "on_corrupt"}
     | {"threads", "replay_threads", "ray", "ray_address"}
     | {"teacher", "rollout_stream", "rollout_prompts", "rollout_threads", "rollout_kv_cache_mib"}
     | {"rollout_gpus", "rollout_weights"}
@@ -69,6 +69,49 @@ def describe_run(
     if evaluations:
         account["held_out"] = {"before": _measured(evaluations[0]), "last": _measured(evaluations[-1])}
     return account
+
+
+def list_earlier(before: JsonObject, now: JsonObject, step: int) -> list[JsonObject]:
+    """What was other than now until some step, in a run that goes on: a manifest's `earlier`.
+
+    Args:
+        before: Of the checkpoint that the run goes on from, its entry of `runs`.
+        now: The entry that takes its place.
+        step: Of that checkpoint.
+
+    Returns:
+        In the order of their steps: {"until_step": 12, "settings": {…}, "code": {…}, "ranks": 2}, each with
+        the values until that step of what changed there, null where nothing was said.
+    """
+    earlier = [dict(one) for one in cast("Sequence[JsonObject]", before.get("earlier", []))]
+    was = {part: before.get(part) for part in _MAY_CHANGE}
+    if earlier and earlier[-1]["until_step"] == step:
+        # Nothing was learnt with what came after it.
+        was = {part: _put_over(value, earlier[-1].get(part)) for part, value in was.items()}
+        earlier.pop()
+    changed = {part: difference for part, value in was.items()
+               if (difference := _difference(value, now.get(part))) is not None}  # fmt: skip
+    if changed and step:
+        earlier.append({"until_step": step, **changed})
+    return earlier
+
+
+_MAY_CHANGE = ("settings", "code", "ranks")
+
+
+def _put_over(value: Any, other: Any) -> Any:  # Any: parsed JSON
+    if isinstance(value, dict) and isinstance(other, dict):
+        return {**cast(JsonObject, value), **cast(JsonObject, other)}
+    return cast(Any, value if other is None else other)
+
+
+def _difference(before: Any, now: Any) -> Any:  # Any: parsed JSON
+    """What `before` says otherwise; None where it says the same, or nothing."""
+    if isinstance(before, dict) and isinstance(now, dict):
+        was, is_now = cast(JsonObject, before), cast(JsonObject, now)
+        names = dict.fromkeys((*was, *is_now))
+        return {name: was.get(name) for name in names if was.get(name) != is_now.get(name)} or None
+    return cast(Any, None if before == now else before)
 
 
 def code_versions(*more: str) -> dict[str, str]:

@@ -23,6 +23,9 @@ from lynearm.wire.errors import CheckpointError
 LATEST_FILE = "LATEST"
 BEST_FILE = "BEST"
 UNFINISHED_PREFIX = ".unfinished-"
+EARLIER_CHECKPOINT = f"write the name of an earlier step-* directory into {LATEST_FILE}, and resume"
+"""What to do about a checkpoint that cannot be read."""
+
 ADAPTER_CONFIG_FILE = "adapter_config.json"
 
 _STEP_NAME = re.compile(r"step-(\d{8,})")
@@ -107,9 +110,13 @@ def point_to_best(out: Path, evaluations: Sequence[EvaluationRecord]) -> None:
 
 
 def remove_old(out: Path, keep: int) -> None:
-    """Remove all but the newest `keep` checkpoints and the best, and what killed runs left unfinished."""
-    steps = sorted(path for path in out.iterdir() if _STEP_NAME.fullmatch(path.name) and path.is_dir())
-    best = (out / BEST_FILE).read_text(encoding="utf-8").strip() if (out / BEST_FILE).is_file() else ""
+    """Remove all but the newest `keep` checkpoints and the best, and what killed runs left unfinished.
+
+    Those after the latest stay: a run that was led back to an earlier one replaces them as it comes by.
+    """
+    best, latest = _read_pointer(out / BEST_FILE), _read_pointer(out / LATEST_FILE)
+    found = [path for path in out.iterdir() if _STEP_NAME.fullmatch(path.name) and path.is_dir()]
+    steps = sorted(path for path in found if _number(path.name) <= _number(latest))
     # A run that was killed leaves what it was writing; one run writes here, one checkpoint at a time.
     old = [path for path in steps[:-keep] if path.name != best]
     for path in (*old, *out.glob(f"{UNFINISHED_PREFIX}*")):
@@ -117,6 +124,16 @@ def remove_old(out: Path, keep: int) -> None:
             shutil.rmtree(path, ignore_errors=True)
         else:
             path.unlink(missing_ok=True)
+
+
+def _number(name: str) -> float:
+    """Step of a checkpoint's name; infinite for what is none."""
+    found = _STEP_NAME.fullmatch(name)
+    return int(found[1]) if found else math.inf
+
+
+def _read_pointer(pointer: Path) -> str:
+    return pointer.read_text(encoding="utf-8").strip() if pointer.is_file() else ""
 
 
 def sync(path: Path) -> None:

@@ -7,13 +7,14 @@ is known to all of them before they gather.
 
 from __future__ import annotations
 
+import json
 import logging
 import shlex
-from collections.abc import Sequence
-from dataclasses import replace
+from collections.abc import Mapping, Sequence
+from dataclasses import fields, replace
 from functools import partial
 from pathlib import Path
-from typing import TypeAlias
+from typing import TypeAlias, cast
 
 from torch import Tensor
 
@@ -33,7 +34,7 @@ from lynearm.student.model import StudentModel
 from lynearm.student.on_policy_plan import account_for_rollouts
 from lynearm.student.ranks import Ranks
 from lynearm.student.reporting import Reporter
-from lynearm.student.run_account import describe_run
+from lynearm.student.run_account import describe_run, list_earlier
 from lynearm.wire.errors import CheckpointError
 from lynearm.wire.specs import StreamSpec
 from lynearm.wire.traces import Trace
@@ -69,6 +70,7 @@ class Saver:
         self._specs = specs
         self._optimization = beginning.optimization
         self._base_lineage = beginning.base_lineage
+        self._run_before, self._began_at = beginning.run_before, beginning.state.step
         # Not empty only where that was allowed: what the manifest says was overridden.
         self._differences = list_differences(specs, beginning.student)
         self._ranks = ranks
@@ -120,6 +122,10 @@ class Saver:
             self._ranks.meet()  # a launcher ends the rank that writes when it finds that another has ended
         return directory
 
+    def finish(self) -> None:
+        """Wait for the checkpoint that is being written, if any; warn if it failed."""
+        self._finish_writing(last=True)
+
     def _finish_writing(self, *, last: bool) -> CheckpointError | None:
         """Wait for the write before; what it failed with, unless this is the last."""
         try:
@@ -128,7 +134,7 @@ class Saver:
             if not last:
                 return error
             # The last chance to save: it may be of the very step that failed.
-            logger.warning("%s; trying once more", error)
+            logger.warning("%s", error)
             self.saved_step = None
         return None
 
@@ -169,6 +175,7 @@ class Saver:
                 stream.traces,
                 stream.tokens,
                 loss=tuple(map(str, objective.terms)),
+                damaged=stream.damaged,
             )
             for spec, stream, objective in zip(
                 self._specs, state.streams, self._optimization.objectives, strict=True
@@ -181,13 +188,15 @@ class Saver:
             evaluations=state.evaluations,
             world_size=self._ranks.world_size,
         )
+        if earlier := list_earlier(self._run_before, run, self._began_at):
+            run["earlier"] = earlier
         if self._config.on_policy:
             run["on_policy"] = account_for_rollouts(state.streams, self._specs[-1])
         return extend_lineage(self._base_lineage, uses, run=run)
 
 
 def resume_command(config: TrainConfig) -> str:
-    """What to type for a run to go on; settings of a file, or made by `--set`, have to be given again."""
+    """What to type for a run to go on with all of its settings."""
     words = ["lynearm", "train", "--resume", "--out", str(config.out)]
     for stream in config.streams:
         words += ["--stream", stream]
@@ -198,4 +207,26 @@ def resume_command(config: TrainConfig) -> str:
         words += ["--lora", config.lora]
     for pattern in config.freeze:
         words += ["--freeze", pattern]
+    for field in fields(config):
+        value: object = getattr(config, field.name)
+        if field.name not in _SAID and value != getattr(TrainConfig(), field.name):
+            words += ["--set", f"{field.name}={_toml(value)}"]
     return shlex.join(words)
+
+
+_SAID = frozenset(
+    {"student", "streams", "service", "out", "resume"} | {"on_policy", "teacher", "lora", "freeze"}
+)
+"""Fields that the command says by flags of their own, or that a resumed run does not read."""
+
+
+def _toml(value: object) -> str:
+    if isinstance(value, Mapping):
+        entries = cast("Mapping[str, object]", value).items()
+        return "{" + ", ".join(f"{json.dumps(key)} = {_toml(one)}" for key, one in entries) + "}"
+    if isinstance(value, list | tuple):
+        return "[" + ", ".join(map(_toml, cast("Sequence[object]", value))) + "]"
+    # TOML writes numbers, infinity among them, as Python does; texts, true and false as JSON does.
+    if isinstance(value, float):
+        return repr(value)
+    return json.dumps(str(value) if isinstance(value, Path) else value)

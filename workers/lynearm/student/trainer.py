@@ -8,6 +8,7 @@ lost by it.
 
 from __future__ import annotations
 
+import itertools
 import logging
 import math
 import threading
@@ -24,6 +25,7 @@ from lynearm.student.alignment import check_rows
 from lynearm.student.batches import Batch, Batcher, SplitRule
 from lynearm.student.beginning import Beginning, begin
 from lynearm.student.config import TrainConfig
+from lynearm.student.failed_batch import failed_batch_path, write_failed_batch
 from lynearm.student.held_out import choose_held_out, split_held_out
 from lynearm.student.inputs import Inputs, find_stream
 from lynearm.student.measuring import Measurer
@@ -31,6 +33,7 @@ from lynearm.student.mixed_source import MixedSource, Selection, TraceSource
 from lynearm.student.mixing import StreamPlan, parse_streams
 from lynearm.student.on_policy import OnPolicy
 from lynearm.student.on_policy_plan import add_rollouts, mean_staleness, open_rollout_stream
+from lynearm.student.out_of_memory import explain_out_of_memory
 from lynearm.student.progress import (
     EvaluationRecord,
     OnProgress,
@@ -44,7 +47,7 @@ from lynearm.student.recording import Recorder, has_stalled
 from lynearm.student.reporting import Reporter
 from lynearm.student.run_directory import best_checkpoint
 from lynearm.student.saving import Saver, resume_command
-from lynearm.wire.errors import LynearmError
+from lynearm.wire.errors import InvalidInputError, LynearmError, MisalignmentError, StorageError
 
 logger = logging.getLogger(__name__)
 
@@ -85,6 +88,7 @@ def run_train(
         PromptFileError: if the questions cannot be read.
         MissingDependencyError: if a tracker's package is not installed.
         ConfigError: as for `beginning.begin`.
+        TrainingError: if memory runs out; the weights are saved unless they were being changed.
         InvalidInputError: if the gradient stops being finite; the weights before it are saved.
     """
     client = TraceClient(
@@ -103,7 +107,8 @@ def run_train(
         reporter.stage("loading", str(config.out if config.resume else config.student))
         if config.threads:
             torch.set_num_threads(config.threads)
-        beginning = begin(config, streams, ranks)
+        with explain_out_of_memory(config, "loading"):
+            beginning = begin(config, streams, ranks)
         inputs = Inputs(client, plans, tuple(stream.spec for stream in streams))
         return _Run(config, inputs, beginning, ranks=ranks, stop=event, reporter=reporter).go()
 
@@ -161,9 +166,17 @@ class _Run:
     def _go(self) -> TrainReport:
         try:
             reason = self._train()
-        except LynearmError:
+        except LynearmError as error:
+            if isinstance(error, MisalignmentError) and not self._state.step:
+                raise  # nothing was learnt: the command is to be given again, with another stream or student
             # The other ranks may be anywhere: nothing here waits for them, unless they hold parts of it.
-            if self._student.shards is None or self._ranks.meet():
+            if not self._optimization.is_whole:
+                self._saver.finish()
+                logger.warning(
+                    "the run was not saved since step %s: the step that failed had begun to change weights",
+                    self._saver.saved_step or 0,
+                )
+            elif self._student.shards is None or self._ranks.meet():
                 self._save(last=True, alone=True)
                 logger.warning("the run was saved; go on with: %s", resume_command(self._config))
             else:
@@ -183,6 +196,7 @@ class _Run:
         """Train on the rest of the streams; why the run stops before their end, or None."""
         sources = self._inputs.sources(
             prefetch_blocks=self._config.prefetch_blocks,
+            skip_damaged=self._config.on_corrupt == "skip",
             should_stop=lambda: self._why_stop() is not None,
             reporter=self._reporter,
         )
@@ -243,8 +257,13 @@ class _Run:
     def _step(self, batch: Batch, source: MixedSource) -> None:
         started = time.monotonic()
         step = self._state.step + 1
+        self._check_same_batch(batch)
         self._check_rows(batch)
-        result = self._optimization.step(batch, step)
+        try:
+            with explain_out_of_memory(self._config, "training"):
+                result = self._optimization.step(batch, step)
+        except InvalidInputError as error:
+            raise self._list_traces(batch, error) from error
         record = StepRecord(
             step=step,
             epoch=self._state.epoch,
@@ -263,12 +282,42 @@ class _Run:
         self._record(record)
         self._state = replace(self._state, step=step, streams=batch.after, curve=(*self._state.curve, record))
         self._reporter.stepped(record, tokens=result.tokens, lag_blocks=source.lag_blocks)
-        if self._config.eval_every_steps and step % self._config.eval_every_steps == 0:
+        self._measure_and_save_if_due(step)
+
+    def _measure_and_save_if_due(self, step: int) -> None:
+        evaluation, saving = self._config.eval_every_steps, self._config.checkpoint_every_steps
+        is_measured = bool(evaluation) and step % evaluation == 0
+        is_saved = bool(saving) and step % saving == 0
+        # The best checkpoint is one of those that were measured.
+        if is_measured or (is_saved and evaluation):
             self._measure()
-        if self._config.checkpoint_every_steps and step % self._config.checkpoint_every_steps == 0:
-            if self._config.eval_every_steps:
-                self._measure()  # the best checkpoint is one of those that were measured
+        # A run that waits for a lower KL keeps the weights of the lowest: it goes on to worse ones by design.
+        if is_saved or (is_measured and self._config.early_stop_patience and self._has_improved()):
             self._save()
+
+    def _has_improved(self) -> bool:
+        *before, last = (record.kl for record in self._state.evaluations)
+        return bool(before) and last < min(before)
+
+    def _list_traces(self, batch: Batch, error: InvalidInputError) -> InvalidInputError:
+        """The error of a step that came to no finite gradient, with where its traces are listed."""
+        step = self._state.step + 1
+        path = failed_batch_path(self._config.out, step)
+        if self._ranks.writes:
+            names = [self._inputs.plans[stream].name for stream in batch.streams]
+            traces = list(zip(names, batch.traces, strict=True))
+            write_failed_batch(path, traces, step=step, reason=error.message)
+        return InvalidInputError(f"{error.message}; its traces are listed in {path}", error.remedy)
+
+    def _check_same_batch(self, batch: Batch) -> None:
+        """Where a rank may pass over blocks, make sure that all of them did so alike."""
+        if self._config.on_corrupt == "skip":
+            places = [(after.cursor.offset, after.cursor.trace_index, after.tokens) for after in batch.after]
+            if not self._ranks.all_have(*itertools.chain.from_iterable(places)):
+                raise StorageError(
+                    "a block was damaged for some ranks and not for others, so that their batches differ",
+                    "look at the disk of the trace service, and resume",
+                )
 
     def _check_rows(self, batch: Batch) -> None:
         """Look at the first traces of each stream whether their rows stand where they should."""
@@ -298,7 +347,8 @@ class _Run:
         state, evaluations = self._state, self._state.evaluations
         if not any(self._held_out) or (evaluations and evaluations[-1].step == state.step):
             return
-        record = self._measurer.measure(self._held_out, step=state.step, tokens=state.tokens)
+        with explain_out_of_memory(self._config, "measuring"):
+            record = self._measurer.measure(self._held_out, step=state.step, tokens=state.tokens)
         self._record(record)
         self._state = replace(state, evaluations=(*evaluations, record))
         self._reporter.evaluated(record)
@@ -309,7 +359,8 @@ class _Run:
 
     def _save(self, *, last: bool = False, alone: bool = False) -> Path:
         """Save, as `Saver.save` says."""
-        directory = self._saver.save(self._student, self._state, self._held_out, last=last, alone=alone)
+        with explain_out_of_memory(self._config, "saving"):
+            directory = self._saver.save(self._student, self._state, self._held_out, last=last, alone=alone)
         # A resumed run was loaded from a checkpoint that will be removed; the newest one stays.
         self._student = replace(self._student, directory=directory)
         return directory
@@ -356,6 +407,7 @@ class _Run:
             curve=state.curve,
             evaluations=state.evaluations,
             how_to_go_on="" if reason == "stream_end" else resume_command(self._config),
+            damaged_blocks=sum(len(stream.damaged) for stream in state.streams),
             best_checkpoint=best_checkpoint(self._config.out),
         )
 
