@@ -19,8 +19,8 @@ teacher's whole distribution on prompts that nobody trained on, by transformers 
 - `k64_tail_token`: with `tail-cross-entropy` at weight 0.3, in which the token that the teacher wrote stands
   for the tail where it fell into it.
 
-Results are kept in --out as they come: run it again with the same settings, and it goes on. Takes about an
-hour on 2 free cores, of which the 11 methods have some 3 minutes each, and dense 7. By default the pool is as
+Results are kept in --out as they come: run it again with the same settings, and it goes on. Takes an hour
+to an hour and a half on 2 free cores, of which the 11 methods have some 3 minutes each, and dense 7. By default the pool is as
 large as what a seed needs: seeds share the traces, and differ in their order. --quick takes half a minute
 with a small teacher (--teacher), and shows that it runs and no more. Questions are those of GSM8K and
 self-instruct in --data, or else the demo's. Needs the extras `student`, `teacher` and `demo`.

@@ -296,8 +296,8 @@ class _Run:
             self._save()
 
     def _has_improved(self) -> bool:
-        *before, last = (record.kl for record in self._state.evaluations)
-        return bool(before) and last < min(before)
+        divergences = [record.kl for record in self._state.evaluations]
+        return len(divergences) > 1 and divergences[-1] < min(divergences[:-1])
 
     def _list_traces(self, batch: Batch, error: InvalidInputError) -> InvalidInputError:
         """The error of a step that came to no finite gradient, with where its traces are listed."""
