@@ -20,10 +20,10 @@ teacher's whole distribution on prompts that nobody trained on, by transformers 
   for the tail where it fell into it.
 
 Results are kept in --out as they come: run it again with the same settings, and it goes on. Takes an hour
-to an hour and a half on 2 free cores, of which the 11 methods have some 3 minutes each, and dense 7. By default the pool is as
-large as what a seed needs: seeds share the traces, and differ in their order. --quick takes half a minute
-with a small teacher (--teacher), and shows that it runs and no more. Questions are those of GSM8K and
-self-instruct in --data, or else the demo's. Needs the extras `student`, `teacher` and `demo`.
+to an hour and a half on 2 free cores, of which the 11 methods have some 3 minutes each, and dense 7. By
+default the pool is as large as what a seed needs: seeds share the traces, and differ in their order. --quick
+takes half a minute with a small teacher (--teacher), and shows that it runs and no more. Questions are those
+of GSM8K and self-instruct in --data, or else the demo's. Needs the extras `student`, `teacher` and `demo`.
 
 The last line is JSON. For each METHOD but `dense`: `METHOD_vs_dense`, its held-out KL over that of dense,
 mean over seeds, and `METHOD_vs_dense_spread`, the standard deviation. For each METHOD: `METHOD_kl`, nats per
