@@ -76,6 +76,7 @@ class WorkerActor:
             max_concurrency=3,
         )(TeacherWorker)
         self._actor = remote_class.remote(config, producer_id, holder)
+        self._actor.end_with_parent.remote()
         self._asked: Untyped = None
 
     def call(self, method: str, *arguments: object) -> Untyped:

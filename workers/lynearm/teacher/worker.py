@@ -21,6 +21,7 @@ from lynearm.teacher.config import TeachConfig
 from lynearm.teacher.connection import WorkerConnection
 from lynearm.teacher.engine import Completion, TeacherEngine
 from lynearm.teacher.leasing import Assignment, LeaseAhead
+from lynearm.teacher.orphans import end_with_parent
 from lynearm.teacher.prompt_content import decode_prompt
 from lynearm.teacher.prompts import Prompt
 from lynearm.teacher.publishing import FinishedPrompt
@@ -209,6 +210,10 @@ class TeacherWorker:
             encode_seconds=connection.encode_seconds,
             job_done_units=job.done_units if job else 0,
         )
+
+    def end_with_parent(self) -> None:
+        """End the process when the one that started it has ended: in an actor, the raylet of its node."""
+        end_with_parent()
 
     def drain(self) -> None:
         """Make `run` return once what it began is finished."""
