@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import json
-import resource
-from collections.abc import Generator
-from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from models.limits import files_up_to
 from student.teaching_material import make_spec
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -66,17 +64,6 @@ def save(
     use = StreamUse(make_spec(student), mine.furthest, mine.epoch, mine.traces, mine.tokens)
     save_checkpoint(student, checkpoint, config=config, lineage=extend_lineage(base, [use]))
     return checkpoint.directory
-
-
-@contextmanager
-def files_up_to(size_bytes: int) -> Generator[None]:
-    """As if the disk had room for no larger file."""
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (size_bytes, before[1]))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
 def assert_same_traces(found: tuple[Trace, ...], expected: list[Trace]) -> None:

@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 from models.faulty_worker import POISON, FaultyWorker
+from models.processes import is_running
 from models.ray_start import patiently
 from models.service_process import ServiceProcess
 from models.teaching import teach_config
@@ -188,13 +189,6 @@ def count_samples(target: str, stream: str = "lessons") -> Counter[tuple[str, in
         return Counter((trace.prompt_id, trace.sample_index) for traces in decoded for trace in traces)
 
 
-def is_alive(process_id: int) -> bool:
-    try:
-        return Path(f"/proc/{process_id}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
-    except FileNotFoundError:
-        return False
-
-
 def test_no_prompt_is_lost_or_doubled_whatever_dies(
     cluster: Any, service: ServiceProcess, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -250,9 +244,9 @@ def test_no_prompt_is_lost_or_doubled_whatever_dies(
     assert any("RuntimeError: CUDA error: device-side assert triggered" in one for one in messages)
 
     deadline = time.monotonic() + 60
-    while any(map(is_alive, trouble.pids)) and time.monotonic() < deadline:
+    while any(map(is_running, trouble.pids)) and time.monotonic() < deadline:
         time.sleep(0.5)
-    assert not [process_id for process_id in trouble.pids if is_alive(process_id)]
+    assert not [process_id for process_id in trouble.pids if is_running(process_id)]
     table: Any = ray.util.placement_group_table()
     assert {place["state"] for place in table.values()} == {"REMOVED"}
 

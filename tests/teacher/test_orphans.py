@@ -5,7 +5,8 @@ from __future__ import annotations
 import subprocess
 import sys
 import time
-from pathlib import Path
+
+from models.processes import is_running
 
 CHILD = """
 import sys, time
@@ -20,13 +21,6 @@ import subprocess, sys, time
 subprocess.Popen([sys.executable, "-c", sys.argv[1]])
 time.sleep(60)
 """
-
-
-def is_running(process_id: int) -> bool:
-    try:
-        return Path(f"/proc/{process_id}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
-    except FileNotFoundError:
-        return False
 
 
 def test_a_process_ends_with_the_one_that_started_it() -> None:

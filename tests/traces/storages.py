@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import time
 from typing import Any
 
 import obstore
+import psycopg
 import pytest
 from obstore.store import LocalStore, from_url
 from sqlalchemy import Row, create_engine, make_url, text
@@ -20,6 +22,13 @@ on_cluster = pytest.mark.parametrize("storage", ["cluster"], indirect=True)
 
 on_shared_storage = pytest.mark.parametrize("storage", ["shared", "cluster"], indirect=True)
 """For tests of several servers: on a SQLite file and a directory of one machine, and on a cluster."""
+
+
+def wait_until_blocked(catalog: str) -> None:
+    """Until a transaction on the catalog waits for a lock."""
+    with psycopg.connect(catalog, autocommit=True) as looking:
+        while not looking.execute("SELECT 1 FROM pg_locks WHERE NOT granted").fetchone():
+            time.sleep(0.01)
 
 
 def catalog_rows(config: ServeConfig, statement: str, **values: object) -> list[Row[Any]]:

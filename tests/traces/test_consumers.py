@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import grpc
+import psycopg
 import pytest
 from traces.harness import (
     Producer,
@@ -21,6 +22,7 @@ from traces.harness import (
     make_spec,
 )
 from traces.harness import publish as publish_blocks
+from traces.storages import on_cluster, wait_until_blocked
 
 from lynearm.v1 import consumer_pb2 as pb
 from lynearm.v1 import trace_service_pb2
@@ -103,6 +105,22 @@ def producer(stub: TraceServiceStub) -> Iterator[Producer]:
     one = Producer(stub)
     yield one
     one.cancel()
+
+
+@on_cluster
+def test_a_cursor_of_a_stream_that_is_deleted_meanwhile_is_refused(
+    storage: dict[str, Any], start_server: StartServer
+) -> None:
+    stub = start_server().stub
+    create(stub)
+    request = pb.CommitCursorRequest(stream="s", consumer="c", cursor=pb.Cursor())
+    with psycopg.connect(storage["catalog"]) as deleting:
+        deleting.execute("DELETE FROM streams")
+        call = stub.CommitCursor.future(request)
+        wait_until_blocked(storage["catalog"])
+    with pytest.raises(grpc.RpcError) as caught:
+        call.result(60)
+    assert error_name(caught.value) == "StreamNotFoundError"
 
 
 def test_a_cursor_is_kept_and_its_lag_is_counted(start_server: StartServer, server: RunningServer) -> None:

@@ -1,11 +1,11 @@
 import errno
 import fcntl
 import os
-import resource
 from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
+from models.limits import files_up_to
 
 from lynearm.traces.direct_writes import DIRECT_BYTES, DirectWriter
 
@@ -108,17 +108,13 @@ def test_a_disk_that_wants_coarser_pages_gets_all_through_the_cache(
 @pytest.mark.parametrize("limit", [PAGE, DIRECT_BYTES + 1, BUFFER, BUFFER + PAGE + 1])
 @pytest.mark.parametrize("size", [DIRECT_BYTES - 1, DIRECT_BYTES + 2, 2 * BUFFER])
 def test_what_does_not_fit_raises(tmp_path: Path, limit: int, size: int) -> None:
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, before[1]))
-    try:
+    with files_up_to(limit):
         if size <= limit:
             write(tmp_path / "file", [bytes(size)])
         else:
             with pytest.raises(OSError) as caught:  # noqa: PT011 - the number is what counts
                 write(tmp_path / "file", [bytes(size)])
             assert caught.value.errno in (errno.ENOSPC, errno.EFBIG)
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, before)
     assert (tmp_path / "file").stat().st_size <= limit
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import random
 import threading
-import time
 from typing import Any
 
 import grpc
@@ -22,7 +21,7 @@ from traces.jobs import (
     make_prompts,
     units_of,
 )
-from traces.storages import on_cluster
+from traces.storages import on_cluster, wait_until_blocked
 
 from lynearm.v1 import prompt_queue_pb2 as pb
 from lynearm.v1 import trace_service_pb2
@@ -99,13 +98,6 @@ def test_a_lease_that_is_made_while_a_block_that_names_it_waits_fails_no_other_b
         assert lease(stub, 1, "x", job="k").lease.key == guessed
     assert good.acks(1) == {1: 0}
     assert error_name(bad.error()) == "LeaseSupersededError"
-
-
-def wait_until_blocked(catalog: str) -> None:
-    """Until a transaction on the catalog waits for a lock."""
-    with psycopg.connect(catalog, autocommit=True) as looking:
-        while not looking.execute("SELECT 1 FROM pg_locks WHERE NOT granted").fetchone():
-            time.sleep(0.01)
 
 
 @on_cluster

@@ -352,11 +352,11 @@ class Catalog(QueueCatalog, ConsumerCatalog, Protocol):
 
         Args:
             identity: Of the store at hand.
-            is_empty: Whether it holds no object.
+            is_empty: Whether it is known to hold no object.
 
         Returns:
-            None where the catalog is new and the store is not: its objects are those of another catalog, and
-            would be garbage for this one.
+            None where the catalog is new and the store may not be: its objects would be those of another
+            catalog, and garbage for this one.
         """
         ...
 

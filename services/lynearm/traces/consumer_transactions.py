@@ -20,8 +20,7 @@ from lynearm.traces.consumer_records import (
     consumer_not_found,
 )
 from lynearm.traces.schema import blocks, consumers, streams
-from lynearm.traces.statements import lock_stream
-from lynearm.traces.transactions import get_stream
+from lynearm.traces.transactions import get_stream, lock_stream
 from lynearm.wire.errors import CursorBackwardsError, OffsetNotFoundError, PreconditionError
 from lynearm.wire.traces import Cursor
 
@@ -52,22 +51,21 @@ def commit_cursor(
     connection: Connection, stream_name: str, consumer: str, cursor: Cursor, *, allow_backwards: bool
 ) -> ConsumerRecord:
     """See `ConsumerCatalog.commit_cursor`."""
-    stream = get_stream(connection, stream_name)
-    this = (consumers.c.stream_id == stream.stream_id) & (consumers.c.name == consumer)
-    query = select(consumers).where(this).with_for_update()
-    stored = connection.execute(query).mappings().one_or_none()
+    stream_id = get_stream(connection, stream_name).stream_id
+    stored = _find_to_change(connection, stream_id, consumer)
     if stored is None:
-        lock_stream(connection, stream.stream_id)  # of two that make the consumer, the second finds it
-        stored = connection.execute(query).mappings().one_or_none()
-    cursor = _checked(connection, stream.stream_id, stream_name, cursor)
+        # Of two that make the consumer, the second finds it; and the stream may be gone by now.
+        stream_id = lock_stream(connection, stream_name).stream_id
+        stored = _find_to_change(connection, stream_id, consumer)
+    cursor = _checked(connection, stream_id, stream_name, cursor)
     values = {
         "offset": cursor.offset,
         "trace_index": cursor.trace_index,
         "updated_unix_nano": time.time_ns(),
     }
     if stored is None:
-        _check_count(connection, stream.stream_id, stream_name)
-        row = {"stream_id": stream.stream_id, "name": consumer} | values
+        _check_count(connection, stream_id, stream_name)
+        row = {"stream_id": stream_id, "name": consumer} | values
         connection.execute(insert(consumers).values(row))
     else:
         found = Cursor(stored["offset"], stored["trace_index"])
@@ -77,7 +75,7 @@ def commit_cursor(
                 f"and would move back to {_shown(cursor)}",
                 "does another process read under this name? to read again on purpose, say allow_backwards",
             )
-        connection.execute(update(consumers).where(this).values(values))
+        connection.execute(update(consumers).where(_is_consumer(stream_id, consumer)).values(values))
     return get_consumer(connection, stream_name, consumer)
 
 
@@ -99,9 +97,17 @@ def list_consumers(connection: Connection, stream_name: str) -> list[ConsumerRec
 def delete_consumer(connection: Connection, stream_name: str, consumer: str) -> None:
     """See `ConsumerCatalog.delete_consumer`."""
     stream_id = get_stream(connection, stream_name).stream_id
-    this = (consumers.c.stream_id == stream_id) & (consumers.c.name == consumer)
-    if not connection.execute(delete(consumers).where(this)).rowcount:
+    if not connection.execute(delete(consumers).where(_is_consumer(stream_id, consumer))).rowcount:
         raise consumer_not_found(stream_name, consumer)
+
+
+def _is_consumer(stream_id: int, name: str) -> ColumnElement[bool]:
+    return (consumers.c.stream_id == stream_id) & (consumers.c.name == name)
+
+
+def _find_to_change(connection: Connection, stream_id: int, name: str) -> RowMapping | None:
+    query = select(consumers).where(_is_consumer(stream_id, name)).with_for_update()
+    return connection.execute(query).mappings().one_or_none()
 
 
 def _list(

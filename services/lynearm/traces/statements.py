@@ -5,9 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from typing import Any, TypeVar
 
-from sqlalchemy import Connection, select
-
-from lynearm.traces.schema import streams
+from sqlalchemy import Connection
 
 _MAX_VARIABLES = 500
 """Values per IN list: SQLite compiles a statement for each length, and old builds stop at 999."""
@@ -29,8 +27,3 @@ def inserted_key(connection: Connection, statement: Any) -> int:
     """The key that an INSERT … RETURNING of one row gives."""
     # Any: SQLAlchemy's type of INSERT … RETURNING names private generics.
     return int(connection.execute(statement).scalar_one())
-
-
-def lock_stream(connection: Connection, stream_id: int) -> None:
-    """Let nobody else change a stream's row, nor what is guarded by it, until the transaction ends."""
-    connection.execute(select(streams.c.id).where(streams.c.id == stream_id).with_for_update()).all()

@@ -118,7 +118,10 @@ async def _check_pair(catalog: Catalog, store: BlockStore) -> None:
             f"block store {store.where} says that it is {identity[:40]!r}, expected 32 hexadecimal digits",
             "restore what the store said before from a copy of it",
         )
-    expected = await catalog.adopt_store(identity, is_empty=await _is_empty(store))
+    expected = await catalog.adopt_store(identity, is_empty=False)
+    # Only a new catalog asks: listing a large store takes its time.
+    if expected is None and await _is_empty(store):
+        expected = await catalog.adopt_store(identity, is_empty=True)
     if expected is None:
         raise PreconditionError(
             f"the catalog is new, and block store {store.where} holds the blocks of another",

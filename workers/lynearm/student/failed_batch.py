@@ -12,13 +12,14 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
+from lynearm.student.run_directory import step_name
 from lynearm.wire.errors import CheckpointError
 from lynearm.wire.traces import Trace
 
 
 def failed_batch_path(out: Path, step: int) -> Path:
     """Where the batch of a step is written."""
-    return out / f"failed-step-{step:08d}.json"
+    return out / f"failed-{step_name(step)}.json"
 
 
 def write_failed_batch(path: Path, traces: Sequence[tuple[str, Trace]], *, step: int, reason: str) -> None:
